@@ -1,0 +1,77 @@
+"""Which attention runs, why, and what Phi-3's sliding window has to do with it."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from qlora.config import ExitCode, UserError
+
+
+class Attention(NamedTuple):
+    """The name transformers knows a backend by, and the reason for it, in words for the log."""
+
+    implementation: str
+    reason: str
+
+
+def choose_attention(requested: str, device: torch.device) -> Attention:
+    """Resolve `--attn-implementation`: `auto` picks what can run, a name runs or fails, and nothing is downloaded.
+
+    Args:
+        requested: auto, flash_attention_2, sdpa or eager.
+        device: where the model will be.
+
+    Raises:
+        UserError: exit 7 if flash_attention_2 was asked for by name and cannot run here.
+    """
+    if requested in {"sdpa", "eager"}:
+        return Attention(requested, "as asked")
+    obstacle = _flash_obstacle(device)
+    if requested == "flash_attention_2" and obstacle:
+        raise UserError(ExitCode.ENVIRONMENT, f"--attn-implementation flash_attention_2 cannot run here: {obstacle}. Use sdpa, or auto to take what can run.")
+    if obstacle:
+        return Attention("sdpa", f"flash_attention_2 cannot run: {obstacle}")
+    return Attention("flash_attention_2", "as asked" if requested != "auto" else "flash-attn is installed and the GPU can run it")
+
+
+def _flash_obstacle(device: torch.device) -> str | None:
+    # Asked of the package itself: transformers would fetch a replacement from the hub where `kernels` is installed.
+    if device.type != "cuda":
+        return "it needs a CUDA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "package flash-attn is not installed (pip install flash-attn --no-build-isolation)"
+    return None
+
+
+def training_window(config: Any, max_length: int) -> int | None:
+    """The sliding window to train with: None where it changes nothing and costs the fast kernel.
+
+    A position sees w positions, itself included. In a row of w + 1 tokens only the last position loses a key, and nothing
+    is predicted from it: loss and gradients are the same without the window. With it, transformers gives sdpa a dense mask
+    from w positions on, and the flash kernel is gone. Only models that read the window from their configuration at each
+    forward, the same for all layers (Phi-3, Mistral), can be told so; the others keep theirs.
+    """
+    window = getattr(config, "sliding_window", None)
+    per_layer = getattr(config, "layer_types", None) is not None
+    return None if window is not None and not per_layer and max_length <= window + 1 else window
+
+
+@contextlib.contextmanager
+def sliding_window(model: Any, window: int | None) -> Iterator[None]:
+    """Run a block with the model's `config.sliding_window` set to `window`, and put back what was there."""
+    config = model.config
+    before = getattr(config, "sliding_window", None)
+    if before == window:
+        yield
+        return
+    config.sliding_window = window
+    try:
+        yield
+    finally:
+        config.sliding_window = before

@@ -1,0 +1,281 @@
+"""TrainConfig: one frozen dataclass that becomes flat flags, YAML and --help. Imports no torch, so a typo answers at once.
+
+Each group below is one screen of --help; the docstring under a field is its help text. Names are transformers' and PEFT's.
+"""
+
+import dataclasses
+import difflib
+import enum
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+
+PHI3_MINI = "microsoft/Phi-3-mini-4k-instruct"
+DEMO_LEARNING_RATE = 4e-4
+BUNDLED_TRAIN = Path(__file__).parent / "demo_data" / "dataset_minimal.jsonl"
+BUNDLED_EVAL = BUNDLED_TRAIN.with_name("heldout.jsonl")
+
+
+class ExitCode(enum.IntEnum):
+    """What the process ends with; 130 (SIGINT) and 143 (SIGTERM) are the shell's."""
+
+    CONFIGURATION = 2
+    DATA = 3
+    CHECKPOINT = 4
+    NUMERICS = 5
+    MEMORY = 6
+    ENVIRONMENT = 7
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The text is one paragraph: what, where, the value seen, what to do."""
+
+    def __init__(self, exit_code: ExitCode, text: str):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """What is loaded, and how it attends."""
+
+    model: str | None = None
+    """Hub id, folder, `demo` or `tiny-random`. Unset: microsoft/Phi-3-mini-4k-instruct on a CUDA GPU, `demo` on a CPU."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id. Unset: its default branch; the commit found is kept with the adapter."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Phi-3 needs none: transformers has it built in."""
+    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """auto: flash_attention_2 where it can run (flash-attn installed, CUDA, sm80 or newer), else sdpa."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """What is read, and which tokens carry the loss."""
+
+    train_file: str | None = None
+    """JSONL or Parquet file, or hub data set (NAME or NAME:SPLIT). Unset: the 22 bundled AVRO examples."""
+    eval_file: str | None = None
+    """Held-out data, in the same forms. Unset: the 8 bundled ones with the bundled training file, else none."""
+    prompt_format: Literal["plain", "chat"] = "plain"
+    """plain: `### Instruction:` / `### Response:`. chat: the model's own template."""
+    loss_on: Literal["response", "all"] = "response"
+    """response: the response and its stop token. all: the prompt too."""
+    max_length: int = 2048
+    """Longest sample, in tokens, stop token included."""
+    on_long: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to longer samples. truncate cuts the end, and with it the stop token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraOptions:
+    """The adapter: W x + alpha/r B A dropout(x), trained in fp32 and computed in bf16."""
+
+    lora_r: int = 32
+    """Rank."""
+    lora_alpha: int = 64
+    """Scale; the update is multiplied by alpha/r."""
+    lora_dropout: float = 0.1
+    """Share of the input of A that is zeroed in training."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of the linear layers that get an adapter. Unset: all but the head. A name that matches nothing is an error."""
+    init_adapter: Path | None = None
+    """Folder of a PEFT LoRA adapter to start from; its rank, alpha, dropout and targets replace the flags above."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """The loop."""
+
+    per_device_train_batch_size: int = 2
+    """Samples in one forward and backward."""
+    gradient_accumulation_steps: int = 2
+    """Micro-batches in one optimizer step; the last step of an epoch may have fewer."""
+    learning_rate: float | None = None
+    """Peak of warmup-cosine. Unset: 5e-5, and 4e-4 for the demo model (benchmarks/README.md has the sweep)."""
+    warmup_ratio: float = 0.1
+    """Share of all steps in which the rate rises from 0 to its peak."""
+    num_train_epochs: int = 20
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Optimizer steps in all; replaces num_train_epochs."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled decay, on adapters only."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this norm. None: never."""
+    gradient_checkpointing: Literal["none", "full", "auto"] = "auto"
+    """full keeps layer inputs only and recomputes the rest in backward. auto: full on a GPU, none on a CPU."""
+    seed: int = 42
+    """Order of samples, start of adapters, dropout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """What is written, and how often."""
+
+    output_dir: Path | None = None
+    """Run folder. Unset: runs/MODEL-DATA."""
+    logging_steps: int = 5
+    """Steps between two reads of the device; each step still has its row in metrics.jsonl."""
+    save_total_limit: int = 3
+    """Checkpoints kept, newest first; one is written at the end of each epoch."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(OutputOptions, TrainingOptions, LoraOptions, DataOptions, ModelOptions):
+    """All options, flat: what the program reads. None and auto stand for what depends on the model or the machine."""
+
+    def check(self) -> None:
+        """Refuse values that no run could use.
+
+        Raises:
+            UserError: exit 2, naming the flag and the value seen.
+        """
+        at_least_one = ("max_length", "lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps",
+                        "num_train_epochs", "max_steps", "logging_steps", "save_total_limit")  # fmt: skip
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise _refused(name, value, "at least 1")
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise _refused(name, value, "a finite number above 0")
+        for name, upper in (("lora_dropout", 1.0), ("warmup_ratio", 1.0), ("weight_decay", float("inf"))):
+            value = getattr(self, name)
+            if not 0 <= value < upper:
+                raise _refused(name, value, f"at least 0 and below {upper}")
+        if not 0 <= self.seed < 2**63:
+            raise _refused("seed", self.seed, "at least 0 and below 2**63")
+        if self.target_modules == ():
+            raise _refused("target_modules", "()", "one name or more; leave it out for all linear layers")
+        if self.init_adapter is not None and not (self.init_adapter / "adapter_config.json").is_file():
+            raise _refused("init_adapter", self.init_adapter, "a folder with adapter_config.json")
+        if self.revision is not None and (self.model is None or Path(self.model).is_dir()):
+            raise _refused("revision", self.revision, "given together with a hub id as --model")
+
+    def resolved(self, on_gpu: bool) -> tuple["TrainConfig", str]:
+        """Fill in what depends on the machine and on the model.
+
+        Args:
+            on_gpu: whether there is a CUDA GPU.
+
+        Returns:
+            A configuration in which only what is off is None (attn_implementation is resolved by attention.py), and a
+            line that says which model was chosen and why.
+        """
+        model = self.model or (PHI3_MINI if on_gpu else "demo")
+        where = "there is a CUDA GPU" if on_gpu else "there is no CUDA GPU"
+        bundled = self.train_file is None
+        chosen = dataclasses.replace(
+            self,
+            model=model,
+            learning_rate=self.learning_rate or (DEMO_LEARNING_RATE if model == "demo" else 5e-5),
+            gradient_checkpointing={"auto": "full" if on_gpu else "none"}.get(self.gradient_checkpointing, self.gradient_checkpointing),
+            train_file=str(BUNDLED_TRAIN) if bundled else self.train_file,
+            eval_file=str(BUNDLED_EVAL) if bundled and self.eval_file is None else self.eval_file,
+            output_dir=self.output_dir or Path("runs") / f"{_slug(model)}-{_slug(self.train_file or 'avro')}",
+        )
+        return chosen, f"Model: {model} ({'as asked' if self.model else where}; --model takes another)"
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML that `--config` reads back."""
+        import yaml
+
+        plain = {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(plain, sort_keys=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Screens:
+    """Fine-tune a causal language model with QLoRA in a plain PyTorch loop.
+
+    Without a flag it trains on the bundled AVRO examples. Flags take dashes or underscores, and lists are separated by
+    spaces. --config run.yaml reads the same names from a file; flags win over the file.
+    """
+
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+    adapter: LoraOptions = LoraOptions()
+    training: TrainingOptions = TrainingOptions()
+    output: OutputOptions = OutputOptions()
+    config: Annotated[Path | None, "handled before the flags"] = None
+    """YAML file with the same names; flags win over it."""
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """Turn the command line into a configuration: flags over YAML over defaults.
+
+    Args:
+        argv: arguments without the program's name.
+
+    Raises:
+        SystemExit: by tyro, with 0 after --help and 2 after a wrong flag (it suggests the nearest).
+        UserError: exit 2 for a value out of range or a YAML file that is missing, broken or has an unknown key.
+    """
+    import tyro
+
+    def screens(arguments: list[str], default: _Screens) -> _Screens:
+        return tyro.cli(_Screens, args=arguments, default=default, config=(tyro.conf.OmitArgPrefixes,))
+
+    parsed = screens(argv, _Screens())
+    if parsed.config is not None:
+        from_file = _yaml_arguments(parsed.config)
+        try:
+            default = screens(from_file, _Screens())
+        except SystemExit:
+            print(f"The values above were read from {parsed.config}.", file=sys.stderr)
+            raise
+        parsed = screens(argv, default)
+    flat: dict[str, Any] = {}
+    for group in (parsed.model, parsed.data, parsed.adapter, parsed.training, parsed.output):
+        flat |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    config = TrainConfig(**flat)
+    config.check()
+    return config
+
+
+def _yaml_arguments(path: Path) -> list[str]:
+    """The YAML file as command-line arguments, so that tyro checks types: YAML itself reads 1e-4 as a string."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(ExitCode.CONFIGURATION, f"--config {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(ExitCode.CONFIGURATION, f"--config {path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise UserError(ExitCode.CONFIGURATION, f"--config {path} must hold `name: value` lines, not {type(values).__name__}.")
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    arguments = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            advice = f"Perhaps you meant {near[0]}." if near else f"It knows {', '.join(known)}."
+            raise UserError(ExitCode.CONFIGURATION, f"{path}: unknown key {key!r}. {advice}")
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words = value if isinstance(value, list) else [value]
+            arguments += [f"--{flag}", *(str(word) for word in words)]
+    return arguments
+
+
+def _slug(name: str) -> str:
+    """The last part of a path or hub id, fit for a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem if Path(name).is_file() else Path(name).name).strip("-.") or "run"
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+
+
+def _refused(name: str, value: object, wanted: str) -> UserError:
+    return UserError(ExitCode.CONFIGURATION, f"--{name.replace('_', '-')} {value} cannot be used: it must be {wanted}.")

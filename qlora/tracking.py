@@ -1,0 +1,173 @@
+"""What a run tells: metrics.jsonl and TensorBoard for machines, a progress bar or plain lines for people."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from qlora.config import TrainConfig
+from qlora.evaluate import HeldOut, Sample
+from qlora.model import Target
+
+METRICS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, for env.json and for benchmark files."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "accelerate", "datasets", "flash-attn")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": gpu.name if gpu else f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "device_memory_gib": round(gpu.total_memory / 2**30, 2) if gpu else None,
+        "cuda": torch.version.cuda,
+        "packages": versions,
+        "command": sys.argv,
+    }
+
+
+def targets_table(targets: list[Target], total_parameters: int) -> Table:
+    """The audit of LoRA targets: name, count, shape, adapter parameters, and their share of the model."""
+    trained = sum(target.adapter_parameters for target in targets)
+    table = Table(title="LoRA targets")
+    for header in ("module", "layers", "shape (out x in)", "adapter parameters"):
+        table.add_column(header, justify="left" if header == "module" else "right")
+    for target in targets:
+        shapes = ", ".join(f"{rows} x {columns}" for rows, columns in target.shapes)
+        table.add_row(target.name, str(target.count), shapes, f"{target.adapter_parameters:,}")
+    table.caption = f"{trained:,} trained, {100 * trained / (total_parameters + trained):.2f} % of {total_parameters + trained:,}"
+    return table
+
+
+def samples_table(samples: list[Sample]) -> Table:
+    """Base and tuned answers side by side."""
+    table = Table(title="Greedy answers to held-out prompts", show_lines=True)
+    for header in ("prompt", "base", "tuned"):
+        table.add_column(header, ratio=1, overflow="fold")
+    for sample in samples:
+        table.add_row(*map(_literal, sample[:3]))
+    return table
+
+
+def _literal(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)  # no [markup]: the text is a model's
+
+
+class Tracker:
+    """Writes what happens to the run folder and shows it; use it as a context."""
+
+    def __init__(self, run_folder: Path, console: Console):
+        self.run_folder = run_folder
+        self.console = console
+        self.metrics_file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(run_folder / "tensorboard"))
+        text = "epoch {task.fields[epoch]}  loss {task.fields[loss]}  lr {task.fields[lr]}  norm {task.fields[norm]}  {task.fields[speed]} tokens/s  {task.fields[peak]} GiB"
+        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn(text), TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        self.metrics_file.close()
+        self.board.close()
+
+    def begin(self, total_steps: int) -> None:
+        """Start the progress bar."""
+        self.total_steps = total_steps
+        self.task = self.progress.add_task("", total=total_steps, epoch="-", loss="-", lr="-", norm="-", speed="-", peak="-")
+        self.progress.start()
+
+    def steps(self, rows: list[dict[str, Any]]) -> None:
+        """Record finished steps, oldest first; the last one is shown."""
+        for row in rows:
+            self._write({"event": "step", **row})
+            for name in METRICS:
+                self.board.add_scalar(f"train/{name}", row[name], row["step"])
+        self.metrics_file.flush()
+        last = rows[-1]
+        shown = {
+            "epoch": str(last["epoch"]),
+            "loss": f"{last['loss']:.4f}",
+            "lr": f"{last['learning_rate']:.2e}",
+            "norm": f"{last['grad_norm']:.3f}",
+            "speed": f"{last['tokens_per_s']:,.0f}",
+            "peak": f"{last['peak_memory_gib']:.2f}",
+        }
+        self.progress.update(self.task, completed=last["step"], **shown)
+        if not self.console.is_terminal:
+            self.say(
+                f"step {last['step']}/{self.total_steps}  epoch {shown['epoch']}  loss {shown['loss']}  lr {shown['lr']}  "
+                f"grad_norm {shown['norm']}  {shown['speed']} tokens/s  peak {shown['peak']} GiB"
+            )
+
+    def held_out(self, step: int, epoch: int, result: HeldOut) -> None:
+        """Record a held-out evaluation after `step` steps."""
+        self._write({"event": "eval", "step": step, "epoch": epoch, "eval_loss": result.loss, "perplexity": result.perplexity, "num_tokens": result.num_tokens})
+        self.metrics_file.flush()
+        self.board.add_scalar("eval/loss", result.loss, step)
+        self.board.add_scalar("eval/perplexity", result.perplexity, step)
+        self.say(f"epoch {epoch}  held-out loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
+
+    def samples(self, samples: list[Sample]) -> None:
+        """Record and show greedy answers at the end of the run."""
+        with (self.run_folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for index, sample in enumerate(samples):
+                file.write(json.dumps({"step": self.total_steps, **sample._asdict()}, ensure_ascii=False) + "\n")
+                text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample._asdict().items())
+                self.board.add_text(f"samples/{index}", text, self.total_steps)
+        self.progress.stop()
+        self.console.print(samples_table(samples))
+
+    def hyperparameters(self, config: TrainConfig, result: HeldOut | None) -> None:
+        """Record the configuration beside what it led to, for TensorBoard's table of runs."""
+        values = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in dataclasses.asdict(config).items()}
+        outcome = {"eval/loss": result.loss, "eval/perplexity": result.perplexity} if result else {}
+        self.board.add_hparams(values, outcome, run_name=".")
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar if there is one, never wrapped."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.metrics_file.write(json.dumps(row) + "\n")
+
+
+def closing_words(run_folder: Path) -> str:
+    """Where everything is, and the commands to go on with."""
+    adapter = run_folder / "adapter"
+    return f"""
+Adapter:      {adapter}
+Metrics:      {run_folder / "metrics.jsonl"}, samples.jsonl beside it
+TensorBoard:  tensorboard --logdir {run_folder / "tensorboard"}
+
+Load it in bf16:
+  from peft import AutoPeftModelForCausalLM
+  model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", dtype="bfloat16")
+
+or on the NF4 base that it was trained against:
+  import torch
+  from transformers import BitsAndBytesConfig
+  nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                           bnb_4bit_compute_dtype=torch.bfloat16)
+  model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", quantization_config=nf4, dtype="bfloat16")"""
