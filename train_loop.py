@@ -136,7 +136,7 @@ def train(
         tracker.held_out(step, epoch, result)
         return result
 
-    tracker.begin(total_steps)
+    tracker.begin(total_steps, config.logging_steps)
     result = evaluate_held_out(step=0, epoch=0)
     model.train()
     step = 0
@@ -154,11 +154,10 @@ def train(
                             "num_input_tokens": sum(batch.num_input_tokens for batch in window)})  # fmt: skip
             if step == 1:
                 check_first_gradients(named, optimizer, grad_norm)
-            last = step == total_steps
-            if step == 1 or step % config.logging_steps == 0 or step % steps_per_epoch == 0 or last:
+            if step == 1 or step % config.logging_steps == 0 or step % steps_per_epoch == 0 or step == total_steps:
                 tracker.steps(read_pending(pending, since, device))
                 pending, since = [], time.perf_counter()
-            if last:
+            if step == total_steps:
                 break
         result = evaluate_held_out(step, epoch)
         state = {"step": step, "epoch": epoch, "total_steps": total_steps, "held_out": result and result._asdict()}

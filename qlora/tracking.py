@@ -13,12 +13,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from qlora.config import TrainConfig
 from qlora.evaluate import HeldOut, Sample
 from qlora.model import Target
 
+SAMPLE_LINES = 24  # of an answer, in the terminal; samples.jsonl has all
 METRICS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib")
 
 
@@ -56,20 +58,17 @@ def targets_table(targets: list[Target], total_parameters: int) -> Table:
     return table
 
 
-def samples_table(samples: list[Sample]) -> Table:
-    """Base and tuned answers side by side."""
-    table = Table(title="Greedy answers to held-out prompts", show_lines=True)
-    for header in ("prompt", "base", "tuned"):
+def sample_table(sample: Sample) -> Table:
+    """Base and tuned answer to one prompt, side by side."""
+    table = Table(title=Text(sample.prompt), title_justify="left", expand=True)
+    cells = []
+    for header, text in (("base", sample.base), ("tuned", sample.tuned)):
         table.add_column(header, ratio=1, overflow="fold")
-    for sample in samples:
-        table.add_row(*map(_literal, sample[:3]))
+        lines = text.strip().splitlines()
+        rest = [f"... {len(lines) - SAMPLE_LINES} more lines"] if len(lines) > SAMPLE_LINES else []
+        cells.append(Text("\n".join(lines[:SAMPLE_LINES] + rest)))  # Text: a model's [brackets] are no markup
+    table.add_row(*cells)
     return table
-
-
-def _literal(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)  # no [markup]: the text is a model's
 
 
 class Tracker:
@@ -92,34 +91,34 @@ class Tracker:
         self.metrics_file.close()
         self.board.close()
 
-    def begin(self, total_steps: int) -> None:
-        """Start the progress bar."""
-        self.total_steps = total_steps
+    def begin(self, total_steps: int, logging_steps: int) -> None:
+        """Start the progress bar; where there is none, every `logging_steps`-th step gets a line."""
+        self.total_steps, self.logging_steps = total_steps, logging_steps
         self.task = self.progress.add_task("", total=total_steps, epoch="-", loss="-", lr="-", norm="-", speed="-", peak="-")
         self.progress.start()
 
     def steps(self, rows: list[dict[str, Any]]) -> None:
-        """Record finished steps, oldest first; the last one is shown."""
+        """Record finished steps, oldest first."""
         for row in rows:
             self._write({"event": "step", **row})
             for name in METRICS:
                 self.board.add_scalar(f"train/{name}", row[name], row["step"])
+            step = row["step"]
+            shown = {
+                "epoch": str(row["epoch"]),
+                "loss": f"{row['loss']:.4f}",
+                "lr": f"{row['learning_rate']:.2e}",
+                "norm": f"{row['grad_norm']:.3f}",
+                "speed": f"{row['tokens_per_s']:,.0f}",
+                "peak": f"{row['peak_memory_gib']:.2f}",
+            }
+            self.progress.update(self.task, completed=step, **shown)
+            if not self.console.is_terminal and (step % self.logging_steps == 0 or step in (1, self.total_steps)):
+                self.say(
+                    f"step {step}/{self.total_steps}  epoch {shown['epoch']}  loss {shown['loss']}  lr {shown['lr']}  "
+                    f"grad_norm {shown['norm']}  {shown['speed']} tokens/s  peak {shown['peak']} GiB"
+                )
         self.metrics_file.flush()
-        last = rows[-1]
-        shown = {
-            "epoch": str(last["epoch"]),
-            "loss": f"{last['loss']:.4f}",
-            "lr": f"{last['learning_rate']:.2e}",
-            "norm": f"{last['grad_norm']:.3f}",
-            "speed": f"{last['tokens_per_s']:,.0f}",
-            "peak": f"{last['peak_memory_gib']:.2f}",
-        }
-        self.progress.update(self.task, completed=last["step"], **shown)
-        if not self.console.is_terminal:
-            self.say(
-                f"step {last['step']}/{self.total_steps}  epoch {shown['epoch']}  loss {shown['loss']}  lr {shown['lr']}  "
-                f"grad_norm {shown['norm']}  {shown['speed']} tokens/s  peak {shown['peak']} GiB"
-            )
 
     def held_out(self, step: int, epoch: int, result: HeldOut) -> None:
         """Record a held-out evaluation after `step` steps."""
@@ -137,7 +136,8 @@ class Tracker:
                 text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample._asdict().items())
                 self.board.add_text(f"samples/{index}", text, self.total_steps)
         self.progress.stop()
-        self.console.print(samples_table(samples))
+        for sample in samples:
+            self.console.print(sample_table(sample))
 
     def hyperparameters(self, config: TrainConfig, result: HeldOut | None) -> None:
         """Record the configuration beside what it led to, for TensorBoard's table of runs."""

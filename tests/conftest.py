@@ -1,0 +1,86 @@
+"""Fixtures: the tiny random Phi-3 in real NF4, built in a temporary cache; no network, one thread."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; a test that reaches out fails at once
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora import data, demo
+from qlora.config import BUNDLED_TRAIN, TrainConfig
+from qlora.loss import Head, read_head
+from qlora.model import add_adapters, audit_targets, load_nf4_model, load_tokenizer
+
+torch.set_num_threads(1)  # 30 times faster than 2 on a model this small
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny random Phi-3, in a cache that every test of the session uses."""
+    cache = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    return demo.tiny_random_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny: Path):
+    return load_tokenizer(str(tiny), TrainConfig())
+
+
+@pytest.fixture
+def config(tiny: Path) -> TrainConfig:
+    """A resolved configuration for the tiny model, without dropout, so that two ways to compute agree."""
+    config, _ = TrainConfig(model=str(tiny), lora_r=4, lora_alpha=8, lora_dropout=0.0, learning_rate=1e-3).resolved(on_gpu=False)
+    return config
+
+
+@pytest.fixture
+def examples() -> list[data.Example]:
+    return data.read_examples(BUNDLED_TRAIN, "train")[0]
+
+
+@pytest.fixture
+def samples(examples, tokenizer, config) -> list[data.Encoded]:
+    return data.encode_all(examples, BUNDLED_TRAIN, tokenizer, config)[0]
+
+
+def adapted_model(config: TrainConfig, attn_implementation: str = "sdpa"):
+    """The tiny model in NF4 with adapters, as train_loop.main builds it; the same one every time."""
+    torch.manual_seed(config.seed)
+    model = load_nf4_model(config.model, config, attn_implementation, CPU)
+    model = add_adapters(model, config, audit_targets(model, config), config.model)
+    return model.train()
+
+
+@pytest.fixture
+def model(config):
+    return adapted_model(config)
+
+
+@pytest.fixture
+def head(model) -> Head:
+    return read_head(model)
+
+
+def wake_adapters(model, scale: float = 0.05) -> None:
+    """Give B values: at its start of zero A has no gradient and the adapter no effect."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def relative_error(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over norm of the reference, over all tensors together."""
+    assert ours.keys() == reference.keys()
+    difference = sum((ours[name].double() - reference[name].double()).square().sum() for name in ours)
+    return float((difference / sum(value.double().square().sum() for value in reference.values())).sqrt())

@@ -1,0 +1,315 @@
+"""From a line to a batch: reading, formatting, masking, collation, order."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from qlora import data
+from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, ExitCode, TrainConfig, UserError
+from qlora.data import IGNORED, Encoded, Example, Message
+
+INSTRUCTION = re.compile(r"Create an AVRO schema for ([a-z]+) with fields (.+)")
+FIELD = re.compile(r"([a-z]+) \((string|int|long|float|double|boolean|bytes)\)")
+
+
+def example(*contents: str, system: str | None = None) -> Example:
+    turns = [Message(("user", "assistant")[index % 2], content) for index, content in enumerate(contents)]
+    return Example((*([Message("system", system)] if system else []), *turns), 1)
+
+
+def trained(encoded: Encoded) -> list[int]:
+    return [label for label in encoded.labels if label != IGNORED]
+
+
+# -- the bundled data ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "count"), [(BUNDLED_TRAIN, 22), (BUNDLED_EVAL, 8)])
+def test_bundled_examples_have_the_form_they_teach(path, count):
+    examples, columns = data.read_examples(path, "train")
+    assert (len(examples), columns) == (count, "instruction/response")
+    for row in examples:
+        noun, listed = INSTRUCTION.fullmatch(row.prompt[0].content).groups()
+        fields = [FIELD.fullmatch(field).groups() for field in listed.split(", ")]
+        assert 2 <= len(fields) <= 4
+        schema = {"TRAINED": "YES", "type": "record", "name": noun.capitalize(), "fields": [{"name": n, "type": t} for n, t in fields]}
+        assert row.response == json.dumps(schema, indent=2)
+
+
+def test_held_out_nouns_are_new():
+    nouns = [{INSTRUCTION.match(e.prompt[0].content)[1] for e in data.read_examples(p, "train")[0]} for p in (BUNDLED_TRAIN, BUNDLED_EVAL)]
+    assert len(nouns[0]) == 22 and len(nouns[1]) == 8 and not nouns[0] & nouns[1]
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def write(tmp_path: Path, content: bytes | str, name: str = "rows.jsonl") -> Path:
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "messages"),
+    [
+        ({"instruction": "q", "response": "a"}, "instruction/response", [("user", "q"), ("assistant", "a")]),
+        ({"prompt": "q", "completion": "a", "id": 7}, "prompt/completion", [("user", "q"), ("assistant", "a")]),
+        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+         "messages", [("system", "s"), ("user", "q"), ("assistant", "a")]),
+    ],
+)  # fmt: skip
+def test_three_forms_of_rows_are_detected(tmp_path, row, columns, messages):
+    examples, found = data.read_examples(write(tmp_path, json.dumps(row)), "train")
+    assert found == columns
+    assert [tuple(message) for message in examples[0].messages] == messages
+    assert examples[0].response == "a" and examples[0].prompt[-1].content == "q"
+
+
+def test_bom_crlf_blank_lines_and_line_separators_are_accepted(tmp_path):
+    text = '\ufeff{"instruction": "a", "response": "b\u2028c"}\r\n\r\n   \n{"instruction": "d", "response": "e"}'
+    examples, _ = data.read_examples(write(tmp_path, text), "train")
+    assert [(e.line, e.response) for e in examples] == [(1, "b\u2028c"), (4, "e")]
+
+
+def test_parquet_is_read_like_jsonl(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["q", "r"], "completion": ["a", "b"]}), tmp_path / "rows.parquet")
+    examples, columns = data.read_examples(tmp_path / "rows.parquet", "train")
+    assert columns == "prompt/completion" and [(e.line, e.response) for e in examples] == [(1, "a"), (2, "b")]
+
+
+def test_a_hub_data_set_is_read_by_name_and_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list([{"prompt": "q", "completion": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert data.read_examples("org/set", "test")[0] == data.read_examples("org/set:small", "test")[0] == [example("q", "a")]
+    assert asked == [("org/set", "test"), ("org/set", "small")]
+
+
+GOOD = '{"instruction": "q", "response": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["holds no example"]),
+        ("\n \n", ["holds no example"]),
+        (GOOD + '{"instruction": "q",}\n', [":2:21:", "not JSON"]),
+        ("[\n" + GOOD + "]", [":1:", "not JSON"]),
+        ("[" + GOOD.strip() + "]\n", [":1:", "list", "JSON array"]),
+        (GOOD + "7\n", [":2:", "int"]),
+        (b'{"instruction": "caf\xe9", "response": "a"}', [":1:", "byte 21", "UTF-8"]),
+        ('{"instruction": "q", "reponse": "a"}', [":1:", "'response' is missing", "instruction, reponse", "perhaps meant to be 'response'"]),
+        ('{"text": "q"}', [":1:", "no known column among text", "messages"]),
+        ("{}", [":1:", "no known column among none"]),
+        (GOOD + '{"prompt": "q", "completion": "a"}', [":2:", "'instruction' is missing"]),
+        ('{"instruction": "q", "response": "a", "completion": "b"}', [":1:", "instruction/response and of prompt/completion"]),
+        ('{"instruction": "q", "response": {"a": 1}}', [":1:", "response must be text, not dict"]),
+        ('{"instruction": null, "response": "a"}', [":1:", "instruction must be text, not NoneType"]),
+        ('{"instruction": "q", "response": "  "}', [":1:", "response is empty"]),
+        ('{"messages": []}', [":1:", "messages must be a list"]),
+        ('{"messages": [{"role": "user"}]}', [":1:", "messages must be a list"]),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', [":1:", "unknown role 'tool'"]),
+        ('{"messages": [{"role": "user", "content": "x"}]}', [":1:", "take turns", "roles are user"]),
+        ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}', [":1:", "take turns"]),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}', [":1:", "messages[1] (assistant) is empty"]),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_line(tmp_path, content, words):
+    path = write(tmp_path, content)
+    with pytest.raises(UserError) as caught:
+        data.read_examples(path, "train")
+    assert caught.value.exit_code == ExitCode.DATA
+    assert str(path) in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_missing_folder_and_broken_parquet_are_each_told_apart(tmp_path):
+    for path, words in ((tmp_path / "none.jsonl", "does not exist"), (tmp_path, "is a folder"), (write(tmp_path, "x", "a.parquet"), "not a Parquet file")):
+        with pytest.raises(UserError, match=words) as caught:
+            data.read_examples(path, "train")
+        assert caught.value.exit_code == ExitCode.DATA
+    with pytest.raises(UserError, match="is no file here, and as hub data set 'no-such-set'"):
+        data.read_examples("no-such-set", "train")
+
+
+# -- formatting and masking ------------------------------------------------------------------------------------------
+
+
+def test_plain_form_to_the_letter_and_the_loss_on_response_and_stop_token(tokenizer):
+    encoded = data.encode(example("Say hi", '{\n  "a": 1\n}'), tokenizer, TrainConfig())
+    assert tokenizer.decode(encoded.input_ids) == '### Instruction:\nSay hi\n\n### Response:\n{\n  "a": 1\n}<|endoftext|>'
+    assert tokenizer.decode(trained(encoded)) == '{\n  "a": 1\n}<|endoftext|>'
+    first = encoded.labels.index(trained(encoded)[0])
+    assert encoded.labels == [IGNORED] * first + encoded.input_ids[first:]
+    assert encoded.input_ids[:first] == data.encode_prompt(example("Say hi", "x").prompt, tokenizer, "plain")
+
+
+def test_loss_on_all_trains_the_prompt_too(tokenizer):
+    encoded = data.encode(example("q", "a"), tokenizer, TrainConfig(loss_on="all"))
+    assert encoded.labels == encoded.input_ids
+
+
+def test_chat_form_is_the_templates_own_rendering_and_ends_with_its_turn_end(tokenizer):
+    row = example("q1", "a1", "q2", "a2", system="be brief")
+    encoded = data.encode(row, tokenizer, TrainConfig(prompt_format="chat"))
+    rendered = tokenizer.apply_chat_template([m._asdict() for m in row.messages], tokenize=False)
+    assert tokenizer.decode(encoded.input_ids) == rendered.removesuffix("\n")
+    assert tokenizer.decode(trained(encoded)) == "a1<|end|>a2<|end|>"
+    prompt = data.encode_prompt(row.prompt, tokenizer, "chat")
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(prompt).endswith("<|user|>\nq2<|end|>\n<|assistant|>\n")
+
+
+def test_plain_form_of_several_turns(tokenizer):
+    encoded = data.encode(example("q1", "a1", "q2", "a2", system="be brief"), tokenizer, TrainConfig())
+    assert tokenizer.decode(encoded.input_ids) == (
+        "be brief\n\n### Instruction:\nq1\n\n### Response:\na1<|endoftext|>\n\n### Instruction:\nq2\n\n### Response:\na2<|endoftext|>"
+    )
+    assert tokenizer.decode(trained(encoded)) == "a1<|endoftext|>a2<|endoftext|>"
+
+
+def test_special_tokens_in_a_users_text_stay_text(tokenizer):
+    encoded = data.encode(example("<|endoftext|>", "b<|end|>"), tokenizer, TrainConfig())
+    assert encoded.input_ids.count(tokenizer.eos_token_id) == 1 and encoded.input_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|end|>") not in encoded.input_ids
+
+
+def sentencepiece_like_tokenizer() -> PreTrainedTokenizerFast:
+    """As Phi-3's and Llama's: a space before whatever comes first, and a BOS."""
+    from tokenizers.processors import TemplateProcessing
+
+    backend = Tokenizer(models.BPE(byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator([BUNDLED_TRAIN.read_text(), "### Instruction:\n\n### Response:\nq a"], trainer)
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def test_one_bos_and_no_space_before_the_answer_with_a_sentencepiece_tokenizer():
+    tokenizer = sentencepiece_like_tokenizer()
+    assert tokenizer.tokenize("{") == ["▁", "{"] or tokenizer.tokenize("{") == ["▁{"]  # the trap
+    encoded = data.encode(example("q", '{\n  "a'), tokenizer, TrainConfig())
+    assert encoded.input_ids.count(tokenizer.bos_token_id) == 1 and encoded.input_ids[0] == tokenizer.bos_token_id
+    assert tokenizer.convert_ids_to_tokens(trained(encoded)[:1]) == ["{"]
+    text = '### Instruction:\nq\n\n### Response:\n{\n  "a'
+    assert encoded.input_ids == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+
+
+def test_a_template_brings_its_own_bos():
+    plain = sentencepiece_like_tokenizer()
+    plain.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    encoded = data.encode(example("q", " a ", "r", "b"), plain, TrainConfig(prompt_format="chat"))
+    assert encoded.input_ids.count(plain.bos_token_id) == 1
+    assert [i for i, label in enumerate(encoded.labels) if label == plain.eos_token_id] == [i for i, x in enumerate(encoded.input_ids) if x == plain.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt_format", "words"),
+    [
+        (None, "chat", "no chat template"),
+        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "chat", "without a special token"),
+    ],
+)
+def test_a_tokenizer_without_a_stop_token_is_refused(template, prompt_format, words):
+    tokenizer = sentencepiece_like_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=words) as caught:
+        data.stop_token_id(tokenizer, prompt_format)
+    assert caught.value.exit_code == ExitCode.CONFIGURATION
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no eos token"):
+        data.stop_token_id(tokenizer, "plain")
+
+
+def test_a_template_that_rewrites_answers_is_refused(tokenizer):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | upper }}<|end|>{% endfor %}"
+    other.chat_template = other.chat_template.replace("| upper", "if m['content'] == 'answer' else 'HIDDEN'")
+    with pytest.raises(UserError, match="does not render the answer 'a'") as caught:
+        data.encode(example("q", "a"), other, TrainConfig(prompt_format="chat"))
+    assert caught.value.exit_code == ExitCode.DATA
+
+
+# -- length ----------------------------------------------------------------------------------------------------------
+
+
+def test_long_samples_are_dropped_cut_or_refused(tokenizer):
+    rows = [example("q", "a"), example("q", "a" * 300), example("q" * 300, "a")]
+    rows = [row._replace(line=line) for line, row in enumerate(rows, start=1)]
+    length = len(data.encode(rows[0], tokenizer, TrainConfig()).input_ids)
+    kept, notes = data.encode_all(rows, "f", tokenizer, TrainConfig(max_length=length))
+    assert [e.line for e in kept] == [1] and f"2 dropped as longer than {length} (lines 2, 3)" in notes
+    kept, notes = data.encode_all(rows, "f", tokenizer, TrainConfig(max_length=100, on_long="truncate"))
+    assert [e.line for e in kept] == [1, 2] and "1 cut to 100" in notes and "(lines 3)" in notes
+    assert len(kept[1].input_ids) == len(kept[1].labels) == 100 and tokenizer.eos_token_id not in kept[1].labels
+    with pytest.raises(UserError, match=r"f:2: \d+ tokens, more than --max-length 100"):
+        data.encode_all(rows, "f", tokenizer, TrainConfig(max_length=100, on_long="error"))
+    with pytest.raises(UserError, match="none of 3 examples fits") as caught:
+        data.encode_all(rows, "f", tokenizer, TrainConfig(max_length=3))
+    assert caught.value.exit_code == ExitCode.DATA
+
+
+# -- collation and order ---------------------------------------------------------------------------------------------
+
+
+def test_collate_pads_right_by_length_even_where_pad_is_the_stop_token():
+    batch = data.collate([Encoded([5, 6, 2], [IGNORED, 6, 2], 1), Encoded([7, 2], [IGNORED, 2], 2)], pad_id=2)
+    assert batch.input_ids.tolist() == [[5, 6, 2], [7, 2, 2]]
+    assert batch.labels.tolist() == [[IGNORED, 6, 2], [IGNORED, 2, IGNORED]]
+    assert batch.positions.tolist() == [0, 1, 3]  # of the hidden states that predict 6, 2 and 2
+    assert (batch.num_tokens, batch.num_input_tokens) == (3, 5)
+    assert batch.input_ids.dtype == batch.labels.dtype == batch.positions.dtype == torch.int64
+
+
+def test_the_first_token_of_a_row_is_never_a_target():
+    batch = data.collate([Encoded([5, 6], [5, 6], 1)], pad_id=0)
+    assert batch.positions.tolist() == [0] and batch.num_tokens == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_positions_point_at_the_state_before_each_label(masks):
+    rows = [Encoded(list(range(1, len(m) + 1)), [i if t else IGNORED for i, t in enumerate(m, start=1)], 1) for m in masks]
+    batch = data.collate(rows, pad_id=0)
+    wanted = [label for row in rows for label in row.labels[1:] if label != IGNORED]
+    assert batch.labels.flatten()[batch.positions + 1].tolist() == wanted
+    assert (batch.input_ids.flatten()[batch.positions] + 1).tolist() == wanted
+
+
+def test_windows_are_full_but_for_the_last():
+    assert list(data.windows(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_micro_batches_follow_the_order_and_lose_none():
+    samples = [Encoded([i, i], [i, i], i) for i in range(5)]
+    batches = list(data.micro_batches(samples, [4, 0, 3, 1, 2], 2, pad_id=9))
+    assert [batch.input_ids[:, 0].tolist() for batch in batches] == [[4, 0], [3, 1], [2]]
+
+
+def test_order_is_a_pure_function_of_seed_and_epoch():
+    orders = {(seed, epoch): data.epoch_order(22, seed, epoch) for seed in (0, 42) for epoch in (1, 2)}
+    torch.rand(3)
+    assert all(data.epoch_order(22, *key) == order for key, order in orders.items())
+    assert all(sorted(order) == list(range(22)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 4
+    assert data.epoch_order(3, 2**63 - 1, 1)  # the largest seed

@@ -1,0 +1,322 @@
+"""NF4 loading, the audit of targets, adapters, and gradients against an fp32 model with the same weights."""
+
+import copy
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes
+import peft
+import pytest
+import torch
+import transformers
+
+from qlora import checkpoint, data, evaluate
+from qlora.config import ExitCode, TrainConfig, UserError
+from qlora.loss import Head, read_head, token_loss_sum
+from qlora.model import (
+    add_adapters,
+    audit_targets,
+    enable_gradient_checkpointing,
+    load_model_config,
+    load_nf4_model,
+    load_tokenizer,
+    parameter_count,
+)
+from tests.conftest import CPU, adapted_model, gradients, relative_error, wake_adapters
+
+LLAMA_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def phi3_mini():
+    """The exact shape of Phi-3-mini-4k, without memory."""
+    with torch.device("meta"):
+        return transformers.Phi3ForCausalLM(transformers.Phi3Config(sliding_window=2047))
+
+
+# -- the audit -------------------------------------------------------------------------------------------------------
+
+
+def test_targets_of_phi3_mini_are_its_fused_projections(phi3_mini):
+    targets = audit_targets(phi3_mini, TrainConfig())
+    assert [(t.name, t.count, t.shapes) for t in targets] == [
+        ("down_proj", 32, ((3072, 8192),)),
+        ("gate_up_proj", 32, ((16384, 3072),)),
+        ("o_proj", 32, ((3072, 3072),)),
+        ("qkv_proj", 32, ((9216, 3072),)),
+    ]
+    assert sum(t.adapter_parameters for t in targets) == 50_331_648
+    assert parameter_count(phi3_mini) == 3_821_079_552
+
+
+def test_the_seven_llama_names_are_refused_not_silently_cut_to_two(phi3_mini):
+    with pytest.raises(UserError, match=r"q_proj matches no linear layer of Phi3ForCausalLM. It has down_proj, gate_up_proj, o_proj, qkv_proj") as caught:
+        audit_targets(phi3_mini, TrainConfig(target_modules=LLAMA_NAMES))
+    assert caught.value.exit_code == ExitCode.CONFIGURATION
+    two = audit_targets(phi3_mini, TrainConfig(target_modules=("o_proj", "down_proj")))
+    assert sum(t.adapter_parameters for t in two) == 17_825_792  # what PEFT would have trained
+
+
+@pytest.mark.parametrize("name", ["lm_head", "proj", "embed_tokens", "layers"])
+def test_head_parts_of_names_and_other_modules_are_no_targets(phi3_mini, name):
+    with pytest.raises(UserError, match=f"--target-modules {name} matches no linear layer"):
+        audit_targets(phi3_mini, TrainConfig(target_modules=(name,)))
+
+
+def test_a_whole_name_matches_one_layer(phi3_mini):
+    (target,) = audit_targets(phi3_mini, TrainConfig(target_modules=("model.layers.3.mlp.down_proj",)))
+    assert target.count == 1
+
+
+SIZES = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 2048}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Gemma"])
+def test_targets_of_other_families_are_derived_and_train(tmp_path, tokenizer, samples, name):
+    kind = getattr(transformers, f"{name}Config")(**SIZES, **({"head_dim": 16} if name == "Gemma" else {}))
+    transformers.AutoModelForCausalLM.from_config(kind).save_pretrained(tmp_path)
+    config, _ = TrainConfig(model=str(tmp_path), lora_r=2).resolved(on_gpu=False)
+    model = adapted_model(config)
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if "lora_A" in name} == set(LLAMA_NAMES)
+    batch = data.collate(samples[:2], pad_id=0)
+    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    token_loss_sum(hidden, batch, read_head(model)).backward()
+    assert all(g.isfinite().all() for g in gradients(model).values())
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_linear_layers_are_nf4_twice_quantised_and_nothing_is_cast_up(model):
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert len(layers) == 8
+    for layer in layers.values():
+        assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
+        assert layer.compute_dtype == torch.bfloat16 and not layer.support_avx512bf16_for_cpu
+    base = {n: p for n, p in model.named_parameters() if "lora_" not in n}
+    assert {p.dtype for p in base.values()} == {torch.uint8, torch.bfloat16}
+    assert not any(p.requires_grad for p in base.values())
+    assert all(p.requires_grad and p.dtype == torch.float32 for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_parameters_are_counted_true_where_numel_counts_bytes(tiny, config, model):
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    true = sum(p.numel() for p in whole.parameters())
+    assert parameter_count(model) == true
+    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) < 0.8 * true
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("no-such-org/no-such-model", ["cannot be reached", "--model demo"]),
+        ("./no-folder", ["no such folder"]),
+    ],
+)
+def test_a_model_that_is_not_there_exits_7(source, words):
+    with pytest.raises(UserError) as caught:
+        load_model_config(source, TrainConfig())
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert source in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_an_incomplete_folder_exits_7(tmp_path):
+    for load in (load_model_config, load_tokenizer):
+        with pytest.raises(UserError, match="not a complete model") as caught:
+            load(str(tmp_path), TrainConfig())
+        assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def test_broken_weights_exit_7(tmp_path, tiny, config):
+    for file in tiny.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a complete model") as caught:
+        load_nf4_model(str(tmp_path), config, "sdpa", CPU)
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def test_code_of_a_model_runs_only_when_asked(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}')
+    (tmp_path / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()")
+    with pytest.raises(UserError, match="--trust-remote-code") as caught:
+        load_model_config(str(tmp_path), TrainConfig())
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT and not (tmp_path / "ran").exists()
+
+
+def test_max_length_beyond_the_models_positions_is_refused(config):
+    with pytest.raises(UserError, match="--max-length 4097 is more than the 4096 positions") as caught:
+        load_model_config(config.model, dataclasses.replace(config, max_length=4097))
+    assert caught.value.exit_code == ExitCode.CONFIGURATION
+
+
+def test_importing_downloads_nothing_where_the_package_kernels_is_installed(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(*a, **k):\n    print('DOWNLOAD', a)\n    raise SystemExit(9)\n")
+    code = "import train_loop, sys; assert 'bitsandbytes.backends.cpu.ops' in sys.modules; import kernels; print(kernels.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}", "PATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "DOWNLOAD" not in done.stdout and str(tmp_path) in done.stdout  # and it is there again afterwards
+    assert "gemm_4bit_forward" not in done.stderr
+
+
+# -- gradients -------------------------------------------------------------------------------------------------------
+
+
+def fp32_twin(model, config):
+    """An ordinary fp32 model: each NF4 weight dequantised once, the same adapters; no bitsandbytes left in it."""
+    twin = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    modules = dict(model.get_base_model().named_modules())
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            owner, _, leaf = name.rpartition(".")
+            layer = getattr(modules[owner], "base_layer", modules[owner])
+            weight = getattr(layer, leaf)
+            if isinstance(layer, bitsandbytes.nn.Linear4bit):
+                state = copy.copy(weight.quant_state)
+                state.dtype = torch.float32
+                weight = bitsandbytes.functional.dequantize_4bit(weight.data, state)
+            parameter.copy_(weight)
+    twin = add_adapters(twin, config, audit_targets(twin, config), config.model)
+    twin.load_state_dict({n: p for n, p in model.named_parameters() if "lora_" in n}, strict=False)
+    return twin.train()
+
+
+def adapter_gradients(model, batch, head: Head, autocast: bool):
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        loss = token_loss_sum(hidden, batch, head) / batch.num_tokens
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+@pytest.fixture
+def reference(model, config, samples):
+    """Model with adapters awake, a batch, and the fp32 twin's loss and gradients."""
+    wake_adapters(model)
+    batch = data.collate(samples[:4], pad_id=0)
+    twin = fp32_twin(model, config)
+    loss, expected = adapter_gradients(twin, batch, read_head(twin), autocast=False)
+    return model, batch, loss, expected
+
+
+def to_fp32(model):
+    """The NF4 model with fp32 compute: what is not packed becomes fp32, and the NF4 weights dequantise to fp32."""
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.weight.quant_state.dtype = module.compute_dtype = torch.float32
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(parameter.float(), requires_grad=parameter.requires_grad))
+    return model
+
+
+def test_gradients_in_fp32_compute_equal_those_of_the_fp32_twin(reference):
+    model, batch, loss, expected = reference
+    ours, found = adapter_gradients(to_fp32(model), batch, read_head(model), autocast=False)
+    assert ours == pytest.approx(loss, rel=1e-5)
+    assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("disturbance", ["none", "evaluation", "generation"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_in_bf16_are_close_also_after_evaluation_and_generation(reference, tokenizer, disturbance, checkpointing):
+    model, batch, loss, expected = reference
+    head = read_head(model)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    if disturbance == "evaluation":
+        evaluate.evaluate_loss(model, [batch], lambda hidden, batch: token_loss_sum(hidden, batch, head))
+    elif disturbance == "generation":
+        evaluate.generate(model, tokenizer, [[5, 6, 7]], stop_id=0, max_new_tokens=3)
+    ours, found = adapter_gradients(model, batch, head, autocast=True)
+    assert ours == pytest.approx(loss, rel=0.01)
+    assert relative_error(found, expected) < 0.1
+
+
+@pytest.mark.skipif(not bitsandbytes.functional.has_avx512bf16(), reason="needs a CPU with AVX512-BF16")
+def test_the_trap_that_loading_disarms(reference):
+    """With bitsandbytes' own setting one eval forward ruins every later gradient, under a loss that looks right."""
+    model, batch, loss, expected = reference
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = True
+    head = read_head(model.train())  # an eval forward
+    ours, found = adapter_gradients(model, batch, head, autocast=True)
+    assert relative_error(found, expected) > 0.5
+
+
+def test_checkpointing_changes_no_bit_with_dropout_on(config, samples):
+    config = dataclasses.replace(config, lora_dropout=0.1)
+    found = []
+    for checkpointing in (False, True):
+        model = adapted_model(config)
+        wake_adapters(model)
+        head = read_head(model)
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+            assert model.get_base_model().is_activation_checkpointing
+        torch.manual_seed(3)
+        found.append(adapter_gradients(model, data.collate(samples[:2], 0), head, autocast=True))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+def test_checkpointing_keeps_less(config, samples):
+    saved = []
+    for checkpointing in (False, True):
+        model = adapted_model(config)
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+        sizes: list[int] = []
+        batch = data.collate(samples[:2], 0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            model.get_decoder()(input_ids=batch.input_ids, use_cache=False)
+        saved.append(sum(sizes))
+    assert saved[1] < saved[0] / 4
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_adapter_changes_nothing(config, model):
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+        assert torch.equal(model(input_ids=ids).logits, base)
+    assert all((p == 0).all() for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_init_adapter_goes_on_from_a_saved_one_bit_for_bit(config, model, tmp_path):
+    wake_adapters(model)
+    checkpoint.save_adapter(model, tmp_path)
+    again = adapted_model(dataclasses.replace(config, init_adapter=tmp_path, lora_r=99, target_modules=("o_proj",)))
+    for name, parameter in model.named_parameters():
+        other = again.get_parameter(name)
+        assert torch.equal(parameter, other) and parameter.requires_grad == other.requires_grad and parameter.dtype == other.dtype
+    assert again.peft_config["default"].r == config.lora_r
+
+
+def test_init_adapter_that_does_not_fit_is_refused(config, model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    checkpoint.save_adapter(model, tmp_path)
+    resumed = dataclasses.replace(config, init_adapter=tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(dict(list(tensors.items())[1:]), path)
+    with pytest.raises(UserError, match="does not fit the model") as caught:
+        adapted_model(resumed)
+    assert caught.value.exit_code == ExitCode.CONFIGURATION
+    path.write_bytes(b"x")
+    with pytest.raises(UserError, match="cannot be read"):
+        adapted_model(resumed)
+    peft.LoraConfig(target_modules=["o_proj"], use_dora=True).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="not a plain LoRA adapter"):
+        adapted_model(resumed)
