@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from qlora.config import ExitCode, TrainConfig, UserError
 
@@ -89,8 +90,9 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     with _environment_errors(source):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             source,
+            output_loading_info=True,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             quantization_config=quantization,
@@ -98,6 +100,8 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
             attn_implementation=attn_implementation,
             device_map={"": device},
         )
+    if missing := sorted(loaded["missing_keys"]):  # transformers would make them up
+        raise UserError(ExitCode.ENVIRONMENT, f"Model {source} lacks {len(missing)} tensors, {missing[0]} first. Get it again.")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
@@ -112,7 +116,7 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
 def _environment_errors(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             ExitCode.ENVIRONMENT,
@@ -244,8 +248,6 @@ def read_adapter_config(folder: Path) -> Any:
 
 
 def _load_adapter(model: Any, folder: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
     path = folder / "adapter_model.safetensors"
     try:
         with safe_open(path, "pt") as file:

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from qlora import checkpoint, data, evaluate
 from qlora.config import ExitCode, TrainConfig, UserError
@@ -80,7 +81,7 @@ def test_targets_of_other_families_are_derived_and_train(tmp_path, tokenizer, sa
     transformers.AutoModelForCausalLM.from_config(kind).save_pretrained(tmp_path)
     config, _ = TrainConfig(model=str(tmp_path), lora_r=2).resolved(on_gpu=False)
     model = adapted_model(config)
-    assert {name.split(".")[-3] for name, p in model.named_parameters() if "lora_A" in name} == set(LLAMA_NAMES)
+    assert {name.split(".")[-4] for name, p in model.named_parameters() if "lora_A" in name} == set(LLAMA_NAMES)
     batch = data.collate(samples[:2], pad_id=0)
     hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     token_loss_sum(hidden, batch, read_head(model)).backward()
@@ -134,6 +135,11 @@ def test_broken_weights_exit_7(tmp_path, tiny, config):
     for file in tiny.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if "layers.1.mlp" not in name}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 2 tensors, model.layers.1.mlp.down_proj.weight first") as caught:
+        load_nf4_model(str(tmp_path), config, "sdpa", CPU)
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="not a complete model") as caught:
         load_nf4_model(str(tmp_path), config, "sdpa", CPU)
@@ -304,8 +310,6 @@ def test_init_adapter_goes_on_from_a_saved_one_bit_for_bit(config, model, tmp_pa
 
 
 def test_init_adapter_that_does_not_fit_is_refused(config, model, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     checkpoint.save_adapter(model, tmp_path)
     resumed = dataclasses.replace(config, init_adapter=tmp_path)
     path = tmp_path / "adapter_model.safetensors"

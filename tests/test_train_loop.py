@@ -1,0 +1,321 @@
+"""The loop: schedule, accumulation, the whole run, and what goes wrong in it."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import train_loop
+from qlora import data
+from qlora.__main__ import train as command_line
+from qlora.config import ExitCode, UserError
+from qlora.data import IGNORED
+from qlora.loss import read_head, token_loss_sum
+from tests.conftest import adapted_model, gradients, relative_error, wake_adapters
+from tests.test_loss import plain_loss_sum
+from train_loop import lr_multiplier, train_step
+
+# -- schedule --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(12, 120), (1, 1), (0, 5), (3, 3), (2, 7)])
+def test_schedule_in_closed_form(warmup, total):
+    rates = [lr_multiplier(step, warmup, total) for step in range(total)]
+    assert all(0 < rate <= 1 for rate in rates)  # no update is wasted on a rate of zero
+    assert rates[:warmup] == [(k + 1) / warmup for k in range(warmup)]
+    for k in range(warmup, total):
+        assert rates[k] == pytest.approx(0.5 * (1 + math.cos(math.pi * (k - warmup) / (total - warmup))), abs=1e-15)
+
+
+def test_schedule_is_transformers_own_but_for_the_warmup_offset():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 12, 120)
+    theirs = []
+    for _ in range(120):
+        theirs.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    ours = [lr_multiplier(step, 12, 120) for step in range(120)]
+    assert theirs[0] == 0.0
+    assert ours[:11] == pytest.approx(theirs[1:12], abs=1e-12)
+    assert ours[12:] == pytest.approx(theirs[12:], abs=1e-12)
+
+
+# -- one step --------------------------------------------------------------------------------------------------------
+
+
+def one_step(config, windows, loss_sum=None, **changes):
+    """Final adapters, losses and norms after `windows`, from the same start."""
+    model = adapted_model(config)
+    wake_adapters(model)
+    head = read_head(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    arguments = {"learning_rate": 1.0, "max_grad_norm": None} | changes
+    loss_sum = functools.partial(loss_sum or token_loss_sum, head=head)
+    results = [train_step(model.get_decoder(), optimizer, window, loss_sum, **arguments) for window in windows]
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, results
+
+
+def updates(config, window, **changes):
+    """What SGD at rate 1 subtracted: the gradient of the window."""
+    start, _ = one_step(config, [])
+    end, results = one_step(config, [window], **changes)
+    return {name: start[name] - end[name] for name in start}, results[0]
+
+
+def test_a_window_counts_as_one_batch_however_it_is_cut(config, samples):
+    """8 x 1 = 4 x 2 = 1 x 8 = uneven, with answers of very different lengths: the sum over tokens, not a mean of means."""
+    rows = [sample._replace(labels=[IGNORED] * keep + sample.labels[keep:]) for sample, keep in zip(samples, (0, 0, 110, 0, 120, 0, 60, 90), strict=False)]
+    assert len({sum(label != IGNORED for label in row.labels) for row in rows}) > 4
+    whole, (loss, norm) = updates(config, [data.collate(rows, 0)])
+    for size in (1, 2, 3):
+        window = list(data.micro_batches(rows, range(8), size, 0))
+        parts, (other_loss, other_norm) = updates(config, window)
+        assert other_loss.item() == pytest.approx(loss.item(), rel=1e-3)
+        assert other_norm.item() == pytest.approx(norm.item(), rel=2e-2)
+        assert relative_error(parts, whole) < 0.03  # bf16; a mean of means is off by 0.3 and more
+    means = [updates(config, [batch])[0] for batch in data.micro_batches(rows, range(8), 1, 0)]
+    mean_of_means = {name: sum(mean[name] for mean in means) / 8 for name in whole}
+    assert relative_error(mean_of_means, whole) > 0.3
+
+
+def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
+    """Against the same thing written down without any of our code in it: logits, cross_entropy, AdamW, three steps."""
+    batches = list(data.micro_batches(samples[:11], range(11), 2, 0))  # six micro-batches, the last of one sample
+    windows = list(data.windows(batches, 2))
+    model = adapted_model(config)
+    head = read_head(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.01, fused=True)
+    loss_sum = functools.partial(plain_loss_sum, head=head)
+    ours = [train_step(model.get_decoder(), optimizer, w, loss_sum, lr, 0.5) for w, lr in zip(windows, (1e-3, 2e-3, 5e-4), strict=True)]
+
+    plain = adapted_model(config)
+    parameters = [p for p in plain.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
+    for window, lr, (loss, norm) in zip(windows, (1e-3, 2e-3, 5e-4), ours, strict=True):
+        tokens = sum((batch.labels[:, 1:] != IGNORED).sum().item() for batch in window)
+        total = 0.0
+        for batch in window:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = plain(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
+                part = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum") / tokens
+            part.backward()
+            total += part.item()
+        expected = torch.stack([p.grad.norm() for p in parameters]).norm()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        adam.param_groups[0]["lr"] = lr
+        adam.step()
+        adam.zero_grad()
+        assert loss.item() == pytest.approx(total, rel=1e-6) and norm.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, plain.get_parameter(name)), name
+
+
+def test_the_norm_returned_is_that_before_clipping_and_the_step_obeys_the_limit(config, samples):
+    window = [data.collate(samples[:2], 0)]
+    free, (_, norm) = updates(config, window)
+    clipped, (_, same) = updates(config, window, max_grad_norm=0.01)
+    assert norm.item() == same.item() > 0.01
+    total = torch.stack([g.norm() for g in clipped.values()]).norm().item()
+    assert total == pytest.approx(0.01, rel=1e-2)
+    assert relative_error({n: g * norm / 0.01 for n, g in clipped.items()}, free) < 1e-2
+
+
+def test_only_adapters_move_and_gradients_are_freed(config, samples, model, head):
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
+    train_step(model.get_decoder(), optimizer, [data.collate(samples[:2], 0)], functools.partial(token_loss_sum, head=head), 1e-3, 1.0)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lora_B" not in name)  # A's first gradient is zero, as B is
+        assert parameter.grad is None
+
+
+def test_padding_and_batch_mates_change_nothing(config, samples):
+    short, long = sorted(samples, key=lambda s: len(s.input_ids))[:: len(samples) - 1]
+    _, (together, _) = updates(config, [data.collate([short, long], 0)])
+    apart = [updates(config, [data.collate([row], pad)])[1][0].item() * (len(row.labels) - row.labels.count(IGNORED)) for row, pad in ((short, 0), (long, 7))]
+    tokens = sum(len(row.labels) - row.labels.count(IGNORED) for row in (short, long))
+    assert together.item() == pytest.approx(sum(apart) / tokens, rel=1e-3)
+
+
+# -- the first gradient ----------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_without_a_gradient_ends_the_run(config, model, head, samples):
+    """As when the graph is cut: checkpointing over frozen embeddings, a layer never called."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([p for _, p in named], lr=0.0, fused=True)
+    window = [data.collate(samples[:2], 0)]
+    loss_sum = functools.partial(token_loss_sum, head=head)
+    model.get_decoder().layers[1].mlp.down_proj.forward = model.get_decoder().layers[1].mlp.down_proj.base_layer.forward
+    _, norm = train_step(model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)
+    with pytest.raises(UserError, match=r"2 of 16 adapter tensors got none, .*layers.1.mlp.down_proj.lora_A") as caught:
+        train_loop.check_first_gradients(named, optimizer, norm)
+    assert caught.value.exit_code == ExitCode.NUMERICS
+
+
+@pytest.mark.parametrize("norm", [0.0, math.nan, math.inf])
+def test_a_first_gradient_of_zero_or_nan_ends_the_run(norm):
+    with pytest.raises(UserError, match=f"its norm is {norm}") as caught:
+        train_loop.check_first_gradients([], torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), torch.tensor(norm))
+    assert caught.value.exit_code == ExitCode.NUMERICS
+
+
+def test_a_good_first_gradient_passes(config, model, head, samples):
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([p for _, p in named], lr=0.0, fused=True)
+    _, norm = train_step(model.get_decoder(), optimizer, [data.collate(samples[:2], 0)], functools.partial(token_loss_sum, head=head), 1e-3, 1.0)
+    train_loop.check_first_gradients(named, optimizer, norm)
+    assert gradients is not None and norm > 0
+
+
+# -- the whole run ---------------------------------------------------------------------------------------------------
+
+
+def run(tmp_path, *flags: str) -> tuple[int, list[dict]]:
+    """The command line, in this process, on the tiny model; its exit code and the rows of metrics.jsonl."""
+    folder = tmp_path / "run"
+    code = command_line(["--model", "tiny-random", "--output-dir", str(folder), "--lora-r", "4", "--learning-rate", "1e-2", *flags])
+    metrics = folder / "metrics.jsonl"
+    return code, [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
+def test_a_run_from_the_command_line_learns_and_leaves_everything(tiny, tmp_path, capsys):
+    code, rows = run(tmp_path, "--num-train-epochs", "4")
+    assert code == 0
+    steps = [row for row in rows if row["event"] == "step"]
+    evaluations = [row for row in rows if row["event"] == "eval"]
+    assert [row["step"] for row in steps] == list(range(1, 25))  # 22 examples: 11 micro-batches, 6 steps an epoch
+    assert [row["epoch"] for row in steps] == [1] * 6 + [2] * 6 + [3] * 6 + [4] * 6
+    assert [row["step"] for row in evaluations] == [0, 6, 12, 18, 24]
+    assert steps[-1]["loss"] < steps[0]["loss"] / 1.5
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] / 1.5
+    assert all(row["perplexity"] == pytest.approx(math.exp(row["eval_loss"])) for row in evaluations)
+    assert [row["learning_rate"] for row in steps] == pytest.approx([1e-2 * lr_multiplier(k, 3, 24) for k in range(24)])
+    for epoch in range(4):
+        assert sum(row["num_tokens"] for row in steps if row["epoch"] == epoch + 1) == 2630
+    assert all(row["grad_norm"] > 0 and row["tokens_per_s"] > 0 and row["peak_memory_gib"] > 0 for row in steps)
+    folder = tmp_path / "run"
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter", "checkpoints", "config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "tensorboard"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000012", "step-000018", "step-000024"]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [set(sample) for sample in samples] == [{"step", "prompt", "base", "tuned", "reference"}] * 3
+    out = capsys.readouterr().out
+    for words in ("Model: tiny-random (as asked", "Attention: sdpa (flash_attention_2 cannot run", "columns instruction/response", "qkv_proj",
+                  "step 1/24", "step 5/24", "step 24/24", "epoch 4  held-out loss", "tensorboard --logdir", "AutoPeftModelForCausalLM", "BitsAndBytesConfig"):  # fmt: skip
+        assert words in out, words
+    assert "step 6/24" not in out
+    assert command_line(["--model", "tiny-random", "--output-dir", str(folder)]) == ExitCode.CHECKPOINT
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_path):
+    losses = []
+    for name, flags in (("a", []), ("b", ["--logging-steps", "1"]), ("c", ["--seed", "7"])):
+        _, rows = run(tmp_path / name, "--max-steps", "7", *flags)
+        losses.append([row["loss"] for row in rows if row["event"] == "step"])
+    assert losses[0] == losses[1] and len(losses[0]) == 7
+    assert losses[0][:3] != losses[2][:3]
+
+
+def test_evaluation_disturbs_nothing(tiny, tmp_path):
+    """With and without held-out data: the same losses to the last bit, dropout on."""
+    from qlora.config import BUNDLED_TRAIN
+
+    flags = ["--train-file", str(BUNDLED_TRAIN), "--num-train-epochs", "2"]
+    _, without = run(tmp_path / "a", *flags)
+    _, with_it = run(tmp_path / "b", *flags, "--eval-file", str(BUNDLED_TRAIN))
+    assert [r["loss"] for r in without] == [r["loss"] for r in with_it if r["event"] == "step"]
+    assert len(with_it) > len(without)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--prompt-format chat", "--loss-on all", "--gradient-checkpointing full", "--attn-implementation eager", "--target-modules qkv_proj o_proj",
+     "--max-length 120 --on-long truncate", "--save-total-limit 1", "--per-device-train-batch-size 3 --gradient-accumulation-steps 1",
+     "--max-grad-norm None", "--lora-dropout 0 --lora-alpha 16", "--weight-decay 0.5", "--warmup-ratio 0.5", "--seed 5"],
+)  # fmt: skip
+def test_every_option_runs_and_changes_the_run(tiny, tmp_path, flags):
+    code, rows = run(tmp_path / "with", *flags.split(), "--max-steps", "8")
+    _, usual = run(tmp_path / "without", "--max-steps", "8")
+    assert code == 0 and len([row for row in rows if row["event"] == "step"]) == 8
+    same = [row["loss"] for row in rows if row["event"] == "step"] == [row["loss"] for row in usual if row["event"] == "step"]
+    assert same == (flags in {"--gradient-checkpointing full", "--save-total-limit 1"})
+    if "save-total-limit" in flags:
+        assert len(list((tmp_path / "with" / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_max_steps_may_end_within_an_epoch_and_go_beyond_the_epochs(tiny, tmp_path):
+    _, rows = run(tmp_path, "--max-steps", "8", "--num-train-epochs", "1")
+    assert [row["step"] for row in rows if row["event"] == "eval"] == [0, 6, 8]
+    assert (tmp_path / "run" / "checkpoints" / "step-000008").is_dir()
+
+
+def test_one_example_trains(tiny, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
+    code, rows = run(tmp_path, "--train-file", str(tmp_path / "one.jsonl"), "--num-train-epochs", "2")
+    assert code == 0 and [row["num_tokens"] for row in rows] == [2, 2]
+
+
+def test_init_adapter_goes_on_where_the_first_run_ended(tiny, tmp_path):
+    _, first = run(tmp_path / "a", "--num-train-epochs", "2")
+    _, second = run(tmp_path / "b", "--num-train-epochs", "1", "--init-adapter", str(tmp_path / "a" / "run" / "adapter"))
+    assert second[0]["eval_loss"] == pytest.approx(first[-1]["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        ("--target-modules q_proj v_proj", 2, "q_proj matches no linear layer"),
+        ("--train-file none.jsonl", 3, "none.jsonl does not exist"),
+        ("--train-file empty.jsonl", 3, "empty.jsonl holds no example"),
+        ("--train-file broken.jsonl", 3, "broken.jsonl:2:"),
+        ("--train-file .", 3, "is a folder"),
+        ("--max-length 20", 3, "none of 22 examples fits --max-length 20"),
+        ("--model ./nowhere", 7, "no such folder"),
+        ("--attn-implementation flash_attention_2", 7, "needs a CUDA GPU"),
+        ("--output-dir file/run", 4, "cannot be written"),
+        ("--max-length 0", 2, "--max-length 0 cannot be used"),
+    ],
+)
+def test_bad_input_is_one_paragraph_with_its_exit_code(tiny, tmp_path, monkeypatch, capsys, flags, code, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text('{"instruction": "q", "response": "a"}\nnonsense\n')
+    default = [] if "--output-dir" in flags else ["--output-dir", "run"]
+    model = [] if "--model" in flags else ["--model", "tiny-random"]
+    assert command_line([*flags.split(), *default, *model]) == code
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_debug_shows_the_traceback(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        command_line(["--model", "./nowhere", "--debug"])
+
+
+def test_interruption_and_memory_have_their_exit_codes(tiny, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def too_large(*_):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(train_loop, "main", interrupted)
+    assert command_line([]) == 130
+    monkeypatch.setattr(train_loop, "main", too_large)
+    assert command_line([]) == ExitCode.MEMORY
+    assert "--per-device-train-batch-size 1" in capsys.readouterr().err
+
+
+def test_frozen_configuration_cannot_drift(config):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
