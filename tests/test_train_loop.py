@@ -16,7 +16,7 @@ from qlora.__main__ import train as command_line
 from qlora.config import ExitCode, UserError
 from qlora.data import IGNORED
 from qlora.loss import read_head, token_loss_sum
-from tests.conftest import adapted_model, gradients, relative_error, wake_adapters
+from tests.conftest import adapted_model, relative_error, wake_adapters
 from tests.test_loss import plain_loss_sum
 from train_loop import lr_multiplier, train_step
 
@@ -68,20 +68,23 @@ def updates(config, window, **changes):
     return {name: start[name] - end[name] for name in start}, results[0]
 
 
-def test_a_window_counts_as_one_batch_however_it_is_cut(config, samples):
-    """8 x 1 = 4 x 2 = 1 x 8 = uneven, with answers of very different lengths: the sum over tokens, not a mean of means."""
-    rows = [sample._replace(labels=[IGNORED] * keep + sample.labels[keep:]) for sample, keep in zip(samples, (0, 0, 110, 0, 120, 0, 60, 90), strict=False)]
-    assert len({sum(label != IGNORED for label in row.labels) for row in rows}) > 4
+def test_a_window_counts_as_one_batch_however_it_is_cut(config):
+    """8 x 1 = 4 x 2 = 1 x 8 = uneven, for answers of 2 to 100 tokens: the sum over tokens, not a mean of means."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for index, length in enumerate((2, 100, 5, 60, 12, 3, 80, 4)):
+        ids = torch.randint(40 * index, 40 * index + 40, (length + 3,), generator=generator).tolist()  # each on a topic of its own
+        rows.append(data.Encoded(ids, [IGNORED] * 3 + ids[3:], index))
     whole, (loss, norm) = updates(config, [data.collate(rows, 0)])
     for size in (1, 2, 3):
         window = list(data.micro_batches(rows, range(8), size, 0))
         parts, (other_loss, other_norm) = updates(config, window)
-        assert other_loss.item() == pytest.approx(loss.item(), rel=1e-3)
-        assert other_norm.item() == pytest.approx(norm.item(), rel=2e-2)
-        assert relative_error(parts, whole) < 0.03  # bf16; a mean of means is off by 0.3 and more
+        assert other_loss.item() == pytest.approx(loss.item(), rel=1e-4)
+        assert other_norm.item() == pytest.approx(norm.item(), rel=1e-2)
+        assert relative_error(parts, whole) < 0.03  # what bf16 rounds
     means = [updates(config, [batch])[0] for batch in data.micro_batches(rows, range(8), 1, 0)]
     mean_of_means = {name: sum(mean[name] for mean in means) / 8 for name in whole}
-    assert relative_error(mean_of_means, whole) > 0.3
+    assert relative_error(mean_of_means, whole) > 0.3  # the test would see it
 
 
 def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
@@ -128,7 +131,7 @@ def test_the_norm_returned_is_that_before_clipping_and_the_step_obeys_the_limit(
 
 def test_only_adapters_move_and_gradients_are_freed(config, samples, model, head):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0, fused=True)
     train_step(model.get_decoder(), optimizer, [data.collate(samples[:2], 0)], functools.partial(token_loss_sum, head=head), 1e-3, 1.0)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_B" not in name)  # A's first gradient is zero, as B is
@@ -171,7 +174,7 @@ def test_a_good_first_gradient_passes(config, model, head, samples):
     optimizer = torch.optim.AdamW([p for _, p in named], lr=0.0, fused=True)
     _, norm = train_step(model.get_decoder(), optimizer, [data.collate(samples[:2], 0)], functools.partial(token_loss_sum, head=head), 1e-3, 1.0)
     train_loop.check_first_gradients(named, optimizer, norm)
-    assert gradients is not None and norm > 0
+    assert norm > 0
 
 
 # -- the whole run ---------------------------------------------------------------------------------------------------
@@ -193,8 +196,8 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(tiny, tmp_path
     assert [row["step"] for row in steps] == list(range(1, 25))  # 22 examples: 11 micro-batches, 6 steps an epoch
     assert [row["epoch"] for row in steps] == [1] * 6 + [2] * 6 + [3] * 6 + [4] * 6
     assert [row["step"] for row in evaluations] == [0, 6, 12, 18, 24]
-    assert steps[-1]["loss"] < steps[0]["loss"] / 1.5
-    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] / 1.5
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.4
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 0.4
     assert all(row["perplexity"] == pytest.approx(math.exp(row["eval_loss"])) for row in evaluations)
     assert [row["learning_rate"] for row in steps] == pytest.approx([1e-2 * lr_multiplier(k, 3, 24) for k in range(24)])
     for epoch in range(4):
