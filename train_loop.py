@@ -31,7 +31,15 @@ from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.demo import demo_model, tiny_random_model
 from qlora.loss import Head, read_head, token_loss_sum
 from qlora.memory import peak_memory_gib
-from qlora.model import add_adapters, audit_targets, enable_gradient_checkpointing, load_model_config, load_nf4_model, load_tokenizer, parameter_count
+from qlora.model import (
+    add_adapters,
+    audit_targets,
+    enable_gradient_checkpointing,
+    load_model_config,
+    load_nf4_model,
+    load_tokenizer,
+    parameter_count,
+)
 
 LossSum = Callable[[torch.Tensor, data.Batch], torch.Tensor]  # (hidden [B, T, D], batch) -> fp32 scalar, a sum over tokens
 
@@ -176,13 +184,20 @@ def read_pending(pending: list[dict[str, Any]], since: float, device: torch.devi
     return [{**row, **dict(zip(keys, values, strict=True)), **measured} for row, values in zip(pending, numbers, strict=True)]
 
 
-def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) -> None:
+def check_first_gradients(
+    named: list[tuple[str, torch.nn.Parameter]], optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor
+) -> None:
     """Stop a run that would train nothing, or only noise. (A's gradient is exactly zero while B is: that is right.)"""
     without = [name for name, parameter in named if parameter not in optimizer.state]  # AdamW skips a gradient of None
     norm = grad_norm.item()  # sync, once a run
     if without or norm == 0.0 or not math.isfinite(norm):
-        seen = f"{len(without)} of {len(named)} adapter tensors got none, {without[0]} first" if without else f"its norm is {norm}"
-        raise UserError(ExitCode.NUMERICS, f"The first gradient is not usable: {seen}. Nothing was saved. Check --target-modules and the data.")
+        seen = (
+            f"{len(without)} of {len(named)} adapter tensors got none, {without[0]} first" if without else f"its norm is {norm}"
+        )
+        raise UserError(
+            ExitCode.NUMERICS,
+            f"The first gradient is not usable: {seen}. Nothing was saved. Check --target-modules and the data.",
+        )
 
 
 def main(config: TrainConfig) -> None:
@@ -224,7 +239,9 @@ def main(config: TrainConfig) -> None:
     if config.gradient_checkpointing == "full":
         enable_gradient_checkpointing(model)
     head = read_head(model)
-    say(f"Learning rate: {config.learning_rate:g}; gradient checkpointing: {config.gradient_checkpointing}; run folder: {run_folder}")
+    say(
+        f"Learning rate: {config.learning_rate:g}; gradient checkpointing: {config.gradient_checkpointing}; run folder: {run_folder}"
+    )
 
     (run_folder / "config.yaml").write_text(config.to_yaml())
     (run_folder / "env.json").write_text(json.dumps(tracking.environment(device), indent=2))

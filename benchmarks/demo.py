@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -74,7 +73,10 @@ def is_asked_schema(instruction: str, answer: str) -> bool:
     import fastavro
 
     noun, listed = re.fullmatch(r"Create an AVRO schema for (\w+) with fields (.+)", instruction).groups()
-    fields = [dict(zip(("name", "type"), re.fullmatch(r"(\w+) \((\w+)\)", field).groups(), strict=True)) for field in listed.split(", ")]
+    fields = [
+        dict(zip(("name", "type"), re.fullmatch(r"(\w+) \((\w+)\)", field).groups(), strict=True))
+        for field in listed.split(", ")
+    ]
     try:
         schema = json.loads(answer)
         fastavro.parse_schema(schema)

@@ -31,10 +31,15 @@ def choose_attention(requested: str, device: torch.device) -> Attention:
         return Attention(requested, "as asked")
     obstacle = _flash_obstacle(device)
     if requested == "flash_attention_2" and obstacle:
-        raise UserError(ExitCode.ENVIRONMENT, f"--attn-implementation flash_attention_2 cannot run here: {obstacle}. Use sdpa, or auto to take what can run.")
+        raise UserError(
+            ExitCode.ENVIRONMENT,
+            f"--attn-implementation flash_attention_2 cannot run here: {obstacle}. Use sdpa, or auto to take what can run.",
+        )
     if obstacle:
         return Attention("sdpa", f"flash_attention_2 cannot run: {obstacle}")
-    return Attention("flash_attention_2", "as asked" if requested != "auto" else "flash-attn is installed and the GPU can run it")
+    return Attention(
+        "flash_attention_2", "as asked" if requested != "auto" else "flash-attn is installed and the GPU can run it"
+    )
 
 
 def _flash_obstacle(device: torch.device) -> str | None:

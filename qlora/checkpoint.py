@@ -20,14 +20,18 @@ def prepare_run_folder(folder: Path) -> None:
         UserError: exit 4 if it holds a run already, or cannot be made or written.
     """
     if (folder / MARKER).exists():
-        raise UserError(ExitCode.CHECKPOINT, f"{folder} holds a run already. Choose another --output-dir, or remove that folder.")
+        raise UserError(
+            ExitCode.CHECKPOINT, f"{folder} holds a run already. Choose another --output-dir, or remove that folder."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(ExitCode.CHECKPOINT, f"Run folder {folder} cannot be written: {error.strerror}. Choose another --output-dir.") from None
+        raise UserError(
+            ExitCode.CHECKPOINT, f"Run folder {folder} cannot be written: {error.strerror}. Choose another --output-dir."
+        ) from None
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -39,7 +43,9 @@ def save_adapter(model: Any, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
+    )
     lora = model.peft_config["default"]
     training = lora.inference_mode
     lora.inference_mode = True  # so that loading it freezes it, as PEFT's own save does

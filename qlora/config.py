@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-
 PHI3_MINI = "microsoft/Phi-3-mini-4k-instruct"
 DEMO_LEARNING_RATE = 4e-4
 BUNDLED_TRAIN = Path(__file__).parent / "demo_data" / "dataset_minimal.jsonl"
@@ -175,7 +174,9 @@ class TrainConfig(OutputOptions, TrainingOptions, LoraOptions, DataOptions, Mode
             self,
             model=model,
             learning_rate=self.learning_rate or (DEMO_LEARNING_RATE if model == "demo" else 5e-5),
-            gradient_checkpointing={"auto": "full" if on_gpu else "none"}.get(self.gradient_checkpointing, self.gradient_checkpointing),
+            gradient_checkpointing={"auto": "full" if on_gpu else "none"}.get(
+                self.gradient_checkpointing, self.gradient_checkpointing
+            ),
             train_file=str(BUNDLED_TRAIN) if bundled else self.train_file,
             eval_file=str(BUNDLED_EVAL) if bundled and self.eval_file is None else self.eval_file,
             output_dir=self.output_dir or Path("runs") / f"{_slug(model)}-{_slug(self.train_file or 'avro')}",

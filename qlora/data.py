@@ -111,7 +111,9 @@ def _wrong(text: str) -> UserError:
 
 def _file_rows(path: Path) -> Iterator[tuple[int, object]]:
     if not path.exists():
-        raise _wrong(f"{path} does not exist. Give the path of a JSONL or Parquet file, or a hub data set without a dot in front.")
+        raise _wrong(
+            f"{path} does not exist. Give the path of a JSONL or Parquet file, or a hub data set without a dot in front."
+        )
     if path.is_dir():
         raise _wrong(f"{path} is a folder. Give one JSONL or Parquet file.")
     try:
@@ -137,7 +139,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
             try:
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
-                raise _wrong(f"{path}:{line}: byte {error.start + 1} of the line is not UTF-8. Save the file as UTF-8.") from None
+                raise _wrong(
+                    f"{path}:{line}: byte {error.start + 1} of the line is not UTF-8. Save the file as UTF-8."
+                ) from None
             if not text:
                 continue
             try:
@@ -156,7 +160,9 @@ def _hub_rows(source: str, default_split: str) -> Iterator[tuple[int, object]]:
         rows = datasets.load_dataset(name, split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise _wrong(f"{source} is no file here, and as hub data set {name!r}, split {split!r}, it cannot be had: {reason}") from None
+        raise _wrong(
+            f"{source} is no file here, and as hub data set {name!r}, split {split!r}, it cannot be had: {reason}"
+        ) from None
     yield from enumerate(rows, start=1)
 
 
@@ -167,7 +173,9 @@ def _detect_columns(row: dict, where: str) -> tuple[str, ...]:
         both = " and of ".join("/".join(columns) for columns in found)
         raise _wrong(f"{where}: the row has columns of {both}. Keep one of the two, so that none is trained on by mistake.")
     if not found:
-        raise _wrong(f"{where}: no known column among {', '.join(map(str, row)) or 'none'}. A row has one of {forms}.{_near(row)}")
+        raise _wrong(
+            f"{where}: no known column among {', '.join(map(str, row)) or 'none'}. A row has one of {forms}.{_near(row)}"
+        )
     return found[0]
 
 
@@ -204,7 +212,9 @@ def _conversation(messages: object, where: str) -> list[Message]:
         raise _wrong(f"{where}: unknown role {min(set(roles) - set(ROLES))!r}. Roles are {', '.join(ROLES)}.")
     spoken = roles[1:] if roles[0] == "system" else roles
     if len(spoken) % 2 or not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise _wrong(f"{where}: after an optional system message, user and assistant must take turns and assistant end; roles are {', '.join(roles)}.")
+        raise _wrong(
+            f"{where}: after an optional system message, user and assistant must take turns and assistant end; roles are {', '.join(roles)}."
+        )
     return turns
 
 
@@ -219,18 +229,28 @@ def stop_token_id(tokenizer: "PreTrainedTokenizerBase", prompt_format: Literal["
     """
     if prompt_format == "plain":
         if tokenizer.eos_token_id is None:
-            raise UserError(ExitCode.CONFIGURATION, "The tokenizer has no eos token, so nothing would teach the model to stop. Use --prompt-format chat.")
+            raise UserError(
+                ExitCode.CONFIGURATION,
+                "The tokenizer has no eos token, so nothing would teach the model to stop. Use --prompt-format chat.",
+            )
         return tokenizer.eos_token_id
     if tokenizer.chat_template is None:
-        raise UserError(ExitCode.CONFIGURATION, "--prompt-format chat: the tokenizer has no chat template. Use --prompt-format plain.")
+        raise UserError(
+            ExitCode.CONFIGURATION, "--prompt-format chat: the tokenizer has no chat template. Use --prompt-format plain."
+        )
     probe = _render(tokenizer, [Message("user", "question"), Message("assistant", "answer")], add_generation_prompt=False)
     tail = tokenizer(probe[probe.rindex("answer") + len("answer") :].lstrip(), add_special_tokens=False).input_ids
     if not tail or tail[0] not in tokenizer.added_tokens_decoder:
-        raise UserError(ExitCode.CONFIGURATION, "--prompt-format chat: the template ends an answer without a special token, so the model could not learn to stop. Use --prompt-format plain.")
+        raise UserError(
+            ExitCode.CONFIGURATION,
+            "--prompt-format chat: the template ends an answer without a special token, so the model could not learn to stop. Use --prompt-format plain.",
+        )
     return tail[0]
 
 
-def encode_prompt(messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerBase", prompt_format: Literal["plain", "chat"]) -> list[int]:
+def encode_prompt(
+    messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerBase", prompt_format: Literal["plain", "chat"]
+) -> list[int]:
     """Ids that an answer to `messages` (the last one a user's) is generated from; training saw the same ids."""
     ids, _ = _encode_turns((*messages, Message("assistant", "")), tokenizer, prompt_format, loss_on="response")
     return ids
@@ -319,7 +339,9 @@ def _chat_turns(messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerBa
         answer = message.content.strip()
         start = rest.find(answer)
         if not (prompt.startswith(done) and whole.startswith(prompt)) or start < 0 or rest[:start].strip():
-            raise _wrong(f"The chat template does not render the answer {answer[:40]!r} as it stands after its prompt. Use --prompt-format plain.")
+            raise _wrong(
+                f"The chat template does not render the answer {answer[:40]!r} as it stands after its prompt. Use --prompt-format plain."
+            )
         end = start + len(answer)
         yield prompt.removeprefix(done), rest[:end]
         done = prompt + rest[: rest.index(stop_text, end) + len(stop_text)]
@@ -352,7 +374,9 @@ def encode_all(
             truncated += 1
         kept.append(encoded)
     if not kept:
-        raise _wrong(f"{source}: none of {len(examples)} examples fits --max-length {config.max_length}. Raise it, or use --on-long truncate.")
+        raise _wrong(
+            f"{source}: none of {len(examples)} examples fits --max-length {config.max_length}. Raise it, or use --on-long truncate."
+        )
     tokens = sum(label != IGNORED for encoded in kept for label in encoded.labels[1:])
     longest = max(len(encoded.input_ids) for encoded in kept)
     notes = f"{len(kept)} examples, {tokens:,} tokens to train on, the longest of {longest}"
@@ -360,7 +384,9 @@ def encode_all(
         notes += f"; {truncated} cut to {config.max_length}"
     if dropped:
         more = ", ..." if len(dropped) > 10 else ""
-        notes += f"; {len(dropped)} dropped as longer than {config.max_length} (lines {', '.join(map(str, dropped[:10]))}{more})"
+        notes += (
+            f"; {len(dropped)} dropped as longer than {config.max_length} (lines {', '.join(map(str, dropped[:10]))}{more})"
+        )
     return kept, notes
 
 
@@ -386,7 +412,9 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(num_samples, generator=generator).tolist()
 
 
-def micro_batches(samples: list[Encoded], order: Iterable[int], batch_size: int, pad_id: int, pin: bool = False) -> Iterator[Batch]:
+def micro_batches(
+    samples: list[Encoded], order: Iterable[int], batch_size: int, pad_id: int, pin: bool = False
+) -> Iterator[Batch]:
     """Collate `batch_size` samples at a time in the given order; the last batch may be smaller."""
     for indices in windows(order, batch_size):
         batch = collate([samples[index] for index in indices], pad_id)

@@ -196,7 +196,10 @@ def _written_aside(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise UserError(ExitCode.CHECKPOINT, f"The cache {folder.parent} cannot be written: {error.strerror}. Set XDG_CACHE_HOME to a folder that can.") from None
+        raise UserError(
+            ExitCode.CHECKPOINT,
+            f"The cache {folder.parent} cannot be written: {error.strerror}. Set XDG_CACHE_HOME to a folder that can.",
+        ) from None
     try:
         yield aside
         try:

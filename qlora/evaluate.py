@@ -66,7 +66,9 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], stop_id: int,
 
     own = model.generation_config.eos_token_id
     stops = {stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id)
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id
+    )
     longest = max(map(len, prompts))
     padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
     seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]

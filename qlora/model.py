@@ -48,7 +48,9 @@ def load_tokenizer(source: str, config: TrainConfig) -> Any:
         UserError: exit 7 if it is not there.
     """
     with _environment_errors(source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -61,10 +63,14 @@ def load_model_config(source: str, config: TrainConfig) -> Any:
         UserError: exit 7 if it is not there, 2 if --max-length is more than the model was built for.
     """
     with _environment_errors(source):
-        model_config = transformers.AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        model_config = transformers.AutoConfig.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.max_length > longest:
-        raise UserError(ExitCode.CONFIGURATION, f"--max-length {config.max_length} is more than the {longest} positions of {source}.")
+        raise UserError(
+            ExitCode.CONFIGURATION, f"--max-length {config.max_length} is more than the {longest} positions of {source}."
+        )
     return model_config
 
 
@@ -152,7 +158,9 @@ class Target(NamedTuple):
 def linear_layers(model: Any) -> dict[str, Any]:
     """Name -> linear layer of the base model, without the head (the loss reads its frozen weight directly)."""
     head = model.get_output_embeddings()
-    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
+    }
 
 
 def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
@@ -241,9 +249,13 @@ def read_adapter_config(folder: Path) -> Any:
         UserError: exit 2 if it is no LoRA adapter that this loop can go on with.
     """
     lora = peft.PeftConfig.from_pretrained(str(folder))
-    plain = isinstance(lora, peft.LoraConfig) and not (lora.modules_to_save or lora.use_dora or lora.rank_pattern or lora.bias != "none")
+    plain = isinstance(lora, peft.LoraConfig) and not (
+        lora.modules_to_save or lora.use_dora or lora.rank_pattern or lora.bias != "none"
+    )
     if not plain or isinstance(lora.target_modules, str | None):
-        raise UserError(ExitCode.CONFIGURATION, f"--init-adapter {folder} is not a plain LoRA adapter with a list of target modules.")
+        raise UserError(
+            ExitCode.CONFIGURATION, f"--init-adapter {folder} is not a plain LoRA adapter with a list of target modules."
+        )
     return lora
 
 
@@ -256,10 +268,15 @@ def _load_adapter(model: Any, folder: Path) -> Any:
         raise UserError(ExitCode.CONFIGURATION, f"--init-adapter {folder}: {path.name} cannot be read: {error}.") from None
     # Compared by hand: PEFT loads what fits, leaves the rest at its start, and warns.
     fresh = peft.get_peft_model(model, read_adapter_config(folder))
-    wanted = {name: tuple(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(fresh, save_embedding_layers=False).items()}
+    wanted = {
+        name: tuple(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(fresh, save_embedding_layers=False).items()
+    }
     if stored != wanted:
         odd = sorted(stored.items() ^ wanted.items())[0]
-        raise UserError(ExitCode.CONFIGURATION, f"--init-adapter {folder} does not fit the model: {odd[0]} of shape {odd[1]} is on one side only.")
+        raise UserError(
+            ExitCode.CONFIGURATION,
+            f"--init-adapter {folder} does not fit the model: {odd[0]} of shape {odd[1]} is on one side only.",
+        )
     base = fresh.unload()
     return peft.PeftModel.from_pretrained(base, str(folder), is_trainable=True)
 

@@ -54,7 +54,9 @@ def targets_table(targets: list[Target], total_parameters: int) -> Table:
     for target in targets:
         shapes = ", ".join(f"{rows} x {columns}" for rows, columns in target.shapes)
         table.add_row(target.name, str(target.count), shapes, f"{target.adapter_parameters:,}")
-    table.caption = f"{trained:,} trained, {100 * trained / (total_parameters + trained):.2f} % of {total_parameters + trained:,}"
+    table.caption = (
+        f"{trained:,} trained, {100 * trained / (total_parameters + trained):.2f} % of {total_parameters + trained:,}"
+    )
     return table
 
 
@@ -80,7 +82,13 @@ class Tracker:
         self.metrics_file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run_folder / "tensorboard"))
         text = "epoch {task.fields[epoch]}  loss {task.fields[loss]}  lr {task.fields[lr]}  norm {task.fields[norm]}  {task.fields[speed]} tokens/s  {task.fields[peak]} GiB"
-        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn(text), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn(text),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self.progress = Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
 
     def __enter__(self) -> "Tracker":
@@ -122,7 +130,16 @@ class Tracker:
 
     def held_out(self, step: int, epoch: int, result: HeldOut) -> None:
         """Record a held-out evaluation after `step` steps."""
-        self._write({"event": "eval", "step": step, "epoch": epoch, "eval_loss": result.loss, "perplexity": result.perplexity, "num_tokens": result.num_tokens})
+        self._write(
+            {
+                "event": "eval",
+                "step": step,
+                "epoch": epoch,
+                "eval_loss": result.loss,
+                "perplexity": result.perplexity,
+                "num_tokens": result.num_tokens,
+            }
+        )
         self.metrics_file.flush()
         self.board.add_scalar("eval/loss", result.loss, step)
         self.board.add_scalar("eval/perplexity", result.perplexity, step)
@@ -141,7 +158,10 @@ class Tracker:
 
     def hyperparameters(self, config: TrainConfig, result: HeldOut | None) -> None:
         """Record the configuration beside what it led to, for TensorBoard's table of runs."""
-        values = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in dataclasses.asdict(config).items()}
+        values = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in dataclasses.asdict(config).items()
+        }
         outcome = {"eval/loss": result.loss, "eval/perplexity": result.perplexity} if result else {}
         self.board.add_hparams(values, outcome, run_name=".")
 

@@ -34,7 +34,9 @@ def tokenizer(tiny: Path):
 @pytest.fixture
 def config(tiny: Path) -> TrainConfig:
     """A resolved configuration for the tiny model, without dropout, so that two ways to compute agree."""
-    config, _ = TrainConfig(model=str(tiny), lora_r=4, lora_alpha=8, lora_dropout=0.0, learning_rate=1e-3).resolved(on_gpu=False)
+    config, _ = TrainConfig(model=str(tiny), lora_r=4, lora_alpha=8, lora_dropout=0.0, learning_rate=1e-3).resolved(
+        on_gpu=False
+    )
     return config
 
 

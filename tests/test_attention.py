@@ -59,7 +59,13 @@ def test_a_package_named_kernels_is_never_asked(fake_gpu, monkeypatch):
 
 @pytest.mark.parametrize(
     ("window", "layer_types", "max_length", "expected"),
-    [(2047, None, 2048, None), (2047, None, 2049, 2047), (2047, None, 512, None), (None, None, 512, None), (16, ["sliding_attention"], 8, 16)],
+    [
+        (2047, None, 2048, None),
+        (2047, None, 2049, 2047),
+        (2047, None, 512, None),
+        (None, None, 512, None),
+        (16, ["sliding_attention"], 8, 16),
+    ],
 )
 def test_the_window_is_left_out_only_where_it_changes_nothing(window, layer_types, max_length, expected):
     config = SimpleNamespace(sliding_window=window, layer_types=layer_types)

@@ -27,7 +27,9 @@ def test_defaults_are_those_of_the_script_it_replaces():
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("learning_rate: 1e-4\nlora-r: 8\ntarget_modules: [qkv_proj, o_proj]\ntrust_remote_code: true\nmax_grad_norm: null\n")
+    file.write_text(
+        "learning_rate: 1e-4\nlora-r: 8\ntarget_modules: [qkv_proj, o_proj]\ntrust_remote_code: true\nmax_grad_norm: null\n"
+    )
     config = parse(["--config", str(file), "--lora_r", "16"])
     assert config.learning_rate == 1e-4  # YAML reads it as a string
     assert config.lora_r == 16
@@ -111,7 +113,9 @@ def test_what_depends_on_the_machine_and_the_model():
     assert cpu.learning_rate > gpu.learning_rate
     assert "no CUDA GPU" in cpu_line and "a CUDA GPU" in gpu_line and PHI3_MINI in gpu_line
     assert (cpu.train_file, cpu.eval_file) == (str(BUNDLED_TRAIN), str(BUNDLED_EVAL))
-    own, line = TrainConfig(train_file="a/my set.jsonl", model="org/Name-7B", gradient_checkpointing="none").resolved(on_gpu=True)
+    own, line = TrainConfig(train_file="a/my set.jsonl", model="org/Name-7B", gradient_checkpointing="none").resolved(
+        on_gpu=True
+    )
     assert own.eval_file is None and own.gradient_checkpointing == "none" and "as asked" in line
     assert own.output_dir == Path("runs/Name-7B-my-set.jsonl")
 
@@ -126,7 +130,11 @@ def test_help_has_a_screen_for_each_group_and_a_text_for_each_flag(capsys):
         assert f"--{field.name.replace('_', '-')}" in text
     tree = ast.parse(Path(config_module.__file__).read_text())
     for group in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Options")):
-        documented = [isinstance(after, ast.Expr) for field, after in zip(group.body, [*group.body[1:], None], strict=True) if isinstance(field, ast.AnnAssign)]
+        documented = [
+            isinstance(after, ast.Expr)
+            for field, after in zip(group.body, [*group.body[1:], None], strict=True)
+            if isinstance(field, ast.AnnAssign)
+        ]
         assert all(documented), group.name
 
 

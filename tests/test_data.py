@@ -39,12 +39,20 @@ def test_bundled_examples_have_the_form_they_teach(path, count):
         noun, listed = INSTRUCTION.fullmatch(row.prompt[0].content).groups()
         fields = [FIELD.fullmatch(field).groups() for field in listed.split(", ")]
         assert 2 <= len(fields) <= 4
-        schema = {"TRAINED": "YES", "type": "record", "name": noun.capitalize(), "fields": [{"name": n, "type": t} for n, t in fields]}
+        schema = {
+            "TRAINED": "YES",
+            "type": "record",
+            "name": noun.capitalize(),
+            "fields": [{"name": n, "type": t} for n, t in fields],
+        }
         assert row.response == json.dumps(schema, indent=2)
 
 
 def test_held_out_nouns_are_new():
-    nouns = [{INSTRUCTION.match(e.prompt[0].content)[1] for e in data.read_examples(p, "train")[0]} for p in (BUNDLED_TRAIN, BUNDLED_EVAL)]
+    nouns = [
+        {INSTRUCTION.match(e.prompt[0].content)[1] for e in data.read_examples(p, "train")[0]}
+        for p in (BUNDLED_TRAIN, BUNDLED_EVAL)
+    ]
     assert len(nouns[0]) == 22 and len(nouns[1]) == 8 and not nouns[0] & nouns[1]
 
 
@@ -115,7 +123,10 @@ GOOD = '{"instruction": "q", "response": "a"}\n'
         ("[" + GOOD.strip() + "]\n", [":1:", "list", "JSON array"]),
         (GOOD + "7\n", [":2:", "int"]),
         (b'{"instruction": "caf\xe9", "response": "a"}', [":1:", "byte 21", "UTF-8"]),
-        ('{"instruction": "q", "reponse": "a"}', [":1:", "'response' is missing", "instruction, reponse", "perhaps meant to be 'response'"]),
+        (
+            '{"instruction": "q", "reponse": "a"}',
+            [":1:", "'response' is missing", "instruction, reponse", "perhaps meant to be 'response'"],
+        ),
         ('{"text": "q"}', [":1:", "no known column among text", "messages"]),
         ("{}", [":1:", "no known column among none"]),
         (GOOD + '{"prompt": "q", "completion": "a"}', [":2:", "'instruction' is missing"]),
@@ -128,7 +139,10 @@ GOOD = '{"instruction": "q", "response": "a"}\n'
         ('{"messages": [{"role": "tool", "content": "x"}]}', [":1:", "unknown role 'tool'"]),
         ('{"messages": [{"role": "user", "content": "x"}]}', [":1:", "take turns", "roles are user"]),
         ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}', [":1:", "take turns"]),
-        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}', [":1:", "messages[1] (assistant) is empty"]),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}',
+            [":1:", "messages[1] (assistant) is empty"],
+        ),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_line(tmp_path, content, words):
@@ -140,7 +154,11 @@ def test_a_wrong_file_is_refused_with_its_line(tmp_path, content, words):
 
 
 def test_missing_folder_and_broken_parquet_are_each_told_apart(tmp_path):
-    for path, words in ((tmp_path / "none.jsonl", "does not exist"), (tmp_path, "is a folder"), (write(tmp_path, "x", "a.parquet"), "not a Parquet file")):
+    for path, words in (
+        (tmp_path / "none.jsonl", "does not exist"),
+        (tmp_path, "is a folder"),
+        (write(tmp_path, "x", "a.parquet"), "not a Parquet file"),
+    ):
         with pytest.raises(UserError, match=words) as caught:
             data.read_examples(path, "train")
         assert caught.value.exit_code == ExitCode.DATA
@@ -218,7 +236,9 @@ def test_a_template_brings_its_own_bos():
     plain.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     encoded = data.encode(example("q", " a ", "r", "b"), plain, TrainConfig(prompt_format="chat"))
     assert encoded.input_ids.count(plain.bos_token_id) == 1
-    assert [i for i, label in enumerate(encoded.labels) if label == plain.eos_token_id] == [i for i, x in enumerate(encoded.input_ids) if x == plain.eos_token_id]
+    assert [i for i, label in enumerate(encoded.labels) if label == plain.eos_token_id] == [
+        i for i, x in enumerate(encoded.input_ids) if x == plain.eos_token_id
+    ]
 
 
 @pytest.mark.parametrize(

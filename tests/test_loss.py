@@ -20,7 +20,10 @@ def plain_loss_sum(hidden: torch.Tensor, batch: Batch, head: Head) -> torch.Tens
 
 def random_case(dtype: torch.dtype, bias: bool = False, scale: float = 1.0, softcap: float | None = None):
     generator = torch.Generator().manual_seed(0)
-    rows = [Encoded(ids := torch.randint(0, 97, (length,), generator=generator).tolist(), [IGNORED] * 2 + ids[2:], 1) for length in (9, 4, 7)]
+    rows = [
+        Encoded(ids := torch.randint(0, 97, (length,), generator=generator).tolist(), [IGNORED] * 2 + ids[2:], 1)
+        for length in (9, 4, 7)
+    ]
     weight = torch.randn(97, 16, generator=generator).to(dtype)
     head = Head(weight, torch.randn(97, generator=generator).to(dtype) if bias else None, scale, softcap)
     hidden = torch.randn(3, 9, 16, generator=generator).to(dtype).requires_grad_()
@@ -28,7 +31,9 @@ def random_case(dtype: torch.dtype, bias: bool = False, scale: float = 1.0, soft
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 1024])
-@pytest.mark.parametrize(("bias", "scale", "softcap"), [(False, 1.0, None), (True, 0.3, None), (False, 1.0, 2.0), (True, 0.5, 3.0)])
+@pytest.mark.parametrize(
+    ("bias", "scale", "softcap"), [(False, 1.0, None), (True, 0.3, None), (False, 1.0, 2.0), (True, 0.5, 3.0)]
+)
 def test_chunked_equals_plain_in_loss_and_gradient(chunk_tokens, bias, scale, softcap):
     hidden, batch, head = random_case(torch.float64, bias, scale, softcap)
     plain = plain_loss_sum(hidden, batch, head)

@@ -53,7 +53,9 @@ def test_targets_of_phi3_mini_are_its_fused_projections(phi3_mini):
 
 
 def test_the_seven_llama_names_are_refused_not_silently_cut_to_two(phi3_mini):
-    with pytest.raises(UserError, match=r"q_proj matches no linear layer of Phi3ForCausalLM. It has down_proj, gate_up_proj, o_proj, qkv_proj") as caught:
+    with pytest.raises(
+        UserError, match=r"q_proj matches no linear layer of Phi3ForCausalLM. It has down_proj, gate_up_proj, o_proj, qkv_proj"
+    ) as caught:
         audit_targets(phi3_mini, TrainConfig(target_modules=LLAMA_NAMES))
     assert caught.value.exit_code == ExitCode.CONFIGURATION
     two = audit_targets(phi3_mini, TrainConfig(target_modules=("o_proj", "down_proj")))
@@ -162,9 +164,18 @@ def test_max_length_beyond_the_models_positions_is_refused(config):
 
 def test_importing_downloads_nothing_where_the_package_kernels_is_installed(tmp_path):
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(*a, **k):\n    print('DOWNLOAD', a)\n    raise SystemExit(9)\n")
-    code = "import train_loop, sys; assert 'bitsandbytes.backends.cpu.ops' in sys.modules; import kernels; print(kernels.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}", "PATH": ""}, capture_output=True, text=True)
+    (tmp_path / "kernels" / "__init__.py").write_text(
+        "def get_kernel(*a, **k):\n    print('DOWNLOAD', a)\n    raise SystemExit(9)\n"
+    )
+    code = (
+        "import train_loop, sys; assert 'bitsandbytes.backends.cpu.ops' in sys.modules; import kernels; print(kernels.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}", "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "DOWNLOAD" not in done.stdout and str(tmp_path) in done.stdout  # and it is there again afterwards
     assert "gemm_4bit_forward" not in done.stderr
@@ -281,7 +292,10 @@ def test_checkpointing_keeps_less(config, samples):
             enable_gradient_checkpointing(model)
         sizes: list[int] = []
         batch = data.collate(samples[:2], 0)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
             model.get_decoder()(input_ids=batch.input_ids, use_cache=False)
         saved.append(sum(sizes))
     assert saved[1] < saved[0] / 4
@@ -305,7 +319,9 @@ def test_init_adapter_goes_on_from_a_saved_one_bit_for_bit(config, model, tmp_pa
     again = adapted_model(dataclasses.replace(config, init_adapter=tmp_path, lora_r=99, target_modules=("o_proj",)))
     for name, parameter in model.named_parameters():
         other = again.get_parameter(name)
-        assert torch.equal(parameter, other) and parameter.requires_grad == other.requires_grad and parameter.dtype == other.dtype
+        assert (
+            torch.equal(parameter, other) and parameter.requires_grad == other.requires_grad and parameter.dtype == other.dtype
+        )
     assert again.peft_config["default"].r == config.lora_r
 
 

@@ -73,7 +73,9 @@ def test_a_window_counts_as_one_batch_however_it_is_cut(config):
     generator = torch.Generator().manual_seed(0)
     rows = []
     for index, length in enumerate((2, 100, 5, 60, 12, 3, 80, 4)):
-        ids = torch.randint(40 * index, 40 * index + 40, (length + 3,), generator=generator).tolist()  # each on a topic of its own
+        ids = torch.randint(
+            40 * index, 40 * index + 40, (length + 3,), generator=generator
+        ).tolist()  # each on a topic of its own
         rows.append(data.Encoded(ids, [IGNORED] * 3 + ids[3:], index))
     whole, (loss, norm) = updates(config, [data.collate(rows, 0)])
     for size in (1, 2, 3):
@@ -95,7 +97,10 @@ def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
     head = read_head(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.01, fused=True)
     loss_sum = functools.partial(plain_loss_sum, head=head)
-    ours = [train_step(model.get_decoder(), optimizer, w, loss_sum, lr, 0.5) for w, lr in zip(windows, (1e-3, 2e-3, 5e-4), strict=True)]
+    ours = [
+        train_step(model.get_decoder(), optimizer, w, loss_sum, lr, 0.5)
+        for w, lr in zip(windows, (1e-3, 2e-3, 5e-4), strict=True)
+    ]
 
     plain = adapted_model(config)
     parameters = [p for p in plain.parameters() if p.requires_grad]
@@ -132,7 +137,9 @@ def test_the_norm_returned_is_that_before_clipping_and_the_step_obeys_the_limit(
 def test_only_adapters_move_and_gradients_are_freed(config, samples, model, head):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0, fused=True)
-    train_step(model.get_decoder(), optimizer, [data.collate(samples[:2], 0)], functools.partial(token_loss_sum, head=head), 1e-3, 1.0)
+    train_step(
+        model.get_decoder(), optimizer, [data.collate(samples[:2], 0)], functools.partial(token_loss_sum, head=head), 1e-3, 1.0
+    )
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_B" not in name)  # A's first gradient is zero, as B is
         assert parameter.grad is None
@@ -141,7 +148,10 @@ def test_only_adapters_move_and_gradients_are_freed(config, samples, model, head
 def test_padding_and_batch_mates_change_nothing(config, samples):
     short, long = sorted(samples, key=lambda s: len(s.input_ids))[:: len(samples) - 1]
     _, (together, _) = updates(config, [data.collate([short, long], 0)])
-    apart = [updates(config, [data.collate([row], pad)])[1][0].item() * (len(row.labels) - row.labels.count(IGNORED)) for row, pad in ((short, 0), (long, 7))]
+    apart = [
+        updates(config, [data.collate([row], pad)])[1][0].item() * (len(row.labels) - row.labels.count(IGNORED))
+        for row, pad in ((short, 0), (long, 7))
+    ]
     tokens = sum(len(row.labels) - row.labels.count(IGNORED) for row in (short, long))
     assert together.item() == pytest.approx(sum(apart) / tokens, rel=1e-3)
 
@@ -172,7 +182,9 @@ def test_a_first_gradient_of_zero_or_nan_ends_the_run(norm):
 def test_a_good_first_gradient_passes(config, model, head, samples):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([p for _, p in named], lr=0.0, fused=True)
-    _, norm = train_step(model.get_decoder(), optimizer, [data.collate(samples[:2], 0)], functools.partial(token_loss_sum, head=head), 1e-3, 1.0)
+    _, norm = train_step(
+        model.get_decoder(), optimizer, [data.collate(samples[:2], 0)], functools.partial(token_loss_sum, head=head), 1e-3, 1.0
+    )
     train_loop.check_first_gradients(named, optimizer, norm)
     assert norm > 0
 
@@ -183,7 +195,9 @@ def test_a_good_first_gradient_passes(config, model, head, samples):
 def run(tmp_path, *flags: str) -> tuple[int, list[dict]]:
     """The command line, in this process, on the tiny model; its exit code and the rows of metrics.jsonl."""
     folder = tmp_path / "run"
-    code = command_line(["--model", "tiny-random", "--output-dir", str(folder), "--lora-r", "4", "--learning-rate", "1e-2", *flags])
+    code = command_line(
+        ["--model", "tiny-random", "--output-dir", str(folder), "--lora-r", "4", "--learning-rate", "1e-2", *flags]
+    )
     metrics = folder / "metrics.jsonl"
     return code, [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
 
@@ -204,7 +218,15 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(tiny, tmp_path
         assert sum(row["num_tokens"] for row in steps if row["epoch"] == epoch + 1) == 2630
     assert all(row["grad_norm"] > 0 and row["tokens_per_s"] > 0 and row["peak_memory_gib"] > 0 for row in steps)
     folder = tmp_path / "run"
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter", "checkpoints", "config.yaml", "env.json", "metrics.jsonl", "samples.jsonl", "tensorboard"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "adapter",
+        "checkpoints",
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tensorboard",
+    ]
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000012", "step-000018", "step-000024"]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [set(sample) for sample in samples] == [{"step", "prompt", "base", "tuned", "reference"}] * 3

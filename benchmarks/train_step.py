@@ -1,0 +1,204 @@
+"""One optimizer step, timed: the loop's own train_step on a model of exact shape and random weights.
+
+    python benchmarks/train_step.py --shape phi3-mini                 # a CUDA GPU; writes benchmarks/results/
+    python benchmarks/train_step.py --shape tiny --length 64 --backends sdpa eager   # anywhere, a smoke test
+
+Speed and memory do not depend on the values of weights, so random ones do. Each cell (backend x checkpointing) runs in a
+process of its own, so that its peak memory is its own. All rows are full: every position but the first is a trained token.
+"""
+
+import dataclasses
+import datetime
+import functools
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+WARM_UP_STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to time."""
+
+    shape: Literal["phi3-mini", "tiny"] = "phi3-mini"
+    """phi3-mini: 3.8 billion parameters, 7.6 GB on disk while it runs. tiny: the two-layer model of the tests."""
+    backends: tuple[str, ...] = ("sdpa", "flash_attention_2", "eager")
+    """Values of --attn-implementation."""
+    checkpointing: tuple[Literal["none", "full"], ...] = ("full", "none")
+    """Values of --gradient-checkpointing."""
+    length: int = 2048
+    """Tokens in a row."""
+    batch: int = 2
+    """Rows in a micro-batch."""
+    accumulation: int = 2
+    """Micro-batches in a step."""
+    dropout: float = 0.1
+    """--lora-dropout."""
+    steps: int = 8
+    """Timed steps, after 3 to warm up."""
+    out: Path | None = None
+    """Where the JSON goes. Unset: benchmarks/results/train_step_CARD_YYYYMM.json."""
+    cell: tuple[str, str, str] | None = None
+    """Internal: folder, backend and checkpointing of one cell; prints its JSON."""
+
+
+def write_random_model(shape: str, folder: Path) -> None:
+    """A checkpoint of exact shape with random weights in bf16, and a tokenizer beside it so that train_loop.py runs on it."""
+    import torch
+    import transformers
+
+    from qlora.demo import build_tiny_random
+
+    build_tiny_random(folder)
+    if shape == "phi3-mini":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        ids = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config = transformers.Phi3Config(sliding_window=2047, dtype=torch.bfloat16, **ids)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            torch.set_default_dtype(torch.bfloat16)
+            model = transformers.Phi3ForCausalLM(config)
+        model.save_pretrained(folder)
+
+
+def time_cell(options: Options) -> dict:
+    """Load, adapt and step one model; the row of its cell."""
+    import torch
+
+    from qlora import attention, data
+    from qlora.config import TrainConfig
+    from qlora.loss import read_head, token_loss_sum
+    from qlora.memory import peak_memory_gib
+    from qlora.model import add_adapters, audit_targets, enable_gradient_checkpointing, load_nf4_model
+    from train_loop import train_step
+
+    folder, backend, checkpointing = options.cell
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    config = TrainConfig(model=folder, lora_dropout=options.dropout)
+    implementation = attention.choose_attention(backend, device).implementation
+    torch.manual_seed(0)
+    model = load_nf4_model(folder, config, implementation, device)
+    model = add_adapters(model, config, audit_targets(model, config), folder).train()
+    if checkpointing == "full":
+        enable_gradient_checkpointing(model)
+    head = read_head(model)
+    vocabulary = len(head.weight)
+    rows = torch.randint(3, vocabulary, (options.accumulation * options.batch, options.length)).tolist()
+    samples = [data.Encoded(ids, ids, line) for line, ids in enumerate(rows, start=1)]
+    window = list(data.micro_batches(samples, range(len(samples)), options.batch, 0, pin=device.type == "cuda"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
+    step = functools.partial(
+        train_step, model.get_decoder(), optimizer, window, functools.partial(token_loss_sum, head=head), 5e-5, 1.0
+    )
+    clock = (lambda: torch.cuda.Event(enable_timing=True)) if device.type == "cuda" else None
+    milliseconds, losses = [], []
+    with attention.sliding_window(model, attention.training_window(model.config, options.length)):
+        losses += [step()[0].item() for _ in range(WARM_UP_STEPS)]
+        if clock:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(options.steps):
+            seconds, loss = timed(step, clock)
+            milliseconds.append(1000 * seconds)
+            losses.append(loss)
+    tokens = options.accumulation * options.batch * options.length
+    median = statistics.median(milliseconds)
+    return {
+        "attn_implementation": model.config._attn_implementation,
+        "gradient_checkpointing": checkpointing,
+        "step_ms": round(median, 2),
+        "step_ms_min_max": [round(min(milliseconds), 2), round(max(milliseconds), 2)],
+        "tokens_per_s": round(1000 * tokens / median, 1),
+        "peak_gib": round(peak_memory_gib(device), 3),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "finite": all(loss == loss and abs(loss) != float("inf") for loss in losses),
+    }
+
+
+def timed(step, clock) -> tuple[float, float]:
+    """Seconds of one step, by CUDA events on a GPU, and its loss."""
+    import time
+
+    import torch
+
+    if clock is None:
+        start = time.perf_counter()
+        loss = step()[0].item()
+        return time.perf_counter() - start, loss
+    start, end = clock(), clock()
+    start.record()
+    loss = step()[0]
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000, loss.item()
+
+
+def run_cell(options: Options, folder: str, backend: str, checkpointing: str) -> dict:
+    """The row of a cell from a process of its own; a cell that cannot run is a row with the reason."""
+    arguments = [
+        f"--{name.replace('_', '-')}={getattr(options, name)}"
+        for name in ("shape", "length", "batch", "accumulation", "dropout", "steps")
+    ]
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments, "--cell", folder, backend, checkpointing],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
+    return {"attn_implementation": backend, "gradient_checkpointing": checkpointing, "unavailable": reason[:300]}
+
+
+def main(options: Options) -> None:
+    """Time every cell and write the file."""
+    if options.cell:
+        print(json.dumps(time_cell(options)))
+        return
+    import torch
+
+    from qlora.tracking import environment
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    cells = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_model(options.shape, Path(folder))
+        for backend in options.backends:
+            for checkpointing in options.checkpointing:
+                cells.append(run_cell(options, folder, backend, checkpointing))
+                print(json.dumps(cells[-1]), flush=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in {"out", "cell"}}
+    record = {
+        "environment": environment(device),
+        "commit": commit,
+        "flags": flags,
+        "warm_up_steps": WARM_UP_STEPS,
+        "cells": cells,
+    }
+    record["environment"].pop("command")
+    card = re.sub(
+        r"[^a-z0-9]+",
+        "-",
+        next((w for w in record["environment"]["device"].lower().split() if re.match(r"[a-z]+\d", w)), "cpu"),
+    )
+    out = options.out or ROOT / "benchmarks" / "results" / f"train_step_{card}_{datetime.date.today():%Y%m}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

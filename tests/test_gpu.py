@@ -1,0 +1,83 @@
+"""What needs a CUDA GPU: pytest -m gpu."""
+
+import functools
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from qlora import attention, data
+from qlora.__main__ import train as command_line
+from qlora.loss import read_head, token_loss_sum
+from qlora.model import add_adapters, audit_targets, enable_gradient_checkpointing, load_nf4_model
+from tests.conftest import adapted_model, gradients, relative_error, wake_adapters
+from tests.test_model import adapter_gradients, fp32_twin
+from train_loop import train_step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+GPU = torch.device("cuda", 0)
+FLASH = pytest.param(
+    "flash_attention_2", marks=pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="no flash-attn")
+)
+BACKENDS = ["sdpa", "eager", FLASH]
+
+
+def gpu_model(config, backend: str):
+    torch.manual_seed(config.seed)
+    model = load_nf4_model(config.model, config, backend, GPU)
+    model = add_adapters(model, config, audit_targets(model, config), config.model).train()
+    model.load_state_dict({n: p for n, p in adapted_model(config).named_parameters() if "lora_" in n}, strict=False)
+    wake_adapters(model)
+    return model
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backend, checkpointing):
+    cpu = adapted_model(config)
+    wake_adapters(cpu)
+    twin = fp32_twin(cpu, config)
+    batch = data.collate(samples[:4], 0)
+    loss, expected = adapter_gradients(twin, batch, read_head(twin), autocast=False)
+    model = gpu_model(config, backend)
+    head = read_head(model)
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    moved = batch.to(GPU)
+    with torch.autocast("cuda", torch.bfloat16):
+        hidden = model.get_decoder()(input_ids=moved.input_ids, use_cache=False).last_hidden_state
+        ours = token_loss_sum(hidden, moved, head) / batch.num_tokens
+    ours.backward()
+    found = {name: gradient.cpu() for name, gradient in gradients(model).items()}
+    assert ours.item() == pytest.approx(loss, rel=0.01)
+    assert relative_error(found, expected) < 0.1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_never_waits_for_the_device(config, samples, backend):
+    model = gpu_model(config, backend)
+    enable_gradient_checkpointing(model)
+    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
+    window = list(data.micro_batches(samples, range(4), 2, 0, pin=True))
+    assert window[0].input_ids.is_pinned()
+    with attention.sliding_window(model, None):
+        step = functools.partial(train_step, model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss, norm = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(loss) and torch.isfinite(norm) and loss.device == GPU
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_the_command_line_trains_on_the_gpu(tiny, tmp_path, capsys, backend):
+    flags = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "--num-train-epochs", "3"]
+    assert command_line([*flags, "--attn-implementation", backend, "--output-dir", str(tmp_path / "run")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.2
+    assert 0 < rows[-2]["peak_memory_gib"] < 1
+    assert "gradient checkpointing: full" in capsys.readouterr().out
