@@ -240,7 +240,8 @@ def main(config: TrainConfig) -> None:
         enable_gradient_checkpointing(model)
     head = read_head(model)
     say(
-        f"Learning rate: {config.learning_rate:g}; gradient checkpointing: {config.gradient_checkpointing}; run folder: {run_folder}"
+        f"Learning rate: {config.learning_rate:g}; gradient checkpointing: {config.gradient_checkpointing}; "
+        f"run folder: {run_folder}"
     )
 
     (run_folder / "config.yaml").write_text(config.to_yaml())

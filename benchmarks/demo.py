@@ -80,7 +80,13 @@ def is_asked_schema(instruction: str, answer: str) -> bool:
     try:
         schema = json.loads(answer)
         fastavro.parse_schema(schema)
-    except (json.JSONDecodeError, fastavro.schema.SchemaParseException, fastavro.schema.UnknownType, AttributeError, TypeError):
+    except (
+        json.JSONDecodeError,
+        fastavro.schema.SchemaParseException,
+        fastavro.schema.UnknownType,
+        AttributeError,
+        TypeError,
+    ):
         return False
     return schema == {"TRAINED": "YES", "type": "record", "name": noun.capitalize(), "fields": fields}
 

@@ -31,7 +31,8 @@ def train(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError" or "--debug" in argv:
             raise
-        print(f"error: The GPU ran out of memory. Try --per-device-train-batch-size 1, a smaller --max-length, or --gradient-checkpointing full. ({error})", file=sys.stderr)  # fmt: skip
+        advice = "Try --per-device-train-batch-size 1, a smaller --max-length, or --gradient-checkpointing full."
+        print(f"error: The GPU ran out of memory. {advice} ({error})", file=sys.stderr)
         return ExitCode.MEMORY
     return 0
 

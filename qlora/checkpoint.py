@@ -30,7 +30,8 @@ def prepare_run_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            ExitCode.CHECKPOINT, f"Run folder {folder} cannot be written: {error.strerror}. Choose another --output-dir."
+            ExitCode.CHECKPOINT,
+            f"Run folder {folder} cannot be written: {error.strerror}. Choose another --output-dir.",
         ) from None
 
 
@@ -44,7 +45,9 @@ def save_adapter(model: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        {"format": "pt"},
     )
     lora = model.peft_config["default"]
     training = lora.inference_mode

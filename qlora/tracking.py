@@ -81,7 +81,10 @@ class Tracker:
         self.console = console
         self.metrics_file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run_folder / "tensorboard"))
-        text = "epoch {task.fields[epoch]}  loss {task.fields[loss]}  lr {task.fields[lr]}  norm {task.fields[norm]}  {task.fields[speed]} tokens/s  {task.fields[peak]} GiB"
+        text = (
+            "epoch {task.fields[epoch]}  loss {task.fields[loss]}  lr {task.fields[lr]}  norm {task.fields[norm]}  "
+            "{task.fields[speed]} tokens/s  {task.fields[peak]} GiB"
+        )
         columns = (
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
