@@ -20,7 +20,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from rich.console import Console
 
 from qlora import attention, checkpoint, data, evaluate, tracking
 from qlora.config import ExitCode, TrainConfig, UserError
-from qlora.demo import demo_model, tiny_random_model
+from qlora.demo import model_source
 from qlora.loss import Head, read_head, token_loss_sum
 from qlora.memory import peak_memory_gib
 from qlora.model import (
@@ -82,6 +81,7 @@ def train_step(
     # short answers more, and is off by a factor of 1.4 in the gradient for answers of 12 and 100 tokens.
     num_tokens = sum(micro_batch.num_tokens for micro_batch in window)
     loss = torch.zeros((), device=device)
+    optimizer.zero_grad(set_to_none=True)  # the last step's, which stayed until now so that they could be looked at
     for micro_batch in window:
         batch = micro_batch.to(device)
         # Autocast runs matrix products in bf16 and casts the fp32 adapters on the fly; norms and the loss stay in fp32.
@@ -94,7 +94,6 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)  # frees them until the next backward
     return loss, grad_norm
 
 
@@ -124,6 +123,7 @@ def train(
     Raises:
         UserError: exit 5 if the first step finds an adapter without a gradient, or no gradient at all.
     """
+    assert config.learning_rate is not None and config.output_dir is not None  # as resolved
     device = head.weight.device
     on_gpu = device.type == "cuda"
     decoder = model.get_decoder()
@@ -157,11 +157,12 @@ def train(
             learning_rate = config.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
             loss, grad_norm = train_step(decoder, optimizer, window, loss_sum, learning_rate, config.max_grad_norm)
             step += 1
-            pending.append({"step": step, "epoch": epoch, "learning_rate": learning_rate, "loss": loss, "grad_norm": grad_norm,
-                            "num_tokens": sum(batch.num_tokens for batch in window),
-                            "num_input_tokens": sum(batch.num_input_tokens for batch in window)})  # fmt: skip
+            row = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "loss": loss, "grad_norm": grad_norm}
+            row["num_tokens"] = sum(micro_batch.num_tokens for micro_batch in window)
+            row["num_input_tokens"] = sum(micro_batch.num_input_tokens for micro_batch in window)
+            pending.append(row)
             if step == 1:
-                check_first_gradients(named, optimizer, grad_norm)
+                check_first_gradients(named, grad_norm)
             if step == 1 or step % config.logging_steps == 0 or step % steps_per_epoch == 0 or step == total_steps:
                 tracker.steps(read_pending(pending, since, device))
                 pending, since = [], time.perf_counter()
@@ -184,20 +185,18 @@ def read_pending(pending: list[dict[str, Any]], since: float, device: torch.devi
     return [{**row, **dict(zip(keys, values, strict=True)), **measured} for row, values in zip(pending, numbers, strict=True)]
 
 
-def check_first_gradients(
-    named: list[tuple[str, torch.nn.Parameter]], optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor
-) -> None:
+def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm: torch.Tensor) -> None:
     """Stop a run that would train nothing, or only noise. (A's gradient is exactly zero while B is: that is right.)"""
-    without = [name for name, parameter in named if parameter not in optimizer.state]  # AdamW skips a gradient of None
+    without = [name for name, parameter in named if parameter.grad is None]
     norm = grad_norm.item()  # sync, once a run
-    if without or norm == 0.0 or not math.isfinite(norm):
-        seen = (
-            f"{len(without)} of {len(named)} adapter tensors got none, {without[0]} first" if without else f"its norm is {norm}"
-        )
-        raise UserError(
-            ExitCode.NUMERICS,
-            f"The first gradient is not usable: {seen}. Nothing was saved. Check --target-modules and the data.",
-        )
+    if without:
+        seen = f"{len(without)} of {len(named)} adapter tensors got none, {without[0]} first"
+    elif norm == 0.0 or not math.isfinite(norm):
+        seen = f"its norm is {norm}"
+    else:
+        return
+    advice = "Nothing was saved. Check --target-modules and the data."
+    raise UserError(ExitCode.NUMERICS, f"The first gradient is not usable: {seen}. {advice}")
 
 
 def main(config: TrainConfig) -> None:
@@ -209,25 +208,25 @@ def main(config: TrainConfig) -> None:
     console = Console()
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    config, line = config.resolved(on_gpu=device.type == "cuda")
-    say(line)
-    run_folder = config.output_dir
-    checkpoint.prepare_run_folder(run_folder)
     attn = attention.choose_attention(config.attn_implementation, device)
     config = dataclasses.replace(config, attn_implementation=attn.implementation)
+    config, line = config.resolved(on_gpu=device.type == "cuda")
+    say(line)
     say(f"Attention: {attn.implementation} ({attn.reason})")
+    assert config.model is not None and config.train_file is not None and config.output_dir is not None  # as resolved
+    run_folder = config.output_dir
+    checkpoint.prepare_run_folder(run_folder)
 
     # Data before the model: a broken line should not cost a download.
     examples, columns = data.read_examples(config.train_file, "train")
-    held_out_examples, _ = data.read_examples(config.eval_file, "test") if config.eval_file else ([], "")
-    source = {"demo": demo_model, "tiny-random": tiny_random_model}.get(config.model, lambda: config.model)()
-    source = str(Path(source).absolute()) if Path(source).is_dir() else config.model
+    held_out_examples = data.read_examples(config.eval_file, "test")[0] if config.eval_file else []
+    source = model_source(config.model)
     model_config = load_model_config(source, config)
     tokenizer = load_tokenizer(source, config)
     samples, notes = data.encode_all(examples, config.train_file, tokenizer, config)
     say(f"Data: {notes}, columns {columns}")
-    held_out = []
-    if held_out_examples:
+    held_out: list[data.Encoded] = []
+    if config.eval_file is not None:
         held_out, notes = data.encode_all(held_out_examples, config.eval_file, tokenizer, config)
         say(f"Held out: {notes}")
 

@@ -43,7 +43,9 @@ def timed_run(folder: Path, model: str, flags: list[str]) -> dict:
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     first_loss_s = None
+    output = []
     for line in process.stdout:
+        output.append(line.rstrip().replace(str(folder), "runs/demo-avro"))
         if first_loss_s is None and line.startswith("step 1/"):
             first_loss_s = time.perf_counter() - started
     if process.wait() != 0:
@@ -65,6 +67,7 @@ def timed_run(folder: Path, model: str, flags: list[str]) -> dict:
         "train_loss": [row["loss"] for row in steps],
         "eval_step": [row["step"] for row in evaluations],
         "eval_loss": [row["eval_loss"] for row in evaluations],
+        "output": output,
     }
 
 
@@ -130,6 +133,8 @@ def main(options: Options) -> None:
             flags += [] if options.max_steps is None else ["--max-steps", str(options.max_steps)]
             run = timed_run(folder, options.model, flags) | judge(folder / "adapter")
             default_rate = default_rate or run["learning_rate"]
+            if rate is not None:
+                del run["output"]
             runs.append({"default": rate is None, **run})
             print({key: value for key, value in runs[-1].items() if not isinstance(value, list)}, flush=True)
             shutil.rmtree(folder)

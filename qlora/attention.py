@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qlora.config import ExitCode, UserError
+from qlora.config import AttnImplementation, ExitCode, UserError
 
 
 class Attention(NamedTuple):
     """The name transformers knows a backend by, and the reason for it, in words for the log."""
 
-    implementation: str
+    implementation: AttnImplementation
     reason: str
 
 
-def choose_attention(requested: str, device: torch.device) -> Attention:
+def choose_attention(requested: AttnImplementation, device: torch.device) -> Attention:
     """Resolve `--attn-implementation`: `auto` picks what can run, a name runs or fails, and nothing is downloaded.
 
     Args:
@@ -27,7 +27,7 @@ def choose_attention(requested: str, device: torch.device) -> Attention:
     Raises:
         UserError: exit 7 if flash_attention_2 was asked for by name and cannot run here.
     """
-    if requested in {"sdpa", "eager"}:
+    if requested == "sdpa" or requested == "eager":
         return Attention(requested, "as asked")
     obstacle = _flash_obstacle(device)
     if requested == "flash_attention_2" and obstacle:

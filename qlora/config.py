@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+AttnImplementation = Literal["auto", "flash_attention_2", "sdpa", "eager"]
+PromptFormat = Literal["plain", "chat"]
+GradientCheckpointing = Literal["none", "full", "auto"]
 PHI3_MINI = "microsoft/Phi-3-mini-4k-instruct"
 DEMO_LEARNING_RATE = 4e-4
 BUNDLED_TRAIN = Path(__file__).parent / "demo_data" / "dataset_minimal.jsonl"
@@ -46,7 +49,7 @@ class ModelOptions:
     """Branch, tag or commit of a hub id. Unset: its default branch; the commit found is kept with the adapter."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Phi-3 needs none: transformers has it built in."""
-    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    attn_implementation: AttnImplementation = "auto"
     """auto: flash_attention_2 where it can run (flash-attn installed, CUDA, sm80 or newer), else sdpa."""
 
 
@@ -58,7 +61,7 @@ class DataOptions:
     """JSONL or Parquet file, or hub data set (NAME or NAME:SPLIT). Unset: the 22 bundled AVRO examples."""
     eval_file: str | None = None
     """Held-out data, in the same forms. Unset: the 8 bundled ones with the bundled training file, else none."""
-    prompt_format: Literal["plain", "chat"] = "plain"
+    prompt_format: PromptFormat = "plain"
     """plain: `### Instruction:` / `### Response:`. chat: the model's own template."""
     loss_on: Literal["response", "all"] = "response"
     """response: the response and its stop token. all: the prompt too."""
@@ -104,7 +107,7 @@ class TrainingOptions:
     """AdamW's decoupled decay, on adapters only."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm. None: never."""
-    gradient_checkpointing: Literal["none", "full", "auto"] = "auto"
+    gradient_checkpointing: GradientCheckpointing = "auto"
     """full keeps layer inputs only and recomputes the rest in backward. auto: full on a GPU, none on a CPU."""
     seed: int = 42
     """Order of samples, start of adapters, dropout."""
@@ -169,14 +172,13 @@ class TrainConfig(OutputOptions, TrainingOptions, LoraOptions, DataOptions, Mode
         """
         model = self.model or (PHI3_MINI if on_gpu else "demo")
         where = "there is a CUDA GPU" if on_gpu else "there is no CUDA GPU"
+        checkpointing: GradientCheckpointing = "full" if on_gpu else "none"
         bundled = self.train_file is None
         chosen = dataclasses.replace(
             self,
             model=model,
             learning_rate=self.learning_rate or (DEMO_LEARNING_RATE if model == "demo" else 5e-5),
-            gradient_checkpointing={"auto": "full" if on_gpu else "none"}.get(
-                self.gradient_checkpointing, self.gradient_checkpointing
-            ),
+            gradient_checkpointing=checkpointing if self.gradient_checkpointing == "auto" else self.gradient_checkpointing,
             train_file=str(BUNDLED_TRAIN) if bundled else self.train_file,
             eval_file=str(BUNDLED_EVAL) if bundled and self.eval_file is None else self.eval_file,
             output_dir=self.output_dir or Path("runs") / f"{_slug(model)}-{_slug(self.train_file or 'avro')}",

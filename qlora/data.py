@@ -7,13 +7,13 @@ A *token* is a label that is trained after the shift by one: the hidden state at
 import difflib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
-from qlora.config import ExitCode, TrainConfig, UserError
+from qlora.config import ExitCode, PromptFormat, TrainConfig, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,8 +67,16 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch there; the copy does not wait when the source is pinned."""
-        moved = (tensor.to(device, non_blocking=True) for tensor in self[:3])
-        return Batch(*moved, self.num_tokens, self.num_input_tokens)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies by itself."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return self._replace(
+            input_ids=function(self.input_ids), labels=function(self.labels), positions=function(self.positions)
+        )
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -203,8 +211,8 @@ def _messages(row: dict, columns: tuple[str, ...], where: str) -> tuple[Message,
 
 
 def _conversation(messages: object, where: str) -> list[Message]:
-    well_formed = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
-    if not well_formed or not messages:
+    form = {"role", "content"}
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and form <= m.keys() for m in messages):
         raise _wrong(f'{where}: messages must be a list of {{"role": ..., "content": ...}}.')
     turns = [Message(message["role"], message["content"]) for message in messages]
     roles = [turn.role for turn in turns]
@@ -222,7 +230,7 @@ def _conversation(messages: object, where: str) -> list[Message]:
 # -- formatting and masking ------------------------------------------------------------------------------------------
 
 
-def stop_token_id(tokenizer: "PreTrainedTokenizerBase", prompt_format: Literal["plain", "chat"]) -> int:
+def stop_token_id(tokenizer: "PreTrainedTokenizerBase", prompt_format: PromptFormat) -> int:
     """The id that ends an answer: the tokenizer's eos in the plain form, the template's turn end in the chat form.
 
     Raises:
@@ -251,7 +259,7 @@ def stop_token_id(tokenizer: "PreTrainedTokenizerBase", prompt_format: Literal["
 
 
 def encode_prompt(
-    messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerBase", prompt_format: Literal["plain", "chat"]
+    messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerBase", prompt_format: PromptFormat
 ) -> list[int]:
     """Ids that an answer to `messages` (the last one a user's) is generated from; training saw the same ids."""
     ids, _ = _encode_turns((*messages, Message("assistant", "")), tokenizer, prompt_format, loss_on="response")
@@ -272,9 +280,9 @@ def encode(example: Example, tokenizer: "PreTrainedTokenizerBase", config: Train
 
 
 def _encode_turns(
-    messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerBase", prompt_format: str, loss_on: str
+    messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerBase", prompt_format: PromptFormat, loss_on: str
 ) -> tuple[list[int], list[int]]:
-    stop = stop_token_id(tokenizer, "chat" if prompt_format == "chat" else "plain")
+    stop = stop_token_id(tokenizer, prompt_format)
     turns = _chat_turns(messages, tokenizer, stop) if prompt_format == "chat" else _plain_turns(messages)
     ids: list[int] = []
     labels: list[int] = []
@@ -291,7 +299,7 @@ def _encode_turns(
     return ids, labels
 
 
-def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, prompt_format: str) -> list[int]:
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, prompt_format: PromptFormat) -> list[int]:
     # In the plain form no text of a user may become a special token; a chat template is made of them.
     return tokenizer(text, add_special_tokens=False, split_special_tokens=prompt_format == "plain").input_ids
 
@@ -301,7 +309,7 @@ def _leading_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [first] if first == tokenizer.bos_token_id else []
 
 
-def _continued_ids(tokenizer: "PreTrainedTokenizerBase", text: str, prompt_format: str) -> list[int]:
+def _continued_ids(tokenizer: "PreTrainedTokenizerBase", text: str, prompt_format: PromptFormat) -> list[int]:
     """Ids of text that goes on after other text. SentencePiece tokenizers (Phi-3's) put a space before whatever they see
     first, and the model would learn to answer " {"; so they are shown a newline first, which is cut off again."""
     newline = _ids(tokenizer, "\n", prompt_format)
@@ -422,7 +430,7 @@ def micro_batches(
     """Collate `batch_size` samples at a time in the given order; the last batch may be smaller."""
     for indices in windows(order, batch_size):
         batch = collate([samples[index] for index in indices], pad_id)
-        yield Batch(*(tensor.pin_memory() for tensor in batch[:3]), *batch[3:]) if pin else batch
+        yield batch.pin() if pin else batch
 
 
 def windows(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

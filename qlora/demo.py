@@ -39,6 +39,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-train"
 
 
+def model_source(name: str) -> str:
+    """What transformers can load for a value of --model: an absolute folder (an embedded model's is made first), or a hub id.
+
+    Raises:
+        UserError: as demo_model and tiny_random_model do.
+    """
+    if name == "demo":
+        return str(demo_model())
+    if name == "tiny-random":
+        return str(tiny_random_model())
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+
 def demo_model() -> Path:
     """The folder of the demo model, made on first use: 93 MB to download, 270 MB to keep.
 
@@ -124,7 +137,8 @@ def llama_as_phi3(llama: Any) -> Any:
             prefix = f"model.layers.{layer}.{block}"
             split = [weights.pop(f"{prefix}.{name}_proj.weight") for name in names.split()]
             weights[f"{prefix}.{fused}.weight"] = torch.cat(split)  # [sum of rows, D]
-    phi3 = transformers.Phi3ForCausalLM(config).to(llama.dtype)
+    phi3: Any = transformers.Phi3ForCausalLM(config)
+    phi3.to(llama.dtype)
     phi3.load_state_dict(weights)
     phi3.generation_config.update(**{name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
     return phi3.eval()
@@ -165,7 +179,7 @@ def build_tiny_random(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.Phi3ForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
 
 
 def _train_tokenizer() -> Any:

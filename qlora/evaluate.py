@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qlora.config import PromptFormat
 from qlora.data import Batch, Example, encode_prompt, stop_token_id
 
 
@@ -81,13 +82,14 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], stop_id: int,
     return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 
-def sample_responses(model: Any, tokenizer: Any, examples: list[Example], prompt_format: str) -> list[Sample]:
+def sample_responses(model: Any, tokenizer: Any, examples: list[Example], prompt_format: PromptFormat) -> list[Sample]:
     """Greedy answers to the prompts of `examples`, without and with the adapter, up to twice the longest answer wanted."""
     prompts = [encode_prompt(example.prompt, tokenizer, prompt_format) for example in examples]
     longest = max(len(tokenizer(example.response).input_ids) for example in examples)
-    arguments = (model, tokenizer, prompts, stop_token_id(tokenizer, prompt_format), min(2 * longest + 8, 1024))
-    tuned = generate(*arguments)
+    stop_id = stop_token_id(tokenizer, prompt_format)
+    limit = min(2 * longest + 8, 1024)
+    tuned = generate(model, tokenizer, prompts, stop_id, limit)
     with model.disable_adapter():
-        base = generate(*arguments)
-    texts = [example.prompt[-1].content for example in examples]
-    return [Sample(*row, example.response) for *row, example in zip(texts, base, tuned, examples, strict=True)]
+        base = generate(model, tokenizer, prompts, stop_id, limit)
+    rows = zip(examples, base, tuned, strict=True)
+    return [Sample(example.prompt[-1].content, base, tuned, example.response) for example, base, tuned in rows]

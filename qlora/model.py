@@ -95,8 +95,9 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
         bnb_4bit_use_double_quant=True,  # 4.5 -> 4.127 bits a parameter: the scales themselves become 8-bit
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained  # Any: its stub knows no output_loading_info
     with _environment_errors(source):
-        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        model, loaded = load(
             source,
             output_loading_info=True,
             revision=config.revision,
@@ -150,7 +151,7 @@ class Target(NamedTuple):
     """The linear layers that one name of `target_modules` matches."""
 
     name: str
-    count: int
+    num_layers: int
     shapes: tuple[tuple[int, int], ...]  # distinct (out, in)
     adapter_parameters: int
 

@@ -27,7 +27,7 @@ METRICS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gi
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, for env.json and for benchmark files."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "accelerate", "datasets", "flash-attn")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -53,7 +53,7 @@ def targets_table(targets: list[Target], total_parameters: int) -> Table:
         table.add_column(header, justify="left" if header == "module" else "right")
     for target in targets:
         shapes = ", ".join(f"{rows} x {columns}" for rows, columns in target.shapes)
-        table.add_row(target.name, str(target.count), shapes, f"{target.adapter_parameters:,}")
+        table.add_row(target.name, str(target.num_layers), shapes, f"{target.adapter_parameters:,}")
     table.caption = (
         f"{trained:,} trained, {100 * trained / (total_parameters + trained):.2f} % of {total_parameters + trained:,}"
     )
@@ -115,7 +115,7 @@ class Tracker:
             for name in METRICS:
                 self.board.add_scalar(f"train/{name}", row[name], row["step"])
             step = row["step"]
-            shown = {
+            shown: dict[str, Any] = {
                 "epoch": str(row["epoch"]),
                 "loss": f"{row['loss']:.4f}",
                 "lr": f"{row['learning_rate']:.2e}",

@@ -83,7 +83,8 @@ def test_the_adapter_loads_in_another_process_offline_with_equal_logits(tiny, to
 import torch; torch.set_num_threads(1)
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, BitsAndBytesConfig
-nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                         bnb_4bit_compute_dtype=torch.bfloat16)
 expected = torch.load({str(tmp_path / "expected.pt")!r})
 for name, how in (("bf16", {{}}), ("nf4", {{"quantization_config": nf4}})):
     model = AutoPeftModelForCausalLM.from_pretrained({str(tmp_path)!r}, dtype="bfloat16", **how).eval()

@@ -70,15 +70,18 @@ def write(tmp_path: Path, content: bytes | str, name: str = "rows.jsonl") -> Pat
     [
         ({"instruction": "q", "response": "a"}, "instruction/response", [("user", "q"), ("assistant", "a")]),
         ({"prompt": "q", "completion": "a", "id": 7}, "prompt/completion", [("user", "q"), ("assistant", "a")]),
-        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-         "messages", [("system", "s"), ("user", "q"), ("assistant", "a")]),
+        (
+            {"messages": [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]},
+            "messages",
+            [("system", "s"), ("user", "u"), ("assistant", "a")],
+        ),
     ],
 )  # fmt: skip
 def test_three_forms_of_rows_are_detected(tmp_path, row, columns, messages):
     examples, found = data.read_examples(write(tmp_path, json.dumps(row)), "train")
     assert found == columns
     assert [tuple(message) for message in examples[0].messages] == messages
-    assert examples[0].response == "a" and examples[0].prompt[-1].content == "q"
+    assert examples[0].response == "a" and examples[0].prompt[-1].role == "user"
 
 
 def test_bom_crlf_blank_lines_and_line_separators_are_accepted(tmp_path):
@@ -197,7 +200,8 @@ def test_chat_form_is_the_templates_own_rendering_and_ends_with_its_turn_end(tok
 def test_plain_form_of_several_turns(tokenizer):
     encoded = data.encode(example("q1", "a1", "q2", "a2", system="be brief"), tokenizer, TrainConfig())
     assert tokenizer.decode(encoded.input_ids) == (
-        "be brief\n\n### Instruction:\nq1\n\n### Response:\na1<|endoftext|>\n\n### Instruction:\nq2\n\n### Response:\na2<|endoftext|>"
+        "be brief\n\n### Instruction:\nq1\n\n### Response:\na1<|endoftext|>"
+        "\n\n### Instruction:\nq2\n\n### Response:\na2<|endoftext|>"
     )
     assert tokenizer.decode(trained(encoded)) == "a1<|endoftext|>a2<|endoftext|>"
 
@@ -233,7 +237,11 @@ def test_one_bos_and_no_space_before_the_answer_with_a_sentencepiece_tokenizer()
 
 def test_a_template_brings_its_own_bos():
     plain = sentencepiece_like_tokenizer()
-    plain.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    plain.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     encoded = data.encode(example("q", " a ", "r", "b"), plain, TrainConfig(prompt_format="chat"))
     assert encoded.input_ids.count(plain.bos_token_id) == 1
     assert [i for i, label in enumerate(encoded.labels) if label == plain.eos_token_id] == [

@@ -24,9 +24,20 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("heads", "tied"), [((4, 4), False), ((4, 2), True), ((6, 1), True)])
 def test_llama_repackaged_as_phi3_is_the_same_function_bit_for_bit(heads, tied):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=99, hidden_size=24 * heads[0], intermediate_size=56, num_hidden_layers=3, num_attention_heads=heads[0],
-                                      num_key_value_heads=heads[1], tie_word_embeddings=tied, rope_parameters={"rope_theta": 500.0, "rope_type": "default"},
-                                      rms_norm_eps=1e-6, eos_token_id=7, pad_token_id=7, max_position_embeddings=64)  # fmt: skip
+    config = transformers.LlamaConfig(
+        vocab_size=99,
+        hidden_size=24 * heads[0],
+        intermediate_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_theta": 500.0, "rope_type": "default"},
+        rms_norm_eps=1e-6,
+        eos_token_id=7,
+        pad_token_id=7,
+        max_position_embeddings=64,
+    )
     llama = transformers.LlamaForCausalLM(config).eval()
     phi3 = demo.llama_as_phi3(llama)
     assert isinstance(phi3, transformers.Phi3ForCausalLM) and phi3.config.sliding_window is None

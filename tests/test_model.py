@@ -42,7 +42,7 @@ def phi3_mini():
 
 def test_targets_of_phi3_mini_are_its_fused_projections(phi3_mini):
     targets = audit_targets(phi3_mini, TrainConfig())
-    assert [(t.name, t.count, t.shapes) for t in targets] == [
+    assert [(t.name, t.num_layers, t.shapes) for t in targets] == [
         ("down_proj", 32, ((3072, 8192),)),
         ("gate_up_proj", 32, ((16384, 3072),)),
         ("o_proj", 32, ((3072, 3072),)),
@@ -70,7 +70,7 @@ def test_head_parts_of_names_and_other_modules_are_no_targets(phi3_mini, name):
 
 def test_a_whole_name_matches_one_layer(phi3_mini):
     (target,) = audit_targets(phi3_mini, TrainConfig(target_modules=("model.layers.3.mlp.down_proj",)))
-    assert target.count == 1
+    assert target.num_layers == 1
 
 
 SIZES = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

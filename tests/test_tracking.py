@@ -17,8 +17,8 @@ SAMPLE = Sample("Create [bold]x[/bold]", "\n".join(f"line {i}" for i in range(40
 
 
 def row(step: int) -> dict:
-    return {"step": step, "epoch": 1, "learning_rate": 1e-4, "loss": 2.0 / step, "grad_norm": 0.5, "num_tokens": 7, "num_input_tokens": 9,
-            "tokens_per_s": 1234.5, "peak_memory_gib": 1.5}  # fmt: skip
+    return {"step": step, "epoch": 1, "learning_rate": 1e-4, "loss": 2.0 / step, "grad_norm": 0.5,
+            "num_tokens": 7, "num_input_tokens": 9, "tokens_per_s": 1234.5, "peak_memory_gib": 1.5}  # fmt: skip
 
 
 def track(folder, terminal: bool) -> str:

@@ -1,0 +1,120 @@
+"""The house rules that a machine can check."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = sorted((ROOT / "qlora").glob("*.py"))
+LOOP = ROOT / "train_loop.py"
+PRODUCT = [LOOP, *ROOMS]
+TREES = {
+    path: ast.parse(path.read_text())
+    for path in [*PRODUCT, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").glob("*.py")]
+}
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(TREES[path]) if isinstance(node, ast.FunctionDef)]
+
+
+def depth(node: ast.AST) -> int:
+    blocks = (ast.For, ast.While, ast.If, ast.With, ast.Try)
+    return max((depth(child) + isinstance(child, blocks) for child in ast.iter_child_nodes(node)), default=0)
+
+
+def test_the_loop_is_one_story():
+    assert len(LOOP.read_text().splitlines()) <= 320
+    names = [node.name for node in TREES[LOOP].body if isinstance(node, ast.FunctionDef)]
+    assert [name for name in names if name in {"lr_multiplier", "train_step", "train", "main"}] == [
+        "lr_multiplier",
+        "train_step",
+        "train",
+        "main",
+    ]
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
+def test_functions_fit_a_screen_and_nest_little(path):
+    for function in functions(path):
+        length = function.end_lineno - function.lineno + 1
+        assert length <= (120 if function.name == "train" else 60), f"{function.name}: {length} lines"
+        assert depth(function) <= 4, function.name
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
+def test_what_is_public_is_documented(path):
+    assert ast.get_docstring(TREES[path])
+    public = [node for node in TREES[path].body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
+    for node in [*public, *(method for owner in public if isinstance(owner, ast.ClassDef) for method in owner.body)]:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
+            assert ast.get_docstring(node), node.name
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
+def test_what_is_not_done_here(path):
+    text = path.read_text()
+    for pattern in (
+        r"\bglobal\b",
+        r"\bnonlocal\b",
+        r"except Exception",
+        r"except:",
+        r"\bTODO\b",
+        r"\bFIXME\b",
+        r"pickle",
+        r"torch\.(save|load)\(",
+    ):
+        code = "\n".join(line.split("#")[0] for line in text.splitlines())
+        assert not re.search(pattern, re.sub(r'""".*?"""', "", code, flags=re.DOTALL)), pattern
+    for function in functions(path):
+        assert function.args.kwarg is None, f"{function.name} passes **kwargs through"
+    words = {node.id for node in ast.walk(TREES[path]) if isinstance(node, ast.Name)}
+    assert not {word for word in words if re.search(r"callback|hook|registry|Manager|Factory", word)}
+
+
+def test_every_wait_for_the_device_in_the_loop_says_so():
+    waits = [line for line in LOOP.read_text().splitlines() if re.search(r"\.(item|tolist|cpu|numpy)\(|synchronize\(", line)]
+    waits = [line for line in waits if "randperm" not in line]
+    assert len(waits) == 2 and all("# sync" in line for line in waits)
+
+
+def test_imports_point_one_way():
+    for path in ROOMS:
+        imported = {alias.name for node in ast.walk(TREES[path]) if isinstance(node, ast.Import) for alias in node.names}
+        assert "train_loop" not in imported or path.name == "__main__.py", path.name
+        assert not any(name.startswith(("tests", "benchmarks")) for name in imported)
+
+
+def test_the_step_exists_once():
+    steps = [path for path in TREES if path.parent.name != "tests" and "optimizer.step()" in path.read_text()]
+    assert steps == [LOOP]
+
+
+def test_the_map_names_every_room():
+    listed = re.findall(r"^(\w+\.py) ", ast.get_docstring(TREES[ROOT / "qlora" / "__init__.py"]), re.MULTILINE)
+    assert sorted([*listed, "__init__.py"]) == [path.name for path in ROOMS]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PRODUCT if path.name in {"train_loop.py", "loss.py", "data.py", "evaluate.py"}],
+    ids=lambda p: p.name,
+)
+def test_lines_that_make_tensors_end_with_their_shape(path):
+    makers = (
+        r"(last_hidden_state|torch\.full\(|torch\.cat\(|torch\.nonzero\(|\.flatten\(|logsumexp\(|\.logits\(.*\)\.float\(\))"
+    )
+    for line in path.read_text().splitlines():
+        if re.search(makers, line) and "=" in line.split("(")[0]:
+            assert re.search(r"#.*\[[\w*+ ,.]+\]", line), line
+
+
+def test_every_test_asserts_something():
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for function in functions(path):
+            if function.name.startswith("test_"):
+                assert re.search(r"\bassert\b|pytest\.raises|assert_close|check_first_gradients", ast.unparse(function)), (
+                    f"{path.name}: {function.name}"
+                )
