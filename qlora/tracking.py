@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
@@ -81,16 +81,11 @@ class Tracker:
         self.console = console
         self.metrics_file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run_folder / "tensorboard"))
-        text = (
-            "epoch {task.fields[epoch]}  loss {task.fields[loss]}  lr {task.fields[lr]}  norm {task.fields[norm]}  "
-            "{task.fields[speed]} tokens/s  {task.fields[peak]} GiB"
-        )
         columns = (
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn(text),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            TimeRemainingColumn(compact=True),
         )
         self.progress = Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
 
@@ -105,7 +100,7 @@ class Tracker:
     def begin(self, total_steps: int, logging_steps: int) -> None:
         """Start the progress bar; where there is none, every `logging_steps`-th step gets a line."""
         self.total_steps, self.logging_steps = total_steps, logging_steps
-        self.task = self.progress.add_task("", total=total_steps, epoch="-", loss="-", lr="-", norm="-", speed="-", peak="-")
+        self.task = self.progress.add_task("", total=total_steps, metrics="")
         self.progress.start()
 
     def steps(self, rows: list[dict[str, Any]]) -> None:
@@ -115,19 +110,16 @@ class Tracker:
             for name in METRICS:
                 self.board.add_scalar(f"train/{name}", row[name], row["step"])
             step = row["step"]
-            shown: dict[str, Any] = {
-                "epoch": str(row["epoch"]),
-                "loss": f"{row['loss']:.4f}",
-                "lr": f"{row['learning_rate']:.2e}",
-                "norm": f"{row['grad_norm']:.3f}",
-                "speed": f"{row['tokens_per_s']:,.0f}",
-                "peak": f"{row['peak_memory_gib']:.2f}",
-            }
-            self.progress.update(self.task, completed=step, **shown)
+            metrics = (  # a bar of 80 columns has room for these and seven more
+                f"epoch {row['epoch']} loss {row['loss']:.4f} lr {row['learning_rate']:.1e} norm {row['grad_norm']:.2f} "
+                f"{row['tokens_per_s']:.0f} tok/s {row['peak_memory_gib']:.1f} GiB"
+            )
+            self.progress.update(self.task, completed=step, metrics=metrics)
             if not self.console.is_terminal and (step % self.logging_steps == 0 or step in (1, self.total_steps)):
                 self.say(
-                    f"step {step}/{self.total_steps}  epoch {shown['epoch']}  loss {shown['loss']}  lr {shown['lr']}  "
-                    f"grad_norm {shown['norm']}  {shown['speed']} tokens/s  peak {shown['peak']} GiB"
+                    f"step {step}/{self.total_steps}  epoch {row['epoch']}  loss {row['loss']:.4f}  "
+                    f"lr {row['learning_rate']:.2e}  grad_norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  "
+                    f"peak {row['peak_memory_gib']:.2f} GiB"
                 )
         self.metrics_file.flush()
 

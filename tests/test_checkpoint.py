@@ -88,8 +88,17 @@ nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_
 expected = torch.load({str(tmp_path / "expected.pt")!r})
 for name, how in (("bf16", {{}}), ("nf4", {{"quantization_config": nf4}})):
     model = AutoPeftModelForCausalLM.from_pretrained({str(tmp_path)!r}, dtype="bfloat16", **how).eval()
+    ids = torch.arange(5, 45)[None]
+    for module in model.modules():  # bitsandbytes' inference kernel rounds otherwise than the one we train with
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     with torch.no_grad():
-        assert torch.equal(model(input_ids=torch.arange(5, 45)[None]).logits, expected[name]), name
+        assert torch.equal(model(input_ids=ids).logits, expected[name]), name
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, expected[name], rtol=0.05, atol=0.05)
 assert AutoTokenizer.from_pretrained({str(tmp_path)!r}).eos_token == "<|endoftext|>"
 """
     done = subprocess.run(

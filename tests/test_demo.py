@@ -21,13 +21,13 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "qlora-train"
 
 
-@pytest.mark.parametrize(("heads", "tied"), [((4, 4), False), ((4, 2), True), ((6, 1), True)])
+@pytest.mark.parametrize(("heads", "tied"), [((4, 4), False), ((4, 2), True), ((8, 1), True)])
 def test_llama_repackaged_as_phi3_is_the_same_function_bit_for_bit(heads, tied):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=99,
-        hidden_size=24 * heads[0],
-        intermediate_size=56,
+        hidden_size=16 * heads[0],  # a multiple of 64: narrower matrices take kernels that sum in another order
+        intermediate_size=128,
         num_hidden_layers=3,
         num_attention_heads=heads[0],
         num_key_value_heads=heads[1],

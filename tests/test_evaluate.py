@@ -3,6 +3,7 @@
 import functools
 import math
 
+import peft
 import pytest
 import torch
 
@@ -92,6 +93,5 @@ def test_samples_put_base_and_tuned_side_by_side(model, tokenizer, examples):
                 parameter.zero_()
     again = evaluate.sample_responses(model, tokenizer, examples[:2], "plain")
     assert [s.tuned for s in again] == [s.base for s in again] == [s.base for s in samples]
-    assert model.peft_config and all(
-        layer.disable_adapters is False for layer in model.modules() if hasattr(layer, "disable_adapters")
-    )
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    assert len(layers) == 8 and not any(layer.disable_adapters for layer in layers)
