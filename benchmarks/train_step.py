@@ -71,6 +71,8 @@ def write_random_model(shape: str, folder: Path) -> None:
             torch.set_default_dtype(torch.bfloat16)
             model = transformers.Phi3ForCausalLM(config)
         model.save_pretrained(folder)
+        del model
+        torch.cuda.empty_cache()  # the cells run in other processes and want the whole card
 
 
 def time_cell(options: Options) -> dict:

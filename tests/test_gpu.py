@@ -3,6 +3,8 @@
 import functools
 import importlib.util
 import json
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,21 +57,25 @@ def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_never_waits_for_the_device(config, samples, backend):
+def test_a_step_waits_for_the_device_only_where_transformers_looks_for_packed_rows(config, samples, backend):
     model = gpu_model(config, backend)
     enable_gradient_checkpointing(model)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     window = list(data.micro_batches(samples, range(4), 2, 0, pin=True))
     assert window[0].input_ids.is_pinned()
-    with attention.sliding_window(model, None):
+    with attention.sliding_window(model, None), warnings.catch_warnings(record=True) as waits:
         step = functools.partial(train_step, model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)
         step()
-        torch.cuda.set_sync_debug_mode("error")
+        warnings.simplefilter("always")
+        waits.clear()
+        torch.cuda.set_sync_debug_mode("warn")
         try:
             loss, norm = step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    waits = [Path(wait.filename).name for wait in waits if "synchronizing" in str(wait.message)]
+    assert waits == ["masking_utils.py"] * len(window), waits  # once a forward; nothing of ours
     assert torch.isfinite(loss) and torch.isfinite(norm) and loss.device == GPU
 
 
