@@ -34,10 +34,9 @@ from qlora.model import (
     add_adapters,
     audit_targets,
     enable_gradient_checkpointing,
-    load_model_config,
     load_nf4_model,
+    load_skeleton,
     load_tokenizer,
-    parameter_count,
 )
 
 LossSum = Callable[[torch.Tensor, data.Batch], torch.Tensor]  # (hidden [B, T, D], batch) -> fp32 scalar, a sum over tokens
@@ -80,7 +79,7 @@ def train_step(
     # Divide by the tokens of the whole window, never by the number of micro-batches: a mean of means weighs tokens of
     # short answers more, and is off by a factor of 1.4 in the gradient for answers of 12 and 100 tokens.
     num_tokens = sum(micro_batch.num_tokens for micro_batch in window)
-    loss = torch.zeros((), device=device)
+    loss = torch.zeros((), device=device)  # []
     optimizer.zero_grad(set_to_none=True)  # the last step's, which stayed until now so that they could be looked at
     for micro_batch in window:
         batch = micro_batch.to(device)
@@ -103,7 +102,6 @@ def train(
     head: Head,
     samples: list[data.Encoded],
     held_out: list[data.Encoded],
-    pad_id: int,
     tracker: tracking.Tracker,
 ) -> evaluate.HeldOut | None:
     """The whole run: epochs of windows, a log line every few steps, evaluation and a checkpoint at the end of each epoch.
@@ -114,14 +112,13 @@ def train(
         head: its output layer.
         samples: to train on, one at least.
         held_out: to evaluate on; may be empty.
-        pad_id: any id; padding carries no loss and is seen by nothing.
         tracker: where metrics go.
 
     Returns:
         The last evaluation on held-out data, if there is any.
 
     Raises:
-        UserError: exit 5 if the first step finds an adapter without a gradient, or no gradient at all.
+        UserError: exit 5 if the first step finds an adapter without a gradient, or if a loss or norm is not finite.
     """
     assert config.learning_rate is not None and config.output_dir is not None  # as resolved
     device = head.weight.device
@@ -139,7 +136,7 @@ def train(
     def evaluate_held_out(step: int, epoch: int) -> evaluate.HeldOut | None:
         if not held_out:
             return None
-        batches = data.micro_batches(held_out, range(len(held_out)), batch_size, pad_id, pin=on_gpu)
+        batches = data.micro_batches(held_out, range(len(held_out)), batch_size, pin=on_gpu)
         result = evaluate.evaluate_loss(model, batches, loss_sum)
         tracker.held_out(step, epoch, result)
         return result
@@ -152,7 +149,7 @@ def train(
     since = time.perf_counter()
     for epoch in range(1, math.ceil(total_steps / steps_per_epoch) + 1):
         order = data.epoch_order(len(samples), config.seed, epoch)
-        batches = data.micro_batches(samples, order, batch_size, pad_id, pin=on_gpu)
+        batches = data.micro_batches(samples, order, batch_size, pin=on_gpu)
         for window in data.windows(batches, window_size):
             learning_rate = config.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
             loss, grad_norm = train_step(decoder, optimizer, window, loss_sum, learning_rate, config.max_grad_norm)
@@ -164,7 +161,9 @@ def train(
             if step == 1:
                 check_first_gradients(named, grad_norm)
             if step == 1 or step % config.logging_steps == 0 or step % steps_per_epoch == 0 or step == total_steps:
-                tracker.steps(read_pending(pending, since, device))
+                rows = read_pending(pending, since, device)
+                check_finite(rows)
+                tracker.steps(rows)
                 pending, since = [], time.perf_counter()
             if step == total_steps:
                 break
@@ -185,18 +184,24 @@ def read_pending(pending: list[dict[str, Any]], since: float, device: torch.devi
     return [{**row, **dict(zip(keys, values, strict=True)), **measured} for row, values in zip(pending, numbers, strict=True)]
 
 
+def check_finite(rows: list[dict[str, Any]]) -> None:
+    """Stop before a loss or norm that is not finite is saved in a checkpoint."""
+    for row in rows:
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            seen = f"loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate {row['learning_rate']:g}"
+            advice = "The last checkpoint, if there is one, is from before it. Lower --learning-rate, or look at the data."
+            raise UserError(ExitCode.NUMERICS, f"Step {row['step']} is not finite: {seen}. {advice}")
+
+
 def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm: torch.Tensor) -> None:
-    """Stop a run that would train nothing, or only noise. (A's gradient is exactly zero while B is: that is right.)"""
+    """Stop a run that would train nothing. (A's gradient is exactly zero while B is: that is right.)"""
     without = [name for name, parameter in named if parameter.grad is None]
-    norm = grad_norm.item()  # sync, once a run
+    advice = "Nothing was saved. Check --target-modules and the data."
     if without:
         seen = f"{len(without)} of {len(named)} adapter tensors got none, {without[0]} first"
-    elif norm == 0.0 or not math.isfinite(norm):
-        seen = f"its norm is {norm}"
-    else:
-        return
-    advice = "Nothing was saved. Check --target-modules and the data."
-    raise UserError(ExitCode.NUMERICS, f"The first gradient is not usable: {seen}. {advice}")
+        raise UserError(ExitCode.NUMERICS, f"The first gradient is not usable: {seen}. {advice}")
+    if grad_norm.item() == 0.0:  # sync, once a run
+        raise UserError(ExitCode.NUMERICS, f"The first gradient is zero everywhere. {advice}")
 
 
 def main(config: TrainConfig) -> None:
@@ -208,32 +213,31 @@ def main(config: TrainConfig) -> None:
     console = Console()
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    attn = attention.choose_attention(config.attn_implementation, device)
-    config = dataclasses.replace(config, attn_implementation=attn.implementation)
     config, line = config.resolved(on_gpu=device.type == "cuda")
-    say(line)
-    say(f"Attention: {attn.implementation} ({attn.reason})")
     assert config.model is not None and config.train_file is not None and config.output_dir is not None  # as resolved
+    say(line)
     run_folder = config.output_dir
     checkpoint.prepare_run_folder(run_folder)
 
-    # Data before the model: a broken line should not cost a download.
+    # Data, then the model's small files, then its weights: a broken line should not cost a download of gigabytes.
     examples, columns = data.read_examples(config.train_file, "train")
-    held_out_examples = data.read_examples(config.eval_file, "test")[0] if config.eval_file else []
+    held_out_examples, held_out_columns = data.read_examples(config.eval_file, "test") if config.eval_file else ([], "")
     source = model_source(config.model)
-    model_config = load_model_config(source, config)
-    tokenizer = load_tokenizer(source, config)
-    samples, notes = data.encode_all(examples, config.train_file, tokenizer, config)
-    say(f"Data: {notes}, columns {columns}")
+    skeleton = load_skeleton(source, config)
+    attn = attention.choose_attention(config.attn_implementation, device, type(skeleton))
+    say(f"Attention: {attn.implementation} ({attn.reason})")
+    targets = audit_targets(skeleton, config)
+    console.print(tracking.targets_table(targets, skeleton.num_parameters()))
+    form = data.read_format(load_tokenizer(source, skeleton, config), config.prompt_format)
+    samples, notes = data.encode_all(examples, config.train_file, form, config)
+    say(f"Data: {notes}; columns {columns}")
     held_out: list[data.Encoded] = []
     if config.eval_file is not None:
-        held_out, notes = data.encode_all(held_out_examples, config.eval_file, tokenizer, config)
-        say(f"Held out: {notes}")
+        held_out, notes = data.encode_all(held_out_examples, config.eval_file, form, config)
+        say(f"Held out: {notes}; columns {held_out_columns}")
 
     torch.manual_seed(config.seed)
     model = load_nf4_model(source, config, attn.implementation, device)
-    targets = audit_targets(model, config)
-    console.print(tracking.targets_table(targets, parameter_count(model)))
     model = add_adapters(model, config, targets, source)
     if config.gradient_checkpointing == "full":
         enable_gradient_checkpointing(model)
@@ -243,14 +247,19 @@ def main(config: TrainConfig) -> None:
         f"run folder: {run_folder}"
     )
 
+    config = dataclasses.replace(config, attn_implementation=attn.implementation)
     (run_folder / "config.yaml").write_text(config.to_yaml())
     (run_folder / "env.json").write_text(json.dumps(tracking.environment(device), indent=2))
     with tracking.Tracker(run_folder, console) as tracker:
-        with attention.sliding_window(model, attention.training_window(model_config, config.max_length)):
-            result = train(config, model, head, samples, held_out, tokenizer.pad_token_id, tracker)
+        with attention.sliding_window(model, attention.training_window(model.config, config.max_length)):
+            result = train(config, model, head, samples, held_out, tracker)
         checkpoint.save_adapter(model, run_folder / "adapter")
-        tokenizer.save_pretrained(run_folder / "adapter")
+        form.tokenizer.save_pretrained(run_folder / "adapter")
         tracker.hyperparameters(config, result)
-        shown = (held_out_examples or examples)[:3]
-        tracker.samples(evaluate.sample_responses(model, tokenizer, shown, config.prompt_format))
+        which, source_examples, encoded = (
+            ("held-out", held_out_examples, held_out) if held_out else ("training", examples, samples)
+        )
+        kept = {sample.line for sample in encoded}
+        shown = [example for example in source_examples if example.line in kept][:3]
+        tracker.samples(evaluate.sample_responses(model, shown, form), of=which)
     say(tracking.closing_words(run_folder))

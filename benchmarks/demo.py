@@ -100,14 +100,14 @@ def judge(adapter: Path) -> dict:
 
     from qlora import data, evaluate
     from qlora.config import BUNDLED_EVAL, TrainConfig
-    from qlora.model import load_nf4_model, load_tokenizer, peft
+    from qlora.model import load_nf4_model, load_skeleton, load_tokenizer, peft
 
     config = TrainConfig()
     base = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     model = peft.PeftModel.from_pretrained(load_nf4_model(base, config, "sdpa", torch.device("cpu")), str(adapter))
-    tokenizer = load_tokenizer(str(adapter), config)
+    form = data.read_format(load_tokenizer(str(adapter), load_skeleton(base, config), config), "plain")
     examples, _ = data.read_examples(BUNDLED_EVAL, "test")
-    answers = evaluate.sample_responses(model, tokenizer, examples, "plain")
+    answers = evaluate.sample_responses(model, examples, form)
     return {
         "held_out": len(answers),
         "base_right": sum(is_asked_schema(answer.prompt, answer.base) for answer in answers),
@@ -138,8 +138,7 @@ def main(options: Options) -> None:
             runs.append({"default": rate is None, **run})
             print({key: value for key, value in runs[-1].items() if not isinstance(value, list)}, flush=True)
             shutil.rmtree(folder)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    record = {"environment": environment(torch.device("cpu")), "commit": commit, "runs": runs}
+    record = {"environment": environment(torch.device("cpu")), "runs": runs}
     record["environment"].pop("command")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -32,7 +32,7 @@ def source(name: str, record: dict[str, Any]) -> str:
     packages = ", ".join(
         f"{package} {environment['packages'][package]}" for package in ("torch", "transformers", "peft", "bitsandbytes")
     )
-    return f"`{name}`: {environment['device']}; {packages}; commit {record['commit'][:9]}."
+    return f"`{name}`: {environment['device']}; {packages}; commit {environment['commit'][:9]}."
 
 
 def demo_summary() -> str:

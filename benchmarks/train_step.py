@@ -47,6 +47,8 @@ class Options:
     """Timed steps, after 3 to warm up."""
     out: Path | None = None
     """Where the JSON goes. Unset: benchmarks/results/train_step_CARD_YYYYMM.json."""
+    commit: str | None = None
+    """Commit of the code, where it runs without its repository."""
     cell: tuple[str, str, str] | None = None
     """Internal: folder, backend and checkpointing of one cell; prints its JSON."""
 
@@ -99,7 +101,7 @@ def time_cell(options: Options) -> dict:
     vocabulary = len(head.weight)
     rows = torch.randint(3, vocabulary, (options.accumulation * options.batch, options.length)).tolist()
     samples = [data.Encoded(ids, ids, line) for line, ids in enumerate(rows, start=1)]
-    window = list(data.micro_batches(samples, range(len(samples)), options.batch, 0, pin=device.type == "cuda"))
+    window = list(data.micro_batches(samples, range(len(samples)), options.batch, pin=device.type == "cuda"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     step = functools.partial(
         train_step, model.get_decoder(), optimizer, window, functools.partial(token_loss_sum, head=head), 5e-5, 1.0

@@ -15,21 +15,23 @@ def train(argv: list[str] | None = None) -> int:
         0, or an ExitCode, or 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
     try:
         config = parse(argv)
+        debug = config.debug
         import train_loop
 
         train_loop.main(config)
     except UserError as error:
-        if "--debug" in argv:
+        if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("Interrupted. What the last finished epoch left is in the run folder, under checkpoints/.", file=sys.stderr)
+        print("Interrupted. Checkpoints of finished epochs, if any, are in the run folder.", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" or "--debug" in argv:
+        if type(error).__name__ != "OutOfMemoryError" or debug:
             raise
         advice = "Try --per-device-train-batch-size 1, a smaller --max-length, or --gradient-checkpointing full."
         print(f"error: The GPU ran out of memory. {advice} ({error})", file=sys.stderr)

@@ -1,11 +1,11 @@
 """Which attention runs, why, and what Phi-3's sliding window has to do with it."""
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from qlora.config import AttnImplementation, ExitCode, UserError
 
@@ -17,41 +17,45 @@ class Attention(NamedTuple):
     reason: str
 
 
-def choose_attention(requested: AttnImplementation, device: torch.device) -> Attention:
+def choose_attention(requested: AttnImplementation, device: torch.device, model_class: Any) -> Attention:
     """Resolve `--attn-implementation`: `auto` picks what can run, a name runs or fails, and nothing is downloaded.
 
     Args:
         requested: auto, flash_attention_2, sdpa or eager.
         device: where the model will be.
+        model_class: of transformers; not every one has every backend (Gemma 2 has no sdpa, for its soft-capping).
 
     Raises:
-        UserError: exit 7 if flash_attention_2 was asked for by name and cannot run here.
+        UserError: exit 7 if a backend was asked for by name and cannot run here.
     """
-    if requested == "sdpa" or requested == "eager":
+    obstacles = {"flash_attention_2": _flash_obstacle(device, model_class), "sdpa": None, "eager": None}
+    if not getattr(model_class, "_supports_sdpa", True):
+        obstacles["sdpa"] = f"{model_class.__name__} does not support it"
+    if requested != "auto":
+        if obstacles[requested]:
+            text = f"--attn-implementation {requested} cannot run here: {obstacles[requested]}. Use auto to take what can."
+            raise UserError(ExitCode.ENVIRONMENT, text)
         return Attention(requested, "as asked")
-    obstacle = _flash_obstacle(device)
-    if requested == "flash_attention_2" and obstacle:
-        raise UserError(
-            ExitCode.ENVIRONMENT,
-            f"--attn-implementation flash_attention_2 cannot run here: {obstacle}. Use sdpa, or auto to take what can run.",
-        )
-    if obstacle:
-        return Attention("sdpa", f"flash_attention_2 cannot run: {obstacle}")
-    return Attention(
-        "flash_attention_2", "as asked" if requested != "auto" else "flash-attn is installed and the GPU can run it"
-    )
+    refused = "; ".join(f"{name} cannot run: {obstacle}" for name, obstacle in obstacles.items() if obstacle)
+    if not obstacles["flash_attention_2"]:
+        return Attention("flash_attention_2", "flash-attn is installed and the GPU can run it")
+    return Attention("eager" if obstacles["sdpa"] else "sdpa", refused)
 
 
-def _flash_obstacle(device: torch.device) -> str | None:
+def _flash_obstacle(device: torch.device, model_class: Any) -> str | None:
     # Asked of the package itself: transformers would fetch a replacement from the hub where `kernels` is installed.
     if device.type != "cuda":
         return "it needs a CUDA GPU"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
-    if importlib.util.find_spec("flash_attn") is None:
+    if not is_flash_attn_2_available():
         return "package flash-attn is not installed (pip install flash-attn --no-build-isolation)"
-    return None
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError as error:
+        return f"package flash-attn does not fit this torch ({error})"
+    return None if model_class._supports_flash_attn else f"{model_class.__name__} does not support it"
 
 
 def training_window(config: Any, max_length: int) -> int | None:

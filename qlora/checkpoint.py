@@ -10,29 +10,35 @@ from safetensors.torch import save_file
 
 from qlora.config import ExitCode, UserError
 
-MARKER = "config.yaml"  # written when training begins; a folder with it holds a run
+OWN_FILES = ("config.yaml", "env.json")  # written when training begins
 
 
 def prepare_run_folder(folder: Path) -> None:
     """Make the run folder and check that it can be written, before anything costly happens.
 
+    What is left of a run that ended before its first checkpoint is cleared away: there is nothing in it to keep.
+
     Raises:
-        UserError: exit 4 if it holds a run already, or cannot be made or written.
+        UserError: exit 4 if it holds a checkpoint, an adapter or files of others, or cannot be made or written.
     """
-    if (folder / MARKER).exists():
-        raise UserError(
-            ExitCode.CHECKPOINT, f"{folder} holds a run already. Choose another --output-dir, or remove that folder."
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "adapter").exists() or any((folder / "checkpoints").glob("step-*")):
+            raise UserError(
+                ExitCode.CHECKPOINT, f"{folder} holds a run already. Choose another --output-dir, or remove that folder."
+            )
+        if any(folder.iterdir()):
+            if not all((folder / name).is_file() for name in OWN_FILES):
+                raise UserError(ExitCode.CHECKPOINT, f"{folder} holds other files. Choose an empty or new --output-dir.")
+            for name in (*OWN_FILES, "metrics.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            ExitCode.CHECKPOINT,
-            f"Run folder {folder} cannot be written: {error.strerror}. Choose another --output-dir.",
-        ) from None
+        text = f"Run folder {folder} cannot be written: {error.strerror}. Choose another --output-dir."
+        raise UserError(ExitCode.CHECKPOINT, text) from None
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -79,6 +85,6 @@ def save(checkpoints: Path, model: Any, optimizer: torch.optim.Optimizer, state:
     save_file(moments, aside / "trainer_state.safetensors")
     (aside / "state.json").write_text(json.dumps(state, indent=2))
     aside.rename(folder)  # whole or not at all
-    for old in sorted(checkpoints.glob("step-*"))[:-keep]:
+    for old in sorted(checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))[:-keep]:
         shutil.rmtree(old)
     return folder

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 AttnImplementation = Literal["auto", "flash_attention_2", "sdpa", "eager"]
 PromptFormat = Literal["plain", "chat"]
 GradientCheckpointing = Literal["none", "full", "auto"]
+EMBEDDED = ("demo", "tiny-random")
 PHI3_MINI = "microsoft/Phi-3-mini-4k-instruct"
 DEMO_LEARNING_RATE = 4e-4
 BUNDLED_TRAIN = Path(__file__).parent / "demo_data" / "dataset_minimal.jsonl"
@@ -157,7 +158,7 @@ class TrainConfig(OutputOptions, TrainingOptions, LoraOptions, DataOptions, Mode
             raise _refused("target_modules", "()", "one name or more; leave it out for all linear layers")
         if self.init_adapter is not None and not (self.init_adapter / "adapter_config.json").is_file():
             raise _refused("init_adapter", self.init_adapter, "a folder with adapter_config.json")
-        if self.revision is not None and (self.model is None or Path(self.model).is_dir()):
+        if self.revision is not None and (self.model in (None, *EMBEDDED) or Path(str(self.model)).is_dir()):
             raise _refused("revision", self.revision, "given together with a hub id as --model")
 
     def resolved(self, on_gpu: bool) -> tuple["TrainConfig", str]:

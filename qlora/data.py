@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+import jinja2
 import torch
 
 from qlora.config import ExitCode, PromptFormat, TrainConfig, UserError
@@ -90,7 +91,7 @@ def read_examples(source: str | Path, default_split: str) -> tuple[list[Example]
         default_split: the split of a hub data set whose SPLIT is not given.
 
     Returns:
-        The examples (at least one) and the columns they were found in, such as "instruction/response".
+        The examples (at least one) and the columns they were found in, such as "instruction/response (ignored: id)".
 
     Raises:
         UserError: exit 3, naming file and line, if the source is missing, unreadable, empty or a row is not as it must be.
@@ -101,6 +102,7 @@ def read_examples(source: str | Path, default_split: str) -> tuple[list[Example]
     rows = _file_rows(path) if is_file else _hub_rows(source, default_split)
     examples: list[Example] = []
     columns: tuple[str, ...] | None = None
+    ignored: set[str] = set()
     for line, row in rows:
         where = f"{source}:{line}"
         if not isinstance(row, dict):
@@ -108,9 +110,11 @@ def read_examples(source: str | Path, default_split: str) -> tuple[list[Example]
             raise _wrong(f"{where}: each line must be a JSON object, not {type(row).__name__}.{hint}")
         columns = columns or _detect_columns(row, where)
         examples.append(Example(_messages(row, columns, where), line))
+        ignored |= row.keys() - set(columns)
     if columns is None:
         raise _wrong(f"{source} holds no example. Give a file with one JSON object a line.")
-    return examples, "/".join(columns)
+    aside = f" (ignored: {', '.join(sorted(map(str, ignored)))})" if ignored else ""
+    return examples, "/".join(columns) + aside
 
 
 def _wrong(text: str) -> UserError:
@@ -175,10 +179,11 @@ def _hub_rows(source: str, default_split: str) -> Iterator[tuple[int, object]]:
 
 
 def _detect_columns(row: dict, where: str) -> tuple[str, ...]:
-    found = [columns for columns in COLUMNS if row.keys() & set(columns)]
+    complete = [columns for columns in COLUMNS if row.keys() >= set(columns)]
+    found = complete or [columns for columns in COLUMNS if row.keys() & set(columns)]
     forms = ", ".join("/".join(columns) for columns in COLUMNS)
-    if len(found) > 1:
-        both = " and of ".join("/".join(columns) for columns in found)
+    if len(complete) > 1:
+        both = " and of ".join("/".join(columns) for columns in complete)
         raise _wrong(f"{where}: the row has columns of {both}. Keep one of the two, so that none is trained on by mistake.")
     if not found:
         raise _wrong(
@@ -207,6 +212,8 @@ def _messages(row: dict, columns: tuple[str, ...], where: str) -> tuple[Message,
             raise _wrong(f"{where}: {name} must be text, not {type(content).__name__}.")
         if not content.strip():
             raise _wrong(f"{where}: {name} is empty. Remove the row or fill it in.")
+        if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
+            raise _wrong(f"{where}: {name} holds half of a surrogate pair, which is no character. Remove it.")
     return tuple(turns)
 
 
@@ -230,94 +237,86 @@ def _conversation(messages: object, where: str) -> list[Message]:
 # -- formatting and masking ------------------------------------------------------------------------------------------
 
 
-def stop_token_id(tokenizer: "PreTrainedTokenizerBase", prompt_format: PromptFormat) -> int:
-    """The id that ends an answer: the tokenizer's eos in the plain form, the template's turn end in the chat form.
+class Format(NamedTuple):
+    """How text becomes ids: the tokenizer, the form, and the ids that begin a sample and end an answer."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    name: PromptFormat
+    begin_ids: tuple[int, ...]  # a BOS, where the tokenizer puts one; in the chat form the template brings its own
+    stop_id: int  # the tokenizer's eos in the plain form, the template's turn end in the chat form
+
+    def ids(self, text: str, after: str = "") -> list[int]:
+        """Ids of `text` as it stands behind the text `after`.
+
+        Tokenised alone it can differ: SentencePiece tokenizers (Phi-3's) put a space before whatever they see first, and
+        the model would learn to answer " {"; some special tokens swallow the newline behind them. So both are tokenised
+        together, and the ids of `after` cut off. Where a token would span the two they are tokenised apart after all.
+        """
+        # In the plain form no text of a user may become a special token; a chat template is made of them.
+        plain = self.name == "plain"
+        before, both, alone = (
+            self.tokenizer(part, add_special_tokens=False, split_special_tokens=plain).input_ids if part else []
+            for part in (after, after + text, text)
+        )
+        return both[len(before) :] if both[: len(before)] == before else alone
+
+
+def read_format(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat) -> Format:
+    """The form to train and to prompt in.
 
     Raises:
         UserError: exit 2 if the tokenizer has no eos, no template, or a template that ends a turn without a special token.
     """
-    if prompt_format == "plain":
+    if name == "plain":
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                ExitCode.CONFIGURATION,
-                "The tokenizer has no eos token, so nothing would teach the model to stop. Use --prompt-format chat.",
-            )
-        return tokenizer.eos_token_id
+            why = "The tokenizer has no eos token, so nothing would teach the model to stop. Use --prompt-format chat."
+            raise UserError(ExitCode.CONFIGURATION, why)
+        first = tokenizer("a").input_ids[0]
+        return Format(tokenizer, name, (first,) if first == tokenizer.bos_token_id else (), tokenizer.eos_token_id)
     if tokenizer.chat_template is None:
-        raise UserError(
-            ExitCode.CONFIGURATION, "--prompt-format chat: the tokenizer has no chat template. Use --prompt-format plain."
-        )
-    probe = _render(tokenizer, [Message("user", "question"), Message("assistant", "answer")], add_generation_prompt=False)
-    tail = tokenizer(probe[probe.rindex("answer") + len("answer") :].lstrip(), add_special_tokens=False).input_ids
+        why = "--prompt-format chat: the tokenizer has no chat template. Use --prompt-format plain."
+        raise UserError(ExitCode.CONFIGURATION, why)
+    turn = _render(tokenizer, [Message("user", "question"), Message("assistant", "answer")], add_generation_prompt=False)
+    tail = tokenizer(turn[turn.rindex("answer") + len("answer") :].lstrip(), add_special_tokens=False).input_ids
     if not tail or tail[0] not in tokenizer.added_tokens_decoder:
-        raise UserError(
-            ExitCode.CONFIGURATION,
-            "--prompt-format chat: the template ends an answer without a special token, so the model could not learn to stop. "
-            "Use --prompt-format plain.",
-        )
-    return tail[0]
+        why = "the template ends an answer without a special token, so the model could not learn to stop"
+        raise UserError(ExitCode.CONFIGURATION, f"--prompt-format chat: {why}. Use --prompt-format plain.")
+    return Format(tokenizer, name, (), tail[0])
 
 
-def encode_prompt(
-    messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerBase", prompt_format: PromptFormat
-) -> list[int]:
+def encode_prompt(messages: tuple[Message, ...], form: Format) -> list[int]:
     """Ids that an answer to `messages` (the last one a user's) is generated from; training saw the same ids."""
-    ids, _ = _encode_turns((*messages, Message("assistant", "")), tokenizer, prompt_format, loss_on="response")
-    return ids
+    return _encode_turns((*messages, Message("assistant", "")), form, loss_on="response")[0]
 
 
-def encode(example: Example, tokenizer: "PreTrainedTokenizerBase", config: TrainConfig) -> Encoded:
-    """Tokenise prompts and answers apart and join their ids, so that no merge hides where the loss begins.
+def encode(example: Example, form: Format, loss_on: str) -> Encoded:
+    """Tokenise prompts and answers apart and join their ids, so that no token hides where the loss begins.
 
     Returns:
         ids and labels of any length; every answer ends with the stop token, which is trained.
 
     Raises:
-        UserError: exit 3 if the chat template does not render an answer as it stands.
+        ValueError: if the chat template refuses the conversation, or does not render an answer as it stands.
     """
-    ids, labels = _encode_turns(example.messages, tokenizer, config.prompt_format, config.loss_on)
-    return Encoded(ids, labels, example.line)
+    return Encoded(*_encode_turns(example.messages, form, loss_on), example.line)
 
 
-def _encode_turns(
-    messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerBase", prompt_format: PromptFormat, loss_on: str
-) -> tuple[list[int], list[int]]:
-    stop = stop_token_id(tokenizer, prompt_format)
-    turns = _chat_turns(messages, tokenizer, stop) if prompt_format == "chat" else _plain_turns(messages)
-    ids: list[int] = []
-    labels: list[int] = []
-    for context, answer in turns:
-        # A BOS stands once, where the tokenizer puts it; a template brings its own.
-        begins = not ids and prompt_format == "plain"
-        context_ids = (_leading_ids(tokenizer) if begins else []) + _ids(tokenizer, context, prompt_format)
+def _encode_turns(messages: tuple[Message, ...], form: Format, loss_on: str) -> tuple[list[int], list[int]]:
+    ids = list(form.begin_ids)
+    labels = list(ids) if loss_on == "all" else [IGNORED] * len(ids)
+    for before, context, answer in _chat_turns(messages, form) if form.name == "chat" else _plain_turns(messages):
+        context_ids = form.ids(context, after=before)
         ids += context_ids
         labels += context_ids if loss_on == "all" else [IGNORED] * len(context_ids)
-        if answer:
-            answer_ids = [*_continued_ids(tokenizer, answer, prompt_format), stop]
+        if answer:  # else it is to be generated
+            answer_ids = [*form.ids(answer, after=context), form.stop_id]
             ids += answer_ids
             labels += answer_ids
     return ids, labels
 
 
-def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, prompt_format: PromptFormat) -> list[int]:
-    # In the plain form no text of a user may become a special token; a chat template is made of them.
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=prompt_format == "plain").input_ids
-
-
-def _leading_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    first = tokenizer("a").input_ids[0]
-    return [first] if first == tokenizer.bos_token_id else []
-
-
-def _continued_ids(tokenizer: "PreTrainedTokenizerBase", text: str, prompt_format: PromptFormat) -> list[int]:
-    """Ids of text that goes on after other text. SentencePiece tokenizers (Phi-3's) put a space before whatever they see
-    first, and the model would learn to answer " {"; so they are shown a newline first, which is cut off again."""
-    newline = _ids(tokenizer, "\n", prompt_format)
-    joined = _ids(tokenizer, "\n" + text, prompt_format)
-    return joined[len(newline) :] if joined[: len(newline)] == newline else _ids(tokenizer, text, prompt_format)
-
-
-def _plain_turns(messages: tuple[Message, ...]) -> Iterator[tuple[str, str]]:
+def _plain_turns(messages: tuple[Message, ...]) -> Iterator[tuple[str, str, str]]:
+    """(text before, context, answer) of each turn; see _chat_turns."""
     context = ""
     for message in messages:
         if message.role == "system":
@@ -325,55 +324,62 @@ def _plain_turns(messages: tuple[Message, ...]) -> Iterator[tuple[str, str]]:
         elif message.role == "user":
             context += f"### Instruction:\n{message.content}\n\n### Response:\n"
         else:
-            yield context, message.content
+            yield "", context, message.content
             context = "\n\n"
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: Iterable[Message], add_generation_prompt: bool) -> str:
-    conversation = [message._asdict() for message in messages]
-    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt))
+def _chat_turns(messages: tuple[Message, ...], form: Format) -> Iterator[tuple[str, str, str]]:
+    """For each turn the stop token's text if one stands before it, what the template puts before the answer, and the answer.
 
-
-def _chat_turns(messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerBase", stop: int) -> Iterator[tuple[str, str]]:
-    stop_text = str(tokenizer.convert_ids_to_tokens(stop))
+    Whatever the template writes between its generation prompt and the answer (a space, an empty chain of thought) counts
+    to the answer: when generating, the model has to write it.
+    """
+    stop_text = str(form.tokenizer.convert_ids_to_tokens(form.stop_id))
     done = ""  # the rendered text up to and with the last stop token
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        prompt = _render(tokenizer, messages[:index], add_generation_prompt=True)
-        if not message.content:  # the answer is to be generated
-            yield prompt.removeprefix(done), ""
+        prompt = _render(form.tokenizer, messages[:index], add_generation_prompt=True)
+        before = stop_text if done else ""
+        if not message.content:
+            yield before, prompt.removeprefix(done), ""
             return
-        whole = _render(tokenizer, messages[: index + 1], add_generation_prompt=False)
-        rest = whole.removeprefix(prompt)  # space before the answer, the answer, the turn's end
-        answer = message.content.strip()
-        start = rest.find(answer)
-        if not (prompt.startswith(done) and whole.startswith(prompt)) or start < 0 or rest[:start].strip():
-            raise _wrong(
-                f"The chat template does not render the answer {answer[:40]!r} as it stands after its prompt. "
-                "Use --prompt-format plain."
-            )
-        end = start + len(answer)
-        yield prompt.removeprefix(done), rest[:end]
-        done = prompt + rest[: rest.index(stop_text, end) + len(stop_text)]
+        marker = "(the answer)"
+        marked = _render(form.tokenizer, (*messages[:index], message._replace(content=marker)), add_generation_prompt=False)
+        lead = marked.removeprefix(prompt).partition(marker)[0]
+        rest = _render(form.tokenizer, messages[: index + 1], add_generation_prompt=False).removeprefix(prompt + lead)
+        answer = message.content if rest.startswith(message.content) else message.content.strip()
+        if not (prompt.startswith(done) and marked.startswith(prompt) and marker in marked and rest.startswith(answer)):
+            raise ValueError(f"the chat template does not render the answer {answer[:40]!r} as it stands behind its prompt")
+        yield before, prompt.removeprefix(done), lead + answer
+        done = prompt + lead + rest[: rest.index(stop_text, len(answer)) + len(stop_text)]
 
 
-def encode_all(
-    examples: list[Example], source: str | Path, tokenizer: "PreTrainedTokenizerBase", config: TrainConfig
-) -> tuple[list[Encoded], str]:
+def _render(tokenizer: "PreTrainedTokenizerBase", messages: Iterable[Message], add_generation_prompt: bool) -> str:
+    conversation = [message._asdict() for message in messages]
+    try:
+        return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except jinja2.TemplateError as error:  # raised by templates themselves, against system messages for one
+        raise ValueError(f"the chat template refuses the conversation: {error}") from None
+
+
+def encode_all(examples: list[Example], source: str | Path, form: Format, config: TrainConfig) -> tuple[list[Encoded], str]:
     """Encode examples and deal with those longer than `config.max_length`.
 
     Returns:
         The samples, each with at least one token to train on; and a line that counts them and names what was left out.
 
     Raises:
-        UserError: exit 3 if none is left, or if one is too long under `--on-long error`.
+        UserError: exit 3 if none is left, if one is too long under `--on-long error`, or the chat template fails on one.
     """
     kept: list[Encoded] = []
     dropped: list[int] = []
     truncated = 0
     for example in examples:
-        encoded = encode(example, tokenizer, config)
+        try:
+            encoded = encode(example, form, config.loss_on)
+        except ValueError as error:
+            raise _wrong(f"{source}:{example.line}: {error}. Use --prompt-format plain.") from None
         length = len(encoded.input_ids)
         if length > config.max_length:
             if config.on_long == "error":
@@ -385,10 +391,8 @@ def encode_all(
             truncated += 1
         kept.append(encoded)
     if not kept:
-        raise _wrong(
-            f"{source}: none of {len(examples)} examples fits --max-length {config.max_length}. "
-            "Raise it, or use --on-long truncate."
-        )
+        advice = "Raise it, or use --on-long truncate."
+        raise _wrong(f"{source}: none of {len(examples)} examples fits --max-length {config.max_length}. {advice}")
     tokens = sum(label != IGNORED for encoded in kept for label in encoded.labels[1:])
     longest = max(len(encoded.input_ids) for encoded in kept)
     notes = f"{len(kept)} examples, {tokens:,} tokens to train on, the longest of {longest}"
@@ -396,23 +400,22 @@ def encode_all(
         notes += f"; {truncated} cut to {config.max_length}"
     if dropped:
         more = ", ..." if len(dropped) > 10 else ""
-        notes += (
-            f"; {len(dropped)} dropped as longer than {config.max_length} (lines {', '.join(map(str, dropped[:10]))}{more})"
-        )
+        lines = ", ".join(map(str, dropped[:10]))
+        notes += f"; {len(dropped)} dropped as longer than {config.max_length} (lines {lines}{more})"
     return kept, notes
 
 
 # -- collation and order ---------------------------------------------------------------------------------------------
 
 
-def collate(samples: list[Encoded], pad_id: int) -> Batch:
-    """Pad on the right to the longest sample. Padding is told by length, never by its id: pad may equal the stop token."""
+def collate(samples: list[Encoded]) -> Batch:
+    """Pad on the right to the longest sample, with id 0: any would do, as padding is told by length, never by its id."""
     longest = max(len(sample.input_ids) for sample in samples)
-    input_ids = torch.full((len(samples), longest), pad_id)  # [B, T]
+    input_ids = torch.zeros((len(samples), longest), dtype=torch.int64)  # [B, T]
     labels = torch.full((len(samples), longest), IGNORED)  # [B, T]
     for row, sample in enumerate(samples):
-        input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
-        labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
+        input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)  # [T of this sample]
+        labels[row, : len(sample.labels)] = torch.tensor(sample.labels)  # [T of this sample]
     rows, columns = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)  # [N], [N]
     positions = rows * longest + columns  # [N]
     return Batch(input_ids, labels, positions, len(positions), sum(len(sample.input_ids) for sample in samples))
@@ -424,12 +427,10 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(num_samples, generator=generator).tolist()
 
 
-def micro_batches(
-    samples: list[Encoded], order: Iterable[int], batch_size: int, pad_id: int, pin: bool = False
-) -> Iterator[Batch]:
+def micro_batches(samples: list[Encoded], order: Iterable[int], batch_size: int, pin: bool = False) -> Iterator[Batch]:
     """Collate `batch_size` samples at a time in the given order; the last batch may be smaller."""
     for indices in windows(order, batch_size):
-        batch = collate([samples[index] for index in indices], pad_id)
+        batch = collate([samples[index] for index in indices])
         yield batch.pin() if pin else batch
 
 

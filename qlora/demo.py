@@ -150,7 +150,8 @@ def tiny_random_model() -> Path:
     Raises:
         UserError: exit 4 if the cache cannot be written.
     """
-    folder = cache_folder() / "tiny-random-phi3"
+    digest = hashlib.sha256(BUNDLED_TRAIN.read_bytes()).hexdigest()[:8]  # another tokenizer for other text
+    folder = cache_folder() / f"tiny-random-phi3-{digest}"
     if not folder.exists():
         with _written_aside(folder) as aside:
             build_tiny_random(aside)

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qlora.config import PromptFormat
-from qlora.data import Batch, Example, encode_prompt, stop_token_id
+from qlora.data import Batch, Example, Format, encode_prompt
 
 
 class HeldOut(NamedTuple):
@@ -39,7 +38,7 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torc
     training = model.training
     model.eval()
     decoder, device = model.get_decoder(), model.device
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=device)  # []
     num_tokens = 0
     for cpu_batch in batches:
         batch = cpu_batch.to(device)
@@ -53,25 +52,31 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torc
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: list[list[int]], stop_id: int, max_new_tokens: int) -> list[str]:
+def generate(model: Any, prompts: list[list[int]], form: Format, max_new_tokens: int) -> list[str]:
     """Greedy answers to all prompts in one batch with a KV cache, padded on the left.
 
     Args:
         model: with or without its adapter switched on; it is put back into the mode it came in.
-        tokenizer: of the model.
         prompts: token ids, as data.encode_prompt makes them.
-        stop_id: ends an answer, as do the ids that the model itself names.
+        form: its stop token ends an answer, as do the ids that the model itself names.
         max_new_tokens: longest answer.
     """
     from transformers import GenerationConfig
 
     own = model.generation_config.eos_token_id
-    stops = {stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
+    stops = {form.stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
+    # What is left unset here would come from the model's own generation_config, as Qwen's penalty on repetition.
     greedy = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stops),
+        pad_token_id=form.stop_id,
     )
     longest = max(map(len, prompts))
-    padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in prompts]
+    padded = [[form.stop_id] * (longest - len(ids)) + ids for ids in prompts]
     seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
     input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
     training = model.training
@@ -79,17 +84,16 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], stop_id: int,
     with torch.autocast(model.device.type, torch.bfloat16):
         output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=greedy)  # [B, T + new]
     model.train(training)
-    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return form.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 
-def sample_responses(model: Any, tokenizer: Any, examples: list[Example], prompt_format: PromptFormat) -> list[Sample]:
+def sample_responses(model: Any, examples: list[Example], form: Format) -> list[Sample]:
     """Greedy answers to the prompts of `examples`, without and with the adapter, up to twice the longest answer wanted."""
-    prompts = [encode_prompt(example.prompt, tokenizer, prompt_format) for example in examples]
-    longest = max(len(tokenizer(example.response).input_ids) for example in examples)
-    stop_id = stop_token_id(tokenizer, prompt_format)
+    prompts = [encode_prompt(example.prompt, form) for example in examples]
+    longest = max(len(form.ids(example.response)) for example in examples)
     limit = min(2 * longest + 8, 1024)
-    tuned = generate(model, tokenizer, prompts, stop_id, limit)
+    tuned = generate(model, prompts, form, limit)
     with model.disable_adapter():
-        base = generate(model, tokenizer, prompts, stop_id, limit)
+        base = generate(model, prompts, form, limit)
     rows = zip(examples, base, tuned, strict=True)
     return [Sample(example.prompt[-1].content, base, tuned, example.response) for example, base, tuned in rows]

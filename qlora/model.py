@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from qlora.config import ExitCode, TrainConfig, UserError
@@ -35,43 +37,53 @@ with _without_kernels_package():
 import peft  # noqa: E402  after bitsandbytes, which it imports
 import transformers  # noqa: E402
 
-transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()  # of loading; it takes those of downloads along, which are wanted
+huggingface_hub.utils.enable_progress_bars()
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(source: str, config: TrainConfig) -> Any:
-    """The tokenizer of a folder or hub id, with a pad token; padding itself is done by length in data.collate.
+def load_skeleton(source: str, config: TrainConfig) -> Any:
+    """The model of a folder or hub id without its weights: a small file to fetch, and enough to check the flags against.
+
+    Returns:
+        A transformers model on the meta device.
 
     Raises:
-        UserError: exit 7 if it is not there.
+        UserError: exit 7 if it is not there, 2 if --max-length is more than the model was built for.
+    """
+    origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    with _environment_errors(source):
+        model_config = transformers.AutoConfig.from_pretrained(source, **origin)
+        with torch.device("meta"):
+            skeleton = transformers.AutoModelForCausalLM.from_config(
+                model_config, trust_remote_code=config.trust_remote_code, dtype=torch.bfloat16, attn_implementation="eager"
+            )
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.max_length > longest:
+        text = f"--max-length {config.max_length} is more than the {longest} positions of {source}."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    return skeleton
+
+
+def load_tokenizer(source: str, skeleton: Any, config: TrainConfig) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        UserError: exit 7 if it is not there, 2 if it has more tokens than the model has embeddings.
     """
     with _environment_errors(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        text = (
+            f"The tokenizer of {source} has {len(tokenizer)} tokens, its model {rows} embeddings. They do not belong together."
+        )
+        raise UserError(ExitCode.CONFIGURATION, text)
     return tokenizer
-
-
-def load_model_config(source: str, config: TrainConfig) -> Any:
-    """The configuration of a folder or hub id: a small file that tells whether the model is there and fits the flags.
-
-    Raises:
-        UserError: exit 7 if it is not there, 2 if --max-length is more than the model was built for.
-    """
-    with _environment_errors(source):
-        model_config = transformers.AutoConfig.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.max_length > longest:
-        raise UserError(
-            ExitCode.CONFIGURATION, f"--max-length {config.max_length} is more than the {longest} positions of {source}."
-        )
-    return model_config
 
 
 def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, device: torch.device) -> Any:
@@ -123,7 +135,7 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
 def _environment_errors(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             ExitCode.ENVIRONMENT,
@@ -148,20 +160,20 @@ def _advice(error: BaseException, source: str) -> str:
 
 
 class Target(NamedTuple):
-    """The linear layers that one name of `target_modules` matches."""
+    """The linear layers that one name of `target_modules` matches, and that no earlier name did."""
 
     name: str
-    num_layers: int
+    layers: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]  # distinct (out, in)
     adapter_parameters: int
 
 
-def linear_layers(model: Any) -> dict[str, Any]:
-    """Name -> linear layer of the base model, without the head (the loss reads its frozen weight directly)."""
-    head = model.get_output_embeddings()
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head
-    }
+def linear_layers(model: Any) -> dict[str, torch.nn.Linear]:
+    """Name -> linear layer of the decoder: not the head, whose frozen weight the loss reads, nor a vision tower."""
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()} - {id(model.get_output_embeddings())}
+    named = model.named_modules()
+    return {name: module for name, module in named if id(module) in inside and isinstance(module, torch.nn.Linear)}
 
 
 def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
@@ -170,7 +182,7 @@ def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
     Phi-3 fuses its projections, so of the usual seven Llama names two match, which trains 35 % of what was meant.
 
     Args:
-        model: the base model, without adapters.
+        model: the base model or its skeleton, without adapters.
         config: target_modules, matched as PEFT does (the whole name or its end after a dot), None for all linear layers;
             and the rank, as a layer gets r * (in + out) parameters. init_adapter, if given, brings its own.
 
@@ -181,32 +193,24 @@ def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
     if config.init_adapter is not None:
         lora = read_adapter_config(config.init_adapter)
         requested, rank = tuple(sorted(lora.target_modules)), lora.r
-    layers = linear_layers(model)
-    available = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    targets = []
-    for target in requested or available:
-        matched = [layer for name, layer in layers.items() if name == target or name.endswith(f".{target}")]
-        if not matched:
-            raise UserError(
-                ExitCode.CONFIGURATION,
+    remaining = linear_layers(model)
+    if not remaining:
+        text = f"{type(model).__name__} has no torch.nn.Linear layer in its decoder, so there is nothing to adapt."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    available = sorted({name.rsplit(".", 1)[-1] for name in remaining})
+    targets: list[Target] = []
+    for target in dict.fromkeys(requested or available):
+        matched = {name: layer for name, layer in remaining.items() if name == target or name.endswith(f".{target}")}
+        if not matched and not any(name == target or name.endswith(f".{target}") for t in targets for name in t.layers):
+            text = (
                 f"--target-modules {target} matches no linear layer of {type(model).__name__}. It has {', '.join(available)}; "
-                "leave the flag out to adapt them all. (The head cannot have an adapter.)",
             )
-        shapes = tuple(sorted({(layer.out_features, layer.in_features) for layer in matched}))
-        parameters = sum(rank * (layer.in_features + layer.out_features) for layer in matched)
-        targets.append(Target(target, len(matched), shapes, parameters))
-    return targets
-
-
-def parameter_count(model: Any) -> int:
-    """Parameters of the base model as the paper counts them. `numel` of a packed NF4 weight counts bytes: half of them."""
-    count = 0
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            continue
-        state = getattr(parameter, "quant_state", None)
-        count += state.shape.numel() if state is not None else parameter.numel()
-    return count
+            raise UserError(ExitCode.CONFIGURATION, text + "leave the flag out to adapt them all. (The head cannot have one.)")
+        shapes = tuple(sorted({(layer.out_features, layer.in_features) for layer in matched.values()}))
+        parameters = sum(rank * (layer.in_features + layer.out_features) for layer in matched.values())
+        targets.append(Target(target, tuple(matched), shapes, parameters))
+        remaining = {name: layer for name, layer in remaining.items() if name not in matched}
+    return [target for target in targets if target.layers]
 
 
 def add_adapters(model: Any, config: TrainConfig, targets: list[Target], base: str) -> Any:
@@ -223,24 +227,30 @@ def add_adapters(model: Any, config: TrainConfig, targets: list[Target], base: s
     Raises:
         UserError: exit 2 if init_adapter does not fit the model tensor by tensor.
     """
-    model.name_or_path = base
-    commit = getattr(model.config, "_commit_hash", None)
     if config.init_adapter is None:
+        elsewhere = set(_ends_with(model, [target.name for target in targets])) - {n for t in targets for n in t.layers}
         lora = peft.LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=[target.name for target in targets],
+            # Whole names only where the short ones would match a vision tower too.
+            target_modules=[name for t in targets for name in (t.layers if elsewhere else [t.name])],
             task_type="CAUSAL_LM",
         )
-        adapted = peft.get_peft_model(model, lora, revision=commit)
+        adapted: Any = peft.get_peft_model(model, lora)
     else:
-        adapted = _load_adapter(model, config.init_adapter)
-        adapted.peft_config["default"].base_model_name_or_path = base
-        adapted.peft_config["default"].revision = commit
+        _check_adapter(config.init_adapter, model, targets)
+        adapted = peft.PeftModel.from_pretrained(model, str(config.init_adapter), is_trainable=True)
+    kept = adapted.peft_config["default"]
+    kept.base_model_name_or_path, kept.revision = base, getattr(model.config, "_commit_hash", None)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert trained == sum(target.adapter_parameters for target in targets), "the adapters are not those of the audit"
     return adapted
+
+
+def _ends_with(model: Any, names: list[str]) -> list[str]:
+    modules = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    return [module for module in modules for name in names if module == name or module.endswith(f".{name}")]
 
 
 def read_adapter_config(folder: Path) -> Any:
@@ -249,37 +259,40 @@ def read_adapter_config(folder: Path) -> Any:
     Raises:
         UserError: exit 2 if it is no LoRA adapter that this loop can go on with.
     """
-    lora = peft.PeftConfig.from_pretrained(str(folder))
-    plain = isinstance(lora, peft.LoraConfig) and not (
-        lora.modules_to_save or lora.use_dora or lora.rank_pattern or lora.bias != "none"
-    )
-    if not plain or isinstance(lora.target_modules, str | None):
-        raise UserError(
-            ExitCode.CONFIGURATION, f"--init-adapter {folder} is not a plain LoRA adapter with a list of target modules."
-        )
+    try:
+        lora = peft.PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        text = f"--init-adapter {folder}: adapter_config.json cannot be read ({type(error).__name__}: {error})."
+        raise UserError(ExitCode.CONFIGURATION, text) from None
+    usual = peft.LoraConfig()
+    # What may differ from PEFT's own defaults; anything else (DoRA, biases, other starts, ...) is not ours to continue.
+    free = {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
+            "inference_mode", "peft_version"}  # fmt: skip
+    odd = [name for name, value in vars(lora).items() if name not in free and value != getattr(usual, name, value)]
+    if not isinstance(lora, peft.LoraConfig) or odd or isinstance(lora.target_modules, str | None):
+        seen = f"it sets {', '.join(odd)}" if odd else "its targets are no list"
+        text = f"--init-adapter {folder} is not a plain LoRA adapter with a list of target modules: {seen}."
+        raise UserError(ExitCode.CONFIGURATION, text)
     return lora
 
 
-def _load_adapter(model: Any, folder: Path) -> Any:
+def _check_adapter(folder: Path, model: Any, targets: list[Target]) -> None:
+    """Compare names and shapes by hand: PEFT loads what fits, leaves the rest at its start, and warns."""
     path = folder / "adapter_model.safetensors"
     try:
         with safe_open(path, "pt") as file:
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+            stored = {(name, *file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
     except (OSError, SafetensorError) as error:
         raise UserError(ExitCode.CONFIGURATION, f"--init-adapter {folder}: {path.name} cannot be read: {error}.") from None
-    # Compared by hand: PEFT loads what fits, leaves the rest at its start, and warns.
-    fresh = peft.get_peft_model(model, read_adapter_config(folder))
-    wanted = {
-        name: tuple(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(fresh, save_embedding_layers=False).items()
-    }
+    rank = read_adapter_config(folder).r
+    layers = {name: model.get_submodule(name) for target in targets for name in target.layers}
+    wanted = {(f"base_model.model.{name}.lora_A.weight", rank, layer.in_features) for name, layer in layers.items()}
+    wanted |= {(f"base_model.model.{name}.lora_B.weight", layer.out_features, rank) for name, layer in layers.items()}
     if stored != wanted:
-        odd = sorted(stored.items() ^ wanted.items())[0]
-        raise UserError(
-            ExitCode.CONFIGURATION,
-            f"--init-adapter {folder} does not fit the model: {odd[0]} of shape {odd[1]} is on one side only.",
-        )
-    base = fresh.unload()
-    return peft.PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        name, *shape = min(stored ^ wanted)
+        side = "only in the file" if (name, *shape) in stored else "not in the file"
+        text = f"--init-adapter {folder} does not fit the model: {name} of shape {shape} is {side}."
+        raise UserError(ExitCode.CONFIGURATION, text)
 
 
 def enable_gradient_checkpointing(model: Any) -> None:

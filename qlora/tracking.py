@@ -5,6 +5,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ METRICS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gi
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware, for env.json and for benchmark files."""
+    """Versions, commit and hardware, for env.json and for benchmark files."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "accelerate", "datasets", "flash-attn")
     versions: dict[str, str | None] = {}
     for package in packages:
@@ -41,8 +43,18 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_memory_gib": round(gpu.total_memory / 2**30, 2) if gpu else None,
         "cuda": torch.version.cuda,
         "packages": versions,
+        "commit": _commit(),
         "command": sys.argv,
     }
+
+
+def _commit() -> str | None:
+    """The commit of this checkout; None where the code is installed without its repository."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def targets_table(targets: list[Target], total_parameters: int) -> Table:
@@ -53,7 +65,7 @@ def targets_table(targets: list[Target], total_parameters: int) -> Table:
         table.add_column(header, justify="left" if header == "module" else "right")
     for target in targets:
         shapes = ", ".join(f"{rows} x {columns}" for rows, columns in target.shapes)
-        table.add_row(target.name, str(target.num_layers), shapes, f"{target.adapter_parameters:,}")
+        table.add_row(target.name, str(len(target.layers)), shapes, f"{target.adapter_parameters:,}")
     table.caption = (
         f"{trained:,} trained, {100 * trained / (total_parameters + trained):.2f} % of {total_parameters + trained:,}"
     )
@@ -140,14 +152,15 @@ class Tracker:
         self.board.add_scalar("eval/perplexity", result.perplexity, step)
         self.say(f"epoch {epoch}  held-out loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
 
-    def samples(self, samples: list[Sample]) -> None:
-        """Record and show greedy answers at the end of the run."""
+    def samples(self, samples: list[Sample], of: str) -> None:
+        """Record and show greedy answers at the end of the run; `of` says which prompts they answer."""
         with (self.run_folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             for index, sample in enumerate(samples):
                 file.write(json.dumps({"step": self.total_steps, **sample._asdict()}, ensure_ascii=False) + "\n")
                 text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample._asdict().items())
                 self.board.add_text(f"samples/{index}", text, self.total_steps)
         self.progress.stop()
+        self.say(f"Greedy answers to {of} prompts, without and with the adapter:")
         for sample in samples:
             self.console.print(sample_table(sample))
 
@@ -174,7 +187,7 @@ def closing_words(run_folder: Path) -> str:
     return f"""
 Adapter:      {adapter}
 Metrics:      {run_folder / "metrics.jsonl"}, samples.jsonl beside it
-TensorBoard:  tensorboard --logdir {run_folder / "tensorboard"}
+TensorBoard:  tensorboard --logdir {shlex.quote(str(run_folder / "tensorboard"))}
 
 Load it in bf16:
   from peft import AutoPeftModelForCausalLM

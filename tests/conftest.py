@@ -12,7 +12,7 @@ import torch
 from qlora import data, demo
 from qlora.config import BUNDLED_TRAIN, TrainConfig
 from qlora.loss import Head, read_head
-from qlora.model import add_adapters, audit_targets, load_nf4_model, load_tokenizer
+from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton, load_tokenizer
 
 torch.set_num_threads(1)  # 30 times faster than 2 on a model this small
 CPU = torch.device("cpu")
@@ -28,7 +28,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny: Path):
-    return load_tokenizer(str(tiny), TrainConfig())
+    return load_tokenizer(str(tiny), load_skeleton(str(tiny), TrainConfig()), TrainConfig())
+
+
+@pytest.fixture(scope="session")
+def form(tokenizer) -> data.Format:
+    return data.read_format(tokenizer, "plain")
 
 
 @pytest.fixture
@@ -46,8 +51,8 @@ def examples() -> list[data.Example]:
 
 
 @pytest.fixture
-def samples(examples, tokenizer, config) -> list[data.Encoded]:
-    return data.encode_all(examples, BUNDLED_TRAIN, tokenizer, config)[0]
+def samples(examples, form, config) -> list[data.Encoded]:
+    return data.encode_all(examples, BUNDLED_TRAIN, form, config)[0]
 
 
 def adapted_model(config: TrainConfig, attn_implementation: str = "sdpa"):

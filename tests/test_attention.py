@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from qlora import attention, data
 from qlora.config import ExitCode, UserError
@@ -15,46 +16,68 @@ from tests.conftest import CPU, adapted_model, gradients, relative_error, wake_a
 GPU = torch.device("cuda", 0)
 
 
+PHI3 = transformers.Phi3ForCausalLM
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch):
     """A GPU of the given capability, with or without flash-attn, as far as the choice can tell."""
 
     def fake(capability: tuple[int, int], installed: bool):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object() if installed else None)
+        monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: installed)
+        monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace() if installed else None)
 
     return fake
 
 
 def test_auto_takes_flash_only_where_it_can_run(fake_gpu):
-    assert attention.choose_attention("auto", CPU).implementation == "sdpa"
+    assert attention.choose_attention("auto", CPU, PHI3).implementation == "sdpa"
     fake_gpu((9, 0), installed=True)
-    assert attention.choose_attention("auto", GPU).implementation == "flash_attention_2"
+    assert attention.choose_attention("auto", GPU, PHI3).implementation == "flash_attention_2"
     fake_gpu((9, 0), installed=False)
-    chosen = attention.choose_attention("auto", GPU)
+    chosen = attention.choose_attention("auto", GPU, PHI3)
     assert chosen.implementation == "sdpa" and "not installed" in chosen.reason
     fake_gpu((7, 5), installed=True)
-    chosen = attention.choose_attention("auto", GPU)
+    chosen = attention.choose_attention("auto", GPU, PHI3)
     assert chosen.implementation == "sdpa" and "7.5" in chosen.reason
 
 
+def test_a_flash_attn_built_for_another_torch_is_an_obstacle_not_a_crash(fake_gpu, monkeypatch):
+    fake_gpu((9, 0), installed=True)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it raises ImportError
+    chosen = attention.choose_attention("auto", GPU, PHI3)
+    assert chosen.implementation == "sdpa" and "does not fit this torch" in chosen.reason
+
+
+def test_auto_takes_what_the_model_supports(fake_gpu):
+    chosen = attention.choose_attention("auto", CPU, transformers.Gemma2ForCausalLM)
+    assert chosen.implementation == "eager" and "Gemma2ForCausalLM does not support it" in chosen.reason
+    with pytest.raises(UserError, match="sdpa cannot run here: Gemma2ForCausalLM does not support it"):
+        attention.choose_attention("sdpa", CPU, transformers.Gemma2ForCausalLM)
+    fake_gpu((9, 0), installed=True)
+    assert attention.choose_attention("auto", GPU, transformers.Gemma2ForCausalLM).implementation == "flash_attention_2"
+    no_flash = type("NoFlash", (), {"_supports_flash_attn": False})
+    assert attention.choose_attention("auto", GPU, no_flash).implementation == "sdpa"
+
+
 def test_a_backend_asked_for_by_name_runs_or_fails(fake_gpu):
-    assert attention.choose_attention("eager", CPU) == ("eager", "as asked")
-    assert attention.choose_attention("sdpa", CPU) == ("sdpa", "as asked")
+    assert attention.choose_attention("eager", CPU, PHI3) == ("eager", "as asked")
+    assert attention.choose_attention("sdpa", CPU, PHI3) == ("sdpa", "as asked")
     with pytest.raises(UserError, match="needs a CUDA GPU") as caught:
-        attention.choose_attention("flash_attention_2", CPU)
+        attention.choose_attention("flash_attention_2", CPU, PHI3)
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
     fake_gpu((9, 0), installed=False)
     with pytest.raises(UserError, match="not installed"):
-        attention.choose_attention("flash_attention_2", GPU)
+        attention.choose_attention("flash_attention_2", GPU, PHI3)
     fake_gpu((9, 0), installed=True)
-    assert attention.choose_attention("flash_attention_2", GPU).reason == "as asked"
+    assert attention.choose_attention("flash_attention_2", GPU, PHI3).reason == "as asked"
 
 
 def test_a_package_named_kernels_is_never_asked(fake_gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=lambda *a, **k: pytest.fail("downloaded")))
     fake_gpu((9, 0), installed=False)
-    assert attention.choose_attention("auto", GPU).implementation == "sdpa"
+    assert attention.choose_attention("auto", GPU, PHI3).implementation == "sdpa"
 
 
 @pytest.mark.parametrize(
@@ -80,7 +103,7 @@ def test_rows_of_up_to_window_plus_one_tokens_lose_nothing(config, backend, leng
     wake_adapters(model)
     head = read_head(model)
     ids = torch.arange(20, 20 + length).tolist()
-    batch = data.collate([Encoded(ids, ids, 1)], pad_id=0)
+    batch = data.collate([Encoded(ids, ids, 1)])
 
     def loss_and_gradients(window):
         model.zero_grad()

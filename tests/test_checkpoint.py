@@ -25,9 +25,7 @@ def trained(config, samples):
     model = adapted_model(config)
     head = read_head(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    train_step(
-        model.get_decoder(), optimizer, [data.collate(samples[:2], 0)], lambda h, b: token_loss_sum(h, b, head), 1e-3, 1.0
-    )
+    train_step(model.get_decoder(), optimizer, [data.collate(samples[:2])], lambda h, b: token_loss_sum(h, b, head), 1e-3, 1.0)
     return model, optimizer
 
 
@@ -54,9 +52,9 @@ def test_a_checkpoint_holds_adapter_moments_and_state(trained, tmp_path):
 
 def test_only_the_newest_are_kept_and_foreign_files_stay(trained, tmp_path):
     (tmp_path / "notes.txt").touch()
-    for step in (6, 12, 18, 1_000_000):
+    for step in (6, 12, 999_999, 1_000_000):
         checkpoint.save(tmp_path, *trained, {"step": step}, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step-000018", "step-1000000"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step-1000000", "step-999999"]
 
 
 def test_leftovers_of_a_save_that_died_do_not_hinder_the_next(trained, tmp_path):
@@ -138,9 +136,25 @@ def test_a_run_folder_is_made_and_checked_and_never_written_over(tmp_path):
     checkpoint.prepare_run_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     checkpoint.prepare_run_folder(tmp_path / "a" / "b")  # an empty one is no run
-    (tmp_path / "a" / "b" / "config.yaml").touch()
+    for name in ("adapter", "checkpoints"):
+        (tmp_path / name / (name if name == "adapter" else "checkpoints/step-000001")).mkdir(parents=True)
     (tmp_path / "file").touch()
-    for folder, words in ((tmp_path / "a" / "b", "holds a run already"), (tmp_path / "file" / "run", "cannot be written")):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").touch()
+    for folder, words in (
+        (tmp_path / "adapter", "holds a run already"),
+        (tmp_path / "checkpoints", "holds a run already"),
+        (tmp_path / "other", "holds other files"),
+        (tmp_path / "file" / "run", "cannot be written"),
+    ):
         with pytest.raises(UserError, match=words) as caught:
             checkpoint.prepare_run_folder(folder)
         assert caught.value.exit_code == ExitCode.CHECKPOINT
+
+
+def test_what_a_run_left_before_its_first_checkpoint_is_cleared(tmp_path):
+    for name in ("config.yaml", "env.json", "metrics.jsonl", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "tensorboard").mkdir()
+    checkpoint.prepare_run_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,5 +1,6 @@
 """From a line to a batch: reading, formatting, masking, collation, order."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from qlora import data
@@ -69,7 +71,7 @@ def write(tmp_path: Path, content: bytes | str, name: str = "rows.jsonl") -> Pat
     ("row", "columns", "messages"),
     [
         ({"instruction": "q", "response": "a"}, "instruction/response", [("user", "q"), ("assistant", "a")]),
-        ({"prompt": "q", "completion": "a", "id": 7}, "prompt/completion", [("user", "q"), ("assistant", "a")]),
+        ({"prompt": "q", "completion": "a", "id": 7}, "prompt/completion (ignored: id)", [("user", "q"), ("assistant", "a")]),
         (
             {"messages": [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]},
             "messages",
@@ -133,7 +135,11 @@ GOOD = '{"instruction": "q", "response": "a"}\n'
         ('{"text": "q"}', [":1:", "no known column among text", "messages"]),
         ("{}", [":1:", "no known column among none"]),
         (GOOD + '{"prompt": "q", "completion": "a"}', [":2:", "'instruction' is missing"]),
-        ('{"instruction": "q", "response": "a", "completion": "b"}', [":1:", "instruction/response and of prompt/completion"]),
+        (
+            '{"instruction": "q", "response": "a", "prompt": "q", "completion": "b"}',
+            [":1:", "instruction/response and of prompt"],
+        ),
+        ('{"instruction": "q", "response": "a\\ud800"}', [":1:", "response", "half of a surrogate pair"]),
         ('{"instruction": "q", "response": {"a": 1}}', [":1:", "response must be text, not dict"]),
         ('{"instruction": null, "response": "a"}', [":1:", "instruction must be text, not NoneType"]),
         ('{"instruction": "q", "response": "  "}', [":1:", "response is empty"]),
@@ -172,137 +178,177 @@ def test_missing_folder_and_broken_parquet_are_each_told_apart(tmp_path):
 # -- formatting and masking ------------------------------------------------------------------------------------------
 
 
-def test_plain_form_to_the_letter_and_the_loss_on_response_and_stop_token(tokenizer):
-    encoded = data.encode(example("Say hi", '{\n  "a": 1\n}'), tokenizer, TrainConfig())
-    assert tokenizer.decode(encoded.input_ids) == '### Instruction:\nSay hi\n\n### Response:\n{\n  "a": 1\n}<|endoftext|>'
-    assert tokenizer.decode(trained(encoded)) == '{\n  "a": 1\n}<|endoftext|>'
+@pytest.fixture
+def chat(tokenizer) -> data.Format:
+    return data.read_format(tokenizer, "chat")
+
+
+def test_plain_form_to_the_letter_and_the_loss_on_response_and_stop_token(form):
+    encoded = data.encode(example("Say hi", '{\n  "a": 1\n}'), form, "response")
+    decode = form.tokenizer.decode
+    assert decode(encoded.input_ids) == '### Instruction:\nSay hi\n\n### Response:\n{\n  "a": 1\n}<|endoftext|>'
+    assert decode(trained(encoded)) == '{\n  "a": 1\n}<|endoftext|>'
     first = encoded.labels.index(trained(encoded)[0])
     assert encoded.labels == [IGNORED] * first + encoded.input_ids[first:]
-    assert encoded.input_ids[:first] == data.encode_prompt(example("Say hi", "x").prompt, tokenizer, "plain")
+    assert encoded.input_ids[:first] == data.encode_prompt(example("Say hi", "x").prompt, form)
 
 
-def test_loss_on_all_trains_the_prompt_too(tokenizer):
-    encoded = data.encode(example("q", "a"), tokenizer, TrainConfig(loss_on="all"))
+def test_loss_on_all_trains_the_prompt_too(form):
+    encoded = data.encode(example("q", "a"), form, "all")
     assert encoded.labels == encoded.input_ids
 
 
-def test_chat_form_is_the_templates_own_rendering_and_ends_with_its_turn_end(tokenizer):
+def test_chat_form_is_the_templates_own_rendering_and_ends_with_its_turn_end(chat):
     row = example("q1", "a1", "q2", "a2", system="be brief")
-    encoded = data.encode(row, tokenizer, TrainConfig(prompt_format="chat"))
-    rendered = tokenizer.apply_chat_template([m._asdict() for m in row.messages], tokenize=False)
-    assert tokenizer.decode(encoded.input_ids) == rendered.removesuffix("\n")
-    assert tokenizer.decode(trained(encoded)) == "a1<|end|>a2<|end|>"
-    prompt = data.encode_prompt(row.prompt, tokenizer, "chat")
+    encoded = data.encode(row, chat, "response")
+    decode = chat.tokenizer.decode
+    rendered = chat.tokenizer.apply_chat_template([m._asdict() for m in row.messages], tokenize=False)
+    assert decode(encoded.input_ids) == rendered.removesuffix("\n")
+    assert decode(trained(encoded)) == "a1<|end|>a2<|end|>"
+    prompt = data.encode_prompt(row.prompt, chat)
     assert encoded.input_ids[: len(prompt)] == prompt
-    assert tokenizer.decode(prompt).endswith("<|user|>\nq2<|end|>\n<|assistant|>\n")
+    assert decode(prompt).endswith("<|user|>\nq2<|end|>\n<|assistant|>\n")
 
 
-def test_plain_form_of_several_turns(tokenizer):
-    encoded = data.encode(example("q1", "a1", "q2", "a2", system="be brief"), tokenizer, TrainConfig())
-    assert tokenizer.decode(encoded.input_ids) == (
+def test_plain_form_of_several_turns(form):
+    encoded = data.encode(example("q1", "a1", "q2", "a2", system="be brief"), form, "response")
+    assert form.tokenizer.decode(encoded.input_ids) == (
         "be brief\n\n### Instruction:\nq1\n\n### Response:\na1<|endoftext|>"
         "\n\n### Instruction:\nq2\n\n### Response:\na2<|endoftext|>"
     )
-    assert tokenizer.decode(trained(encoded)) == "a1<|endoftext|>a2<|endoftext|>"
+    assert form.tokenizer.decode(trained(encoded)) == "a1<|endoftext|>a2<|endoftext|>"
 
 
-def test_special_tokens_in_a_users_text_stay_text(tokenizer):
-    encoded = data.encode(example("<|endoftext|>", "b<|end|>"), tokenizer, TrainConfig())
-    assert encoded.input_ids.count(tokenizer.eos_token_id) == 1 and encoded.input_ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.convert_tokens_to_ids("<|end|>") not in encoded.input_ids
+def test_special_tokens_in_a_users_text_stay_text(form):
+    encoded = data.encode(example("<|endoftext|>", "b<|end|>"), form, "response")
+    assert encoded.input_ids.count(form.stop_id) == 1 and encoded.input_ids[-1] == form.stop_id
+    assert form.tokenizer.convert_tokens_to_ids("<|end|>") not in encoded.input_ids
 
 
-def sentencepiece_like_tokenizer() -> PreTrainedTokenizerFast:
-    """As Phi-3's and Llama's: a space before whatever comes first, and a BOS."""
-    from tokenizers.processors import TemplateProcessing
-
+def sentencepiece_like_tokenizer(rstrip: bool = False) -> PreTrainedTokenizerFast:
+    """As Phi-3's and Llama's: a space before whatever comes first, a BOS, and tags that may swallow what follows."""
     backend = Tokenizer(models.BPE(byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>"], show_progress=False)
-    backend.train_from_iterator([BUNDLED_TRAIN.read_text(), "### Instruction:\n\n### Response:\nq a"], trainer)
+    backend.train_from_iterator([BUNDLED_TRAIN.read_text(), "### Instruction:\n\n### Response:\nq a 1 2"], trainer)
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tags = [AddedToken(f"<|{name}|>", rstrip=rstrip, special=True) for name in ("system", "user", "assistant", "end")]
+    tokenizer.add_special_tokens({"additional_special_tokens": tags})
+    tokenizer.chat_template = PHI3_TEMPLATE
+    return tokenizer
+
+
+PHI3_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 
 
 def test_one_bos_and_no_space_before_the_answer_with_a_sentencepiece_tokenizer():
     tokenizer = sentencepiece_like_tokenizer()
-    assert tokenizer.tokenize("{") == ["▁", "{"] or tokenizer.tokenize("{") == ["▁{"]  # the trap
-    encoded = data.encode(example("q", '{\n  "a'), tokenizer, TrainConfig())
+    assert tokenizer.tokenize("{")[0].startswith("▁")  # the trap
+    encoded = data.encode(example("q", '{\n  "a'), data.read_format(tokenizer, "plain"), "response")
     assert encoded.input_ids.count(tokenizer.bos_token_id) == 1 and encoded.input_ids[0] == tokenizer.bos_token_id
     assert tokenizer.convert_ids_to_tokens(trained(encoded)[:1]) == ["{"]
     text = '### Instruction:\nq\n\n### Response:\n{\n  "a'
     assert encoded.input_ids == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("rstrip", [False, True])
+def test_chat_ids_are_the_tokenizers_own_also_where_tags_swallow_the_newline(rstrip):
+    """Phi-3's tags have rstrip in some of its tokenizers and not in others."""
+    tokenizer = sentencepiece_like_tokenizer(rstrip)
+    form = data.read_format(tokenizer, "chat")
+    row = example("q1", "a1", "q2", "a2", system="be brief")
+    encoded = data.encode(row, form, "response")
+    whole = tokenizer.apply_chat_template([m._asdict() for m in row.messages], tokenize=True, return_dict=True)["input_ids"]
+    assert encoded.input_ids == whole[: len(encoded.input_ids)] and len(whole) - len(encoded.input_ids) <= 2
+    answers = "".join(tokenizer.convert_ids_to_tokens(trained(encoded))).replace("▁", "")
+    assert answers == "a1<|end|>a2<|end|>"
+
+
 def test_a_template_brings_its_own_bos():
-    plain = sentencepiece_like_tokenizer()
-    plain.chat_template = (
+    tokenizer = sentencepiece_like_tokenizer()
+    tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}"
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    encoded = data.encode(example("q", " a ", "r", "b"), plain, TrainConfig(prompt_format="chat"))
-    assert encoded.input_ids.count(plain.bos_token_id) == 1
-    assert [i for i, label in enumerate(encoded.labels) if label == plain.eos_token_id] == [
-        i for i, x in enumerate(encoded.input_ids) if x == plain.eos_token_id
-    ]
+    encoded = data.encode(example("q", " a ", "r", "b"), data.read_format(tokenizer, "chat"), "response")
+    assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
+    stops = [index for index, token in enumerate(encoded.input_ids) if token == tokenizer.eos_token_id]
+    assert len(stops) == 2 and stops == [i for i, label in enumerate(encoded.labels) if label == tokenizer.eos_token_id]
+
+
+def test_what_a_template_writes_before_an_answer_is_learned_with_it(tokenizer):
+    """As Qwen3's empty chain of thought: at generation the model has to write it too."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}"
+        "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    encoded = data.encode(example("q", "think"), data.read_format(other, "chat"), "response")
+    assert other.decode(trained(encoded)) == "<think></think>think<|end|>"
 
 
 @pytest.mark.parametrize(
-    ("template", "prompt_format", "words"),
-    [
-        (None, "chat", "no chat template"),
-        ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "chat", "without a special token"),
-    ],
+    ("template", "words"),
+    [(None, "no chat template"), ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "without a special token")],
 )
-def test_a_tokenizer_without_a_stop_token_is_refused(template, prompt_format, words):
+def test_a_tokenizer_without_a_stop_token_is_refused(template, words):
     tokenizer = sentencepiece_like_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=words) as caught:
-        data.stop_token_id(tokenizer, prompt_format)
+        data.read_format(tokenizer, "chat")
     assert caught.value.exit_code == ExitCode.CONFIGURATION
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no eos token"):
-        data.stop_token_id(tokenizer, "plain")
+        data.read_format(tokenizer, "plain")
 
 
-def test_a_template_that_rewrites_answers_is_refused(tokenizer):
-    import copy
-
+@pytest.mark.parametrize(
+    ("change", "system", "words"),
+    [
+        ("m['content'] if m['content'] in ('answer', '(the answer)') else 'HIDDEN'", None, "does not render the answer 'a'"),
+        ("raise_exception('System role not supported') if m['role'] == 'system' else m['content']", "s", "System role not"),
+    ],
+)
+def test_a_conversation_that_a_template_rewrites_or_refuses_is_refused_with_its_line(tokenizer, change, system, words):
     other = copy.deepcopy(tokenizer)
-    other.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | upper }}<|end|>{% endfor %}"
-    other.chat_template = other.chat_template.replace("| upper", "if m['content'] == 'answer' else 'HIDDEN'")
-    with pytest.raises(UserError, match="does not render the answer 'a'") as caught:
-        data.encode(example("q", "a"), other, TrainConfig(prompt_format="chat"))
+    other.chat_template = PHI3_TEMPLATE.replace("m['content']", f"({change})")
+    form = data.read_format(other, "chat")
+    with pytest.raises(UserError, match=rf"file:1: .*{words}") as caught:
+        data.encode_all([example("q", "a", system=system)], "file", form, TrainConfig())
     assert caught.value.exit_code == ExitCode.DATA
 
 
 # -- length ----------------------------------------------------------------------------------------------------------
 
 
-def test_long_samples_are_dropped_cut_or_refused(tokenizer):
+def test_long_samples_are_dropped_cut_or_refused(form):
     rows = [example("q", "a"), example("q", "a" * 300), example("q" * 300, "a")]
     rows = [row._replace(line=line) for line, row in enumerate(rows, start=1)]
-    length = len(data.encode(rows[0], tokenizer, TrainConfig()).input_ids)
-    kept, notes = data.encode_all(rows, "f", tokenizer, TrainConfig(max_length=length))
+    length = len(data.encode(rows[0], form, "response").input_ids)
+    kept, notes = data.encode_all(rows, "f", form, TrainConfig(max_length=length))
     assert [e.line for e in kept] == [1] and f"2 dropped as longer than {length} (lines 2, 3)" in notes
-    kept, notes = data.encode_all(rows, "f", tokenizer, TrainConfig(max_length=100, on_long="truncate"))
+    kept, notes = data.encode_all(rows, "f", form, TrainConfig(max_length=100, on_long="truncate"))
     assert [e.line for e in kept] == [1, 2] and "1 cut to 100" in notes and "(lines 3)" in notes
-    assert len(kept[1].input_ids) == len(kept[1].labels) == 100 and tokenizer.eos_token_id not in kept[1].labels
+    assert len(kept[1].input_ids) == len(kept[1].labels) == 100 and form.stop_id not in kept[1].labels
     with pytest.raises(UserError, match=r"f:2: \d+ tokens, more than --max-length 100"):
-        data.encode_all(rows, "f", tokenizer, TrainConfig(max_length=100, on_long="error"))
+        data.encode_all(rows, "f", form, TrainConfig(max_length=100, on_long="error"))
     with pytest.raises(UserError, match="none of 3 examples fits") as caught:
-        data.encode_all(rows, "f", tokenizer, TrainConfig(max_length=3))
+        data.encode_all(rows, "f", form, TrainConfig(max_length=3))
     assert caught.value.exit_code == ExitCode.DATA
 
 
 # -- collation and order ---------------------------------------------------------------------------------------------
 
 
-def test_collate_pads_right_by_length_even_where_pad_is_the_stop_token():
-    batch = data.collate([Encoded([5, 6, 2], [IGNORED, 6, 2], 1), Encoded([7, 2], [IGNORED, 2], 2)], pad_id=2)
-    assert batch.input_ids.tolist() == [[5, 6, 2], [7, 2, 2]]
+def test_collate_pads_right_by_length():
+    batch = data.collate([Encoded([5, 6, 2], [IGNORED, 6, 2], 1), Encoded([7, 2], [IGNORED, 2], 2)])
+    assert batch.input_ids.tolist() == [[5, 6, 2], [7, 2, 0]]
     assert batch.labels.tolist() == [[IGNORED, 6, 2], [IGNORED, 2, IGNORED]]
     assert batch.positions.tolist() == [0, 1, 3]  # of the hidden states that predict 6, 2 and 2
     assert (batch.num_tokens, batch.num_input_tokens) == (3, 5)
@@ -310,7 +356,7 @@ def test_collate_pads_right_by_length_even_where_pad_is_the_stop_token():
 
 
 def test_the_first_token_of_a_row_is_never_a_target():
-    batch = data.collate([Encoded([5, 6], [5, 6], 1)], pad_id=0)
+    batch = data.collate([Encoded([5, 6], [5, 6], 1)])
     assert batch.positions.tolist() == [0] and batch.num_tokens == 1
 
 
@@ -318,7 +364,7 @@ def test_the_first_token_of_a_row_is_never_a_target():
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=5))
 def test_positions_point_at_the_state_before_each_label(masks):
     rows = [Encoded(list(range(1, len(m) + 1)), [i if t else IGNORED for i, t in enumerate(m, start=1)], 1) for m in masks]
-    batch = data.collate(rows, pad_id=0)
+    batch = data.collate(rows)
     wanted = [label for row in rows for label in row.labels[1:] if label != IGNORED]
     assert batch.labels.flatten()[batch.positions + 1].tolist() == wanted
     assert (batch.input_ids.flatten()[batch.positions] + 1).tolist() == wanted
@@ -330,7 +376,7 @@ def test_windows_are_full_but_for_the_last():
 
 def test_micro_batches_follow_the_order_and_lose_none():
     samples = [Encoded([i, i], [i, i], i) for i in range(5)]
-    batches = list(data.micro_batches(samples, [4, 0, 3, 1, 2], 2, pad_id=9))
+    batches = list(data.micro_batches(samples, [4, 0, 3, 1, 2], 2))
     assert [batch.input_ids[:, 0].tolist() for batch in batches] == [[4, 0], [3, 1], [2]]
 
 

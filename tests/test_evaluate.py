@@ -16,11 +16,11 @@ from tests.conftest import wake_adapters
 def test_loss_is_weighted_by_tokens_and_equals_transformers_own(model, head, samples):
     rows = [samples[0], samples[1]._replace(labels=[IGNORED] * 110 + samples[1].labels[110:]), samples[2]]
     loss_sum = functools.partial(token_loss_sum, head=head)
-    results = [evaluate.evaluate_loss(model, data.micro_batches(rows, range(3), size, 0), loss_sum) for size in (1, 2, 3)]
+    results = [evaluate.evaluate_loss(model, data.micro_batches(rows, range(3), size), loss_sum) for size in (1, 2, 3)]
     total = tokens = 0
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for row in rows:
-            batch = data.collate([row], 0)
+            batch = data.collate([row])
             total += model(input_ids=batch.input_ids, labels=batch.labels).loss.item() * batch.num_tokens
             tokens += batch.num_tokens
     for result in results:
@@ -38,7 +38,7 @@ def test_evaluation_keeps_the_mode_and_turns_dropout_off(config, samples):
     model = adapted_model(dataclasses.replace(config, lora_dropout=0.5))
     wake_adapters(model)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-    batches = list(data.micro_batches(samples, range(4), 2, 0))
+    batches = list(data.micro_batches(samples, range(4), 2))
     state = torch.get_rng_state()
     losses = {evaluate.evaluate_loss(model, batches, loss_sum).loss for _ in range(2)}
     assert len(losses) == 1 and model.training and torch.equal(torch.get_rng_state(), state)
@@ -50,20 +50,21 @@ def test_evaluation_keeps_the_mode_and_turns_dropout_off(config, samples):
 
 def test_an_overflowing_perplexity_is_large_not_an_error(model, samples):
     result = evaluate.evaluate_loss(
-        model, data.micro_batches(samples, range(2), 2, 0), lambda hidden, batch: torch.tensor(1e6 * batch.num_tokens)
+        model, data.micro_batches(samples, range(2), 2), lambda hidden, batch: torch.tensor(1e6 * batch.num_tokens)
     )
     assert result.loss == 1e6 and 1e300 < result.perplexity < math.inf
 
 
-def test_a_batch_generates_what_each_prompt_generates_alone(model, tokenizer):
+def test_a_batch_generates_what_each_prompt_generates_alone(model, tokenizer, form):
     wake_adapters(model)
     prompts = [tokenizer(text).input_ids for text in ("Create an AVRO schema", "a", '"name": "id"')]
-    together = evaluate.generate(model, tokenizer, prompts, tokenizer.eos_token_id, max_new_tokens=8)
-    alone = [evaluate.generate(model, tokenizer, [prompt], tokenizer.eos_token_id, max_new_tokens=8)[0] for prompt in prompts]
+    together = evaluate.generate(model, prompts, form, max_new_tokens=8)
+    alone = [evaluate.generate(model, [prompt], form, max_new_tokens=8)[0] for prompt in prompts]
     assert together == alone and model.training
 
 
-def test_generation_is_greedy_and_stops_at_the_stop_token(model, tokenizer):
+def test_generation_is_greedy_and_stops_at_the_stop_token(model, tokenizer, form):
+    model.generation_config.repetition_penalty = 1.5  # as some models bring along
     prompt = tokenizer("Create an AVRO").input_ids
     ids = list(prompt)
     with torch.no_grad():
@@ -73,17 +74,15 @@ def test_generation_is_greedy_and_stops_at_the_stop_token(model, tokenizer):
                 ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
         model.train()
     new = ids[len(prompt) :]
-    assert evaluate.generate(model, tokenizer, [prompt], 0, max_new_tokens=6) == [
-        tokenizer.decode(new, skip_special_tokens=True)
-    ]
-    stopped = evaluate.generate(model, tokenizer, [prompt], new[3], max_new_tokens=6)
+    assert evaluate.generate(model, [prompt], form, max_new_tokens=6) == [tokenizer.decode(new, skip_special_tokens=True)]
+    stopped = evaluate.generate(model, [prompt], form._replace(stop_id=new[3]), max_new_tokens=6)
     first = new.index(new[3])
     assert stopped == [tokenizer.decode(new[: first + 1], skip_special_tokens=True)]
 
 
-def test_samples_put_base_and_tuned_side_by_side(model, tokenizer, examples):
+def test_samples_put_base_and_tuned_side_by_side(model, form, examples):
     wake_adapters(model, scale=1.0)
-    samples = evaluate.sample_responses(model, tokenizer, examples[:2], "plain")
+    samples = evaluate.sample_responses(model, examples[:2], form)
     assert [sample.prompt for sample in samples] == [example.prompt[-1].content for example in examples[:2]]
     assert [sample.reference for sample in samples] == [example.response for example in examples[:2]]
     assert all(sample.base != sample.tuned for sample in samples)
@@ -91,7 +90,7 @@ def test_samples_put_base_and_tuned_side_by_side(model, tokenizer, examples):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-    again = evaluate.sample_responses(model, tokenizer, examples[:2], "plain")
+    again = evaluate.sample_responses(model, examples[:2], form)
     assert [s.tuned for s in again] == [s.base for s in again] == [s.base for s in samples]
     layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
     assert len(layers) == 8 and not any(layer.disable_adapters for layer in layers)

@@ -40,7 +40,7 @@ def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backen
     cpu = adapted_model(config)
     wake_adapters(cpu)
     twin = fp32_twin(cpu, config)
-    batch = data.collate(samples[:4], 0)
+    batch = data.collate(samples[:4])
     loss, expected = adapter_gradients(twin, batch, read_head(twin), autocast=False)
     model = gpu_model(config, backend)
     head = read_head(model)
@@ -62,7 +62,7 @@ def test_a_step_waits_for_the_device_only_where_transformers_looks_for_packed_ro
     enable_gradient_checkpointing(model)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
-    window = list(data.micro_batches(samples, range(4), 2, 0, pin=True))
+    window = list(data.micro_batches(samples, range(4), 2, pin=True))
     assert window[0].input_ids.is_pinned()
     with attention.sliding_window(model, None), warnings.catch_warnings(record=True) as waits:
         step = functools.partial(train_step, model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)

@@ -27,7 +27,7 @@ def random_case(dtype: torch.dtype, bias: bool = False, scale: float = 1.0, soft
     weight = torch.randn(97, 16, generator=generator).to(dtype)
     head = Head(weight, torch.randn(97, generator=generator).to(dtype) if bias else None, scale, softcap)
     hidden = torch.randn(3, 9, 16, generator=generator).to(dtype).requires_grad_()
-    return hidden, data.collate(rows, pad_id=0), head
+    return hidden, data.collate(rows), head
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 1024])
@@ -63,7 +63,7 @@ def test_without_gradient_it_makes_none():
 
 def test_equals_transformers_own_loss_and_its_adapter_gradients(model, head, samples):
     wake_adapters(model)
-    batch = data.collate(samples[:3], pad_id=0)
+    batch = data.collate(samples[:3])
     with torch.autocast("cpu", torch.bfloat16):
         theirs = model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False).loss
     theirs.backward()
@@ -99,7 +99,7 @@ def test_what_a_model_does_to_its_logits_is_kept(config):
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_()  # logits large enough for a cap to matter
     head = read_head(model)
-    batch = data.collate([Encoded(list(range(3, 12)), [IGNORED] * 4 + list(range(7, 12)), 1)], pad_id=0)
+    batch = data.collate([Encoded(list(range(3, 12)), [IGNORED] * 4 + list(range(7, 12)), 1)])
     theirs = model(input_ids=batch.input_ids, labels=batch.labels).loss
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=batch.input_ids).last_hidden_state

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +15,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qlora import checkpoint, data, evaluate
+from qlora.__main__ import train as command_line
 from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.loss import Head, read_head, token_loss_sum
 from qlora.model import (
     add_adapters,
     audit_targets,
     enable_gradient_checkpointing,
-    load_model_config,
     load_nf4_model,
+    load_skeleton,
     load_tokenizer,
-    parameter_count,
 )
 from tests.conftest import CPU, adapted_model, gradients, relative_error, wake_adapters
 
@@ -42,14 +43,14 @@ def phi3_mini():
 
 def test_targets_of_phi3_mini_are_its_fused_projections(phi3_mini):
     targets = audit_targets(phi3_mini, TrainConfig())
-    assert [(t.name, t.num_layers, t.shapes) for t in targets] == [
+    assert [(t.name, len(t.layers), t.shapes) for t in targets] == [
         ("down_proj", 32, ((3072, 8192),)),
         ("gate_up_proj", 32, ((16384, 3072),)),
         ("o_proj", 32, ((3072, 3072),)),
         ("qkv_proj", 32, ((9216, 3072),)),
     ]
     assert sum(t.adapter_parameters for t in targets) == 50_331_648
-    assert parameter_count(phi3_mini) == 3_821_079_552
+    assert phi3_mini.num_parameters() == 3_821_079_552
 
 
 def test_the_seven_llama_names_are_refused_not_silently_cut_to_two(phi3_mini):
@@ -70,24 +71,53 @@ def test_head_parts_of_names_and_other_modules_are_no_targets(phi3_mini, name):
 
 def test_a_whole_name_matches_one_layer(phi3_mini):
     (target,) = audit_targets(phi3_mini, TrainConfig(target_modules=("model.layers.3.mlp.down_proj",)))
-    assert target.num_layers == 1
+    assert target.layers == ("model.layers.3.mlp.down_proj",)
+
+
+def test_a_name_given_twice_or_within_another_counts_once(phi3_mini):
+    once = audit_targets(phi3_mini, TrainConfig(target_modules=("qkv_proj", "o_proj")))
+    again = audit_targets(phi3_mini, TrainConfig(target_modules=("qkv_proj", "qkv_proj", "self_attn.qkv_proj", "o_proj")))
+    assert again == once
+
+
+def test_a_vision_tower_gets_no_adapter():
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=small | {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": 400},
+        vision_config=small | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    targets = audit_targets(model, TrainConfig())
+    assert sum(len(target.layers) for target in targets) == 7
+    model = add_adapters(model, TrainConfig(), targets, "org/model")
+    adapted = {name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    assert len(adapted) == 7 and not any("vision" in name for name in adapted)
+
+
+def test_a_model_without_linear_layers_is_refused():
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2))
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel has no torch\.nn\.Linear layer"):
+        audit_targets(model, TrainConfig())
 
 
 SIZES = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 2048}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Gemma"])
-def test_targets_of_other_families_are_derived_and_train(tmp_path, tokenizer, samples, name):
-    kind = getattr(transformers, f"{name}Config")(**SIZES, **({"head_dim": 16} if name == "Gemma" else {}))
-    transformers.AutoModelForCausalLM.from_config(kind).save_pretrained(tmp_path)
-    config, _ = TrainConfig(model=str(tmp_path), lora_r=2).resolved(on_gpu=False)
-    model = adapted_model(config)
-    assert {name.split(".")[-4] for name, p in model.named_parameters() if "lora_A" in name} == set(LLAMA_NAMES)
-    batch = data.collate(samples[:2], pad_id=0)
-    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    token_loss_sum(hidden, batch, read_head(model)).backward()
-    assert all(g.isfinite().all() for g in gradients(model).values())
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Gemma", "Gemma2"])
+def test_other_families_train_from_the_command_line_with_their_targets_derived(tmp_path, tokenizer, monkeypatch, capsys, name):
+    kind = getattr(transformers, f"{name}Config")(**SIZES, **({"head_dim": 16} if "Gemma" in name else {}))
+    transformers.AutoModelForCausalLM.from_config(kind).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert command_line(["--model", "model", "--max-steps", "6", "--learning-rate", "1e-2", "--lora-r", "2"]) == 0
+    saved = load_file("runs/model-avro/adapter/adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in saved} == set(LLAMA_NAMES)
+    rows = [json.loads(line) for line in Path("runs/model-avro/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
+    assert ("Attention: eager (" if name == "Gemma2" else "Attention: sdpa (") in capsys.readouterr().out
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -105,11 +135,13 @@ def test_linear_layers_are_nf4_twice_quantised_and_nothing_is_cast_up(model):
     assert all(p.requires_grad and p.dtype == torch.float32 for n, p in model.named_parameters() if "lora_" in n)
 
 
-def test_parameters_are_counted_true_where_numel_counts_bytes(tiny, config, model):
+def test_the_skeleton_has_the_shape_and_true_count_of_the_model_and_no_memory(tiny, config, model):
+    skeleton = load_skeleton(str(tiny), config)
     whole = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    true = sum(p.numel() for p in whole.parameters())
-    assert parameter_count(model) == true
-    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) < 0.8 * true
+    assert skeleton.num_parameters() == sum(p.numel() for p in whole.parameters())
+    assert all(p.device.type == "meta" for p in skeleton.parameters())
+    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) < 0.8 * skeleton.num_parameters()  # bytes
+    assert audit_targets(skeleton, config) == audit_targets(load_nf4_model(str(tiny), config, "sdpa", CPU), config)
 
 
 @pytest.mark.parametrize(
@@ -121,16 +153,33 @@ def test_parameters_are_counted_true_where_numel_counts_bytes(tiny, config, mode
 )
 def test_a_model_that_is_not_there_exits_7(source, words):
     with pytest.raises(UserError) as caught:
-        load_model_config(source, TrainConfig())
+        load_skeleton(source, TrainConfig())
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
     assert source in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_an_incomplete_folder_exits_7(tmp_path):
-    for load in (load_model_config, load_tokenizer):
-        with pytest.raises(UserError, match="not a complete model") as caught:
-            load(str(tmp_path), TrainConfig())
-        assert caught.value.exit_code == ExitCode.ENVIRONMENT
+def test_an_incomplete_folder_exits_7(tmp_path, tiny):
+    with pytest.raises(UserError, match="not a complete model") as caught:
+        load_skeleton(str(tmp_path), TrainConfig())
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
+    skeleton = load_skeleton(str(tmp_path), TrainConfig())
+    with pytest.raises(UserError, match="not a complete model") as caught:
+        load_tokenizer(str(tmp_path), skeleton, TrainConfig())
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    (tmp_path / "config.json").write_text('{"model_type": "phi3", "hidden_size": "wide"}')
+    with pytest.raises(UserError, match="StrictDataclassFieldValidationError") as caught:
+        load_skeleton(str(tmp_path), TrainConfig())
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny, tmp_path, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<more>"])
+    other.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has 385 tokens, its model 384 embeddings") as caught:
+        load_tokenizer(str(tmp_path), load_skeleton(str(tiny), TrainConfig()), TrainConfig())
+    assert caught.value.exit_code == ExitCode.CONFIGURATION
 
 
 def test_broken_weights_exit_7(tmp_path, tiny, config):
@@ -152,13 +201,13 @@ def test_code_of_a_model_runs_only_when_asked(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}')
     (tmp_path / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()")
     with pytest.raises(UserError, match="--trust-remote-code") as caught:
-        load_model_config(str(tmp_path), TrainConfig())
+        load_skeleton(str(tmp_path), TrainConfig())
     assert caught.value.exit_code == ExitCode.ENVIRONMENT and not (tmp_path / "ran").exists()
 
 
 def test_max_length_beyond_the_models_positions_is_refused(config):
     with pytest.raises(UserError, match="--max-length 4097 is more than the 4096 positions") as caught:
-        load_model_config(config.model, dataclasses.replace(config, max_length=4097))
+        load_skeleton(config.model, dataclasses.replace(config, max_length=4097))
     assert caught.value.exit_code == ExitCode.CONFIGURATION
 
 
@@ -216,7 +265,7 @@ def adapter_gradients(model, batch, head: Head, autocast: bool):
 def reference(model, config, samples):
     """Model with adapters awake, a batch, and the fp32 twin's loss and gradients."""
     wake_adapters(model)
-    batch = data.collate(samples[:4], pad_id=0)
+    batch = data.collate(samples[:4])
     twin = fp32_twin(model, config)
     loss, expected = adapter_gradients(twin, batch, read_head(twin), autocast=False)
     return model, batch, loss, expected
@@ -242,7 +291,7 @@ def test_gradients_in_fp32_compute_equal_those_of_the_fp32_twin(reference):
 
 @pytest.mark.parametrize("disturbance", ["none", "evaluation", "generation"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_in_bf16_are_close_also_after_evaluation_and_generation(reference, tokenizer, disturbance, checkpointing):
+def test_gradients_in_bf16_are_close_also_after_evaluation_and_generation(reference, form, disturbance, checkpointing):
     model, batch, loss, expected = reference
     head = read_head(model)
     if checkpointing:
@@ -250,7 +299,7 @@ def test_gradients_in_bf16_are_close_also_after_evaluation_and_generation(refere
     if disturbance == "evaluation":
         evaluate.evaluate_loss(model, [batch], lambda hidden, batch: token_loss_sum(hidden, batch, head))
     elif disturbance == "generation":
-        evaluate.generate(model, tokenizer, [[5, 6, 7]], stop_id=0, max_new_tokens=3)
+        evaluate.generate(model, [[5, 6, 7]], form, max_new_tokens=3)
     ours, found = adapter_gradients(model, batch, head, autocast=True)
     assert ours == pytest.approx(loss, rel=0.01)
     assert relative_error(found, expected) < 0.1
@@ -279,7 +328,7 @@ def test_checkpointing_changes_no_bit_with_dropout_on(config, samples):
             enable_gradient_checkpointing(model)
             assert model.get_base_model().is_activation_checkpointing
         torch.manual_seed(3)
-        found.append(adapter_gradients(model, data.collate(samples[:2], 0), head, autocast=True))
+        found.append(adapter_gradients(model, data.collate(samples[:2]), head, autocast=True))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
@@ -291,7 +340,7 @@ def test_checkpointing_keeps_less(config, samples):
         if checkpointing:
             enable_gradient_checkpointing(model)
         sizes: list[int] = []
-        batch = data.collate(samples[:2], 0)
+        batch = data.collate(samples[:2])
         with (
             torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t),
             torch.autocast("cpu", torch.bfloat16),
@@ -337,6 +386,19 @@ def test_init_adapter_that_does_not_fit_is_refused(config, model, tmp_path):
     path.write_bytes(b"x")
     with pytest.raises(UserError, match="cannot be read"):
         adapted_model(resumed)
-    peft.LoraConfig(target_modules=["o_proj"], use_dora=True).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="not a plain LoRA adapter"):
-        adapted_model(resumed)
+    save_file(tensors, path)
+    assert adapted_model(resumed)
+    for odd in (
+        {"use_dora": True},
+        {"bias": "all"},
+        {"init_lora_weights": "olora"},
+        {"layers_to_transform": [0]},
+        {"rank_pattern": {"o": 2}},
+    ):
+        peft.LoraConfig(target_modules=["o_proj"], **odd).save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=rf"not a plain LoRA adapter.*it sets {next(iter(odd))}"):
+            adapted_model(resumed)
+    for text in ("{", "[]", '{"peft_type": "NOVEL"}', "{}"):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(UserError, match=r"adapter_config.json cannot be read|not a plain LoRA adapter"):
+            adapted_model(resumed)

@@ -32,7 +32,8 @@ def test_tables_are_what_the_results_give(document):
 def test_results_name_their_machine_versions_and_commit():
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         record = json.loads(path.read_text())
-        assert record["commit"] and record["environment"]["device"] and record["environment"]["packages"]["torch"], path.name
+        environment = record["environment"]
+        assert environment["commit"] and environment["device"] and environment["packages"]["torch"], path.name
         assert "/root" not in path.read_text() and "/tmp/" not in path.read_text(), path.name
 
 

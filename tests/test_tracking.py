@@ -30,7 +30,7 @@ def track(folder, terminal: bool, width: int = 150) -> str:
         tracker.steps([row(step) for step in range(2, 8)])
         tracker.held_out(7, 1, HeldOut(0.5, 1.649, 10))
         tracker.hyperparameters(TrainConfig(), HeldOut(0.5, 1.649, 10))
-        tracker.samples([SAMPLE])
+        tracker.samples([SAMPLE], of="held-out")
     return out.getvalue()
 
 
@@ -83,7 +83,10 @@ def test_tensorboard_has_curves_texts_and_hyperparameters(tmp_path):
 
 def test_the_audit_is_a_table_with_the_share_of_true_parameters():
     out = io.StringIO()
-    targets = [Target("qkv_proj", 32, ((9216, 3072),), 12_582_912), Target("o_proj", 2, ((4, 8), (8, 8)), 100)]
+    targets = [
+        Target("qkv_proj", ("a",) * 32, ((9216, 3072),), 12_582_912),
+        Target("o_proj", ("b",) * 2, ((4, 8), (8, 8)), 100),
+    ]
     Console(file=out, width=100).print(tracking.targets_table(targets, 3_821_079_552))
     for words in ("qkv_proj", "32", "9216 x 3072", "12,582,912", "4 x 8, 8 x 8", "12,583,012 trained, 0.33 % of 3,833,662,564"):
         assert words in out.getvalue(), words

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import transformers
 import train_loop
 from qlora import data
 from qlora.__main__ import train as command_line
-from qlora.config import ExitCode, UserError
+from qlora.config import BUNDLED_TRAIN, ExitCode, UserError, parse
 from qlora.data import IGNORED
 from qlora.loss import read_head, token_loss_sum
 from tests.conftest import adapted_model, relative_error, wake_adapters
@@ -77,21 +78,21 @@ def test_a_window_counts_as_one_batch_however_it_is_cut(config):
             40 * index, 40 * index + 40, (length + 3,), generator=generator
         ).tolist()  # each on a topic of its own
         rows.append(data.Encoded(ids, [IGNORED] * 3 + ids[3:], index))
-    whole, (loss, norm) = updates(config, [data.collate(rows, 0)])
+    whole, (loss, norm) = updates(config, [data.collate(rows)])
     for size in (1, 2, 3):
-        window = list(data.micro_batches(rows, range(8), size, 0))
+        window = list(data.micro_batches(rows, range(8), size))
         parts, (other_loss, other_norm) = updates(config, window)
         assert other_loss.item() == pytest.approx(loss.item(), rel=1e-4)
         assert other_norm.item() == pytest.approx(norm.item(), rel=1e-2)
         assert relative_error(parts, whole) < 0.03  # what bf16 rounds
-    means = [updates(config, [batch])[0] for batch in data.micro_batches(rows, range(8), 1, 0)]
+    means = [updates(config, [batch])[0] for batch in data.micro_batches(rows, range(8), 1)]
     mean_of_means = {name: sum(mean[name] for mean in means) / 8 for name in whole}
     assert relative_error(mean_of_means, whole) > 0.3  # the test would see it
 
 
 def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
     """Against the same thing written down without any of our code in it: logits, cross_entropy, AdamW, three steps."""
-    batches = list(data.micro_batches(samples[:11], range(11), 2, 0))  # six micro-batches, the last of one sample
+    batches = list(data.micro_batches(samples[:11], range(11), 2))  # six micro-batches, the last of one sample
     windows = list(data.windows(batches, 2))
     model = adapted_model(config)
     head = read_head(model)
@@ -125,7 +126,7 @@ def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
 
 
 def test_the_norm_returned_is_that_before_clipping_and_the_step_obeys_the_limit(config, samples):
-    window = [data.collate(samples[:2], 0)]
+    window = [data.collate(samples[:2])]
     free, (_, norm) = updates(config, window)
     clipped, (_, same) = updates(config, window, max_grad_norm=0.01)
     assert norm.item() == same.item() > 0.01
@@ -138,7 +139,7 @@ def test_only_adapters_move(config, samples, model, head):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0, fused=True)
     train_step(
-        model.get_decoder(), optimizer, [data.collate(samples[:2], 0)], functools.partial(token_loss_sum, head=head), 1e-3, 1.0
+        model.get_decoder(), optimizer, [data.collate(samples[:2])], functools.partial(token_loss_sum, head=head), 1e-3, 1.0
     )
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_B" not in name)  # A's first gradient is zero, as B is
@@ -147,7 +148,7 @@ def test_only_adapters_move(config, samples, model, head):
 
 def test_gradients_of_the_last_step_do_not_leak_into_the_next(config, samples, model, head):
     wake_adapters(model)
-    first, second = [data.collate(samples[:2], 0)], [data.collate(samples[2:4], 0)]
+    first, second = [data.collate(samples[:2])], [data.collate(samples[2:4])]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     step = functools.partial(train_step, model.get_decoder(), optimizer, loss_sum=functools.partial(token_loss_sum, head=head))
     step(window=first, learning_rate=0.0, max_grad_norm=None)  # moves nothing, leaves gradients behind
@@ -158,9 +159,9 @@ def test_gradients_of_the_last_step_do_not_leak_into_the_next(config, samples, m
 
 def test_padding_and_batch_mates_change_nothing(config, samples):
     short, long = sorted(samples, key=lambda s: len(s.input_ids))[:: len(samples) - 1]
-    _, (together, _) = updates(config, [data.collate([short, long], 0)])
+    _, (together, _) = updates(config, [data.collate([short, long])])
     apart = [
-        updates(config, [data.collate([row], pad)])[1][0].item() * (len(row.labels) - row.labels.count(IGNORED))
+        updates(config, [data.collate([row])])[1][0].item() * (len(row.labels) - row.labels.count(IGNORED))
         for row, pad in ((short, 0), (long, 7))
     ]
     tokens = sum(len(row.labels) - row.labels.count(IGNORED) for row in (short, long))
@@ -174,7 +175,7 @@ def test_an_adapter_without_a_gradient_ends_the_run(config, model, head, samples
     """As when the graph is cut: checkpointing over frozen embeddings, a layer never called."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([p for _, p in named], lr=0.0, fused=True)
-    window = [data.collate(samples[:2], 0)]
+    window = [data.collate(samples[:2])]
     loss_sum = functools.partial(token_loss_sum, head=head)
     model.get_decoder().layers[1].mlp.down_proj.forward = model.get_decoder().layers[1].mlp.down_proj.base_layer.forward
     _, norm = train_step(model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)
@@ -183,18 +184,37 @@ def test_an_adapter_without_a_gradient_ends_the_run(config, model, head, samples
     assert caught.value.exit_code == ExitCode.NUMERICS
 
 
-@pytest.mark.parametrize("norm", [0.0, math.nan, math.inf])
-def test_a_first_gradient_of_zero_or_nan_ends_the_run(norm):
-    with pytest.raises(UserError, match=f"its norm is {norm}") as caught:
-        train_loop.check_first_gradients([], torch.tensor(norm))
+def test_a_first_gradient_of_zero_ends_the_run():
+    with pytest.raises(UserError, match="zero everywhere") as caught:
+        train_loop.check_first_gradients([], torch.tensor(0.0))
     assert caught.value.exit_code == ExitCode.NUMERICS
+
+
+def test_a_cut_graph_ends_the_run_with_exit_5_and_leaves_the_folder_free(tiny, tmp_path, monkeypatch, capsys):
+    def cut(hidden, batch, head):
+        return token_loss_sum(hidden.detach().requires_grad_(), batch, head)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_loop, "token_loss_sum", cut)
+        assert run(tmp_path)[0] == ExitCode.NUMERICS
+    assert "16 of 16 adapter tensors got none" in capsys.readouterr().err
+    assert run(tmp_path, "--max-steps", "1")[0] == 0  # nothing was saved, so the folder is no obstacle
+
+
+def test_a_run_that_goes_nan_ends_with_exit_5_before_it_is_saved(tiny, tmp_path, capsys):
+    code, _ = run(tmp_path, "--learning-rate", "1e25", "--max-grad-norm", "None", "--max-steps", "20")
+    assert code == ExitCode.NUMERICS
+    err = capsys.readouterr().err
+    assert re.search(r"Step \d+ is not finite: loss nan, gradient norm nan, learning rate .*e\+2", err) and err.count("\n") == 1
+    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "checkpoints").exists()
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_a_good_first_gradient_passes(config, model, head, samples):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([p for _, p in named], lr=0.0, fused=True)
     _, norm = train_step(
-        model.get_decoder(), optimizer, [data.collate(samples[:2], 0)], functools.partial(token_loss_sum, head=head), 1e-3, 1.0
+        model.get_decoder(), optimizer, [data.collate(samples[:2])], functools.partial(token_loss_sum, head=head), 1e-3, 1.0
     )
     train_loop.check_first_gradients(named, norm)
     assert norm > 0
@@ -230,6 +250,10 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_p
         assert sum(row["num_tokens"] for row in steps if row["epoch"] == epoch + 1) == tokens
     assert all(row["grad_norm"] > 0 and row["tokens_per_s"] > 0 and row["peak_memory_gib"] > 0 for row in steps)
     folder = tmp_path / "run"
+    assert (folder / "adapter" / "tokenizer.json").is_file()
+    assert json.loads((folder / "env.json").read_text())["packages"]["torch"] == torch.__version__
+    assert parse(["--config", str(folder / "config.yaml")]).learning_rate == 1e-2
+    assert any(b"lora_dropout" in path.read_bytes() for path in (folder / "tensorboard").iterdir())
     assert sorted(p.name for p in folder.iterdir()) == [
         "adapter",
         "checkpoints",
@@ -273,8 +297,6 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_pat
 
 def test_evaluation_disturbs_nothing(tiny, tmp_path):
     """With and without held-out data: the same losses to the last bit, dropout on."""
-    from qlora.config import BUNDLED_TRAIN
-
     flags = ["--train-file", str(BUNDLED_TRAIN), "--num-train-epochs", "2"]
     _, without = run(tmp_path / "a", *flags)
     _, with_it = run(tmp_path / "b", *flags, "--eval-file", str(BUNDLED_TRAIN))
@@ -314,6 +336,50 @@ def test_max_steps_may_end_within_an_epoch_and_go_beyond_the_epochs(tiny, tmp_pa
     _, rows = run(tmp_path, "--max-steps", "8", "--num-train-epochs", "1")
     assert [row["step"] for row in rows if row["event"] == "eval"] == [0, 6, 8]
     assert (tmp_path / "run" / "checkpoints" / "step-000008").is_dir()
+
+
+@pytest.mark.parametrize(("flag", "window"), [("2048", None), ("2049", 2047)])
+def test_training_leaves_the_window_out_where_it_may_and_checkpoints_where_it_should(tiny, tmp_path, monkeypatch, flag, window):
+    seen = []
+    original = train_loop.train_step
+
+    def spy(decoder, *args, **kwargs):
+        layer = decoder.layers[0]
+        seen.append(
+            (decoder.config.sliding_window, layer.gradient_checkpointing, decoder.config._attn_implementation, decoder.training)
+        )
+        return original(decoder, *args, **kwargs)
+
+    monkeypatch.setattr(train_loop, "train_step", spy)
+    flags = ["--max-length", flag, "--gradient-checkpointing", "full", "--attn-implementation", "eager", "--max-steps", "2"]
+    assert run(tmp_path, *flags)[0] == 0
+    assert seen == [(window, True, "eager", True)] * 2
+
+
+def test_no_mask_is_made_for_padding(tiny, tmp_path, monkeypatch):
+    """A mask would cost sdpa its fast kernel: attention must be called without one, for padded rows too."""
+    masks = []
+    original = F.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return original(*args, attn_mask=attn_mask, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", spy)
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        patch.setattr(train_loop.evaluate, "sample_responses", lambda *a: [])
+        assert run(tmp_path, "--max-steps", "2")[0] == 0
+    assert masks and all(mask is None for mask in masks)
+
+
+def test_dropped_samples_are_not_generated_from(tiny, tmp_path, capsys):
+    rows = [{"prompt": "long " * 200, "completion": "a"}, *({"prompt": f"q{i}", "completion": "a"} for i in range(5))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(tmp_path, "--train-file", str(tmp_path / "rows.jsonl"), "--max-length", "100", "--max-steps", "1")[0] == 0
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["prompt"] for sample in samples] == ["q0", "q1", "q2"]
+    assert "Greedy answers to training prompts" in capsys.readouterr().out
 
 
 def test_one_example_trains(tiny, tmp_path):
@@ -358,8 +424,10 @@ def test_bad_input_is_one_paragraph_with_its_exit_code(tiny, tmp_path, monkeypat
 
 def test_debug_shows_the_traceback(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError):
-        command_line(["--model", "./nowhere", "--debug"])
+    (tmp_path / "run.yaml").write_text("debug: true")
+    for flag in (["--debug"], ["--config", "run.yaml"]):
+        with pytest.raises(UserError):
+            command_line(["--model", "./nowhere", *flag])
 
 
 def test_interruption_and_memory_have_their_exit_codes(tiny, tmp_path, monkeypatch, capsys):
