@@ -85,16 +85,17 @@ def time_cell(options: Options) -> dict:
     from qlora.config import TrainConfig
     from qlora.loss import read_head, token_loss_sum
     from qlora.memory import peak_memory_gib
-    from qlora.model import add_adapters, audit_targets, enable_gradient_checkpointing, load_nf4_model
+    from qlora.model import add_adapters, audit_targets, enable_gradient_checkpointing, load_nf4_model, load_skeleton
     from train_loop import train_step
 
     folder, backend, checkpointing = options.cell
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config = TrainConfig(model=folder, lora_dropout=options.dropout)
-    implementation = attention.choose_attention(backend, device).implementation
+    skeleton = load_skeleton(folder, config)
+    implementation = attention.choose_attention(backend, device, type(skeleton)).implementation
     torch.manual_seed(0)
     model = load_nf4_model(folder, config, implementation, device)
-    model = add_adapters(model, config, audit_targets(model, config), folder).train()
+    model = add_adapters(model, config, audit_targets(skeleton, config), folder).train()
     if checkpointing == "full":
         enable_gradient_checkpointing(model)
     head = read_head(model)
@@ -184,16 +185,10 @@ def main(options: Options) -> None:
             for checkpointing in options.checkpointing:
                 cells.append(run_cell(options, folder, backend, checkpointing))
                 print(json.dumps(cells[-1]), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in {"out", "cell"}}
-    record = {
-        "environment": environment(device),
-        "commit": commit,
-        "flags": flags,
-        "warm_up_steps": WARM_UP_STEPS,
-        "cells": cells,
-    }
+    flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in {"out", "cell", "commit"}}
+    record = {"environment": environment(device), "flags": flags, "warm_up_steps": WARM_UP_STEPS, "cells": cells}
     record["environment"].pop("command")
+    record["environment"]["commit"] = options.commit or record["environment"]["commit"]
     card = re.sub(
         r"[^a-z0-9]+",
         "-",

@@ -35,6 +35,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    versions["torch"] = torch.__version__  # with its build: +cpu, +cu130
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "python": platform.python_version(),

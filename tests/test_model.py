@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -219,9 +220,10 @@ def test_importing_downloads_nothing_where_the_package_kernels_is_installed(tmp_
     code = (
         "import train_loop, sys; assert 'bitsandbytes.backends.cpu.ops' in sys.modules; import kernels; print(kernels.__file__)"
     )
+    paths = (str(tmp_path), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}", "PATH": ""},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
         capture_output=True,
         text=True,
     )
