@@ -150,8 +150,8 @@ def tiny_random_model() -> Path:
     Raises:
         UserError: exit 4 if the cache cannot be written.
     """
-    digest = hashlib.sha256(BUNDLED_TRAIN.read_bytes()).hexdigest()[:8]  # another tokenizer for other text
-    folder = cache_folder() / f"tiny-random-phi3-{digest}"
+    digest = hashlib.sha256(BUNDLED_TRAIN.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
+    folder = cache_folder() / f"tiny-random-phi3-{digest}"  # another one for other text or another recipe
     if not folder.exists():
         with _written_aside(folder) as aside:
             build_tiny_random(aside)
@@ -166,11 +166,11 @@ def build_tiny_random(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     config = transformers.Phi3Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=192,
+        intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=2,  # of 96, as in Phi-3-mini
+        num_key_value_heads=1,
         max_position_embeddings=4096,
         sliding_window=2047,  # Phi-3-mini-4k's
         bos_token_id=tokenizer.bos_token_id,
