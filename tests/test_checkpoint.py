@@ -52,9 +52,13 @@ def test_a_checkpoint_holds_adapter_moments_and_state(trained, tmp_path):
 
 def test_only_the_newest_are_kept_and_foreign_files_stay(trained, tmp_path):
     (tmp_path / "notes.txt").touch()
-    for step in (6, 12, 999_999, 1_000_000):
+    for step, kept in ((6, {6}), (12, {6, 12}), (999_999, {12, 999_999}), (1_000_000, {999_999, 1_000_000})):
         checkpoint.save(tmp_path, *trained, {"step": step}, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step-1000000", "step-999999"]
+        assert {p.name for p in tmp_path.iterdir()} == {"notes.txt", *(f"step-{number:06d}" for number in kept)}
+    checkpoint.save(tmp_path, *trained, {"step": 1_000_001}, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step-1000001"]
+    checkpoint.save(tmp_path, *trained, {"step": 999_999}, keep=1)  # a step below the newest goes first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step-1000001"]
 
 
 def test_leftovers_of_a_save_that_died_do_not_hinder_the_next(trained, tmp_path):

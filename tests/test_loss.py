@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 from qlora import data
 from qlora.config import ExitCode, UserError
@@ -53,12 +54,17 @@ def test_chunked_in_bf16_rounds_like_plain():
     torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.02)
 
 
-def test_without_gradient_it_makes_none():
+def test_it_takes_two_products_and_one_without_gradient():
+    """The plain way takes two as well, but of all positions; recomputing checkpoints take three."""
     hidden, batch, head = random_case(torch.float32)
-    with torch.no_grad():
+    product = 2 * batch.num_tokens * head.weight.numel()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         loss = token_loss_sum(hidden, batch, head)
-    assert not loss.requires_grad
+    assert counter.get_total_flops() == product and not loss.requires_grad
     torch.testing.assert_close(loss, plain_loss_sum(hidden.detach(), batch, head))
+    with FlopCounterMode(display=False) as counter:
+        token_loss_sum(hidden, batch, head).backward()
+    assert counter.get_total_flops() == 2 * product
 
 
 def test_equals_transformers_own_loss_and_its_adapter_gradients(model, head, samples):
