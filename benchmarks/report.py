@@ -72,9 +72,9 @@ def demo_output() -> str:
     return "```text\n$ python train_loop.py\n" + "\n".join(shown) + "\n```"
 
 
-def demo_sweep() -> str:
-    """The sweep of the demo's learning rate."""
-    name, record = load("demo_cpu_*.json")
+def sweep(pattern: str) -> str:
+    """A sweep of the demo's learning rate."""
+    name, record = load(pattern)
     rows = [
         [
             f"{run['learning_rate']:g}" + (" (default)" if run["default"] else ""),
@@ -89,9 +89,9 @@ def demo_sweep() -> str:
     return table(headers, rows) + "\n\n" + source(name, record)
 
 
-def train_step() -> str:
+def train_step(pattern: str) -> str:
     """One step on a GPU, by backend and checkpointing."""
-    name, record = load("train_step_*.json")
+    name, record = load(pattern)
     flags = record["flags"]
     rows = []
     for cell in record["cells"]:
@@ -108,7 +108,14 @@ def train_step() -> str:
     return table(headers, rows) + "\n\n" + what + source(name, record)
 
 
-BLOCKS = {"demo-summary": demo_summary, "demo-output": demo_output, "demo-sweep": demo_sweep, "train-step": train_step}
+BLOCKS = {
+    "demo-summary": demo_summary,
+    "demo-output": demo_output,
+    "demo-sweep": lambda: sweep("demo_cpu_*.json"),
+    "demo-repeated-names": lambda: sweep("demo_repeated_names_*.json"),
+    "train-step": lambda: train_step("train_step_*.json"),
+    "train-step-first": lambda: train_step("first_train_step_*.json"),
+}
 
 
 def rendered(text: str) -> str:
