@@ -37,6 +37,7 @@ from qlora.model import (
     load_nf4_model,
     load_skeleton,
     load_tokenizer,
+    with_init_adapter,
 )
 
 LossSum = Callable[[torch.Tensor, data.Batch], torch.Tensor]  # (hidden [B, T, D], batch) -> fp32 scalar, a sum over tokens
@@ -86,7 +87,7 @@ def train_step(
         # Autocast runs matrix products in bf16 and casts the fp32 adapters on the fly; norms and the loss stay in fp32.
         with torch.autocast(device.type, torch.bfloat16):
             hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-            micro_loss = loss_sum(hidden, batch) / num_tokens
+            micro_loss = loss_sum(hidden, batch) / num_tokens  # []
         micro_loss.backward()  # adds to the gradients of the window's earlier micro-batches
         loss += micro_loss.detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
@@ -162,8 +163,10 @@ def train(
                 check_first_gradients(named, grad_norm)
             if step == 1 or step % config.logging_steps == 0 or step % steps_per_epoch == 0 or step == total_steps:
                 rows = read_pending(pending, since, device)
-                check_finite(rows)
-                tracker.steps(rows)
+                finite = [row for row in rows if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])]
+                tracker.steps(finite)
+                if len(finite) < len(rows):
+                    raise not_finite(next(row for row in rows if row not in finite))
                 pending, since = [], time.perf_counter()
             if step == total_steps:
                 break
@@ -184,13 +187,11 @@ def read_pending(pending: list[dict[str, Any]], since: float, device: torch.devi
     return [{**row, **dict(zip(keys, values, strict=True)), **measured} for row, values in zip(pending, numbers, strict=True)]
 
 
-def check_finite(rows: list[dict[str, Any]]) -> None:
-    """Stop before a loss or norm that is not finite is saved in a checkpoint."""
-    for row in rows:
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            seen = f"loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate {row['learning_rate']:g}"
-            advice = "The last checkpoint, if there is one, is from before it. Lower --learning-rate, or look at the data."
-            raise UserError(ExitCode.NUMERICS, f"Step {row['step']} is not finite: {seen}. {advice}")
+def not_finite(row: dict[str, Any]) -> UserError:
+    """The error that ends a run before a checkpoint could keep what a NaN or infinity left of the adapter."""
+    seen = f"loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate {row['learning_rate']:g}"
+    advice = "The last checkpoint, if there is one, is from before it. Lower --learning-rate, or look at the data."
+    return UserError(ExitCode.NUMERICS, f"Step {row['step']} is not finite: {seen}. {advice}")
 
 
 def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm: torch.Tensor) -> None:
@@ -213,23 +214,25 @@ def main(config: TrainConfig) -> None:
     console = Console()
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    config, line = config.resolved(on_gpu=device.type == "cuda")
-    assert config.model is not None and config.train_file is not None and config.output_dir is not None  # as resolved
+    config, line = with_init_adapter(config).resolved(on_gpu=device.type == "cuda")
+    model_name, train_file, run_folder = config.model, config.train_file, config.output_dir
+    assert model_name is not None and train_file is not None and run_folder is not None  # as resolved
     say(line)
-    run_folder = config.output_dir
     checkpoint.prepare_run_folder(run_folder)
 
-    # Data, then the model's small files, then its weights: a broken line should not cost a download of gigabytes.
-    examples, columns = data.read_examples(config.train_file, "train")
+    # What needs no model first, then its small files, then its weights: a mistake should not cost a download.
+    attention.choose_attention(config.attn_implementation, device)
+    examples, columns = data.read_examples(train_file, "train")
     held_out_examples, held_out_columns = data.read_examples(config.eval_file, "test") if config.eval_file else ([], "")
-    source = model_source(config.model)
+    source = model_source(model_name)
     skeleton = load_skeleton(source, config)
     attn = attention.choose_attention(config.attn_implementation, device, type(skeleton))
+    config = dataclasses.replace(config, attn_implementation=attn.implementation)
     say(f"Attention: {attn.implementation} ({attn.reason})")
     targets = audit_targets(skeleton, config)
     console.print(tracking.targets_table(targets, skeleton.num_parameters()))
     form = data.read_format(load_tokenizer(source, skeleton, config), config.prompt_format)
-    samples, notes = data.encode_all(examples, config.train_file, form, config)
+    samples, notes = data.encode_all(examples, train_file, form, config)
     say(f"Data: {notes}; columns {columns}")
     held_out: list[data.Encoded] = []
     if config.eval_file is not None:
@@ -247,7 +250,6 @@ def main(config: TrainConfig) -> None:
         f"run folder: {run_folder}"
     )
 
-    config = dataclasses.replace(config, attn_implementation=attn.implementation)
     (run_folder / "config.yaml").write_text(config.to_yaml())
     (run_folder / "env.json").write_text(json.dumps(tracking.environment(device), indent=2))
     with tracking.Tracker(run_folder, console) as tracker:
@@ -256,10 +258,7 @@ def main(config: TrainConfig) -> None:
         checkpoint.save_adapter(model, run_folder / "adapter")
         form.tokenizer.save_pretrained(run_folder / "adapter")
         tracker.hyperparameters(config, result)
-        which, source_examples, encoded = (
-            ("held-out", held_out_examples, held_out) if held_out else ("training", examples, samples)
-        )
-        kept = {sample.line for sample in encoded}
-        shown = [example for example in source_examples if example.line in kept][:3]
-        tracker.samples(evaluate.sample_responses(model, shown, form), of=which)
+        shown = data.kept_examples(held_out_examples, held_out) or data.kept_examples(examples, samples)
+        answers = evaluate.sample_responses(model, shown[:3], form)
+        tracker.samples(answers, of="held-out" if held_out else "training")
     say(tracking.closing_words(run_folder))

@@ -17,13 +17,14 @@ class Attention(NamedTuple):
     reason: str
 
 
-def choose_attention(requested: AttnImplementation, device: torch.device, model_class: Any) -> Attention:
+def choose_attention(requested: AttnImplementation, device: torch.device, model_class: Any = None) -> Attention:
     """Resolve `--attn-implementation`: `auto` picks what can run, a name runs or fails, and nothing is downloaded.
 
     Args:
         requested: auto, flash_attention_2, sdpa or eager.
         device: where the model will be.
-        model_class: of transformers; not every one has every backend (Gemma 2 has no sdpa, for its soft-capping).
+        model_class: of transformers; not every one has every backend (Gemma 2 has no sdpa, for its soft-capping). None, before
+            it is known, to check the rest.
 
     Raises:
         UserError: exit 7 if a backend was asked for by name and cannot run here.
@@ -55,7 +56,7 @@ def _flash_obstacle(device: torch.device, model_class: Any) -> str | None:
         import flash_attn  # noqa: F401
     except ImportError as error:
         return f"package flash-attn does not fit this torch ({error})"
-    return None if model_class._supports_flash_attn else f"{model_class.__name__} does not support it"
+    return None if getattr(model_class, "_supports_flash_attn", True) else f"{model_class.__name__} does not support it"
 
 
 def training_window(config: Any, max_length: int) -> int | None:

@@ -10,29 +10,18 @@ from safetensors.torch import save_file
 
 from qlora.config import ExitCode, UserError
 
-OWN_FILES = ("config.yaml", "env.json")  # written when training begins
-
 
 def prepare_run_folder(folder: Path) -> None:
-    """Make the run folder and check that it can be written, before anything costly happens.
-
-    What is left of a run that ended before its first checkpoint is cleared away: there is nothing in it to keep.
+    """Make the run folder and check that it can be written, before anything costly happens. Nothing is ever cleared away.
 
     Raises:
-        UserError: exit 4 if it holds a checkpoint, an adapter or files of others, or cannot be made or written.
+        UserError: exit 4 if it holds anything, or cannot be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "adapter").exists() or any((folder / "checkpoints").glob("step-*")):
-            raise UserError(
-                ExitCode.CHECKPOINT, f"{folder} holds a run already. Choose another --output-dir, or remove that folder."
-            )
         if any(folder.iterdir()):
-            if not all((folder / name).is_file() for name in OWN_FILES):
-                raise UserError(ExitCode.CHECKPOINT, f"{folder} holds other files. Choose an empty or new --output-dir.")
-            for name in (*OWN_FILES, "metrics.jsonl"):
-                (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            text = f"{folder} is not empty: it may hold a run. Choose another --output-dir, or remove that folder."
+            raise UserError(ExitCode.CHECKPOINT, text)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()

@@ -276,8 +276,11 @@ def read_format(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat) -> For
     if tokenizer.chat_template is None:
         why = "--prompt-format chat: the tokenizer has no chat template. Use --prompt-format plain."
         raise UserError(ExitCode.CONFIGURATION, why)
-    turn = _render(tokenizer, [Message("user", "question"), Message("assistant", "answer")], add_generation_prompt=False)
-    tail = tokenizer(turn[turn.rindex("answer") + len("answer") :].lstrip(), add_special_tokens=False).input_ids
+    try:
+        turn = _render(tokenizer, [Message("user", "question"), Message("assistant", "answer")], add_generation_prompt=False)
+    except ValueError as error:
+        raise UserError(ExitCode.CONFIGURATION, f"--prompt-format chat: {error}. Use --prompt-format plain.") from None
+    tail = tokenizer(turn.rpartition("answer")[2].lstrip(), add_special_tokens=False).input_ids
     if not tail or tail[0] not in tokenizer.added_tokens_decoder:
         why = "the template ends an answer without a special token, so the model could not learn to stop"
         raise UserError(ExitCode.CONFIGURATION, f"--prompt-format chat: {why}. Use --prompt-format plain.")
@@ -349,10 +352,15 @@ def _chat_turns(messages: tuple[Message, ...], form: Format) -> Iterator[tuple[s
         lead = marked.removeprefix(prompt).partition(marker)[0]
         rest = _render(form.tokenizer, messages[: index + 1], add_generation_prompt=False).removeprefix(prompt + lead)
         answer = message.content if rest.startswith(message.content) else message.content.strip()
-        if not (prompt.startswith(done) and marked.startswith(prompt) and marker in marked and rest.startswith(answer)):
+        if not prompt.startswith(done):
+            raise ValueError(
+                "the chat template rewrites earlier turns of a conversation, so that only single turns can be trained"
+            )
+        end = rest.find(stop_text, len(answer))
+        if not (marked.startswith(prompt) and marker in marked and rest.startswith(answer)) or end < 0:
             raise ValueError(f"the chat template does not render the answer {answer[:40]!r} as it stands behind its prompt")
         yield before, prompt.removeprefix(done), lead + answer
-        done = prompt + lead + rest[: rest.index(stop_text, len(answer)) + len(stop_text)]
+        done = prompt + lead + rest[: end + len(stop_text)]
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", messages: Iterable[Message], add_generation_prompt: bool) -> str:
@@ -391,7 +399,9 @@ def encode_all(examples: list[Example], source: str | Path, form: Format, config
             truncated += 1
         kept.append(encoded)
     if not kept:
-        advice = "Raise it, or use --on-long truncate."
+        advice = (
+            "Raise it, or use --on-long truncate." if config.on_long == "drop" else "Raise it: their prompts alone are longer."
+        )
         raise _wrong(f"{source}: none of {len(examples)} examples fits --max-length {config.max_length}. {advice}")
     tokens = sum(label != IGNORED for encoded in kept for label in encoded.labels[1:])
     longest = max(len(encoded.input_ids) for encoded in kept)
@@ -403,6 +413,12 @@ def encode_all(examples: list[Example], source: str | Path, form: Format, config
         lines = ", ".join(map(str, dropped[:10]))
         notes += f"; {len(dropped)} dropped as longer than {config.max_length} (lines {lines}{more})"
     return kept, notes
+
+
+def kept_examples(examples: list[Example], samples: list[Encoded]) -> list[Example]:
+    """The examples that encode_all kept."""
+    lines = {sample.line for sample in samples}
+    return [example for example in examples if example.line in lines]
 
 
 # -- collation and order ---------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torc
         batch = cpu_batch.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-            total += loss_sum(hidden, batch)
+            total += loss_sum(hidden, batch)  # []
         num_tokens += batch.num_tokens
     model.train(training)
     loss = total.item() / num_tokens  # sync

@@ -1,6 +1,7 @@
 """The model: tokenizer, NF4 loading, adapters, and the audit of what the adapters hang on."""
 
 import contextlib
+import dataclasses
 import logging
 import sys
 import warnings
@@ -121,6 +122,9 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
         )
     if missing := sorted(loaded["missing_keys"]):  # transformers would make them up
         raise UserError(ExitCode.ENVIRONMENT, f"Model {source} lacks {len(missing)} tensors, {missing[0]} first. Get it again.")
+    if surplus := sorted(name for name in loaded["unexpected_keys"] if ".layers." in name):  # and leave these out
+        text = f"Model {source} has {len(surplus)} tensors that its config.json does not know, {surplus[0]} first."
+        raise UserError(ExitCode.ENVIRONMENT, f"{text} The two do not belong together.")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
@@ -128,6 +132,11 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
             # On a CPU with AVX512-BF16 an eval forward would repack the weight in place, and every later backward would
             # read the repacked bytes as if they were not: gradients of relative error 1.0, under a loss that looks right.
             module.support_avx512bf16_for_cpu = False
+            packed: Any = module.weight
+            stored, wanted = tuple(packed.quant_state.shape), (module.out_features, module.in_features)
+            if stored != wanted:  # packed weights are all of one shape, so that loading cannot tell
+                text = f"Model {source} has a weight of shape {stored} where its config.json says {wanted}."
+                raise UserError(ExitCode.ENVIRONMENT, f"{text} The two do not belong together.")
     return model
 
 
@@ -141,6 +150,12 @@ def _environment_errors(source: str) -> Iterator[None]:
             ExitCode.ENVIRONMENT,
             f"Model {source} cannot be loaded: {_advice(error, source)} ({type(error).__name__}: {reason[:300]})",
         ) from error
+    except RuntimeError as error:  # tensors that do not fit the configuration
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())
+        text = f"Model {source} cannot be loaded: weights and config.json do not belong together ({reason[:300]})"
+        raise UserError(ExitCode.ENVIRONMENT, text) from error
 
 
 def _advice(error: BaseException, source: str) -> str:
@@ -184,27 +199,23 @@ def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
     Args:
         model: the base model or its skeleton, without adapters.
         config: target_modules, matched as PEFT does (the whole name or its end after a dot), None for all linear layers;
-            and the rank, as a layer gets r * (in + out) parameters. init_adapter, if given, brings its own.
+            and the rank, as a layer gets r * (in + out) parameters.
 
     Raises:
         UserError: exit 2 if a name matches nothing; the text lists the names that exist.
     """
-    requested, rank = config.target_modules, config.lora_r
-    if config.init_adapter is not None:
-        lora = read_adapter_config(config.init_adapter)
-        requested, rank = tuple(sorted(lora.target_modules)), lora.r
+    rank = config.lora_r
     remaining = linear_layers(model)
     if not remaining:
         text = f"{type(model).__name__} has no torch.nn.Linear layer in its decoder, so there is nothing to adapt."
         raise UserError(ExitCode.CONFIGURATION, text)
     available = sorted({name.rsplit(".", 1)[-1] for name in remaining})
     targets: list[Target] = []
-    for target in dict.fromkeys(requested or available):
+    for target in dict.fromkeys(config.target_modules or available):
         matched = {name: layer for name, layer in remaining.items() if name == target or name.endswith(f".{target}")}
         if not matched and not any(name == target or name.endswith(f".{target}") for t in targets for name in t.layers):
-            text = (
-                f"--target-modules {target} matches no linear layer of {type(model).__name__}. It has {', '.join(available)}; "
-            )
+            where = f"--init-adapter {config.init_adapter}: target" if config.init_adapter else "--target-modules"
+            text = f"{where} {target} matches no linear layer of {type(model).__name__}. It has {', '.join(available)}; "
             raise UserError(ExitCode.CONFIGURATION, text + "leave the flag out to adapt them all. (The head cannot have one.)")
         shapes = tuple(sorted({(layer.out_features, layer.in_features) for layer in matched.values()}))
         parameters = sum(rank * (layer.in_features + layer.out_features) for layer in matched.values())
@@ -220,7 +231,7 @@ def add_adapters(model: Any, config: TrainConfig, targets: list[Target], base: s
 
     Args:
         model: the base model; it is changed in place.
-        config: rank, alpha, dropout, and init_adapter to start from.
+        config: rank, alpha, dropout, and init_adapter to start from, as with_init_adapter gives them.
         targets: from audit_targets.
         base: hub id or absolute folder, kept in adapter_config.json, with the commit of a hub id, so that the base is found.
 
@@ -239,7 +250,7 @@ def add_adapters(model: Any, config: TrainConfig, targets: list[Target], base: s
         )
         adapted: Any = peft.get_peft_model(model, lora)
     else:
-        _check_adapter(config.init_adapter, model, targets)
+        _check_adapter(config.init_adapter, model, targets, config.lora_r)
         adapted = peft.PeftModel.from_pretrained(model, str(config.init_adapter), is_trainable=True)
     kept = adapted.peft_config["default"]
     kept.base_model_name_or_path, kept.revision = base, getattr(model.config, "_commit_hash", None)
@@ -253,12 +264,25 @@ def _ends_with(model: Any, names: list[str]) -> list[str]:
     return [module for module in modules for name in names if module == name or module.endswith(f".{name}")]
 
 
-def read_adapter_config(folder: Path) -> Any:
-    """The LoRA configuration of a PEFT adapter folder.
+def with_init_adapter(config: TrainConfig) -> TrainConfig:
+    """The configuration with rank, alpha, dropout and targets of the adapter that it starts from, if it does.
 
     Raises:
         UserError: exit 2 if it is no LoRA adapter that this loop can go on with.
     """
+    if config.init_adapter is None:
+        return config
+    lora = _read_adapter_config(config.init_adapter)
+    return dataclasses.replace(
+        config,
+        lora_r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=tuple(sorted(lora.target_modules)),
+    )
+
+
+def _read_adapter_config(folder: Path) -> Any:
     try:
         lora = peft.PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -267,8 +291,12 @@ def read_adapter_config(folder: Path) -> Any:
     usual = peft.LoraConfig()
     # What may differ from PEFT's own defaults; anything else (DoRA, biases, other starts, ...) is not ours to continue.
     free = {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
-            "inference_mode", "peft_version"}  # fmt: skip
-    odd = [name for name, value in vars(lora).items() if name not in free and value != getattr(usual, name, value)]
+            "inference_mode", "peft_version", "auto_mapping"}  # fmt: skip
+    odd = []
+    for name, value in vars(lora).items():
+        harmless = name in free or (name == "init_lora_weights" and value in (True, False, "gaussian"))
+        if not harmless and (value or None) != (getattr(usual, name, value) or None):
+            odd.append(name)
     if not isinstance(lora, peft.LoraConfig) or odd or isinstance(lora.target_modules, str | None):
         seen = f"it sets {', '.join(odd)}" if odd else "its targets are no list"
         text = f"--init-adapter {folder} is not a plain LoRA adapter with a list of target modules: {seen}."
@@ -276,7 +304,7 @@ def read_adapter_config(folder: Path) -> Any:
     return lora
 
 
-def _check_adapter(folder: Path, model: Any, targets: list[Target]) -> None:
+def _check_adapter(folder: Path, model: Any, targets: list[Target], rank: int) -> None:
     """Compare names and shapes by hand: PEFT loads what fits, leaves the rest at its start, and warns."""
     path = folder / "adapter_model.safetensors"
     try:
@@ -284,7 +312,6 @@ def _check_adapter(folder: Path, model: Any, targets: list[Target]) -> None:
             stored = {(name, *file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
     except (OSError, SafetensorError) as error:
         raise UserError(ExitCode.CONFIGURATION, f"--init-adapter {folder}: {path.name} cannot be read: {error}.") from None
-    rank = read_adapter_config(folder).r
     layers = {name: model.get_submodule(name) for target in targets for name in target.layers}
     wanted = {(f"base_model.model.{name}.lora_A.weight", rank, layer.in_features) for name, layer in layers.items()}
     wanted |= {(f"base_model.model.{name}.lora_B.weight", layer.out_features, rank) for name, layer in layers.items()}

@@ -12,7 +12,7 @@ import torch
 from qlora import data, demo
 from qlora.config import BUNDLED_TRAIN, TrainConfig
 from qlora.loss import Head, read_head
-from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton, load_tokenizer
+from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton, load_tokenizer, with_init_adapter
 
 torch.set_num_threads(1)  # 30 times faster than 2 on a model this small
 CPU = torch.device("cpu")
@@ -57,6 +57,7 @@ def samples(examples, form, config) -> list[data.Encoded]:
 
 def adapted_model(config: TrainConfig, attn_implementation: str = "sdpa"):
     """The tiny model in NF4 with adapters, as train_loop.main builds it; the same one every time."""
+    config = with_init_adapter(config)
     torch.manual_seed(config.seed)
     model = load_nf4_model(config.model, config, attn_implementation, CPU)
     model = add_adapters(model, config, audit_targets(model, config), config.model)

@@ -140,25 +140,14 @@ def test_a_run_folder_is_made_and_checked_and_never_written_over(tmp_path):
     checkpoint.prepare_run_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
     checkpoint.prepare_run_folder(tmp_path / "a" / "b")  # an empty one is no run
-    for name in ("adapter", "checkpoints"):
-        (tmp_path / name / (name if name == "adapter" else "checkpoints/step-000001")).mkdir(parents=True)
     (tmp_path / "file").touch()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "metrics.jsonl").touch()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").touch()
     for folder, words in (
-        (tmp_path / "adapter", "holds a run already"),
-        (tmp_path / "checkpoints", "holds a run already"),
-        (tmp_path / "other", "holds other files"),
+        (tmp_path / "used", "is not empty"),
         (tmp_path / "file" / "run", "cannot be written"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             checkpoint.prepare_run_folder(folder)
         assert caught.value.exit_code == ExitCode.CHECKPOINT
-
-
-def test_what_a_run_left_before_its_first_checkpoint_is_cleared(tmp_path):
-    for name in ("config.yaml", "env.json", "metrics.jsonl", "notes.txt"):
-        (tmp_path / name).touch()
-    (tmp_path / "tensorboard").mkdir()
-    checkpoint.prepare_run_folder(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert (tmp_path / "used" / "notes.txt").exists()

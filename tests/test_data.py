@@ -308,6 +308,27 @@ def test_a_tokenizer_without_a_stop_token_is_refused(template, words):
         data.read_format(tokenizer, "plain")
 
 
+def test_a_template_that_forgets_earlier_thoughts_is_refused_for_several_turns(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}"
+        "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        data.encode_all([example("q", "a", "r", "b")], "f", data.read_format(other, "chat"), TrainConfig())
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"]
+)
+def test_a_template_that_fails_on_the_simplest_conversation_is_refused(tokenizer, template):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    with pytest.raises(UserError, match="--prompt-format chat: the") as caught:
+        data.read_format(other, "chat")
+    assert caught.value.exit_code == ExitCode.CONFIGURATION
+
+
 @pytest.mark.parametrize(
     ("change", "system", "words"),
     [

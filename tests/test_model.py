@@ -26,6 +26,7 @@ from qlora.model import (
     load_nf4_model,
     load_skeleton,
     load_tokenizer,
+    with_init_adapter,
 )
 from tests.conftest import CPU, adapted_model, gradients, relative_error, wake_adapters
 
@@ -194,6 +195,25 @@ def test_broken_weights_exit_7(tmp_path, tiny, config):
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="not a complete model") as caught:
+        load_nf4_model(str(tmp_path), config, "sdpa", CPU)
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 1}, "6 tensors that its config.json does not know, model.layers.1"),
+        ({"intermediate_size": 320}, "a weight of shape"),
+        ({"hidden_size": 128}, "do not belong together"),
+        ({"vocab_size": 400}, "do not belong together"),
+    ],
+)
+def test_weights_of_another_configuration_exit_7(tmp_path, tiny, config, change, words):
+    for file in tiny.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described | change))
+    with pytest.raises(UserError, match=words) as caught:
         load_nf4_model(str(tmp_path), config, "sdpa", CPU)
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
 
@@ -390,6 +410,14 @@ def test_init_adapter_that_does_not_fit_is_refused(config, model, tmp_path):
         adapted_model(resumed)
     save_file(tensors, path)
     assert adapted_model(resumed)
+    for harmless in (
+        {"init_lora_weights": "gaussian"},
+        {"modules_to_save": []},
+        {"fan_in_fan_out": None},
+        {"auto_mapping": {}},
+    ):
+        peft.LoraConfig(r=4, target_modules=["o_proj"], **harmless).save_pretrained(tmp_path)
+        assert with_init_adapter(resumed).target_modules == ("o_proj",)
     for odd in (
         {"use_dora": True},
         {"bias": "all"},
