@@ -2,9 +2,9 @@
 
     python benchmarks/demo.py            # about 3 min a rate on 2 cores; writes benchmarks/results/demo_cpu_YYYYMM.json
 
-Each run is `python train_loop.py` in a process of its own. Afterwards the adapter it left is loaded the way the README
-says, and answers all eight held-out prompts; an answer is right if it parses as an AVRO schema (fastavro) with TRAINED,
-name and exactly the fields and types asked for.
+Each run is `python train_loop.py` in a process of its own. Afterwards the adapter it left is loaded on the NF4 base it was
+trained against, and answers all eight held-out prompts; an answer is right if it parses as an AVRO schema (fastavro) with
+TRAINED, name and exactly the fields and types asked for.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def is_asked_schema(instruction: str, answer: str) -> bool:
 
 
 def judge(adapter: Path) -> dict:
-    """Load the adapter as the README says, answer all held-out prompts, count right answers without and with it."""
+    """Load the adapter on its NF4 base, answer all held-out prompts, count right answers without and with it."""
     import torch
 
     from qlora import data, evaluate

@@ -16,7 +16,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by th
 
 def load(pattern: str) -> tuple[str, dict[str, Any]]:
     """Name and contents of the newest result file that matches."""
-    path = sorted(RESULTS.glob(pattern))[-1]
+    path = max(RESULTS.glob(pattern), key=lambda path: re.findall(r"\d{6}", path.name))
     return path.name, json.loads(path.read_text())
 
 
@@ -152,9 +152,9 @@ def plot_demo() -> None:
 
 def main() -> None:
     """Rewrite the documents and draw the plots."""
+    plot_demo()
     for document in DOCUMENTS:
         document.write_text(rendered(document.read_text()))
-    plot_demo()
 
 
 if __name__ == "__main__":
