@@ -69,7 +69,7 @@ def demo_output() -> str:
         "...",
         *lines[closing : closing + 3],
     ]
-    return "```text\n$ python train_loop.py\n" + "\n".join(shown) + "\n```"
+    return "```text\n$ python train_loop.py --model demo  # the default without a GPU\n" + "\n".join(shown) + "\n```"
 
 
 def sweep(pattern: str) -> str:
