@@ -123,7 +123,7 @@ GOOD = '{"instruction": "q", "response": "a"}\n'
     [
         ("", ["holds no example"]),
         ("\n \n", ["holds no example"]),
-        (GOOD + '{"instruction": "q",}\n', [":2:21:", "not JSON"]),
+        (GOOD + '{"instruction": "q",}\n', [":2:2", "not JSON"]),
         ("[\n" + GOOD + "]", [":1:", "not JSON"]),
         ("[" + GOOD.strip() + "]\n", [":1:", "list", "JSON array"]),
         (GOOD + "7\n", [":2:", "int"]),
