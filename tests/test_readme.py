@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
+from qlora.config import DEMO_LEARNING_RATE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -35,6 +36,17 @@ def test_results_name_their_machine_versions_and_commit():
         environment = record["environment"]
         assert environment["commit"] and environment["device"] and environment["packages"]["torch"], path.name
         assert "/root" not in path.read_text() and "/tmp/" not in path.read_text(), path.name
+
+
+def test_the_measured_default_run_keeps_what_is_promised_of_it():
+    _, record = report.load("demo_cpu_*.json")
+    run = record["runs"][0]
+    assert run["default"] and run["steps"] == 120
+    assert run["first_loss_s"] < 30 and run["total_s"] < 240 and run["peak_rss_gib"] * 2**30 < 3e9
+    assert run["eval_loss"][-1] < 0.1 * run["eval_loss"][0]
+    assert run["base_right"] == 0 and run["tuned_right"] >= 7 and run["held_out"] == 8
+    assert run["learning_rate"] == DEMO_LEARNING_RATE
+    assert run["tuned_right"] == max(other["tuned_right"] for other in record["runs"])
 
 
 def test_quoted_code_stands_in_the_loop():
