@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -212,7 +213,7 @@ def main(config: TrainConfig) -> None:
         UserError: with the exit code of its kind; what costs nothing to check is checked before the model is loaded.
     """
     console = Console()
-    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say = functools.partial(tracking.say, console)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config, line = with_init_adapter(config).resolved(on_gpu=device.type == "cuda")
     model_name, train_file, run_folder = config.model, config.train_file, config.output_dir
@@ -251,7 +252,7 @@ def main(config: TrainConfig) -> None:
     )
 
     (run_folder / "config.yaml").write_text(config.to_yaml())
-    (run_folder / "env.json").write_text(json.dumps(tracking.environment(device), indent=2))
+    (run_folder / "env.json").write_text(json.dumps({**tracking.environment(device), "command": sys.argv}, indent=2))
     with tracking.Tracker(run_folder, console) as tracker:
         with attention.sliding_window(model, attention.training_window(model.config, config.max_length)):
             result = train(config, model, head, samples, held_out, tracker)

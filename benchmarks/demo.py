@@ -139,7 +139,6 @@ def main(options: Options) -> None:
             print({key: value for key, value in runs[-1].items() if not isinstance(value, list)}, flush=True)
             shutil.rmtree(folder)
     record = {"environment": environment(torch.device("cpu")), "runs": runs}
-    record["environment"].pop("command")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n")
 

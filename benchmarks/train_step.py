@@ -187,7 +187,6 @@ def main(options: Options) -> None:
                 print(json.dumps(cells[-1]), flush=True)
     flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in {"out", "cell", "commit"}}
     record = {"environment": environment(device), "flags": flags, "warm_up_steps": WARM_UP_STEPS, "cells": cells}
-    record["environment"].pop("command")
     record["environment"]["commit"] = options.commit or record["environment"]["commit"]
     card = re.sub(
         r"[^a-z0-9]+",

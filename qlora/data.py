@@ -252,13 +252,11 @@ class Format(NamedTuple):
         the model would learn to answer " {"; some special tokens swallow the newline behind them. So both are tokenised
         together, and the ids of `after` cut off. Where a token would span the two they are tokenised apart after all.
         """
-        # In the plain form no text of a user may become a special token; a chat template is made of them.
-        plain = self.name == "plain"
-        before, both, alone = (
-            self.tokenizer(part, add_special_tokens=False, split_special_tokens=plain).input_ids if part else []
-            for part in (after, after + text, text)
-        )
-        return both[len(before) :] if both[: len(before)] == before else alone
+        if not after:
+            # In the plain form no text of a user may become a special token; a chat template is made of them.
+            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=self.name == "plain").input_ids
+        before, both = self.ids(after), self.ids(after + text)
+        return both[len(before) :] if both[: len(before)] == before else self.ids(text)
 
 
 def read_format(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat) -> Format:

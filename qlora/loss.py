@@ -101,9 +101,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 d_logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=d_logits.dtype))  # [C, V]
                 if slope is not None:
                     d_logits *= slope
-                gradient[chunk] = (d_logits * head.scale if head.scale != 1.0 else d_logits).to(
-                    head.weight.dtype
-                ) @ head.weight  # [C, D]
+                if head.scale != 1.0:
+                    d_logits *= head.scale
+                gradient[chunk] = d_logits.to(head.weight.dtype) @ head.weight  # [C, D]
         ctx.gradient = gradient
         return loss_sum
 

@@ -144,24 +144,22 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
 def _environment_errors(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             ExitCode.ENVIRONMENT,
             f"Model {source} cannot be loaded: {_advice(error, source)} ({type(error).__name__}: {reason[:300]})",
         ) from error
-    except RuntimeError as error:  # tensors that do not fit the configuration
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = " ".join(str(error).split())
-        text = f"Model {source} cannot be loaded: weights and config.json do not belong together ({reason[:300]})"
-        raise UserError(ExitCode.ENVIRONMENT, text) from error
 
 
 def _advice(error: BaseException, source: str) -> str:
     text = f"{error} {error.__cause__}".lower()
     if "trust_remote_code" in text:
         return "it comes with Python code of its own. Read that code, then pass --trust-remote-code; Phi-3 needs none."
+    if isinstance(error, RuntimeError):
+        return "its weights and its config.json do not belong together."
     if Path(source).is_dir():
         return "the folder is not a complete model. It needs config.json, the weights as safetensors, and a tokenizer."
     if "gated" in text or "401" in text or "403" in text:
@@ -204,24 +202,31 @@ def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
     Raises:
         UserError: exit 2 if a name matches nothing; the text lists the names that exist.
     """
-    rank = config.lora_r
-    remaining = linear_layers(model)
-    if not remaining:
+    layers = linear_layers(model)
+    if not layers:
         text = f"{type(model).__name__} has no torch.nn.Linear layer in its decoder, so there is nothing to adapt."
         raise UserError(ExitCode.CONFIGURATION, text)
-    available = sorted({name.rsplit(".", 1)[-1] for name in remaining})
+    available = sorted({name.rsplit(".", 1)[-1] for name in layers})
     targets: list[Target] = []
-    for target in dict.fromkeys(config.target_modules or available):
-        matched = {name: layer for name, layer in remaining.items() if name == target or name.endswith(f".{target}")}
-        if not matched and not any(name == target or name.endswith(f".{target}") for t in targets for name in t.layers):
+    seen: set[str] = set()
+    for target in config.target_modules or available:
+        matched = {name: layer for name, layer in layers.items() if _matches(name, target)}
+        if not matched:
             where = f"--init-adapter {config.init_adapter}: target" if config.init_adapter else "--target-modules"
             text = f"{where} {target} matches no linear layer of {type(model).__name__}. It has {', '.join(available)}; "
             raise UserError(ExitCode.CONFIGURATION, text + "leave the flag out to adapt them all. (The head cannot have one.)")
-        shapes = tuple(sorted({(layer.out_features, layer.in_features) for layer in matched.values()}))
-        parameters = sum(rank * (layer.in_features + layer.out_features) for layer in matched.values())
-        targets.append(Target(target, tuple(matched), shapes, parameters))
-        remaining = {name: layer for name, layer in remaining.items() if name not in matched}
-    return [target for target in targets if target.layers]
+        fresh = {name: layer for name, layer in matched.items() if name not in seen}
+        if fresh:
+            shapes = tuple(sorted({(layer.out_features, layer.in_features) for layer in fresh.values()}))
+            parameters = sum(config.lora_r * (layer.in_features + layer.out_features) for layer in fresh.values())
+            targets.append(Target(target, tuple(fresh), shapes, parameters))
+        seen |= fresh.keys()
+    return targets
+
+
+def _matches(name: str, target: str) -> bool:
+    """PEFT's rule for a list of target modules."""
+    return name == target or name.endswith(f".{target}")
 
 
 def add_adapters(model: Any, config: TrainConfig, targets: list[Target], base: str) -> Any:
@@ -239,7 +244,9 @@ def add_adapters(model: Any, config: TrainConfig, targets: list[Target], base: s
         UserError: exit 2 if init_adapter does not fit the model tensor by tensor.
     """
     if config.init_adapter is None:
-        elsewhere = set(_ends_with(model, [target.name for target in targets])) - {n for t in targets for n in t.layers}
+        audited = {name for target in targets for name in target.layers}
+        others = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in audited)
+        elsewhere = any(_matches(name, target.name) for name in others for target in targets)
         lora = peft.LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
@@ -257,11 +264,6 @@ def add_adapters(model: Any, config: TrainConfig, targets: list[Target], base: s
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert trained == sum(target.adapter_parameters for target in targets), "the adapters are not those of the audit"
     return adapted
-
-
-def _ends_with(model: Any, names: list[str]) -> list[str]:
-    modules = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    return [module for module in modules for name in names if module == name or module.endswith(f".{name}")]
 
 
 def with_init_adapter(config: TrainConfig) -> TrainConfig:

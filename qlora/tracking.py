@@ -7,7 +7,6 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "packages": versions,
         "commit": _commit(),
-        "command": sys.argv,
     }
 
 
@@ -84,6 +82,11 @@ def sample_table(sample: Sample) -> Table:
         cells.append(Text("\n".join(lines[:SAMPLE_LINES] + rest)))  # Text: a model's [brackets] are no markup
     table.add_row(*cells)
     return table
+
+
+def say(console: Console, line: str) -> None:
+    """Print one line as it is, never wrapped, so that a path in it can be copied."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class Tracker:
@@ -175,8 +178,8 @@ class Tracker:
         self.board.add_hparams(values, outcome, run_name=".")
 
     def say(self, line: str) -> None:
-        """Print one line, above the bar if there is one, never wrapped."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        """Print one line, above the bar if there is one."""
+        say(self.console, line)
 
     def _write(self, row: dict[str, Any]) -> None:
         self.metrics_file.write(json.dumps(row) + "\n")
