@@ -4,6 +4,8 @@
     python train_loop.py --train-file my.jsonl --eval-file held_out.jsonl
     python train_loop.py --help
 
+A run that stopped, for whatever reason, goes on where it was with the same command.
+
 Words: a *step* is one optimizer step; a *micro-batch* is one forward and backward; a *window* is the micro-batches of one
 step; a *token* is a label that is trained, counted after the shift by one.
 Shapes: B samples, T positions, D hidden size. `qlora/` holds the rest: data, model, loss, checkpoints.
@@ -16,9 +18,9 @@ if __name__ == "__main__":  # Parse first: --help and a typo should not wait for
 
 import dataclasses
 import functools
-import json
+import itertools
 import math
-import sys
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,17 +31,21 @@ from rich.console import Console
 from qlora import attention, checkpoint, data, evaluate, tracking
 from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.demo import model_source
+from qlora.guards import check_first_gradients, count_not_finite
 from qlora.loss import Head, read_head, token_loss_sum
-from qlora.memory import peak_memory_gib
+from qlora.memory import estimated_memory_gib, explained, peak_memory_gib, probe_memory
 from qlora.model import (
     add_adapters,
     audit_targets,
     enable_gradient_checkpointing,
+    fingerprint,
     load_nf4_model,
     load_skeleton,
     load_tokenizer,
     with_init_adapter,
 )
+from qlora.run_folder import RunFolder
+from qlora.signals import Signals
 
 LossSum = Callable[[torch.Tensor, data.Batch], torch.Tensor]  # (hidden [B, T, D], batch) -> fp32 scalar, a sum over tokens
 
@@ -94,7 +100,14 @@ def train_step(
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    optimizer.step()
+    # A NaN or infinity must not reach the weights. A fused optimizer skips its update where found_inf is 1, on the device;
+    # for any other the host has to look, and wait.
+    finite = torch.isfinite(loss) & torch.isfinite(grad_norm)  # []
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if fused:
+        optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
+    if fused or finite.item():  # sync, unless it is fused
+        optimizer.step()
     return loss, grad_norm
 
 
@@ -102,27 +115,32 @@ def train(
     config: TrainConfig,
     model: Any,
     head: Head,
-    samples: list[data.Encoded],
-    held_out: list[data.Encoded],
+    samples: data.Samples,
+    held_out: data.Samples | None,
     tracker: tracking.Tracker,
+    run: RunFolder,
+    stop: Signals,
 ) -> evaluate.HeldOut | None:
-    """The whole run: epochs of windows, a log line every few steps, evaluation and a checkpoint at the end of each epoch.
+    """The whole run, or the rest of it: epochs of windows, a log line every few steps, an evaluation each epoch.
 
     Args:
         config: resolved.
         model: NF4 base with adapters.
         head: its output layer.
         samples: to train on, one at least.
-        held_out: to evaluate on; may be empty.
+        held_out: to evaluate on, if there is any.
         tracker: where metrics go.
+        run: where checkpoints go, and come from.
+        stop: whether a signal has come; the step at hand is finished and saved first.
 
     Returns:
         The last evaluation on held-out data, if there is any.
 
     Raises:
-        UserError: exit 5 if the first step finds an adapter without a gradient, or if a loss or norm is not finite.
+        UserError: exit 5 if the first step finds an adapter without a gradient, or if a loss or norm is not finite; 2 or 4
+            if the checkpoint does not fit.
     """
-    assert config.learning_rate is not None and config.output_dir is not None  # as resolved
+    assert config.learning_rate is not None  # as resolved
     device = head.weight.device
     on_gpu = device.type == "cuda"
     decoder = model.get_decoder()
@@ -134,47 +152,64 @@ def train(
     steps_per_epoch = math.ceil(math.ceil(len(samples) / batch_size) / window_size)  # the short last window is a step too
     total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+    save_steps = config.save_steps or total_steps
 
     def evaluate_held_out(step: int, epoch: int) -> evaluate.HeldOut | None:
-        if not held_out:
-            return None
-        batches = data.micro_batches(held_out, range(len(held_out)), batch_size, pin=on_gpu)
-        result = evaluate.evaluate_loss(model, batches, loss_sum)
+        if held_out is None or step in tracker.evaluations:  # a run that goes on after this step may know it already
+            return tracker.evaluations.get(step)
+        with stop.immediate():  # all is saved
+            batches = data.micro_batches(held_out, range(len(held_out)), batch_size, pin=on_gpu)
+            result = evaluate.evaluate_loss(model, batches, loss_sum)
         tracker.held_out(step, epoch, result)
         return result
 
-    tracker.begin(total_steps, config.logging_steps)
-    result = evaluate_held_out(step=0, epoch=0)
     model.train()
-    step = 0
-    pending: list[dict[str, Any]] = []  # steps not yet read from the device
-    since = time.perf_counter()
-    for epoch in range(1, math.ceil(total_steps / steps_per_epoch) + 1):
-        order = data.epoch_order(len(samples), config.seed, epoch)
-        batches = data.micro_batches(samples, order, batch_size, pin=on_gpu)
-        for window in data.windows(batches, window_size):
-            learning_rate = config.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
-            loss, grad_norm = train_step(decoder, optimizer, window, loss_sum, learning_rate, config.max_grad_norm)
-            step += 1
-            row = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "loss": loss, "grad_norm": grad_norm}
-            row["num_tokens"] = sum(micro_batch.num_tokens for micro_batch in window)
-            row["num_input_tokens"] = sum(micro_batch.num_input_tokens for micro_batch in window)
-            pending.append(row)
-            if step == 1:
-                check_first_gradients(named, grad_norm)
-            if step == 1 or step % config.logging_steps == 0 or step % steps_per_epoch == 0 or step == total_steps:
-                rows = read_pending(pending, since, device)
-                finite = [row for row in rows if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])]
-                tracker.steps(finite)
-                if len(finite) < len(rows):
-                    raise not_finite(next(row for row in rows if row not in finite))
-                pending, since = [], time.perf_counter()
-            if step == total_steps:
-                break
-        result = evaluate_held_out(step, epoch)
-        state = {"step": step, "epoch": epoch, "total_steps": total_steps, "held_out": result and result._asdict()}
-        checkpoint.save(config.output_dir / "checkpoints", model, optimizer, state, config.save_total_limit)
-        since = time.perf_counter()  # evaluation and saving are not training time
+    if on_gpu:  # what does not fit shall not fit now, not in hour three
+        probe = functools.partial(train_step, decoder, loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
+        probe_memory(probe, optimizer, samples, config)
+        tracker.say(f"Memory: the longest batch peaks at {peak_memory_gib(device):.2f} GiB")
+    step, first_epoch, seen, skipped = run.restore(model, optimizer, fingerprint(model))
+    if step > total_steps:
+        text = f"The run is at step {step}, beyond the {total_steps} asked for. Ask for more, or choose another --output-dir."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    tracker.begin(step, total_steps, config.logging_steps)
+    with stop.deferred():
+        result = evaluate_held_out(0, 0) if step == 0 else None
+        pending: list[dict[str, Any]] = []  # steps not yet read from the device
+        recent: list[dict[str, Any]] = []  # the last that were
+        since = time.perf_counter()
+        for epoch in range(first_epoch, math.ceil(total_steps / steps_per_epoch) + 1):
+            order = data.epoch_order(len(samples), config.seed, epoch)[seen:]
+            batches = data.micro_batches(samples, order, batch_size, pin=on_gpu)
+            for window in itertools.islice(data.windows(batches, window_size), total_steps - step):
+                learning_rate = config.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
+                loss, grad_norm = train_step(decoder, optimizer, window, loss_sum, learning_rate, config.max_grad_norm)
+                step += 1
+                row: dict[str, Any] = {"step": step, "epoch": epoch, "learning_rate": learning_rate}
+                row |= {"loss": loss, "grad_norm": grad_norm}
+                row["num_tokens"] = sum(micro_batch.num_tokens for micro_batch in window)
+                row["num_input_tokens"] = sum(micro_batch.num_input_tokens for micro_batch in window)
+                row["lines"] = [line for micro_batch in window for line in micro_batch.lines]
+                pending.append(row)
+                seen += len(row["lines"])
+                if step == 1:
+                    check_first_gradients(named, grad_norm)
+                stopping = stop.received is not None
+                save = stopping or step % save_steps == 0 or step in (epoch * steps_per_epoch, total_steps)
+                if save or step == 1 or step % config.logging_steps == 0:
+                    rows = read_pending(pending, since, device)
+                    tracker.steps(rows)
+                    skipped = count_not_finite(rows, recent, skipped, config.skip_nonfinite, tracker.say, run.advice)
+                    pending, recent, since = [], [*recent, *rows][-5:], time.perf_counter()
+                if save:
+                    progress = checkpoint.Progress(step, epoch, seen, skipped)
+                    run.save(model, optimizer, progress, config.save_total_limit, tracker.evaluations)
+                    since = time.perf_counter()  # evaluation and saving are not training time
+                if stopping:
+                    stop.raise_if_received()
+            seen = 0
+            result = evaluate_held_out(step, epoch)
+            since = time.perf_counter()
     return result
 
 
@@ -188,78 +223,85 @@ def read_pending(pending: list[dict[str, Any]], since: float, device: torch.devi
     return [{**row, **dict(zip(keys, values, strict=True)), **measured} for row, values in zip(pending, numbers, strict=True)]
 
 
-def not_finite(row: dict[str, Any]) -> UserError:
-    """The error that ends a run before a checkpoint could keep what a NaN or infinity left of the adapter."""
-    seen = f"loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate {row['learning_rate']:g}"
-    advice = "The last checkpoint, if there is one, is from before it. Lower --learning-rate, or look at the data."
-    return UserError(ExitCode.NUMERICS, f"Step {row['step']} is not finite: {seen}. {advice}")
+def main(config: TrainConfig, stop: Signals) -> None:
+    """From the command line's configuration to a checked run: what needs no model first, then its small files, then training.
 
-
-def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm: torch.Tensor) -> None:
-    """Stop a run that would train nothing. (A's gradient is exactly zero while B is: that is right.)"""
-    without = [name for name, parameter in named if parameter.grad is None]
-    advice = "Nothing was saved. Check --target-modules and the data."
-    if without:
-        seen = f"{len(without)} of {len(named)} adapter tensors got none, {without[0]} first"
-        raise UserError(ExitCode.NUMERICS, f"The first gradient is not usable: {seen}. {advice}")
-    if grad_norm.item() == 0.0:  # sync, once a run
-        raise UserError(ExitCode.NUMERICS, f"The first gradient is zero everywhere. {advice}")
-
-
-def main(config: TrainConfig) -> None:
-    """From the command line's configuration to an adapter on disk.
+    A mistake should not cost a download, and nothing that is on disk already.
 
     Raises:
-        UserError: with the exit code of its kind; what costs nothing to check is checked before the model is loaded.
+        UserError: with the exit code of its kind.
+        Stopped: after a signal, as soon as all is saved.
     """
     console = Console()
     say = functools.partial(tracking.say, console)
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:  # read when CUDA starts, and by flash attention's backward
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config, line = with_init_adapter(config).resolved(on_gpu=device.type == "cuda")
-    model_name, train_file, run_folder = config.model, config.train_file, config.output_dir
-    assert model_name is not None and train_file is not None and run_folder is not None  # as resolved
+    assert config.model is not None and config.train_file is not None and config.output_dir is not None  # as resolved
     say(line)
-    checkpoint.prepare_run_folder(run_folder)
-
-    # What needs no model first, then its small files, then its weights: a mistake should not cost a download.
     attention.choose_attention(config.attn_implementation, device)
-    examples, columns = data.read_examples(train_file, "train")
-    held_out_examples, held_out_columns = data.read_examples(config.eval_file, "test") if config.eval_file else ([], "")
-    source = model_source(model_name)
-    skeleton = load_skeleton(source, config)
-    attn = attention.choose_attention(config.attn_implementation, device, type(skeleton))
-    config = dataclasses.replace(config, attn_implementation=attn.implementation)
-    say(f"Attention: {attn.implementation} ({attn.reason})")
-    targets = audit_targets(skeleton, config)
-    console.print(tracking.targets_table(targets, skeleton.num_parameters()))
-    form = data.read_format(load_tokenizer(source, skeleton, config), config.prompt_format)
-    samples, notes = data.encode_all(examples, train_file, form, config)
-    say(f"Data: {notes}; columns {columns}")
-    held_out: list[data.Encoded] = []
-    if config.eval_file is not None:
-        held_out, notes = data.encode_all(held_out_examples, config.eval_file, form, config)
-        say(f"Held out: {notes}; columns {held_out_columns}")
+    with RunFolder(config.output_dir, config.resume) as run:
+        stop.advice = run.advice
+        columns = data.check_files(config)
+        source = model_source(config.model)
+        skeleton = load_skeleton(source, config)
+        attn = attention.choose_attention(config.attn_implementation, device, type(skeleton))
+        config = dataclasses.replace(config, attn_implementation=attn.implementation)
+        say(f"Attention: {attn.implementation} ({attn.reason})")
+        targets = audit_targets(skeleton, config)
+        console.print(tracking.targets_table(targets, skeleton.num_parameters()))
+        form = data.read_format(load_tokenizer(source, skeleton, config), config.prompt_format)
+        samples, held_out = data.encode_files(config, columns, form, say)
+        facts = {
+            "data": samples.sha256,
+            "held_out": held_out.sha256 if held_out else None,
+            "targets": [f"{target.name} x {len(target.layers)}" for target in targets],
+            "device": device.type,
+            "environment": tracking.environment(device),
+        }
+        if not run.accept(config, facts):
+            say(f"{run.folder} holds this very run, and it is complete. Nothing was done.")
+            return
+        run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
+        for note in run.notes:
+            say(note)
+        estimate_gib = estimated_memory_gib(skeleton, targets, config, samples.longest)
+        with (
+            tracking.Tracker(run.folder, console, run.step) as tracker,
+            explained(config, device, estimate_gib, samples.longest),
+        ):
+            checkpoint.seed_generators(config.seed)
+            model = load_nf4_model(source, config, attn.implementation, device)
+            model = add_adapters(model, config, targets, source)
+            fine_tune(config, model, form, samples, held_out, tracker, run, stop)
+        say(tracking.closing_words(run.folder))
 
-    torch.manual_seed(config.seed)
-    model = load_nf4_model(source, config, attn.implementation, device)
-    model = add_adapters(model, config, targets, source)
+
+def fine_tune(
+    config: TrainConfig,
+    model: Any,
+    form: data.Format,
+    samples: data.Samples,
+    held_out: data.Samples | None,
+    tracker: tracking.Tracker,
+    run: RunFolder,
+    stop: Signals,
+) -> None:
+    """Train, and leave the adapter, sample answers and, last of all, the mark of a finished run."""
     if config.gradient_checkpointing == "full":
         enable_gradient_checkpointing(model)
     head = read_head(model)
-    say(
+    tracker.say(
         f"Learning rate: {config.learning_rate:g}; gradient checkpointing: {config.gradient_checkpointing}; "
-        f"run folder: {run_folder}"
+        f"run folder: {run.folder}"
     )
-
-    (run_folder / "config.yaml").write_text(config.to_yaml())
-    (run_folder / "env.json").write_text(json.dumps({**tracking.environment(device), "command": sys.argv}, indent=2))
-    with tracking.Tracker(run_folder, console) as tracker:
-        with attention.sliding_window(model, attention.training_window(model.config, config.max_length)):
-            result = train(config, model, head, samples, held_out, tracker)
-        checkpoint.save_adapter(model, run_folder / "adapter")
-        form.tokenizer.save_pretrained(run_folder / "adapter")
-        tracker.hyperparameters(config, result)
-        shown = data.kept_examples(held_out_examples, held_out) or data.kept_examples(examples, samples)
-        answers = evaluate.sample_responses(model, shown[:3], form)
-        tracker.samples(answers, of="held-out" if held_out else "training")
-    say(tracking.closing_words(run_folder))
+    with attention.sliding_window(model, attention.training_window(model.config, config.max_length)):
+        result = train(config, model, head, samples, held_out, tracker, run, stop)
+    checkpoint.write_folder(run.folder / "adapter", checkpoint.adapter_files(model, form.tokenizer))
+    tracker.hyperparameters(config, result)
+    file, split = (config.eval_file, "test") if held_out else (config.train_file, "train")
+    shown = data.kept_examples(data.read_examples(str(file), split), held_out or samples, 3)
+    tracker.samples(evaluate.sample_responses(model, shown, form), of="held-out" if held_out else "training")
+    run.finish(step=tracker.total_steps)

@@ -106,7 +106,7 @@ def judge(adapter: Path) -> dict:
     base = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     model = peft.PeftModel.from_pretrained(load_nf4_model(base, config, "sdpa", torch.device("cpu")), str(adapter))
     form = data.read_format(load_tokenizer(str(adapter), load_skeleton(base, config), config), "plain")
-    examples, _ = data.read_examples(BUNDLED_EVAL, "test")
+    examples = list(data.read_examples(BUNDLED_EVAL, "test"))
     answers = evaluate.sample_responses(model, examples, form)
     return {
         "held_out": len(answers),

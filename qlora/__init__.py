@@ -6,9 +6,12 @@ model.py         tokenizer, NF4 loading, adapters, the audit of LoRA targets
 attention.py     which attention runs, why, and the sliding window
 loss.py          token_loss_sum: chunked head and cross-entropy over trained positions
 evaluate.py      held-out loss and perplexity, greedy samples
-checkpoint.py    checkpoints of the loop, the final adapter
+guards.py        what ends a run: no first gradient, a loss that is not finite
+checkpoint.py    files and folders that are whole or not there; the state of a run in them
+run_folder.py    one process at a time, what it goes on from, and whether it may
+signals.py       SIGINT and SIGTERM
 tracking.py      metrics.jsonl, TensorBoard, progress
-memory.py        measured peak
+memory.py        measured peak, an estimate, the probe, what to try when it does not suffice
 demo.py          the embedded default: demo model and the tiny random model
 __main__.py      the command line: parse first, import later, errors to exit codes
 """

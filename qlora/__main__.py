@@ -1,8 +1,11 @@
 """The command line. It parses before it imports torch (1 s) and transformers (3.5 s), so --help and a typo answer at once."""
 
 import sys
+import traceback
+from types import TracebackType
 
-from qlora.config import ExitCode, UserError, parse
+from qlora.config import UserError, parse, redact
+from qlora.signals import Signals, Stopped
 
 
 def train(argv: list[str] | None = None) -> int:
@@ -12,31 +15,34 @@ def train(argv: list[str] | None = None) -> int:
         argv: arguments without the program's name; None takes the process's own.
 
     Returns:
-        0, or an ExitCode, or 130 after Ctrl-C.
+        0, or an ExitCode, or 130 after SIGINT (Ctrl-C), or 143 after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    try:
-        config = parse(argv)
-        debug = config.debug
-        import train_loop
+    sys.excepthook = _print_traceback
+    with Signals() as stop:
+        try:
+            config = parse(argv)
+            debug = config.debug
+            import train_loop
 
-        train_loop.main(config)
-    except UserError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("Interrupted. Checkpoints of finished epochs, if any, are in the run folder.", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" or debug:
-            raise
-        advice = "Try --per-device-train-batch-size 1, a smaller --max-length, or --gradient-checkpointing full."
-        print(f"error: The GPU ran out of memory. {advice} ({error})", file=sys.stderr)
-        return ExitCode.MEMORY
+            train_loop.main(config, stop)
+        except UserError as error:
+            if debug:
+                _print_traceback(type(error), error, error.__traceback__)
+            else:
+                print(f"error: {redact(str(error))}", file=sys.stderr)
+            return error.exit_code
+        except Stopped:
+            name = stop.received.name if stop.received else ""
+            print(f"Stopped by {name}. {redact(stop.advice())}", file=sys.stderr)
+            return stop.exit_code
     return 0
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own traceback, with secrets masked: exception texts may quote what was sent."""
+    print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
 
 
 if __name__ == "__main__":

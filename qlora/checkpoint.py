@@ -1,79 +1,381 @@
-"""What a run leaves on disk: a checkpoint per epoch, and the final adapter. Tensors as safetensors, the rest as JSON."""
+"""Checkpoints that are whole or not there: folders written aside, with a manifest, and verified before older ones go.
 
+A checkpoint holds all that the loop needs to go on as if it had not stopped: adapter, optimizer state, generators, place in
+the data. Tensors as safetensors, the rest as JSON; nothing in it is ever executed, and no path in it is ever opened.
+"""
+
+import hashlib
 import json
+import os
+import random
+import re
 import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from qlora.config import ExitCode, UserError
 
+MANIFEST = "MANIFEST.json"
+ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safetensors", "state.json"
+NAME = re.compile(r"step-(\d{6,})")
+LEFTOVER = re.compile(r"\.(step-\d{6,}|adapter|(config|env|finished|metrics|samples)\.\w+)(\.old)?\.tmp")
 
-def prepare_run_folder(folder: Path) -> None:
-    """Make the run folder and check that it can be written, before anything costly happens. Nothing is ever cleared away.
+
+class Progress(NamedTuple):
+    """Where a run is. It stops between optimizer steps only, so this is all there is to know."""
+
+    step: int = 0
+    epoch: int = 1
+    samples: int = 0  # of this epoch's order that have been trained on
+    skipped: int = 0  # windows left out so far, as not finite
+
+
+# -- files and folders, whole or not at all ----------------------------------------------------------------------------
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace a file: its old content stays until the new one is safe on disk.
 
     Raises:
-        UserError: exit 4 if it holds anything, or cannot be made or written.
+        UserError: exit 4 if it cannot be written.
     """
+    aside = path.with_name(f".{path.name}.tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            text = f"{folder} is not empty: it may hold a run. Choose another --output-dir, or remove that folder."
-            raise UserError(ExitCode.CHECKPOINT, text)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        aside.unlink(missing_ok=True)
+        _write(aside, data)
+        aside.rename(path)
+        sync_folder(path.parent)
     except OSError as error:
-        text = f"Run folder {folder} cannot be written: {error.strerror}. Choose another --output-dir."
-        raise UserError(ExitCode.CHECKPOINT, text) from None
+        _remove_quietly(aside)
+        raise cannot_write(path, len(data), error) from None
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter in PEFT's format, which `AutoPeftModelForCausalLM.from_pretrained(folder)` loads.
+def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write a folder so that it is seen whole or not at all, whenever the process dies; replace one of that name.
+
+    Files, then the manifest with their sizes and SHA-256, each flushed to disk, in a folder beside; then that takes the name.
+    What was written is read again and compared.
+
+    Args:
+        folder: to be made.
+        files: name and content, taken one at a time; a name may have folders in it.
+
+    Raises:
+        UserError: exit 4 if it cannot be written, or reads back otherwise than it was written.
+    """
+    aside = folder.with_name(f".{folder.name}.tmp")
+    manifest: dict[str, dict[str, int | str]] = {}
+    try:
+        discard(aside)
+        aside.mkdir(parents=True)
+        for name, data in files:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            _write(aside / name, data)
+            manifest[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        _write(aside / MANIFEST, json.dumps({"files": manifest}, indent=1).encode())
+        for path in {aside, *((aside / name).parent for name in manifest)}:
+            sync_folder(path)
+        discard(folder)
+        aside.rename(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise cannot_write(folder, sum(int(entry["size"]) for entry in manifest.values()), error) from None
+    if problem := verify(folder):
+        text = f"{folder} was written and reads back otherwise: {problem}. Is the disk sound? Earlier checkpoints were kept."
+        raise UserError(ExitCode.CHECKPOINT, text)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk; without it a rename may be forgotten when the power fails."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, out of sight first, so that nobody ever sees half of it."""
+    if not folder.exists():
+        return
+    if not LEFTOVER.fullmatch(folder.name):
+        aside = folder.with_name(f".{folder.name}.old.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        folder = aside
+    shutil.rmtree(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clear what a process that died was writing; files of any other name are left alone."""
+    for path in sorted(folder.glob(".*.tmp")):
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _remove_quietly(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def cannot_write(path: Path, needed: int, error: OSError) -> UserError:
+    """The error for a file or folder that could not be written, with the space it needs and finds."""
+    parent = next(folder for folder in (path.parent, *path.parents) if folder.exists())
+    space = f"It needs {needed:,} bytes, {shutil.disk_usage(parent).free:,} are free"
+    advice = "Make room, or choose another --output-dir; earlier checkpoints were kept"
+    return UserError(ExitCode.CHECKPOINT, f"{path} cannot be written: {error.strerror}. {space}. {advice}.")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        UserError: exit 4, with the bytes needed and free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        text = f"{folder} has {free:,} bytes free, and {needed:,} are needed for checkpoints and adapter. "
+        raise UserError(ExitCode.CHECKPOINT, text + "Make room, or choose another --output-dir. Earlier checkpoints were kept.")
+
+
+# -- finding and verifying ---------------------------------------------------------------------------------------------
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a folder that write_folder made, naming the file; None if nothing is."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_bytes())["files"]
+        for name, entry in entries.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"{MANIFEST} names {name}, which is not inside"
+            with (folder / name).open("rb") as file:
+                size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            if size != entry["size"]:
+                return f"{name} has {size:,} bytes, {MANIFEST} says {entry['size']:,}"
+            if digest != entry["sha256"]:
+                return f"{name} is not what was written: its SHA-256 differs from that in {MANIFEST}"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: as `verify` says, or a file missing, or the folder of another step."""
+    if problem := verify(folder):
+        return problem
+    entries = json.loads((folder / MANIFEST).read_bytes())["files"]
+    if missing := sorted({ADAPTER, TRAINER_STATE, STATE} - entries.keys()):
+        return f"{MANIFEST} does not list {missing[0]}"
+    step = read_state(folder).get("step")
+    return None if folder.name == f"step-{step:06d}" else f"{STATE} is that of step {step}"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    return json.loads((folder / STATE).read_bytes())
+
+
+def by_step(checkpoints: Path) -> dict[int, Path]:
+    """Step -> folder of each checkpoint, sound or not, oldest first; other names are none of ours."""
+    found = ((NAME.fullmatch(path.name), path) for path in checkpoints.glob("step-*") if path.is_dir())
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def newest(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is sound, and what is wrong with those after it, newest first."""
+    skipped: dict[Path, str] = {}
+    for folder in reversed(by_step(checkpoints).values()):
+        problem = problem_of(folder)
+        if problem is None:
+            return folder, skipped
+        skipped[folder] = problem
+    return None, skipped
+
+
+def prune(checkpoints: Path, keep: int, losses: dict[int, float]) -> None:
+    """Remove old checkpoints: `keep` stay, the newest of them and the one with the lowest held-out loss.
+
+    Args:
+        checkpoints: folder of all checkpoints of the run; the newest has just been verified.
+        keep: 2 at least, so that a second one is there if the newest is damaged later.
+        losses: step -> held-out loss, as far as it is known.
+    """
+    folders = by_step(checkpoints)
+    # Older ones count only if their files are there in full size; to hash them again at each save would take seconds.
+    whole = [step for step, folder in folders.items() if _has_its_files(folder)]
+    known = [step for step in whole if step in losses]
+    best = [min(known, key=lambda step: losses[step])] if known else []
+    kept = set(best + [step for step in reversed(whole) if step not in best][: keep - len(best)])
+    for step in set(whole) - kept:
+        discard(folders[step])
+
+
+def _has_its_files(folder: Path) -> bool:
+    try:
+        entries = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return all((folder / name).stat().st_size == entry["size"] for name, entry in entries.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+# -- the state of a run ------------------------------------------------------------------------------------------------
+
+
+def save(
+    checkpoints: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    facts: dict[str, Any],
+) -> Path:
+    """Write `checkpoints`/step-000012.
+
+    Args:
+        checkpoints: folder of all checkpoints of the run.
+        model: with adapters; all that requires a gradient is saved, in the dtype it has.
+        optimizer: over those parameters; its state is saved by their names.
+        progress: after a whole step.
+        facts: JSON values that a resumed run is compared with.
+
+    Raises:
+        UserError: exit 4 if the disk is full, or what is read back is not what was written.
+    """
+    folder = checkpoints / f"step-{progress.step:06d}"
+    tensors, plain = trainer_state(model, optimizer)
+    state = {**progress._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain, **facts}
+    adapter = dict(adapter_files(model))
+    trainer = (TRAINER_STATE, safetensors.torch.save(tensors))
+    require_space(checkpoints.parent, len(trainer[1]) + sum(map(len, adapter.values())))
+    write_folder(folder, [*adapter.items(), trainer, (STATE, json.dumps(state, indent=1).encode())])
+    return folder
+
+
+def adapter_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, bytes]]:
+    """Name and content of an adapter's files in PEFT's format, which `AutoPeftModelForCausalLM.from_pretrained` loads.
 
     By hand rather than `save_pretrained`, which asks the hub about the base model and adds a model card of blank fields.
     """
     from peft import get_peft_model_state_dict  # here, as qlora.model must be the first to import it
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        folder / "adapter_model.safetensors",
-        {"format": "pt"},
-    )
+    yield ADAPTER, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
     lora = model.peft_config["default"]
-    training = lora.inference_mode
-    lora.inference_mode = True  # so that loading it freezes it, as PEFT's own save does
-    lora.save_pretrained(str(folder))
-    lora.inference_mode = training
+    with tempfile.TemporaryDirectory() as scratch:
+        training = lora.inference_mode
+        lora.inference_mode = True  # so that loading it freezes it, as PEFT's own save does
+        lora.save_pretrained(scratch)
+        lora.inference_mode = training
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        for path in sorted(Path(scratch).rglob("*")):
+            if path.is_file():
+                yield str(path.relative_to(scratch)), path.read_bytes()
 
 
-def save(checkpoints: Path, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
-    """Write `checkpoints`/step-000012: adapter, moments by parameter name, and `state` as JSON; then prune to `keep`.
+def trainer_state(model: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Optimizer state as KIND.PARAMETER -> tensor, with the generators' as rng.NAME; and the part that is no tensor."""
+    tensors = {f"rng.{name}": value for name, value in random_state().items()}
+    plain = {}
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{kind}.{name}"] = value.contiguous()
+            else:
+                plain[f"{kind}.{name}"] = value
+    return tensors, plain
+
+
+def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put adapter, optimizer and generators back as they were, each tensor in its dtype.
 
     Args:
-        checkpoints: folder of all checkpoints of the run.
-        model: with adapters; all that requires a gradient is saved.
-        optimizer: AdamW over those parameters.
-        state: JSON values; "step" names the folder.
-        keep: how many of the newest stay.
+        folder: a checkpoint that has been verified.
+        model: with adapters of the same names, shapes and dtypes.
+        optimizer: over them, of the same kind as the one saved.
+
+    Raises:
+        UserError: exit 4 if a tensor is missing, surplus, or of another shape or dtype; 2 if the optimizer is another.
     """
-    folder = checkpoints / f"step-{state['step']:06d}"
-    aside = checkpoints / f".{folder.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    save_adapter(model, aside)
-    moments = {
-        f"{kind}.{name}": value
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for kind, value in optimizer.state[parameter].items()
+    state = read_state(folder)
+    if state["optimizer_class"] != type(optimizer).__name__:
+        text = f"{folder} was saved with {state['optimizer_class']}, this loop has {type(optimizer).__name__}."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} Their states differ: start a new run, with --init-adapter.")
+    try:
+        adapter = safetensors.torch.load((folder / ADAPTER).read_bytes())
+        tensors = safetensors.torch.load((folder / TRAINER_STATE).read_bytes())
+    except SafetensorError as error:
+        raise UserError(ExitCode.CHECKPOINT, f"{folder} does not hold tensors as it should: {error}.") from None
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved_as = {name.replace(".default.", "."): parameter for name, parameter in named.items()}
+    form = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in adapter.items()}
+    wanted = {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in saved_as.items()}
+    if form != wanted:
+        name = min(name for name in form.keys() | wanted.keys() if form.get(name) != wanted.get(name))
+        text = f"{folder} does not fit the model: {name} is {form.get(name)} there, {wanted.get(name)} here."
+        raise UserError(ExitCode.CHECKPOINT, text)
+    set_random_state({name[4:]: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")})
+    with torch.no_grad():
+        for name, parameter in saved_as.items():
+            parameter.copy_(adapter[name])
+    optimizer.state.clear()
+    # Not optimizer.load_state_dict: it casts to the parameter's dtype, and what was saved is to come back as it was.
+    for key, value in [*tensors.items(), *state["optimizer"].items()]:
+        kind, _, name = key.partition(".")
+        if name not in named:
+            raise UserError(ExitCode.CHECKPOINT, f"{folder} has optimizer state for {name}, which is not trained here.")
+        device = named[name].device
+        optimizer.state[named[name]][kind] = value.to(device) if isinstance(value, torch.Tensor) else value
+    return Progress(*(state[field] for field in Progress._fields))
+
+
+def seed_generators(seed: int) -> None:
+    """Start every generator that a training loop might draw from at `seed`."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # of the CPU and of every GPU
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The state of every generator that a training loop might draw from, as tensors: torch's, CUDA's, Python's, NumPy's."""
+    _, words, gauss = random.getstate()
+    bits: dict[str, Any] = numpy.random.get_state(legacy=False)
+    state = {
+        "torch": torch.get_rng_state(),  # [5056] uint8
+        "python": torch.tensor(words, dtype=torch.int64),  # [625]
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),  # [0] or [1]
+        "numpy": torch.tensor([*bits["state"]["key"].tolist(), bits["state"]["pos"], bits["has_gauss"]]),  # [626] int64
+        "numpy_gauss": torch.tensor([bits["gauss"]], dtype=torch.float64),  # [1]
     }
-    save_file(moments, aside / "trainer_state.safetensors")
-    (aside / "state.json").write_text(json.dumps(state, indent=2))
-    aside.rename(folder)  # whole or not at all
-    for old in sorted(checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))[:-keep]:
-        shutil.rmtree(old)
-    return folder
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()  # [16] uint8
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
+    *key, position, has_gauss = state["numpy"].tolist()
+    numpy.random.set_state(("MT19937", numpy.array(key, numpy.uint32), position, has_gauss, state["numpy_gauss"].item()))
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

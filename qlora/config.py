@@ -6,6 +6,7 @@ Each group below is one screen of --help; the docstring under a field is its hel
 import dataclasses
 import difflib
 import enum
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,9 +15,13 @@ from typing import Annotated, Any, Literal
 AttnImplementation = Literal["auto", "flash_attention_2", "sdpa", "eager"]
 PromptFormat = Literal["plain", "chat"]
 GradientCheckpointing = Literal["none", "full", "auto"]
+Overridable = Literal["learning_rate", "warmup_ratio", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm",
+                      "lora_dropout", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+                      "attn_implementation", "deterministic", "eval_file", "model"]  # fmt: skip
 EMBEDDED = ("demo", "tiny-random")
 PHI3_MINI = "microsoft/Phi-3-mini-4k-instruct"
 DEMO_LEARNING_RATE = 4e-4
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 BUNDLED_TRAIN = Path(__file__).parent / "demo_data" / "dataset_minimal.jsonl"
 BUNDLED_EVAL = BUNDLED_TRAIN.with_name("heldout.jsonl")
 
@@ -70,6 +75,8 @@ class DataOptions:
     """Longest sample, in tokens, stop token included."""
     on_long: Literal["drop", "truncate", "error"] = "drop"
     """What happens to longer samples. truncate cuts the end, and with it the stop token."""
+    allow_drop: bool = False
+    """Go on when more than a fifth of the samples has to be dropped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +119,10 @@ class TrainingOptions:
     """full keeps layer inputs only and recomputes the rest in backward. auto: full on a GPU, none on a CPU."""
     seed: int = 42
     """Order of samples, start of adapters, dropout."""
+    deterministic: bool = False
+    """The same bits again on a GPU, at some cost in speed; on a CPU they are the same anyway."""
+    skip_nonfinite: int = 0
+    """Windows with a NaN or infinite loss or gradient that may be skipped before the run ends; none reaches the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +133,14 @@ class OutputOptions:
     """Run folder. Unset: runs/MODEL-DATA."""
     logging_steps: int = 5
     """Steps between two reads of the device; each step still has its row in metrics.jsonl."""
+    save_steps: int | None = None
+    """Steps between checkpoints, beside the one at the end of each epoch. Unset: only those."""
     save_total_limit: int = 3
-    """Checkpoints kept, newest first; one is written at the end of each epoch."""
+    """Checkpoints kept, 2 at least: the newest, and the one with the lowest held-out loss."""
+    resume: str = "auto"
+    """auto: from the newest sound checkpoint in the run folder, if it has one. never. Or a checkpoint or run folder."""
+    override: tuple[Overridable, ...] = ()
+    """Flags that may differ from those of the run that is resumed; each change is recorded."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -139,7 +156,7 @@ class TrainConfig(OutputOptions, TrainingOptions, LoraOptions, DataOptions, Mode
             UserError: exit 2, naming the flag and the value seen.
         """
         at_least_one = ("max_length", "lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps",
-                        "num_train_epochs", "max_steps", "logging_steps", "save_total_limit")  # fmt: skip
+                        "num_train_epochs", "max_steps", "logging_steps", "save_steps")  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -152,6 +169,10 @@ class TrainConfig(OutputOptions, TrainingOptions, LoraOptions, DataOptions, Mode
             value = getattr(self, name)
             if not 0 <= value < upper:
                 raise _refused(name, value, f"at least 0 and below {upper}")
+        if self.save_total_limit < 2:  # the newest may turn out to be broken
+            raise _refused("save_total_limit", self.save_total_limit, "at least 2")
+        if self.skip_nonfinite < 0:
+            raise _refused("skip_nonfinite", self.skip_nonfinite, "at least 0")
         if not 0 <= self.seed < 2**63:
             raise _refused("seed", self.seed, "at least 0 and below 2**63")
         if self.target_modules == ():
@@ -175,6 +196,7 @@ class TrainConfig(OutputOptions, TrainingOptions, LoraOptions, DataOptions, Mode
         where = "there is a CUDA GPU" if on_gpu else "there is no CUDA GPU"
         checkpointing: GradientCheckpointing = "full" if on_gpu else "none"
         bundled = self.train_file is None
+        data = self.train_file or "avro"
         chosen = dataclasses.replace(
             self,
             model=model,
@@ -182,16 +204,26 @@ class TrainConfig(OutputOptions, TrainingOptions, LoraOptions, DataOptions, Mode
             gradient_checkpointing=checkpointing if self.gradient_checkpointing == "auto" else self.gradient_checkpointing,
             train_file=str(BUNDLED_TRAIN) if bundled else self.train_file,
             eval_file=str(BUNDLED_EVAL) if bundled and self.eval_file is None else self.eval_file,
-            output_dir=self.output_dir or Path("runs") / f"{_slug(model)}-{_slug(self.train_file or 'avro')}",
+            output_dir=self.output_dir or self._resumed_folder() or Path("runs") / f"{_slug(model)}-{_slug(data)}",
         )
         return chosen, f"Model: {model} ({'as asked' if self.model else where}; --model takes another)"
+
+    def _resumed_folder(self) -> Path | None:
+        """The run folder that `--resume PATH` points into."""
+        if self.resume in ("auto", "never"):
+            return None
+        path = Path(self.resume)
+        return path.parent.parent if path.parent.name == "checkpoints" else path
+
+    def plain(self) -> dict[str, Any]:
+        """The fields as JSON and YAML know them, secrets masked."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
     def to_yaml(self) -> str:
         """The configuration as YAML that `--config` reads back."""
         import yaml
 
-        plain = {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
-        return yaml.safe_dump(plain, sort_keys=False)
+        return yaml.safe_dump(self.plain(), sort_keys=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +310,17 @@ def _slug(name: str) -> str:
 
 
 def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    if isinstance(value, str | Path):
+        return redact(str(value))
+    return list(value) if isinstance(value, tuple) else value
+
+
+def redact(text: str) -> str:
+    """The text with access tokens masked: what looks like one of the hub's, and the values of the variables that hold one."""
+    secrets = [os.environ.get(name, "") for name in SECRET_VARIABLES]
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return re.sub(r"\b(hf_|api_org_)[A-Za-z0-9]{8,}", r"\1***", text)
 
 
 def _refused(name: str, value: object, wanted: str) -> UserError:

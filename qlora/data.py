@@ -4,12 +4,23 @@ Shapes: B samples in a micro-batch, T positions (padding included), N trained to
 A *token* is a label that is trained after the shift by one: the hidden state at position t predicts the id at t + 1.
 """
 
+import dataclasses
 import difflib
+import functools
+import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+import mmap
+import os
+import re
+import reprlib
+import stat
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import jinja2
 import torch
@@ -23,6 +34,18 @@ Item = TypeVar("Item")
 IGNORED = -100  # cross-entropy's own default for "not trained"
 COLUMNS = (("instruction", "response"), ("prompt", "completion"), ("messages",))
 ROLES = ("system", "user", "assistant")
+LINE_LIMIT = 10_000_000  # bytes; a file without a newline must not be read whole to be refused
+LISTED = 10  # names or lines that a message lists at most
+FOREIGN = {
+    b"\x1f\x8b": "is packed with gzip. Unpack it first",
+    b"\xff\xfe": "is UTF-16. Save it as UTF-8",
+    b"\xfe\xff": "is UTF-16. Save it as UTF-8",
+    b"PAR1": "is Parquet. Let its name end in .parquet",
+}
+# Around the text of a special token that a user wrote. Unicode promises that these two never stand for a character.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+PIECES = re.compile(f"{OPEN}[^{OPEN}{CLOSE}]+{CLOSE}|[^{OPEN}{CLOSE}]+")
+NO_TEXT = re.compile(f"[\ud800-\udfff{OPEN}{CLOSE}]")
 
 
 class Message(NamedTuple):
@@ -65,6 +88,7 @@ class Batch(NamedTuple):
     positions: torch.Tensor  # [N] int64: flat b * T + t of each hidden state that predicts a token, found on the CPU
     num_tokens: int  # N
     num_input_tokens: int  # without padding
+    lines: tuple[int, ...]  # of the source, one of each row
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch there; the copy does not wait when the source is pinned."""
@@ -83,53 +107,77 @@ class Batch(NamedTuple):
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_examples(source: str | Path, default_split: str) -> tuple[list[Example], str]:
-    """Read a JSONL or Parquet file, or a data set of the hub.
+def check_source(source: str | Path, default_split: str) -> str:
+    """Read all of a JSONL or Parquet file, or of a data set of the hub, and keep nothing of it.
 
     Args:
         source: a path, or NAME or NAME:SPLIT of a hub data set.
         default_split: the split of a hub data set whose SPLIT is not given.
 
     Returns:
-        The examples (at least one) and the columns they were found in, such as "instruction/response (ignored: id)".
+        The columns that examples were found in, such as "instruction/response (ignored: id)".
 
     Raises:
         UserError: exit 3, naming file and line, if the source is missing, unreadable, empty or a row is not as it must be.
     """
-    source = str(source)
-    path = Path(source).expanduser()
-    is_file = path.exists() or path.suffix in {".jsonl", ".json", ".parquet"} or source.startswith((".", "/", "~"))
-    rows = _file_rows(path) if is_file else _hub_rows(source, default_split)
-    examples: list[Example] = []
-    columns: tuple[str, ...] | None = None
+    columns: tuple[str, ...] = ()
     ignored: set[str] = set()
-    for line, row in rows:
+    for row, columns, _ in _checked_rows(source, default_split):
+        if len(ignored) <= LISTED:
+            ignored |= row.keys() - set(columns)
+    return "/".join(columns) + (f" (ignored: {_listed(sorted(ignored))})" if ignored else "")
+
+
+def read_examples(source: str | Path, default_split: str) -> Iterator[Example]:
+    """The examples of a source, at least one, read as they are asked for.
+
+    Raises:
+        UserError: as check_source, and as late as at the row in question.
+    """
+    return (example for _, _, example in _checked_rows(source, default_split))
+
+
+def _checked_rows(source: str | Path, default_split: str) -> Iterator[tuple[dict[str, Any], tuple[str, ...], Example]]:
+    """Each row, the columns that count in all of them, and the example in it."""
+    source = str(source)
+    path = Path(os.path.expanduser(source))
+    is_file = os.path.exists(path) or path.suffix in {".jsonl", ".json", ".parquet"} or source.startswith((".", "/", "~"))
+    columns: tuple[str, ...] | None = None
+    for line, row in _file_rows(path) if is_file else _hub_rows(source, default_split):
         where = f"{source}:{line}"
         if not isinstance(row, dict):
             hint = " The file looks like one JSON array; JSONL has one object a line." if isinstance(row, list) else ""
             raise _wrong(f"{where}: each line must be a JSON object, not {type(row).__name__}.{hint}")
+        _refuse_ambiguous(row, where)
         columns = columns or _detect_columns(row, where)
-        examples.append(Example(_messages(row, columns, where), line))
-        ignored |= row.keys() - set(columns)
+        yield row, columns, Example(_messages(row, columns, where), line)
     if columns is None:
         raise _wrong(f"{source} holds no example. Give a file with one JSON object a line.")
-    aside = f" (ignored: {', '.join(sorted(map(str, ignored)))})" if ignored else ""
-    return examples, "/".join(columns) + aside
 
 
 def _wrong(text: str) -> UserError:
     return UserError(ExitCode.DATA, text)
 
 
+def _listed(items: Iterable[object]) -> str:
+    """The first few, each shortened and as repr writes it, so that nothing in a file can drive the terminal."""
+    first = list(itertools.islice(items, LISTED + 1))
+    names = [reprlib.repr(item).strip("'\"") for item in first[:LISTED]]
+    return ", ".join([*names, "..."] if len(first) > LISTED else names)
+
+
 def _file_rows(path: Path) -> Iterator[tuple[int, object]]:
-    if not path.exists():
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise _wrong(f"{path} is a folder. Give one JSONL or Parquet file.")
+        if not stat.S_ISREG(mode):
+            raise _wrong(f"{path} is a pipe or a device, and data is read more than once. Save it to a file first.")
+        yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+    except FileNotFoundError:
         raise _wrong(
             f"{path} does not exist. Give the path of a JSONL or Parquet file, or a hub data set without a dot in front."
-        )
-    if path.is_dir():
-        raise _wrong(f"{path} is a folder. Give one JSONL or Parquet file.")
-    try:
-        yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+        ) from None
     except OSError as error:
         raise _wrong(f"{path} cannot be read: {error.strerror or error}.") from None
 
@@ -139,28 +187,68 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
     import pyarrow.parquet
 
     try:
-        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
-    except pyarrow.ArrowInvalid as error:
-        raise _wrong(f"{path} is not a Parquet file: {error}.") from None
+        with pyarrow.parquet.ParquetFile(path) as file:
+            twice = [name for name, count in Counter(file.schema_arrow.names).items() if count > 1]
+            if twice:
+                raise _wrong(f"{path}: there are two columns {reprlib.repr(twice[0])}. Keep one of them.")
+            batches = file.iter_batches(batch_size=1000)
+            yield from enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), start=1)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise _wrong(f"{path} is not a Parquet file, or a broken one: {error}.") from None
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
     # Lines end at \n alone (U+2028 may stand inside a string), so they are split as bytes and decoded one by one.
     with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            try:
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise _wrong(
-                    f"{path}:{line}: byte {error.start + 1} of the line is not UTF-8. Save the file as UTF-8."
-                ) from None
-            if not text:
-                continue
-            try:
-                yield line, json.loads(text)
-            except json.JSONDecodeError as error:
-                seen = text[max(0, error.pos - 20) : error.pos + 20]
-                raise _wrong(f"{path}:{line}:{error.colno}: not JSON: {error.msg}, near {seen!r}.") from None
+        for line in itertools.count(1):
+            raw = file.readline(LINE_LIMIT + 1)
+            if not raw:
+                return
+            where = f"{path}:{line}"
+            text = _decode(raw, where, is_first=line == 1)
+            if text:
+                yield line, _parse(text, where)
+
+
+def _decode(raw: bytes, where: str, is_first: bool) -> str:
+    for start, what in FOREIGN.items():
+        if is_first and raw.startswith(start):
+            raise _wrong(f"{where}: the file {what}.")
+    if len(raw) > LINE_LIMIT:
+        raise _wrong(f"{where}: the line is longer than {LINE_LIMIT:,} bytes. JSONL has one object a line; shorten this one.")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _wrong(f"{where}: byte {error.start + 1} of the line is not UTF-8. Save the file as UTF-8.") from None
+    return (text.removeprefix("\ufeff") if is_first else text).rstrip()
+
+
+def _parse(text: str, where: str) -> object:
+    """json.loads, but strict: it would let later keys win over earlier ones, and take NaN for a number."""
+    pairs, constant = functools.partial(_unique_keys, where), functools.partial(_refuse_constant, where)
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        seen = text[max(0, error.pos - 20) : error.pos + 20]
+        spread = text == "{" or text.startswith("[")
+        hint = " The file looks like one JSON value spread over lines; JSONL has one object a line." if spread else ""
+        raise _wrong(f"{where}:{error.colno}: not JSON: {error.msg}, near {seen!r}.{hint}") from None
+    except RecursionError:
+        raise _wrong(f"{where}: the JSON is nested too deeply to be read. Remove the row.") from None
+    except ValueError:  # the one that is left is int()'s, against thousands of digits
+        raise _wrong(f"{where}: an integer has too many digits to be read. Write it as text.") from None
+
+
+def _unique_keys(where: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _wrong(f"{where}: key {reprlib.repr(twice)} stands twice in one object. Keep one of the two.")
+    return row
+
+
+def _refuse_constant(where: str, name: str) -> None:
+    raise _wrong(f"{where}: {name} is no JSON. Write a number, null or text.")
 
 
 def _hub_rows(source: str, default_split: str) -> Iterator[tuple[int, object]]:
@@ -169,39 +257,44 @@ def _hub_rows(source: str, default_split: str) -> Iterator[tuple[int, object]]:
     name, _, split = source.partition(":")
     split = split or default_split
     try:
-        rows = datasets.load_dataset(name, split=split)
+        yield from enumerate(datasets.load_dataset(name, split=split), start=1)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise _wrong(
             f"{source} is no file here, and as hub data set {name!r}, split {split!r}, it cannot be had: {reason}"
         ) from None
-    yield from enumerate(rows, start=1)
 
 
-def _detect_columns(row: dict, where: str) -> tuple[str, ...]:
+def _refuse_ambiguous(row: dict[str, Any], where: str) -> None:
     complete = [columns for columns in COLUMNS if row.keys() >= set(columns)]
-    found = complete or [columns for columns in COLUMNS if row.keys() & set(columns)]
-    forms = ", ".join("/".join(columns) for columns in COLUMNS)
     if len(complete) > 1:
         both = " and of ".join("/".join(columns) for columns in complete)
         raise _wrong(f"{where}: the row has columns of {both}. Keep one of the two, so that none is trained on by mistake.")
+    for ours, theirs in zip(*COLUMNS[:2], strict=True):  # two names of one role
+        if ours in row and theirs in row and "messages" not in row:
+            raise _wrong(f"{where}: the row has both {ours!r} and {theirs!r}. Keep one, so that none is trained on by mistake.")
+
+
+def _detect_columns(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    complete = [columns for columns in COLUMNS if row.keys() >= set(columns)]
+    found = complete or [columns for columns in COLUMNS if row.keys() & set(columns)]
     if not found:
-        raise _wrong(
-            f"{where}: no known column among {', '.join(map(str, row)) or 'none'}. A row has one of {forms}.{_near(row)}"
-        )
+        forms = ", ".join("/".join(columns) for columns in COLUMNS)
+        raise _wrong(f"{where}: no known column among {_listed(row) or 'none'}. A row has one of {forms}.{_near(row)}")
     return found[0]
 
 
-def _near(row: dict) -> str:
+def _near(row: dict[str, Any]) -> str:
     known = [name for columns in COLUMNS for name in columns]
-    pairs = [(seen, difflib.get_close_matches(str(seen), known, n=1)) for seen in row if seen not in known]
+    unknown = (str(name)[:40] for name in row if name not in known)
+    pairs = [(seen, difflib.get_close_matches(seen, known, n=1)) for seen in itertools.islice(unknown, LISTED)]
     return "".join(f" {seen!r} is perhaps meant to be {near[0]!r}." for seen, near in pairs if near)
 
 
-def _messages(row: dict, columns: tuple[str, ...], where: str) -> tuple[Message, ...]:
+def _messages(row: dict[str, Any], columns: tuple[str, ...], where: str) -> tuple[Message, ...]:
     missing = [name for name in columns if name not in row]
     if missing:
-        raise _wrong(f"{where}: column {missing[0]!r} is missing; the row has {', '.join(map(str, row))}.{_near(row)}")
+        raise _wrong(f"{where}: column {missing[0]!r} is missing; the row has {_listed(row) or 'none'}.{_near(row)}")
     if columns != ("messages",):
         turns = [Message(role, row[name]) for role, name in zip(("user", "assistant"), columns, strict=True)]
     else:
@@ -212,8 +305,9 @@ def _messages(row: dict, columns: tuple[str, ...], where: str) -> tuple[Message,
             raise _wrong(f"{where}: {name} must be text, not {type(content).__name__}.")
         if not content.strip():
             raise _wrong(f"{where}: {name} is empty. Remove the row or fill it in.")
-        if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
-            raise _wrong(f"{where}: {name} holds half of a surrogate pair, which is no character. Remove it.")
+        if found := NO_TEXT.search(content):
+            what = "half of a surrogate pair" if found[0] < OPEN else "a noncharacter, which is used as a mark in here"
+            raise _wrong(f"{where}: {name} holds U+{ord(found[0]):04X}, {what}. Remove it.")
     return tuple(turns)
 
 
@@ -223,13 +317,14 @@ def _conversation(messages: object, where: str) -> list[Message]:
         raise _wrong(f'{where}: messages must be a list of {{"role": ..., "content": ...}}.')
     turns = [Message(message["role"], message["content"]) for message in messages]
     roles = [turn.role for turn in turns]
-    if set(roles) - set(ROLES):
-        raise _wrong(f"{where}: unknown role {min(set(roles) - set(ROLES))!r}. Roles are {', '.join(ROLES)}.")
+    unknown = [role for role in roles if role not in ROLES]  # no set: a role may be anything here
+    if unknown:
+        raise _wrong(f"{where}: unknown role {reprlib.repr(unknown[0])}. Roles are {', '.join(ROLES)}.")
     spoken = roles[1:] if roles[0] == "system" else roles
     if len(spoken) % 2 or not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
         raise _wrong(
             f"{where}: after an optional system message, user and assistant must take turns and assistant end; "
-            f"roles are {', '.join(roles)}."
+            f"roles are {_listed(roles)}."
         )
     return turns
 
@@ -244,6 +339,11 @@ class Format(NamedTuple):
     name: PromptFormat
     begin_ids: tuple[int, ...]  # a BOS, where the tokenizer puts one; in the chat form the template brings its own
     stop_id: int  # the tokenizer's eos in the plain form, the template's turn end in the chat form
+    special: re.Pattern[str]  # finds the text of a special token
+
+    def mark(self, message: Message) -> Message:
+        """The message with marks around all that reads like a special token, so that `ids` takes it for plain text."""
+        return message._replace(content=self.special.sub(rf"{OPEN}\g<0>{CLOSE}", message.content))
 
     def ids(self, text: str, after: str = "") -> list[int]:
         """Ids of `text` as it stands behind the text `after`.
@@ -252,11 +352,25 @@ class Format(NamedTuple):
         the model would learn to answer " {"; some special tokens swallow the newline behind them. So both are tokenised
         together, and the ids of `after` cut off. Where a token would span the two they are tokenised apart after all.
         """
-        if not after:
-            # In the plain form no text of a user may become a special token; a chat template is made of them.
-            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=self.name == "plain").input_ids
-        before, both = self.ids(after), self.ids(after + text)
-        return both[len(before) :] if both[: len(before)] == before else self.ids(text)
+        if after:
+            before, both = self.ids(after), self.ids(after + text)
+            return both[len(before) :] if both[: len(before)] == before else self.ids(text)
+        # No text of a user may become a special token. In the plain form all text is a user's; a chat template is made of
+        # special tokens, so there what a user wrote of them stands between marks.
+        if self.name == "plain":
+            return self._tokenize(text, split_special=True)
+        ids: list[int] = []
+        for piece in PIECES.findall(text):
+            bare = piece.strip(OPEN + CLOSE)
+            ids += self._tokenize(bare, split_special=bare != piece, after="\n" if ids else "")
+        return ids
+
+    def _tokenize(self, text: str, split_special: bool, after: str = "") -> list[int]:
+        before, both = (
+            self.tokenizer(part, add_special_tokens=False, split_special_tokens=split_special).input_ids if part else []
+            for part in (after, after + text)
+        )
+        return both[len(before) :] if both[: len(before)] == before else self._tokenize(text, split_special)
 
 
 def read_format(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat) -> Format:
@@ -265,12 +379,15 @@ def read_format(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat) -> For
     Raises:
         UserError: exit 2 if the tokenizer has no eos, no template, or a template that ends a turn without a special token.
     """
+    texts = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, texts)) or r"(?!)")  # the longest first; or what matches nothing
     if name == "plain":
         if tokenizer.eos_token_id is None:
             why = "The tokenizer has no eos token, so nothing would teach the model to stop. Use --prompt-format chat."
             raise UserError(ExitCode.CONFIGURATION, why)
         first = tokenizer("a").input_ids[0]
-        return Format(tokenizer, name, (first,) if first == tokenizer.bos_token_id else (), tokenizer.eos_token_id)
+        begin_ids = (first,) if first == tokenizer.bos_token_id else ()
+        return Format(tokenizer, name, begin_ids, tokenizer.eos_token_id, special)
     if tokenizer.chat_template is None:
         why = "--prompt-format chat: the tokenizer has no chat template. Use --prompt-format plain."
         raise UserError(ExitCode.CONFIGURATION, why)
@@ -282,7 +399,7 @@ def read_format(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat) -> For
     if not tail or tail[0] not in tokenizer.added_tokens_decoder:
         why = "the template ends an answer without a special token, so the model could not learn to stop"
         raise UserError(ExitCode.CONFIGURATION, f"--prompt-format chat: {why}. Use --prompt-format plain.")
-    return Format(tokenizer, name, (), tail[0])
+    return Format(tokenizer, name, (), tail[0], special)
 
 
 def encode_prompt(messages: tuple[Message, ...], form: Format) -> list[int]:
@@ -335,6 +452,7 @@ def _chat_turns(messages: tuple[Message, ...], form: Format) -> Iterator[tuple[s
     Whatever the template writes between its generation prompt and the answer (a space, an empty chain of thought) counts
     to the answer: when generating, the model has to write it.
     """
+    messages = tuple(map(form.mark, messages))
     stop_text = str(form.tokenizer.convert_ids_to_tokens(form.stop_id))
     done = ""  # the rendered text up to and with the last stop token
     for index, message in enumerate(messages):
@@ -356,7 +474,8 @@ def _chat_turns(messages: tuple[Message, ...], form: Format) -> Iterator[tuple[s
             )
         end = rest.find(stop_text, len(answer))
         if not (marked.startswith(prompt) and marker in marked and rest.startswith(answer)) or end < 0:
-            raise ValueError(f"the chat template does not render the answer {answer[:40]!r} as it stands behind its prompt")
+            seen = re.sub(f"[{OPEN}{CLOSE}]", "", answer)[:40]
+            raise ValueError(f"the chat template does not render the answer {seen!r} as it stands behind its prompt")
         yield before, prompt.removeprefix(done), lead + answer
         done = prompt + lead + rest[: end + len(stop_text)]
 
@@ -369,19 +488,136 @@ def _render(tokenizer: "PreTrainedTokenizerBase", messages: Iterable[Message], a
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
 
 
-def encode_all(examples: list[Example], source: str | Path, form: Format, config: TrainConfig) -> tuple[list[Encoded], str]:
-    """Encode examples and deal with those longer than `config.max_length`.
+# -- the samples of a run --------------------------------------------------------------------------------------------
+
+
+class Samples(Sequence[Encoded]):
+    """Encoded examples, in a temporary file that is mapped into memory: there may be more of them than memory holds.
+
+    The file has no name and goes with the process. It holds int32: ids, then labels, of one sample after the other.
+
+    Raises:
+        UserError: exit 4 if the temporary folder has no room for them.
+    """
+
+    def __init__(self, encoded: Iterable[Encoded]):
+        self._ends = array("q")  # of each sample, counted in ids from the first sample on
+        self._lines = array("q")
+        self._numbers = memoryview(b"")
+        digest = hashlib.sha256()
+        end = 0
+        try:
+            with tempfile.TemporaryFile() as file:
+                for sample in encoded:
+                    numbers = array("i", [*sample.input_ids, *sample.labels]).tobytes()
+                    file.write(numbers)
+                    digest.update(len(numbers).to_bytes(8, "little") + numbers)
+                    end += len(sample.input_ids)
+                    self._ends.append(end)
+                    self._lines.append(sample.line)
+                file.flush()
+                if end:  # an empty file cannot be mapped
+                    self._numbers = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("i")
+        except OSError as error:
+            raise UserError(
+                ExitCode.CHECKPOINT,
+                f"The temporary folder ({tempfile.tempdir}) is full or cannot be written, so that encoded samples have no "
+                f"place: {error.strerror}. Free space there, or set TMPDIR to a folder on a larger disk.",
+            ) from None
+        self.sha256 = digest.hexdigest()  # of all ids and labels, in order
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        at = range(len(self))[index]  # as a list has it: from the end when negative, an IndexError behind it
+        if isinstance(at, range):
+            return [self[one] for one in at]
+        length = self.length(at)
+        start = 2 * (self._ends[at] - length)
+        ids, labels = self._numbers[start : start + length], self._numbers[start + length : start + 2 * length]
+        return Encoded(ids.tolist(), labels.tolist(), self._lines[at])
+
+    @property
+    def longest(self) -> int:
+        """The most ids that a sample has."""
+        return max(map(self.length, range(len(self))))
+
+    def length(self, index: int) -> int:
+        """How many ids a sample has, without reading them."""
+        at = range(len(self))[index]
+        return self._ends[at] - (self._ends[at - 1] if at else 0)
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What encode_all tells about the examples it has seen."""
+
+    seen: int = 0
+    tokens: int = 0
+    longest: int = 0
+    truncated: int = 0
+    special: int = 0
+    special_text: str = ""
+    dropped: int = 0
+    dropped_lines: list[int] = dataclasses.field(default_factory=list)  # the first few
+
+    def drop(self, line: int) -> None:
+        """Count one that is left out."""
+        self.dropped += 1
+        if len(self.dropped_lines) <= LISTED:
+            self.dropped_lines.append(line)
+
+    def keep(self, encoded: Encoded, special_text: str) -> None:
+        """Count one that is trained on; `special_text` is that of a special token in its messages, if there is one."""
+        self.tokens += sum(label != IGNORED for label in encoded.labels[1:])
+        self.longest = max(self.longest, len(encoded.input_ids))
+        self.special += bool(special_text)
+        self.special_text = self.special_text or special_text
+
+
+def encode_all(examples: Iterable[Example], source: str | Path, form: Format, config: TrainConfig) -> tuple[Samples, str]:
+    """Encode examples one after the other and deal with those longer than `config.max_length`.
 
     Returns:
         The samples, each with at least one token to train on; and a line that counts them and names what was left out.
 
     Raises:
-        UserError: exit 3 if none is left, if one is too long under `--on-long error`, or the chat template fails on one.
+        UserError: exit 3 if none is left, if more than a fifth is dropped without `--allow-drop`, if one is too long under
+            `--on-long error`, or the chat template fails on one. Exit 4 if the temporary folder is full.
     """
-    kept: list[Encoded] = []
-    dropped: list[int] = []
-    truncated = 0
+    tally = _Tally()
+    samples = Samples(_fitting(examples, source, form, config, tally))
+    limit = f"--max-length {config.max_length}"
+    cut = "" if config.on_long == "truncate" else "use --on-long truncate, "
+    if not samples:
+        advice = "Raise it, or use --on-long truncate." if cut else "Raise it: their prompts alone are longer."
+        raise _wrong(f"{source}: none of {tally.seen} examples fits {limit}. {advice}")
+    lines = f"(lines {_listed(tally.dropped_lines)})"
+    if tally.dropped * 5 > tally.seen and not config.allow_drop:
+        raise _wrong(
+            f"{source}: {tally.dropped} of {tally.seen} examples, more than a fifth, do not fit {limit} {lines}. "
+            f"Give a larger --max-length, {cut}or go on without them with --allow-drop."
+        )
+    notes = f"{len(samples)} examples, {tally.tokens:,} tokens to train on, the longest of {tally.longest}"
+    if tally.truncated:
+        notes += f"; {tally.truncated} cut to {config.max_length}"
+    if tally.dropped:
+        notes += f"; {tally.dropped} dropped as longer than {config.max_length} {lines}"
+    if tally.special:
+        notes += f"; {tally.special} hold special tokens such as {tally.special_text} in their text, encoded as plain text"
+    return samples, notes
+
+
+def _fitting(
+    examples: Iterable[Example], source: str | Path, form: Format, config: TrainConfig, tally: _Tally
+) -> Iterator[Encoded]:
     for example in examples:
+        tally.seen += 1
         try:
             encoded = encode(example, form, config.loss_on)
         except ValueError as error:
@@ -392,37 +628,71 @@ def encode_all(examples: list[Example], source: str | Path, form: Format, config
                 raise _wrong(f"{source}:{example.line}: {length} tokens, more than --max-length {config.max_length}.")
             encoded = Encoded(encoded.input_ids[: config.max_length], encoded.labels[: config.max_length], example.line)
             if config.on_long == "drop" or all(label == IGNORED for label in encoded.labels[1:]):
-                dropped.append(example.line)
+                tally.drop(example.line)
                 continue
-            truncated += 1
-        kept.append(encoded)
-    if not kept:
-        advice = (
-            "Raise it, or use --on-long truncate." if config.on_long == "drop" else "Raise it: their prompts alone are longer."
-        )
-        raise _wrong(f"{source}: none of {len(examples)} examples fits --max-length {config.max_length}. {advice}")
-    tokens = sum(label != IGNORED for encoded in kept for label in encoded.labels[1:])
-    longest = max(len(encoded.input_ids) for encoded in kept)
-    notes = f"{len(kept)} examples, {tokens:,} tokens to train on, the longest of {longest}"
-    if truncated:
-        notes += f"; {truncated} cut to {config.max_length}"
-    if dropped:
-        more = ", ..." if len(dropped) > 10 else ""
-        lines = ", ".join(map(str, dropped[:10]))
-        notes += f"; {len(dropped)} dropped as longer than {config.max_length} (lines {lines}{more})"
-    return kept, notes
+            tally.truncated += 1
+        found = next(filter(None, (form.special.search(message.content) for message in example.messages)), None)
+        tally.keep(encoded, found[0] if found else "")
+        yield encoded
 
 
-def kept_examples(examples: list[Example], samples: list[Encoded]) -> list[Example]:
-    """The examples that encode_all kept."""
-    lines = {sample.line for sample in samples}
-    return [example for example in examples if example.line in lines]
+def count_shared(samples: Sequence[Encoded], held_out: Sequence[Encoded]) -> int:
+    """How many held-out samples have the very ids of a training sample; memory for the held-out side alone."""
+    wanted = [_digest(sample) for sample in held_out]
+    distinct = set(wanted)
+    shared = {digest for sample in samples if (digest := _digest(sample)) in distinct}
+    return sum(digest in shared for digest in wanted)
+
+
+def _digest(sample: Encoded) -> bytes:
+    return hashlib.sha256(array("i", sample.input_ids).tobytes()).digest()
+
+
+def check_files(config: TrainConfig) -> list[str]:
+    """Read all data once and keep nothing but the columns found: a mistake in a last line should not cost a download.
+
+    Raises:
+        UserError: exit 3, as read_examples does.
+    """
+    return [check_source(file, split) for file, split, _ in _files(config)]
+
+
+def encode_files(
+    config: TrainConfig, columns: list[str], form: Format, say: Callable[[str], None]
+) -> tuple[Samples, Samples | None]:
+    """The training data and, if there is any, the held-out data, with a line about each.
+
+    Raises:
+        UserError: exit 3, as encode_all does.
+    """
+    sets = []
+    for (file, split, name), found in zip(_files(config), columns, strict=True):
+        encoded, notes = encode_all(read_examples(file, split), file, form, config)
+        say(f"{name}: {notes}; columns {found}")
+        sets.append(encoded)
+    samples, held_out = sets[0], sets[1] if len(sets) > 1 else None
+    if held_out and (shared := count_shared(samples, held_out)):
+        say(f"Warning: {shared} of {len(held_out)} held-out samples stand in the training data too.")
+    return samples, held_out
+
+
+def _files(config: TrainConfig) -> list[tuple[str, str, str]]:
+    """(file, split of a hub data set, name in the log) of the training data and, if there is any, the held-out data."""
+    assert config.train_file is not None  # as resolved
+    held_out = [(config.eval_file, "test", "Held out")] if config.eval_file else []
+    return [(config.train_file, "train", "Data"), *held_out]
+
+
+def kept_examples(examples: Iterable[Example], samples: Sequence[Encoded], count: int) -> list[Example]:
+    """The first `count` examples that encode_all kept; the rest is not read."""
+    lines = {sample.line for sample in samples[:count]}
+    return list(itertools.islice((example for example in examples if example.line in lines), len(lines)))
 
 
 # -- collation and order ---------------------------------------------------------------------------------------------
 
 
-def collate(samples: list[Encoded]) -> Batch:
+def collate(samples: Sequence[Encoded]) -> Batch:
     """Pad on the right to the longest sample, with id 0: any would do, as padding is told by length, never by its id."""
     longest = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.zeros((len(samples), longest), dtype=torch.int64)  # [B, T]
@@ -432,7 +702,8 @@ def collate(samples: list[Encoded]) -> Batch:
         labels[row, : len(sample.labels)] = torch.tensor(sample.labels)  # [T of this sample]
     rows, columns = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)  # [N], [N]
     positions = rows * longest + columns  # [N]
-    return Batch(input_ids, labels, positions, len(positions), sum(len(sample.input_ids) for sample in samples))
+    num_input_tokens, lines = sum(len(sample.input_ids) for sample in samples), tuple(sample.line for sample in samples)
+    return Batch(input_ids, labels, positions, len(positions), num_input_tokens, lines)
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
@@ -441,7 +712,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(num_samples, generator=generator).tolist()
 
 
-def micro_batches(samples: list[Encoded], order: Iterable[int], batch_size: int, pin: bool = False) -> Iterator[Batch]:
+def micro_batches(samples: Sequence[Encoded], order: Iterable[int], batch_size: int, pin: bool = False) -> Iterator[Batch]:
     """Collate `batch_size` samples at a time in the given order; the last batch may be smaller."""
     for indices in windows(order, batch_size):
         batch = collate([samples[index] for index in indices])

@@ -1,9 +1,20 @@
-"""Memory: the measured peak."""
+"""Memory: the measured peak, an estimate beside it, and what to change when it does not suffice."""
 
+import contextlib
 import resource
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+
+from qlora.checkpoint import random_state, set_random_state
+from qlora.config import ExitCode, TrainConfig, UserError
+from qlora.data import Samples, collate
+from qlora.loss import CHUNK_TOKENS
+from qlora.model import Target
+
+NF4_BYTES = 4.127 / 8  # of a parameter, scales in double quantisation included
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -12,3 +23,93 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def estimated_memory_gib(model: Any, targets: list[Target], config: TrainConfig, longest: int) -> float:
+    """Peak of a step's tensors on a GPU, in GiB, from the shape alone.
+
+    Within 4 % of the peaks of Phi-3-mini in benchmarks/results/train_step_h100_202611.json, which the constants of
+    activations were fitted to; other models and lengths are further off.
+
+    Args:
+        model: the base model or its skeleton.
+        targets: from audit_targets.
+        config: resolved.
+        longest: tokens of the longest sample.
+    """
+    shape = model.config.get_text_config()
+    hidden, layers = shape.hidden_size, shape.num_hidden_layers
+    linear = sum(module.weight.numel() for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear))
+    base = NF4_BYTES * linear + 2 * (model.num_parameters() - linear)
+    adapters = 16 * sum(target.adapter_parameters for target in targets)  # fp32: weight, gradient, AdamW's two moments
+    tokens = config.per_device_train_batch_size * longest
+    scores = shape.num_attention_heads * tokens * longest if config.attn_implementation == "eager" else 0
+    layer = tokens * (30 * hidden + 9 * getattr(shape, "intermediate_size", 4 * hidden))  # what a layer keeps for backward
+    if config.gradient_checkpointing == "full":
+        activations = layers * tokens * hidden * 2 + layer + 13 * scores
+    else:
+        activations = layers * (layer + 6 * scores)
+    logits = 3 * 4 * min(CHUNK_TOKENS, tokens) * shape.vocab_size
+    scratch = 2 * max((rows * columns for target in targets for rows, columns in target.shapes), default=0)
+    return (base + adapters + activations + logits + scratch) / 2**30
+
+
+def settings_to_try(config: TrainConfig, longest: int) -> list[str]:
+    """Flags that need less memory, those first that change nothing but speed."""
+    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    found = []
+    if config.gradient_checkpointing == "none":
+        found.append("--gradient-checkpointing full")
+    if config.attn_implementation == "eager":
+        found.append("--attn-implementation sdpa")
+    if batch > 1:
+        smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
+        more = accumulation * batch // smaller
+        found.append(f"--per-device-train-batch-size {smaller} --gradient-accumulation-steps {more} (the same step)")
+    found.append(f"--max-length {max(longest // 2, 1)} (the longest sample has {longest} tokens)")
+    if config.lora_r > 1:
+        found.append(f"--lora-r {config.lora_r // 2}")
+    found.append("--target-modules with fewer names")
+    return found[:3]
+
+
+@contextlib.contextmanager
+def explained(config: TrainConfig, device: torch.device, estimate_gib: float, longest: int) -> Iterator[None]:
+    """Turn running out of memory in a block into the error that says what was needed and what to try.
+
+    Raises:
+        UserError: exit 6.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        where = "GPU" if device.type == "cuda" else "machine"
+        raise UserError(
+            ExitCode.MEMORY,
+            f"The {where} ran out of memory: the peak so far was {peak_memory_gib(device):.2f} GiB, the estimate for these "
+            f"settings {estimate_gib:.2f} GiB. Try {', or '.join(settings_to_try(config, longest))}. "
+            f"({' '.join(str(error).split())[:200]})",
+        ) from error
+
+
+def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, samples: Samples, config: TrainConfig) -> None:
+    """Take a step at rate zero on the longest samples, so that what does not fit shows at the start.
+
+    Nothing is left of it but the measured peak: no weight moves, no gradient stays, generators are put back.
+
+    Args:
+        step: the loop's own, called with `optimizer` and `window`.
+        optimizer: its parameters are those that are trained; another one of its kind takes the step.
+        samples: all of the training data.
+        config: batch size and accumulation are read.
+    """
+    order = sorted(range(len(samples)), key=samples.length)
+    batch = collate([samples[index] for index in order[-config.per_device_train_batch_size :]])
+    before = random_state()
+    same_kind: Any = type(optimizer)
+    scratch = same_kind([dict(group) for group in optimizer.param_groups])  # it will have moments, as the real one
+    step(optimizer=scratch, window=[batch] * min(2, config.gradient_accumulation_steps))
+    scratch.zero_grad(set_to_none=True)
+    set_random_state(before)

@@ -1,8 +1,9 @@
 """What a run tells: metrics.jsonl and TensorBoard for machines, a progress bar or plain lines for people."""
 
-import dataclasses
+import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -17,12 +18,14 @@ from rich.table import Table
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
-from qlora.config import TrainConfig
+from qlora.checkpoint import cannot_write, write_file
+from qlora.config import TrainConfig, redact
 from qlora.evaluate import HeldOut, Sample
 from qlora.model import Target
 
 SAMPLE_LINES = 24  # of an answer, in the terminal; samples.jsonl has all
 METRICS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib")
+TRAIN_CURVES = {name: f"train/{name}" for name in METRICS}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -85,18 +88,34 @@ def sample_table(sample: Sample) -> Table:
 
 
 def say(console: Console, line: str) -> None:
-    """Print one line as it is, never wrapped, so that a path in it can be copied."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """Print one line, secrets masked, and never wrapped, so that a path in it can be copied."""
+    console.print(redact(line), markup=False, highlight=False, soft_wrap=True)
 
 
 class Tracker:
-    """Writes what happens to the run folder and shows it; use it as a context."""
+    """Writes what happens to the run folder and shows it; use it as a context.
 
-    def __init__(self, run_folder: Path, console: Console):
+    Attributes:
+        evaluations: step -> held-out result, those of before a resume included.
+    """
+
+    def __init__(self, run_folder: Path, console: Console, step: int = 0):
+        """Open the files of a run that is about to train step `step` + 1; rows of later steps, which are to come again, go."""
         self.run_folder = run_folder
         self.console = console
-        self.metrics_file = (run_folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run_folder / "tensorboard"))
+        metrics = run_folder / "metrics.jsonl"
+        rows = [row for row in _whole_rows(metrics) if row["step"] <= step and step > 0]
+        write_file(metrics, b"".join(_line(row) for row in rows))
+        fields = ("eval_loss", "perplexity", "num_tokens")
+        known = [row for row in rows if row["event"] == "eval" and row["eval_loss"] is not None]
+        self.evaluations = {row["step"]: HeldOut(*(row[field] for field in fields)) for row in known}
+        self.metrics_file = metrics.open("ab")
+        # What an earlier process told TensorBoard of this step and later ones does not count, so the step is told again.
+        used = any((run_folder / "tensorboard").glob("events.*"))
+        self.board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step if used else None)
+        for row in rows:
+            if row["step"] == step:
+                self._draw(row)
         columns = (
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -110,21 +129,21 @@ class Tracker:
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
-        self.metrics_file.close()
-        self.board.close()
+        with contextlib.suppress(OSError):  # of a full disk, which has ended the run already
+            self.metrics_file.close()
+        with contextlib.suppress(OSError):
+            self.board.close()
 
-    def begin(self, total_steps: int, logging_steps: int) -> None:
-        """Start the progress bar; where there is none, every `logging_steps`-th step gets a line."""
+    def begin(self, step: int, total_steps: int, logging_steps: int) -> None:
+        """Start the progress bar after `step` steps; where there is none, every `logging_steps`-th step gets a line."""
         self.total_steps, self.logging_steps = total_steps, logging_steps
-        self.task = self.progress.add_task("", total=total_steps, metrics="")
+        self.task = self.progress.add_task("", total=total_steps, completed=step, metrics="")
         self.progress.start()
 
     def steps(self, rows: list[dict[str, Any]]) -> None:
         """Record finished steps, oldest first."""
         for row in rows:
-            self._write({"event": "step", **row})
-            for name in METRICS:
-                self.board.add_scalar(f"train/{name}", row[name], row["step"])
+            self._record({"event": "step", **row})
             step = row["step"]
             metrics = (  # a bar of 80 columns has room for these and seven more
                 f"epoch {row['epoch']} loss {row['loss']:.4f} lr {row['learning_rate']:.1e} norm {row['grad_norm']:.2f} "
@@ -137,32 +156,23 @@ class Tracker:
                     f"lr {row['learning_rate']:.2e}  grad_norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  "
                     f"peak {row['peak_memory_gib']:.2f} GiB"
                 )
-        self.metrics_file.flush()
+        self.flush()
 
     def held_out(self, step: int, epoch: int, result: HeldOut) -> None:
         """Record a held-out evaluation after `step` steps."""
-        self._write(
-            {
-                "event": "eval",
-                "step": step,
-                "epoch": epoch,
-                "eval_loss": result.loss,
-                "perplexity": result.perplexity,
-                "num_tokens": result.num_tokens,
-            }
-        )
-        self.metrics_file.flush()
-        self.board.add_scalar("eval/loss", result.loss, step)
-        self.board.add_scalar("eval/perplexity", result.perplexity, step)
+        self.evaluations[step] = result
+        row = {"event": "eval", "step": step, "epoch": epoch, "eval_loss": result.loss, "perplexity": result.perplexity}
+        self._record({**row, "num_tokens": result.num_tokens})
+        self.flush()
         self.say(f"epoch {epoch}  held-out loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
 
     def samples(self, samples: list[Sample], of: str) -> None:
         """Record and show greedy answers at the end of the run; `of` says which prompts they answer."""
-        with (self.run_folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for index, sample in enumerate(samples):
-                file.write(json.dumps({"step": self.total_steps, **sample._asdict()}, ensure_ascii=False) + "\n")
-                text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample._asdict().items())
-                self.board.add_text(f"samples/{index}", text, self.total_steps)
+        rows = [{"step": self.total_steps, **sample._asdict()} for sample in samples]
+        write_file(self.run_folder / "samples.jsonl", b"".join(map(_line, rows)))
+        for index, sample in enumerate(samples):
+            text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample._asdict().items())
+            self.board.add_text(f"samples/{index}", text, self.total_steps)
         self.progress.stop()
         self.say(f"Greedy answers to {of} prompts, without and with the adapter:")
         for sample in samples:
@@ -171,8 +181,7 @@ class Tracker:
     def hyperparameters(self, config: TrainConfig, result: HeldOut | None) -> None:
         """Record the configuration beside what it led to, for TensorBoard's table of runs."""
         values = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in dataclasses.asdict(config).items()
+            name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in config.plain().items()
         }
         outcome = {"eval/loss": result.loss, "eval/perplexity": result.perplexity} if result else {}
         self.board.add_hparams(values, outcome, run_name=".")
@@ -181,8 +190,40 @@ class Tracker:
         """Print one line, above the bar if there is one."""
         say(self.console, line)
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self.metrics_file.write(json.dumps(row) + "\n")
+    def flush(self) -> None:
+        """See to it that all that was recorded is on disk: a checkpoint is written after the rows of its steps.
+
+        Raises:
+            UserError: exit 4 if the disk is full.
+        """
+        try:
+            self.metrics_file.flush()
+            os.fsync(self.metrics_file.fileno())
+            self.board.flush()
+        except OSError as error:
+            raise cannot_write(self.run_folder / "metrics.jsonl", 0, error) from None
+
+    def _record(self, row: dict[str, Any]) -> None:
+        # JSON knows no NaN and no infinity.
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        self.metrics_file.write(_line(row))
+        self._draw(row)
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        names = {"eval_loss": "eval/loss", "perplexity": "eval/perplexity"} if row["event"] == "eval" else TRAIN_CURVES
+        for name, curve in names.items():
+            if row[name] is not None:
+                self.board.add_scalar(curve, row[name], row["step"])
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _whole_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last one that was cut short when the process died is left out."""
+    lines = metrics.read_bytes().split(b"\n") if metrics.exists() else []
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def closing_words(run_folder: Path) -> str:

@@ -47,7 +47,7 @@ def config(tiny: Path) -> TrainConfig:
 
 @pytest.fixture
 def examples() -> list[data.Example]:
-    return data.read_examples(BUNDLED_TRAIN, "train")[0]
+    return list(data.read_examples(BUNDLED_TRAIN, "train"))
 
 
 @pytest.fixture

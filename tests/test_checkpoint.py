@@ -1,11 +1,18 @@
 """What a run leaves on disk, and whether others can load it."""
 
+import dataclasses
+import errno
+import functools
 import json
+import math
 import os
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import peft
 import pytest
 import torch
@@ -29,20 +36,27 @@ def trained(config, samples):
     return model, optimizer
 
 
-def test_a_checkpoint_holds_adapter_moments_and_state(trained, tmp_path):
+FACTS = {"config": {"seed": 1}, "history": []}
+
+
+def save(checkpoints: Path, trained, step: int) -> Path:
+    return checkpoint.save(checkpoints, *trained, checkpoint.Progress(step=step), FACTS)
+
+
+def test_a_checkpoint_holds_adapter_moments_generators_and_place(trained, tmp_path):
     model, optimizer = trained
-    folder = checkpoint.save(tmp_path, model, optimizer, {"step": 12, "epoch": 2}, keep=3)
-    assert folder == tmp_path / "step-000012"
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "state.json",
-        "trainer_state.safetensors",
-    ]
-    assert json.loads((folder / "state.json").read_text()) == {"step": 12, "epoch": 2}
+    progress = checkpoint.Progress(step=12, epoch=2, samples=7, skipped=1)
+    folder = checkpoint.save(tmp_path / "checkpoints", model, optimizer, progress, FACTS)
+    assert folder == tmp_path / "checkpoints" / "step-000012" and checkpoint.problem_of(folder) is None
+    files = ["adapter_config.json", "adapter_model.safetensors", "state.json", "trainer_state.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["MANIFEST.json", *files]
+    assert sorted(json.loads((folder / "MANIFEST.json").read_text())["files"]) == files
+    state = json.loads((folder / "state.json").read_text())
+    assert state == {**progress._asdict(), "optimizer_class": "AdamW", "optimizer": {}, **FACTS}
     stored = load_file(folder / "trainer_state.safetensors")
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert stored.keys() == {f"{kind}.{name}" for name in named for kind in ("step", "exp_avg", "exp_avg_sq")}
+    moments = {f"{kind}.{name}" for name in named for kind in ("step", "exp_avg", "exp_avg_sq")}
+    assert stored.keys() == moments | {f"rng.{name}" for name in checkpoint.random_state()}
     for name, parameter in named.items():
         for kind, value in optimizer.state[parameter].items():
             assert (
@@ -50,30 +64,155 @@ def test_a_checkpoint_holds_adapter_moments_and_state(trained, tmp_path):
             )
 
 
-def test_only_the_newest_are_kept_and_foreign_files_stay(trained, tmp_path):
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
+], ids=["AdamW", "SGD"])  # fmt: skip
+def test_what_is_restored_goes_on_bit_for_bit(config, samples, tmp_path, make):
+    """Adapter, moments and generators into a model and optimizer that have other values, dropout on."""
+    config = dataclasses.replace(config, lora_dropout=0.1)
+
+    def start():
+        model = adapted_model(config)
+        wake_adapters(model)
+        return model, make([p for p in model.parameters() if p.requires_grad])
+
+    def steps(model, optimizer, rows):
+        loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+        return [train_step(model.get_decoder(), optimizer, [data.collate([r])], loss_sum, 1e-3, 1.0)[0].item() for r in rows]
+
+    model, optimizer = start()
+    steps(model, optimizer, samples[:2])
+    folder = checkpoint.save(tmp_path, model, optimizer, checkpoint.Progress(step=2, samples=2), FACTS)
+    drawn = [random.random(), random.gauss(0, 1), numpy.random.rand(), torch.rand(1).item()]
+    straight = steps(model, optimizer, samples[2:4])
+    again, other = start()
+    steps(again, other, samples[5:8])
+    random.gauss(0, 1)
+    assert checkpoint.restore(folder, again, other) == checkpoint.Progress(step=2, samples=2)
+    assert [random.random(), random.gauss(0, 1), numpy.random.rand(), torch.rand(1).item()] == drawn
+    assert steps(again, other, samples[2:4]) == straight
+    for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+        ours_state, theirs_state = optimizer.state.get(ours, {}), other.state.get(theirs, {})
+        assert ours_state.keys() == theirs_state.keys()
+        assert all(torch.equal(ours_state[kind], theirs_state[kind]) for kind in ours_state)
+
+
+def test_every_generator_is_kept_gaussian_leftovers_included():
+    for half in (False, True):  # gauss() makes two numbers and keeps one
+        checkpoint.seed_generators(2**63 - 1)
+        if half:
+            random.gauss(0, 1), numpy.random.randn()
+        before = checkpoint.random_state()
+
+        def draw():
+            return [random.gauss(0, 1), random.random(), *numpy.random.randn(3), *torch.rand(2).tolist(), torch.randn(1).item()]
+
+        first = draw()
+        assert draw() != first
+        checkpoint.set_random_state(before)
+        assert draw() == first
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(config, trained, tmp_path):
+    model, _ = trained
+    folder = save(tmp_path, trained, 1)
+    larger = adapted_model(dataclasses.replace(config, lora_r=8))
+    for other, kind, code, words in (
+        (larger, torch.optim.AdamW, ExitCode.CHECKPOINT, r"lora_A.weight is \(\(4, \d+\), torch.float32\) there"),
+        (model, torch.optim.SGD, ExitCode.CONFIGURATION, "was saved with AdamW, this loop has SGD"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            checkpoint.restore(folder, other, kind([p for p in other.parameters() if p.requires_grad], lr=1.0))
+        assert caught.value.exit_code == code
+    half = adapted_model(config)
+    for parameter in half.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()  # what a resume of TRL's does the other way round
+    with pytest.raises(UserError, match=r"torch.float32\) there, .*torch.bfloat16\) here"):
+        checkpoint.restore(folder, half, torch.optim.AdamW([p for p in half.parameters() if p.requires_grad]))
+
+
+def test_the_newest_and_the_best_are_kept_and_foreign_files_stay(trained, tmp_path):
     (tmp_path / "notes.txt").touch()
-    for step, kept in ((6, {6}), (12, {6, 12}), (999_999, {12, 999_999}), (1_000_000, {999_999, 1_000_000})):
-        checkpoint.save(tmp_path, *trained, {"step": step}, keep=2)
+    losses = {6: 3.0, 12: 1.0, 18: 2.0, 999_999: 2.5, 3: 0.1, 24: math.nan}
+    for step, kept in (
+        (6, {6}),
+        (12, {6, 12}),
+        (18, {12, 18}),
+        (24, {12, 24}),  # 12 is the best; one whose loss is NaN is not
+        (999_999, {12, 999_999}),
+        (1_000_000, {12, 1_000_000}),  # not sorted as text
+    ):
+        save(tmp_path, trained, step)
+        checkpoint.prune(tmp_path, 2, {s: loss for s, loss in losses.items() if s <= step})
         assert {p.name for p in tmp_path.iterdir()} == {"notes.txt", *(f"step-{number:06d}" for number in kept)}
-    checkpoint.save(tmp_path, *trained, {"step": 1_000_001}, keep=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step-1000001"]
-    checkpoint.save(tmp_path, *trained, {"step": 999_999}, keep=1)  # a step below the newest goes first
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step-1000001"]
+    save(tmp_path, trained, 1_000_001)
+    checkpoint.prune(tmp_path, 2, {})
+    assert list(checkpoint.by_step(tmp_path)) == [1_000_000, 1_000_001]
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(trained, tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, trained, step)
+    (tmp_path / "step-000002" / "trainer_state.safetensors").write_bytes(b"cut short")
+    checkpoint.prune(tmp_path, 2, {2: 0.0})
+    assert list(checkpoint.by_step(tmp_path)) == [1, 2, 3]  # 1 and 3 are the two; 2 is left to be looked at
+    save(tmp_path, trained, 4)
+    checkpoint.prune(tmp_path, 2, {})
+    assert list(checkpoint.by_step(tmp_path)) == [2, 3, 4]
+
+
+def test_a_save_that_reads_back_otherwise_is_an_error(trained, tmp_path, monkeypatch):
+    write = checkpoint._write
+
+    def lying(path: Path, data: bytes) -> None:
+        write(path, data[:-1] + b"?" if path.name == checkpoint.TRAINER_STATE else data)
+
+    monkeypatch.setattr(checkpoint, "_write", lying)
+    with pytest.raises(UserError, match=r"reads back otherwise: trainer_state\.safetensors is not what was written") as caught:
+        save(tmp_path, trained, 1)
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
+
+
+def test_no_room_is_told_before_anything_is_written(trained, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"has 1,000 bytes free, and \d+,\d+ are needed") as caught:
+        save(tmp_path / "checkpoints", trained, 1)
+    assert caught.value.exit_code == ExitCode.CHECKPOINT and not list(tmp_path.iterdir())
 
 
 def test_leftovers_of_a_save_that_died_do_not_hinder_the_next(trained, tmp_path):
-    (tmp_path / ".step-000006").mkdir()
-    (tmp_path / ".step-000006" / "adapter_model.safetensors").write_bytes(b"half")
-    folder = checkpoint.save(tmp_path, *trained, {"step": 6}, keep=2)
+    (tmp_path / ".step-000006.tmp").mkdir()
+    (tmp_path / ".step-000006.tmp" / "adapter_model.safetensors").write_bytes(b"half")
+    folder = save(tmp_path, trained, 6)
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+
+
+def test_a_file_is_replaced_whole_or_kept(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    checkpoint.write_file(path, b"old")
+    checkpoint.write_file(path, b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+    def full(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(UserError, match=r"No space left on device\. It needs 5 bytes, "):
+        checkpoint.write_file(path, b"newer")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_adapter_loads_in_another_process_offline_with_equal_logits(tiny, tokenizer, config, tmp_path):
     """As the closing words say: AutoPeftModelForCausalLM.from_pretrained(RUN/adapter), in bf16 and on the NF4 base."""
     model = adapted_model(config)
     wake_adapters(model)
-    checkpoint.save_adapter(model, tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    tmp_path = tmp_path / "adapter"
+    checkpoint.write_folder(tmp_path, checkpoint.adapter_files(model, tokenizer))
     bf16 = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16), str(tmp_path)
     )
@@ -111,11 +250,12 @@ assert AutoTokenizer.from_pretrained({str(tmp_path)!r}).eos_token == "<|endoftex
 
 
 def test_the_adapter_names_its_base_and_commit_and_carries_no_blank_card(model, config, tmp_path):
-    checkpoint.save_adapter(model, tmp_path)
+    tmp_path = tmp_path / "adapter"
+    checkpoint.write_folder(tmp_path, checkpoint.adapter_files(model))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == config.model and Path(config.model).is_absolute()
     assert saved["inference_mode"] is True and model.peft_config["default"].inference_mode is False
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["MANIFEST.json", "adapter_config.json", "adapter_model.safetensors"]
     assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "adapter_model.safetensors").values())
 
 
@@ -126,28 +266,12 @@ def test_a_hub_model_is_named_by_id_and_commit(config, tmp_path):
     base = load_nf4_model(config.model, config, "sdpa", CPU)
     base.config._commit_hash = "0123abc"
     adapted = add_adapters(base, config, audit_targets(base, config), "org/model")
-    checkpoint.save_adapter(adapted, tmp_path)
+    tmp_path = tmp_path / "adapter"
+    checkpoint.write_folder(tmp_path, checkpoint.adapter_files(adapted))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["base_model_name_or_path"], saved["revision"]) == ("org/model", "0123abc")
 
 
 def test_nothing_that_is_written_is_a_pickle(trained, tmp_path):
-    folder = checkpoint.save(tmp_path, *trained, {"step": 1}, keep=1)
+    folder = save(tmp_path, trained, 1)
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".json", ".safetensors"}
-
-
-def test_a_run_folder_is_made_and_checked_and_never_written_over(tmp_path):
-    checkpoint.prepare_run_folder(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-    checkpoint.prepare_run_folder(tmp_path / "a" / "b")  # an empty one is no run
-    (tmp_path / "file").touch()
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "notes.txt").touch()
-    for folder, words in (
-        (tmp_path / "used", "is not empty"),
-        (tmp_path / "file" / "run", "cannot be written"),
-    ):
-        with pytest.raises(UserError, match=words) as caught:
-            checkpoint.prepare_run_folder(folder)
-        assert caught.value.exit_code == ExitCode.CHECKPOINT
-    assert (tmp_path / "used" / "notes.txt").exists()

@@ -64,7 +64,7 @@ def test_what_is_not_done_here(path):
         r"\bTODO\b",
         r"\bFIXME\b",
         r"pickle",
-        r"torch\.(save|load)\(",
+        r"(?<!safetensors\.)torch\.(save|load)\(",
     ):
         code = "\n".join(line.split("#")[0] for line in text.splitlines())
         assert not re.search(pattern, re.sub(r'""".*?"""', "", code, flags=re.DOTALL)), pattern

@@ -1,8 +1,15 @@
 """From a line to a batch: reading, formatting, masking, collation, order."""
 
 import copy
+import functools
+import gzip
+import itertools
 import json
+import os
+import pickle
 import re
+import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -35,8 +42,8 @@ def trained(encoded: Encoded) -> list[int]:
 
 @pytest.mark.parametrize(("path", "count"), [(BUNDLED_TRAIN, 22), (BUNDLED_EVAL, 8)])
 def test_bundled_examples_have_the_form_they_teach(path, count):
-    examples, columns = data.read_examples(path, "train")
-    assert (len(examples), columns) == (count, "instruction/response")
+    examples = list(data.read_examples(path, "train"))
+    assert (len(examples), data.check_source(path, "train")) == (count, "instruction/response")
     for row in examples:
         noun, listed = INSTRUCTION.fullmatch(row.prompt[0].content).groups()
         fields = [FIELD.fullmatch(field).groups() for field in listed.split(", ")]
@@ -52,7 +59,7 @@ def test_bundled_examples_have_the_form_they_teach(path, count):
 
 def test_held_out_nouns_are_new():
     nouns = [
-        {INSTRUCTION.match(e.prompt[0].content)[1] for e in data.read_examples(p, "train")[0]}
+        {INSTRUCTION.match(e.prompt[0].content)[1] for e in data.read_examples(p, "train")}
         for p in (BUNDLED_TRAIN, BUNDLED_EVAL)
     ]
     assert len(nouns[0]) == 22 and len(nouns[1]) == 8 and not nouns[0] & nouns[1]
@@ -73,22 +80,23 @@ def write(tmp_path: Path, content: bytes | str, name: str = "rows.jsonl") -> Pat
         ({"instruction": "q", "response": "a"}, "instruction/response", [("user", "q"), ("assistant", "a")]),
         ({"prompt": "q", "completion": "a", "id": 7}, "prompt/completion (ignored: id)", [("user", "q"), ("assistant", "a")]),
         (
-            {"messages": [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]},
-            "messages",
+            {"messages": [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")], "prompt": "u"},
+            "messages (ignored: prompt)",
             [("system", "s"), ("user", "u"), ("assistant", "a")],
         ),
     ],
 )  # fmt: skip
 def test_three_forms_of_rows_are_detected(tmp_path, row, columns, messages):
-    examples, found = data.read_examples(write(tmp_path, json.dumps(row)), "train")
-    assert found == columns
+    path = write(tmp_path, json.dumps(row))
+    examples = list(data.read_examples(path, "train"))
+    assert data.check_source(path, "train") == columns
     assert [tuple(message) for message in examples[0].messages] == messages
     assert examples[0].response == "a" and examples[0].prompt[-1].role == "user"
 
 
 def test_bom_crlf_blank_lines_and_line_separators_are_accepted(tmp_path):
     text = '\ufeff{"instruction": "a", "response": "b\u2028c"}\r\n\r\n   \n{"instruction": "d", "response": "e"}'
-    examples, _ = data.read_examples(write(tmp_path, text), "train")
+    examples = data.read_examples(write(tmp_path, text), "train")
     assert [(e.line, e.response) for e in examples] == [(1, "b\u2028c"), (4, "e")]
 
 
@@ -97,8 +105,9 @@ def test_parquet_is_read_like_jsonl(tmp_path):
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["q", "r"], "completion": ["a", "b"]}), tmp_path / "rows.parquet")
-    examples, columns = data.read_examples(tmp_path / "rows.parquet", "train")
-    assert columns == "prompt/completion" and [(e.line, e.response) for e in examples] == [(1, "a"), (2, "b")]
+    examples = data.read_examples(tmp_path / "rows.parquet", "train")
+    assert data.check_source(tmp_path / "rows.parquet", "train") == "prompt/completion"
+    assert [(e.line, e.response) for e in examples] == [(1, "a"), (2, "b")]
 
 
 def test_a_hub_data_set_is_read_by_name_and_split(monkeypatch):
@@ -111,68 +120,171 @@ def test_a_hub_data_set_is_read_by_name_and_split(monkeypatch):
         return datasets.Dataset.from_list([{"prompt": "q", "completion": "a"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert data.read_examples("org/set", "test")[0] == data.read_examples("org/set:small", "test")[0] == [example("q", "a")]
+    assert list(data.read_examples("org/set", "test")) == [example("q", "a")]
+    assert list(data.read_examples("org/set:small", "test")) == [example("q", "a")]
     assert asked == [("org/set", "test"), ("org/set", "small")]
 
 
 GOOD = '{"instruction": "q", "response": "a"}\n'
+NOT_ROWS = [
+    ("", ["holds no example"]),
+    ("\n \n", ["holds no example"]),
+    (GOOD + '{"instruction": "q",}\n', [":2:2", "not JSON"]),
+    (GOOD + '  {"instruction" "q"}\n', [":2:18: not JSON", "near"]),
+    ("[\n" + GOOD + "]", [":1:", "not JSON", "spread over lines; JSONL has one object a line"]),
+    (json.dumps({"instruction": "q", "response": "a"}, indent=1), [":1:", "not JSON", "spread over lines; JSONL has one"]),
+    ("[" + GOOD.strip() + "]\n", [":1:", "list", "JSON array"]),
+    (GOOD + "7\n", [":2:", "int"]),
+    (b'{"instruction": "caf\xe9", "response": "a"}', [":1:", "byte 21", "UTF-8"]),
+    (gzip.compress(GOOD.encode()), [":1:", "gzip. Unpack it"]),
+    (GOOD.encode("utf-16"), [":1:", "UTF-16. Save it as UTF-8"]),
+    (b"\xfe\xff" + GOOD.encode("utf-16-be"), [":1:", "UTF-16. Save it as UTF-8"]),
+    (b"PAR1...", [":1:", "Let its name end in .parquet"]),
+    (GOOD + '{"instruction": "q", "response": "a", "response": "b"}', [":2:", "key 'response' stands twice"]),
+    (GOOD + '{"instruction": "q", "response": "a", "meta": [{"k": 1, "k": 1}]}', [":2:", "key 'k' stands twice"]),
+    (GOOD + '{"instruction": "q", "response": "a", "score": NaN}', [":2:", "NaN is no JSON"]),
+    (GOOD + '{"instruction": "q", "response": "a", "score": -Infinity}', [":2:", "-Infinity is no JSON"]),
+    (GOOD + "[" * 100_000, [":2:", "nested too deeply"]),
+    (GOOD + '{"a":' * 100_000, [":2:", "nested too deeply"]),
+    (GOOD + '{"instruction": "q", "response": "a", "id": ' + "9" * 5000 + "}", [":2:", "too many digits"]),
+]
+NOT_EXAMPLES = [
+    (
+        '{"instruction": "q", "reponse": "a"}',
+        [":1:", "'response' is missing", "instruction, reponse", "perhaps meant to be 'response'"],
+    ),
+    ('{"text": "q"}', [":1:", "no known column among text", "messages"]),
+    ("{}", [":1:", "no known column among none"]),
+    (
+        json.dumps({f"{i}\x1b[2J\ud800": 0 for i in range(99)}),
+        [":1:", "among 0\\x1b[2J\\ud800, 1\\x1b", "9\\x1b[2J\\ud800, ..."],
+    ),
+    (GOOD + '{"prompt": "q", "completion": "a"}', [":2:", "'instruction' is missing"]),
+    (GOOD + "{}", [":2:", "'instruction' is missing; the row has none."]),
+    (
+        GOOD + '{"instruction": "q", "response": "a", "prompt": "q", "completion": "b"}',
+        [":2:", "instruction/response and of prompt"],
+    ),
+    (GOOD + '{"instruction": "q", "response": "a", "prompt": "r"}', [":2:", "both 'instruction' and 'prompt'"]),
+    (GOOD + '{"instruction": "q", "response": "a", "completion": "b"}', [":2:", "both 'response' and 'completion'"]),
+    ('{"prompt": "q", "completion": "a", "response": "b"}', [":1:", "both 'response' and 'completion'"]),
+    ('{"prompt": "q", "completion": "a", "instruction": "r"}', [":1:", "both 'instruction' and 'prompt'"]),
+    ('{"instruction": "q", "response": "a\\ud800"}', [":1:", "response holds U+D800, half of a surrogate pair"]),
+    ('{"instruction": "q\ufdd0", "response": "a"}', [":1:", "instruction holds U+FDD0, a noncharacter"]),
+    ('{"instruction": "q", "response": "\\ufdd1a"}', [":1:", "response holds U+FDD1, a noncharacter"]),
+    ('{"instruction": "q", "response": {"a": 1}}', [":1:", "response must be text, not dict"]),
+    ('{"instruction": null, "response": "a"}', [":1:", "instruction must be text, not NoneType"]),
+    ('{"instruction": "q", "response": "  "}', [":1:", "response is empty"]),
+    ('{"messages": []}', [":1:", "messages must be a list"]),
+    ('{"messages": [{"role": "user"}]}', [":1:", "messages must be a list"]),
+    ('{"messages": [{"role": "tool", "content": "x"}]}', [":1:", "unknown role 'tool'"]),
+    ('{"messages": [{"role": [null], "content": "x"}, {"role": 1, "content": "x"}]}', [":1:", "unknown role [None]"]),
+    ('{"messages": [{"role": "user", "content": "x"}]}', [":1:", "take turns", "roles are user"]),
+    ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}', [":1:", "take turns"]),
+    (
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}',
+        [":1:", "messages[1] (assistant) is empty"],
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("", ["holds no example"]),
-        ("\n \n", ["holds no example"]),
-        (GOOD + '{"instruction": "q",}\n', [":2:2", "not JSON"]),
-        ("[\n" + GOOD + "]", [":1:", "not JSON"]),
-        ("[" + GOOD.strip() + "]\n", [":1:", "list", "JSON array"]),
-        (GOOD + "7\n", [":2:", "int"]),
-        (b'{"instruction": "caf\xe9", "response": "a"}', [":1:", "byte 21", "UTF-8"]),
-        (
-            '{"instruction": "q", "reponse": "a"}',
-            [":1:", "'response' is missing", "instruction, reponse", "perhaps meant to be 'response'"],
-        ),
-        ('{"text": "q"}', [":1:", "no known column among text", "messages"]),
-        ("{}", [":1:", "no known column among none"]),
-        (GOOD + '{"prompt": "q", "completion": "a"}', [":2:", "'instruction' is missing"]),
-        (
-            '{"instruction": "q", "response": "a", "prompt": "q", "completion": "b"}',
-            [":1:", "instruction/response and of prompt"],
-        ),
-        ('{"instruction": "q", "response": "a\\ud800"}', [":1:", "response", "half of a surrogate pair"]),
-        ('{"instruction": "q", "response": {"a": 1}}', [":1:", "response must be text, not dict"]),
-        ('{"instruction": null, "response": "a"}', [":1:", "instruction must be text, not NoneType"]),
-        ('{"instruction": "q", "response": "  "}', [":1:", "response is empty"]),
-        ('{"messages": []}', [":1:", "messages must be a list"]),
-        ('{"messages": [{"role": "user"}]}', [":1:", "messages must be a list"]),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', [":1:", "unknown role 'tool'"]),
-        ('{"messages": [{"role": "user", "content": "x"}]}', [":1:", "take turns", "roles are user"]),
-        ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}', [":1:", "take turns"]),
-        (
-            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}',
-            [":1:", "messages[1] (assistant) is empty"],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("content", "words"), NOT_ROWS + NOT_EXAMPLES)
 def test_a_wrong_file_is_refused_with_its_line(tmp_path, content, words):
     path = write(tmp_path, content)
     with pytest.raises(UserError) as caught:
-        data.read_examples(path, "train")
+        data.check_source(path, "train")
     assert caught.value.exit_code == ExitCode.DATA
     assert str(path) in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
+    assert len(str(caught.value)) < 600 and str(caught.value).isprintable()
+    with pytest.raises(UserError, match=re.escape(str(caught.value))):
+        list(data.read_examples(path, "train"))
 
 
-def test_missing_folder_and_broken_parquet_are_each_told_apart(tmp_path):
+def test_missing_folder_pipe_and_broken_parquet_are_each_told_apart(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
     for path, words in (
         (tmp_path / "none.jsonl", "does not exist"),
+        ("~nobody-of-this-name/none.jsonl", "does not exist"),
+        (write(tmp_path, GOOD) / "below.jsonl", "cannot be read: Not a directory"),
+        (tmp_path / ("long" * 100 + ".jsonl"), "cannot be read: File name too long"),
         (tmp_path, "is a folder"),
+        (tmp_path / "pipe.jsonl", "is a pipe or a device"),
+        (Path("/dev/null"), "is a pipe or a device"),
         (write(tmp_path, "x", "a.parquet"), "not a Parquet file"),
     ):
         with pytest.raises(UserError, match=words) as caught:
-            data.read_examples(path, "train")
-        assert caught.value.exit_code == ExitCode.DATA
+            data.check_source(path, "train")
+        assert caught.value.exit_code == ExitCode.DATA and str(path) in str(caught.value)
     with pytest.raises(UserError, match="is no file here, and as hub data set 'no-such-set'"):
-        data.read_examples("no-such-set", "train")
+        data.check_source("no-such-set", "train")
+
+
+def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
+    def refused(path, mode):
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path, GOOD)
+    monkeypatch.setattr(Path, "open", refused)  # chmod stops no root
+    with pytest.raises(UserError, match=r"rows.jsonl cannot be read: Permission denied") as caught:
+        data.check_source(path, "train")
+    assert caught.value.exit_code == ExitCode.DATA
+
+
+def test_parquet_with_two_columns_of_a_name_or_a_wrong_row_is_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["q"])] * 2, names=["prompt", "prompt"]), path)
+    with pytest.raises(UserError, match="two columns 'prompt'"):
+        data.check_source(path, "train")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["q"] * 1500, "completion": ["a"] * 1499 + [None]}), path)
+    with pytest.raises(UserError, match=r"rows.parquet:1500: completion must be text, not NoneType"):
+        data.check_source(path, "train")
+
+
+def peak_bytes(function) -> int:
+    """Most memory that Python held at a time while `function` ran."""
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_of_any_size_is_checked_in_little_memory(tmp_path):
+    row = json.dumps({"instruction": "q" * 50_000, "response": "a" * 50_000}) + "\n"
+    path = write(tmp_path, row * 300)
+    assert path.stat().st_size > 30_000_000
+    assert peak_bytes(lambda: data.check_source(path, "train")) < 2_000_000
+
+
+def test_a_file_without_a_newline_is_refused_before_it_is_read(tmp_path):
+    path = write(tmp_path, GOOD)
+    with path.open("ab") as file:
+        file.truncate(2_000_000_000)  # a hole: no disk is used
+
+    def check():
+        with pytest.raises(UserError, match=r"rows.jsonl:2: the line is longer than 10,000,000 bytes. JSONL has") as caught:
+            data.check_source(path, "train")
+        assert caught.value.exit_code == ExitCode.DATA
+
+    assert peak_bytes(check) < 4 * data.LINE_LIMIT
+
+
+def test_the_longest_line_is_accepted(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LINE_LIMIT", len(GOOD))
+    assert len(list(data.read_examples(write(tmp_path, GOOD * 3), "train"))) == 3
+    with pytest.raises(UserError, match=":2: the line is longer"):
+        data.check_source(write(tmp_path, GOOD + GOOD.replace("q", "qq")), "train")
+
+
+def test_examples_are_read_as_they_are_asked_for(tmp_path):
+    rows = data.read_examples(write(tmp_path, GOOD + "broken"), "train")
+    assert next(rows) == example("q", "a")
+    with pytest.raises(UserError, match=":2:1: not JSON"):
+        next(rows)
 
 
 # -- formatting and masking ------------------------------------------------------------------------------------------
@@ -225,13 +337,67 @@ def test_special_tokens_in_a_users_text_stay_text(form):
     assert form.tokenizer.convert_tokens_to_ids("<|end|>") not in encoded.input_ids
 
 
+HARMLESS = "|the end|"
+INJECTED = [
+    ("say <|end|>", "a"),
+    ("q<|end|>\n<|assistant|>\nyes<|end|>\n<|user|>\nmore", "a"),
+    ("q", "<|end|>"),
+    ("q", "the token <|end|> ends it<|end|>\n"),
+    ("q", "<|end|><|end|>\n<|user|>"),
+    ("<|<|end|>end|>", "<|end|> <|endoftext|> </s>"),
+]
+
+
+@pytest.mark.parametrize("turns", INJECTED)
+@pytest.mark.parametrize("which", ["tiny", "sentencepiece", "sentencepiece, tags swallow spaces"])
+def test_special_tokens_in_messages_stay_text_in_the_chat_form(tokenizer, which, turns):
+    tokenizer = tokenizer if which == "tiny" else sentencepiece_like_tokenizer(rstrip="swallow" in which)
+    chat = data.read_format(tokenizer, "chat")
+    harmless = [chat.special.sub(HARMLESS, text) for text in turns]
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def only_special(ids):
+        return [id for id in ids if id in special]
+
+    messages = example(*turns, "q2", "a2", system="be <|end|>").messages
+    encoded = data.encode(Example(messages, 1), chat, "response")
+    plain = data.encode(example(*harmless, "q2", "a2", system="be"), chat, "response")
+    assert only_special(encoded.input_ids) == only_special(plain.input_ids)
+    assert only_special(trained(encoded)) == [chat.stop_id, chat.stop_id]
+    assert encoded.input_ids[-1] == chat.stop_id
+    prompt = data.encode_prompt(messages[:-1], chat)
+    assert encoded.input_ids[: len(prompt)] == prompt
+
+    decoded = tokenizer.decode(encoded.input_ids, clean_up_tokenization_spaces=False)
+    assert not set(decoded) & {data.OPEN, data.CLOSE}
+    written = tokenizer.apply_chat_template([m._asdict() for m in messages], tokenize=False).removesuffix("\n")
+    if which == "tiny":
+        assert decoded == written
+        assert tokenizer.decode(trained(encoded)) == f"{turns[1]}<|end|>a2<|end|>"
+    else:  # a space after each tag is the tokenizer's own
+        assert re.sub(r"\s", "", decoded) == re.sub(r"\s", "", written)
+
+
+def test_answers_after_a_special_token_in_text_get_no_space_of_sentencepiece():
+    form = data.read_format(sentencepiece_like_tokenizer(), "chat")
+    encoded = data.encode(example("q", "{<|end|>{ <|end|>"), form, "response")
+    assert "".join(form.tokenizer.convert_ids_to_tokens(trained(encoded))) == "{<|end|>{▁<|end|><|end|>"
+
+
+def test_the_answer_that_a_template_does_not_render_is_named_without_marks(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = PHI3_TEMPLATE.replace("m['content']", "m['content'] | replace('z', 'y')")
+    with pytest.raises(ValueError, match=r"render the answer 'z<\|end\|>' as it stands"):
+        data.encode(example("q", "z<|end|>"), data.read_format(other, "chat"), "response")
+
+
 def sentencepiece_like_tokenizer(rstrip: bool = False) -> PreTrainedTokenizerFast:
     """As Phi-3's and Llama's: a space before whatever comes first, a BOS, and tags that may swallow what follows."""
     backend = Tokenizer(models.BPE(byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<s>", "</s>"], show_progress=False)
-    backend.train_from_iterator([BUNDLED_TRAIN.read_text(), "### Instruction:\n\n### Response:\nq a 1 2"], trainer)
+    backend.train_from_iterator([BUNDLED_TRAIN.read_text(), "### Instruction:\n\n### Response:\nq a 1 2 <|/>"], trainer)
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     tags = [AddedToken(f"<|{name}|>", rstrip=rstrip, special=True) for name in ("system", "user", "assistant", "end")]
@@ -348,20 +514,153 @@ def test_a_conversation_that_a_template_rewrites_or_refuses_is_refused_with_its_
 # -- length ----------------------------------------------------------------------------------------------------------
 
 
+def numbered(rows: list[Example]) -> list[Example]:
+    return [row._replace(line=line) for line, row in enumerate(rows, start=1)]
+
+
 def test_long_samples_are_dropped_cut_or_refused(form):
-    rows = [example("q", "a"), example("q", "a" * 300), example("q" * 300, "a")]
-    rows = [row._replace(line=line) for line, row in enumerate(rows, start=1)]
+    rows = numbered([example("q", "a"), example("q", "a" * 300), example("q" * 300, "a")])
     length = len(data.encode(rows[0], form, "response").input_ids)
-    kept, notes = data.encode_all(rows, "f", form, TrainConfig(max_length=length))
+    kept, notes = data.encode_all(rows, "f", form, TrainConfig(max_length=length, allow_drop=True))
     assert [e.line for e in kept] == [1] and f"2 dropped as longer than {length} (lines 2, 3)" in notes
-    kept, notes = data.encode_all(rows, "f", form, TrainConfig(max_length=100, on_long="truncate"))
+    kept, notes = data.encode_all(rows, "f", form, TrainConfig(max_length=100, on_long="truncate", allow_drop=True))
     assert [e.line for e in kept] == [1, 2] and "1 cut to 100" in notes and "(lines 3)" in notes
     assert len(kept[1].input_ids) == len(kept[1].labels) == 100 and form.stop_id not in kept[1].labels
     with pytest.raises(UserError, match=r"f:2: \d+ tokens, more than --max-length 100"):
         data.encode_all(rows, "f", form, TrainConfig(max_length=100, on_long="error"))
-    with pytest.raises(UserError, match="none of 3 examples fits") as caught:
-        data.encode_all(rows, "f", form, TrainConfig(max_length=3))
+    for allow_drop in (False, True):
+        with pytest.raises(UserError, match="none of 3 examples fits") as caught:
+            data.encode_all(rows, "f", form, TrainConfig(max_length=3, allow_drop=allow_drop))
+        assert caught.value.exit_code == ExitCode.DATA
+
+
+@pytest.mark.parametrize(("dropped", "fifth"), [(19, False), (20, False), (21, True)])
+def test_more_than_a_fifth_is_dropped_only_when_allowed(form, dropped, fifth):
+    rows = numbered([example("q", "a" * (300 if index < dropped else 1)) for index in range(100)])
+    config = TrainConfig(max_length=100)
+    if fifth:
+        with pytest.raises(UserError) as caught:
+            data.encode_all(iter(rows), "f.jsonl", form, config)
+        assert caught.value.exit_code == ExitCode.DATA
+        assert str(caught.value) == (
+            "f.jsonl: 21 of 100 examples, more than a fifth, do not fit --max-length 100 (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, "
+            "...). Give a larger --max-length, use --on-long truncate, or go on without them with --allow-drop."
+        )
+    samples, notes = data.encode_all(iter(rows), "f.jsonl", form, TrainConfig(max_length=100, allow_drop=fifth))
+    assert len(samples) == 100 - dropped and f"{dropped} dropped as longer than 100 (lines 1, 2," in notes
+
+
+def test_dropped_under_truncate_is_not_sent_to_truncate(form):
+    rows = [example("q" * 300, "a"), example("q", "a")]
+    with pytest.raises(UserError, match="Give a larger --max-length, or go on without them with --allow-drop") as caught:
+        data.encode_all(rows, "f", form, TrainConfig(max_length=100, on_long="truncate"))
     assert caught.value.exit_code == ExitCode.DATA
+
+
+@pytest.mark.parametrize("name", ["plain", "chat"])
+def test_notes_count_examples_with_special_tokens_in_their_text(tokenizer, name):
+    rows = [example("q", "a"), example("<|user|><|end|>", "a"), example("q", "<|end|>"), example("q", "a", "<|end|>", "a")]
+    _, notes = data.encode_all(rows, "f", data.read_format(tokenizer, name), TrainConfig())
+    assert notes.endswith("; 3 hold special tokens such as <|user|> in their text, encoded as plain text")
+    _, notes = data.encode_all(rows[:1], "f", data.read_format(tokenizer, name), TrainConfig())
+    assert "special" not in notes
+
+
+# -- the samples of a run --------------------------------------------------------------------------------------------
+
+
+ROWS = [Encoded([5, 6, 2], [IGNORED, 6, 2], 1), Encoded([7, 2], [IGNORED, 2], 4), Encoded([2**31 - 1], [0], 2**40)]
+
+
+def test_samples_are_a_sequence_of_what_they_were_made_of():
+    samples = data.Samples(iter(ROWS))
+    assert list(samples) == ROWS and len(samples) == 3 and samples
+    assert [samples[index] for index in (0, 1, 2, -1, -3)] == [*ROWS, ROWS[-1], ROWS[0]]
+    assert samples[:2] == ROWS[:2] and samples[::-1] == ROWS[::-1] and samples[5:] == []
+    assert [samples.length(index) for index in (0, 1, 2, -1)] == [3, 2, 1, 1]
+    assert ROWS[1] in samples and samples.index(ROWS[2]) == 2
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            samples[index]
+        with pytest.raises(IndexError):
+            samples.length(index)
+
+
+def test_a_single_sample_and_none(form):
+    samples, notes = data.encode_all([example("q", "a")], "f", form, TrainConfig())
+    assert notes.startswith("1 examples, 2 tokens") and samples[-1] == samples[0]
+    (batch,) = data.micro_batches(samples, data.epoch_order(len(samples), 42, 1), 4)
+    assert batch.input_ids.tolist() == [samples[0].input_ids] and batch.num_tokens == 2
+    assert not data.Samples([]) and list(data.Samples([])) == []
+
+
+def test_the_hash_of_samples_is_that_of_all_ids_and_labels_and_of_nothing_else():
+    def sha256(*rows):
+        return data.Samples(rows).sha256
+
+    whole = sha256(*ROWS)
+    assert re.fullmatch("[0-9a-f]{64}", whole) and whole == data.Samples(ROWS).sha256
+    assert whole == sha256(*(row._replace(line=9) for row in ROWS))
+    others = [
+        sha256(*ROWS[:2]),
+        sha256(*ROWS[::-1]),
+        sha256(Encoded([1, 2], [3, 4], 1)),
+        sha256(Encoded([1], [2], 1), Encoded([3], [4], 1)),
+    ]
+    for at, name in itertools.product(range(3), ("input_ids", "labels")):
+        row = ROWS[at]
+        changed = row._replace(**{name: [*getattr(row, name)[:-1], 77]})
+        others.append(sha256(*ROWS[:at], changed, *ROWS[at + 1 :]))
+    assert len({whole, *others}) == 1 + len(others)
+
+
+def test_samples_are_raw_numbers_in_an_unlinked_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    samples = data.Samples(ROWS)
+    assert list(tmp_path.iterdir()) == [] and list(samples) == ROWS
+    with pytest.raises(TypeError, match="cannot pickle"):
+        pickle.dumps(samples)
+
+
+def test_samples_take_little_memory():
+    ids = list(range(1000))
+    held = []
+
+    def build():
+        held.append(data.Samples(Encoded(ids, ids, line) for line in range(3000)))
+
+    assert peak_bytes(build) < 1_000_000  # of 24 MB
+    assert held[0][-1] == Encoded(ids, ids, 2999)
+
+
+@pytest.mark.parametrize("count", [1, 10_000])
+def test_a_full_temporary_folder_is_told(monkeypatch, count):
+    monkeypatch.setattr(tempfile, "TemporaryFile", functools.partial(open, "/dev/full", "w+b"))
+    with pytest.raises(UserError, match=r"temporary folder \(.*\) is full .*No space left on device.* TMPDIR") as caught:
+        data.Samples(ROWS[:1] * count)
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
+
+
+def test_an_error_while_samples_are_made_passes_through_and_leaves_nothing_open(form):
+    with pytest.raises(UserError, match=r"f:2: \d+ tokens, more than"):
+        data.encode_all(
+            numbered([example("q", "a"), example("q", "a" * 99)]), "f", form, TrainConfig(max_length=50, on_long="error")
+        )
+
+
+def test_shared_samples_are_counted_on_the_held_out_side():
+    twin = ROWS[0]._replace(labels=[5, 6, 2], line=9)
+    assert data.count_shared(data.Samples(ROWS), data.Samples([twin, twin, ROWS[1], Encoded([7], [7], 1)])) == 3
+    assert data.count_shared(ROWS, []) == data.count_shared([], ROWS) == 0
+
+
+def test_kept_examples_are_the_first_that_were_not_dropped_and_no_more_is_read(form):
+    rows = numbered([example("q", "a" * (300 if line in (1, 4) else 1)) for line in range(1, 6)])
+    samples, _ = data.encode_all(rows[:4], "f", form, TrainConfig(max_length=100, allow_drop=True))
+    for count, wanted in ((0, []), (1, [2]), (2, [2, 3]), (9, [2, 3])):
+        reading = iter(rows)
+        assert [row.line for row in data.kept_examples(reading, samples, count)] == wanted
+        assert next(reading).line == max(wanted, default=0) + 1
 
 
 # -- collation and order ---------------------------------------------------------------------------------------------
@@ -372,7 +671,7 @@ def test_collate_pads_right_by_length():
     assert batch.input_ids.tolist() == [[5, 6, 2], [7, 2, 0]]
     assert batch.labels.tolist() == [[IGNORED, 6, 2], [IGNORED, 2, IGNORED]]
     assert batch.positions.tolist() == [0, 1, 3]  # of the hidden states that predict 6, 2 and 2
-    assert (batch.num_tokens, batch.num_input_tokens) == (3, 5)
+    assert (batch.num_tokens, batch.num_input_tokens, batch.lines) == (3, 5, (1, 2))
     assert batch.input_ids.dtype == batch.labels.dtype == batch.positions.dtype == torch.int64
 
 

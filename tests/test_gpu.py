@@ -3,6 +3,10 @@
 import functools
 import importlib.util
 import json
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -11,14 +15,18 @@ import torch
 
 from qlora import attention, data
 from qlora.__main__ import train as command_line
+from qlora.config import ExitCode
 from qlora.loss import read_head, token_loss_sum
 from qlora.model import add_adapters, audit_targets, enable_gradient_checkpointing, load_nf4_model
 from tests.conftest import adapted_model, gradients, relative_error, wake_adapters
+from tests.faults.harness import rows as metrics
+from tests.faults.harness import tensors
 from tests.test_model import adapter_gradients, fp32_twin
 from train_loop import train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 GPU = torch.device("cuda", 0)
+ROOT = Path(__file__).parents[1]
 FLASH = pytest.param(
     "flash_attention_2", marks=pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="no flash-attn")
 )
@@ -86,4 +94,52 @@ def test_the_command_line_trains_on_the_gpu(tiny, tmp_path, capsys, backend):
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.2
     assert 0 < rows[-2]["peak_memory_gib"] < 1
-    assert "gradient checkpointing: full" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "gradient checkpointing: full" in out and "Memory: the longest batch peaks at 0." in out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_killed_run_goes_on_bit_for_bit_with_the_deterministic_flag(tiny, tmp_path, backend):
+    """Each in a process of its own, as CUBLAS_WORKSPACE_CONFIG is read when CUDA starts."""
+    flags = f"--model tiny-random --lora-r 4 --max-steps 9 --save-steps 1 --deterministic --attn-implementation {backend}"
+    command = [sys.executable, str(ROOT / "train_loop.py"), *flags.split(), "--learning-rate", "1e-2", "--output-dir"]
+    subprocess.run([*command, str(tmp_path / "straight")], check=True)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")])
+    while not (tmp_path / "killed" / "checkpoints" / "step-000003").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, text=True)
+    assert "It goes on bit for bit as if it had not stopped." in done.stdout
+    last = "checkpoints/step-000009"
+    assert tensors(tmp_path / "killed" / last) == tensors(tmp_path / "straight" / last)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
+
+
+def test_without_that_flag_the_state_comes_back_and_the_log_says_what_to_expect(tiny, tmp_path, capsys):
+    flags = ["--model", "tiny-random", "--lora-r", "4", "--max-steps", "4", "--attn-implementation", "sdpa", "--output-dir"]
+    assert command_line([*flags, str(tmp_path / "run")]) == 0
+    more = ["--max-steps", "6", "--override", "max_steps"]
+    assert command_line([*flags, str(tmp_path / "run"), *more]) == 0
+    assert "later losses are only close: without --deterministic a GPU's sums vary." in capsys.readouterr().out
+
+
+def test_out_of_gpu_memory_is_exit_6(tiny, tmp_path, capsys):
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(60e6 / torch.cuda.get_device_properties(GPU).total_memory)
+    try:
+        flags = [
+            "--model",
+            "tiny-random",
+            "--per-device-train-batch-size",
+            "22",
+            "--attn-implementation",
+            "eager",
+            "--output-dir",
+        ]
+        assert command_line([*flags, str(tmp_path / "run")]) == ExitCode.MEMORY
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    err = capsys.readouterr().err
+    assert "The GPU ran out of memory: the peak so far was" in err and "Try --attn-implementation sdpa" in err
+    assert not (tmp_path / "run" / "checkpoints").exists()  # it was found out by the probe

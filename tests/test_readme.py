@@ -75,6 +75,7 @@ def applied(diff: str, text: str) -> str:
 def run_copy(text: str, folder: Path, monkeypatch, name: str) -> list[dict]:
     """Metrics of a short run of a changed train_loop.py, through its own main."""
     from qlora.config import TrainConfig
+    from qlora.signals import Signals
 
     path = folder / f"{name}.py"
     path.write_text(text)
@@ -83,7 +84,7 @@ def run_copy(text: str, folder: Path, monkeypatch, name: str) -> list[dict]:
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     config = TrainConfig(model="tiny-random", output_dir=folder / name, max_steps=8, learning_rate=1e-2, lora_r=4)
-    module.main(config)
+    module.main(config, Signals())
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 

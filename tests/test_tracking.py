@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import time
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qlora import tracking
-from qlora.config import TrainConfig
+from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.evaluate import HeldOut, Sample
 from qlora.model import Target
 
@@ -24,7 +26,7 @@ def row(step: int) -> dict:
 def track(folder, terminal: bool, width: int = 150) -> str:
     out = io.StringIO()
     with tracking.Tracker(folder, Console(file=out, force_terminal=terminal, width=width)) as tracker:
-        tracker.begin(total_steps=7, logging_steps=3)
+        tracker.begin(step=0, total_steps=7, logging_steps=3)
         tracker.held_out(0, 0, HeldOut(1.0, 2.718, 10))
         tracker.steps([row(1)])
         tracker.steps([row(step) for step in range(2, 8)])
@@ -79,6 +81,86 @@ def test_tensorboard_has_curves_texts_and_hyperparameters(tmp_path):
     assert [(e.step, e.value) for e in board.Scalars("eval/loss")][:2] == [(0, 1.0), (7, 0.5)]
     assert "samples/0/text_summary" in tags["tensors"]
     assert any(b"lora_dropout" in p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
+
+
+def scalars(folder, tag: str) -> list[tuple[int, float]]:
+    """As TensorBoard shows them: what a later process has purged is gone."""
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars(tag)]
+
+
+def test_a_resumed_run_has_each_row_and_each_point_once(tmp_path):
+    """Stopped after step 5 with the checkpoint of step 3 to go back to, its evaluation known; then once more from step 6."""
+    console = Console(file=io.StringIO())
+    for start, end in ((0, 5), (3, 6), (6, 7)):
+        with tracking.Tracker(tmp_path, console, start) as tracker:
+            tracker.begin(start, total_steps=7, logging_steps=3)
+            known = sorted(tracker.evaluations)
+            if start == 0:
+                tracker.held_out(0, 0, HeldOut(1.0, 2.718, 10))
+            for step in range(start + 1, end + 1):
+                tracker.steps([row(step)])
+                if step % 3 == 0:
+                    tracker.held_out(step, 1, HeldOut(1.0 / step, 2.0, 10))
+        assert known == [step for step in (0, 3, 6) if 0 < start >= step]
+        with (tmp_path / "metrics.jsonl").open("ab") as file:
+            file.write(b'{"event": "step", "st')  # and cut short
+        time.sleep(1.01)  # TensorBoard reads files in the order of their names, which have seconds in them
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1]]
+    assert [r["step"] for r in rows if r["event"] == "step"] == list(range(1, 8))
+    assert [r["step"] for r in rows if r["event"] == "eval"] == [0, 3, 6]
+    assert [step for step, _ in scalars(tmp_path, "train/loss")] == list(range(1, 8))
+    assert [step for step, _ in scalars(tmp_path, "eval/loss")] == [0, 3, 6]
+
+
+def test_a_run_that_starts_again_before_its_first_checkpoint_starts_its_records_again(tmp_path):
+    for loss in (5.0, 4.0):
+        with tracking.Tracker(tmp_path, Console(file=io.StringIO()), step=0) as tracker:
+            tracker.begin(0, total_steps=7, logging_steps=3)
+            assert tracker.evaluations == {}
+            tracker.held_out(0, 0, HeldOut(loss, 2.718, 10))
+            tracker.steps([row(1)])
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+    assert scalars(tmp_path, "eval/loss") == [(0, 4.0)]
+
+
+def test_what_is_not_finite_is_null_in_the_metrics_and_left_out_of_the_curves(tmp_path):
+    with tracking.Tracker(tmp_path, Console(file=io.StringIO())) as tracker:
+        tracker.begin(0, total_steps=7, logging_steps=3)
+        tracker.steps([row(1), {**row(2), "loss": math.nan, "grad_norm": math.inf}])
+        tracker.held_out(2, 1, HeldOut(math.nan, math.nan, 10))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (rows[1]["loss"], rows[1]["grad_norm"], rows[2]["eval_loss"]) == (None, None, None)
+    assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1]
+    with tracking.Tracker(tmp_path, Console(file=io.StringIO()), step=2) as tracker:
+        assert tracker.evaluations == {}  # it will be evaluated again
+
+
+def test_a_full_disk_ends_the_run_with_exit_4_not_with_a_traceback(tmp_path):
+    with pytest.raises(UserError, match="No space left on device") as caught, tracking.Tracker(
+        tmp_path, Console(file=io.StringIO())
+    ) as tracker:  # fmt: skip
+        tracker.begin(0, total_steps=7, logging_steps=3)
+        tracker.metrics_file.close()
+        tracker.metrics_file = open("/dev/full", "ab")  # noqa: SIM115  which is always full
+        tracker.steps([row(1)])
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
+
+
+def test_secrets_are_masked_wherever_something_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a-very-secret-value")
+    token = "hf_" + "AbCdEf123456" * 3
+    out = io.StringIO()
+    tracking.say(Console(file=out), f"https://user:{token}@hub and a-very-secret-value")
+    config = TrainConfig(train_file=f"https://user:{token}@hub/data.jsonl", output_dir=tmp_path / token)
+    with tracking.Tracker(tmp_path, Console(file=out)) as tracker:
+        tracker.begin(0, total_steps=7, logging_steps=3)
+        tracker.hyperparameters(config, None)
+    told = [out.getvalue(), config.to_yaml(), json.dumps(config.plain())]
+    told += [path.read_bytes().decode("latin-1") for path in (tmp_path / "tensorboard").iterdir()]
+    assert not [text for text in told if token in text or "a-very-secret-value" in text]
+    assert "hf_***" in told[0] and "hf_***" in told[1]
 
 
 def test_the_audit_is_a_table_with_the_share_of_true_parameters():

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 
 import pytest
 import torch
@@ -168,6 +167,97 @@ def test_padding_and_batch_mates_change_nothing(config, samples):
     assert together.item() == pytest.approx(sum(apart) / tokens, rel=1e-3)
 
 
+# -- what is not finite ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_what_is_not_finite_never_reaches_weights_or_moments(config, samples, model, head, fused, bad):
+    """On the device, where the optimizer can: and the next step is the one that would have come without it."""
+    wake_adapters(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.01, fused=fused)
+    good = functools.partial(token_loss_sum, head=head)
+
+    def broken(hidden, batch):
+        if bad == "loss":
+            return good(hidden, batch) * math.nan
+        hidden.register_hook(lambda gradient: gradient * math.inf)
+        return good(hidden, batch)
+
+    def state():
+        moments = {kind: [optimizer.state[p][kind].clone() for p in parameters] for kind in ("step", "exp_avg", "exp_avg_sq")}
+        return [[p.detach().clone() for p in parameters], *moments.values()]
+
+    step = functools.partial(train_step, model.get_decoder(), optimizer, learning_rate=1e-3, max_grad_norm=1.0)
+    first, second = [data.collate(samples[:2])], [data.collate(samples[2:4])]
+    step(window=first, loss_sum=good)
+    before = state()
+    loss, norm = step(window=second, loss_sum=broken)
+    assert not torch.isfinite(norm) and torch.isfinite(loss) == (bad == "gradient")
+    assert all(torch.equal(a, b) for was, now in zip(before, state(), strict=True) for a, b in zip(was, now, strict=True))
+    loss, _ = step(window=second, loss_sum=good)
+    assert torch.isfinite(loss) and not torch.equal(state()[0][-1], before[0][-1])
+    assert all(torch.equal(now, was + 1) for was, now in zip(before[1], state()[1], strict=True))
+
+
+def break_steps(monkeypatch, *numbers: int) -> list[list[int]]:
+    """Make the loss of these steps NaN; returns the lines of each window, as they come."""
+    original, windows = train_loop.train_step, []
+
+    def step(decoder, optimizer, window, loss_sum, *rest):
+        windows.append([line for batch in window for line in batch.lines])
+        factor = math.nan if len(windows) in numbers else 1.0
+        return original(decoder, optimizer, window, lambda hidden, batch: factor * loss_sum(hidden, batch), *rest)
+
+    monkeypatch.setattr(train_loop, "train_step", step)
+    return windows
+
+
+def test_a_nan_ends_the_run_at_the_next_log_step_with_exit_5_and_all_that_is_known(tiny, tmp_path, monkeypatch, capsys):
+    windows = break_steps(monkeypatch, 8)
+    code, rows = run(tmp_path, "--max-steps", "20")
+    assert code == ExitCode.NUMERICS
+    steps = [row for row in rows if row["event"] == "step"]
+    assert [row["step"] for row in steps if row["loss"] is None] == [8] and len(steps) == 10  # the log step after it
+    assert [row["lines"] for row in steps] == windows
+    err = capsys.readouterr().err
+    before = ", ".join(f"{row['loss']:.4g}" for row in steps[2:7])
+    for words in (
+        "Step 8 is not finite: loss nan, gradient norm nan, learning rate 0.00",
+        f"lines {', '.join(map(str, windows[7]))} of the training data",
+        f"Losses before it: {before}.",
+        f"All up to step 6 is safe in {tmp_path / 'run' / 'checkpoints' / 'step-000006'}",
+        "--skip-nonfinite",
+    ):
+        assert words in err, words
+    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "finished.json").exists()
+
+
+def test_a_run_that_diverges_ends_too(tiny, tmp_path, capsys):
+    code, rows = run(tmp_path, "--learning-rate", "1e25", "--max-grad-norm", "None", "--max-steps", "20")
+    assert code == ExitCode.NUMERICS and rows[1]["loss"] is not None and None in [row.get("loss", 0) for row in rows]
+    assert "No checkpoint was due yet" in capsys.readouterr().err and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_some_windows_may_be_skipped_each_with_a_line_and_the_count_survives_a_resume(tiny, tmp_path, monkeypatch, capsys):
+    flags = ("--max-steps", "12", "--skip-nonfinite", "2")
+    with monkeypatch.context() as patch:
+        break_steps(patch, 2, 4, 9)
+        assert run(tmp_path, *flags)[0] == ExitCode.NUMERICS
+    text = capsys.readouterr()
+    assert "Step 2 is not finite" in text.out and "It was skipped, 2 of 2 that may be." in text.out and "Step 9" in text.err
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000006" / "state.json").read_text())
+    assert (state["step"], state["skipped"]) == (6, 2)
+    with monkeypatch.context() as patch:
+        break_steps(patch, 1)  # of the resumed run: step 7
+        assert run(tmp_path, *flags)[0] == ExitCode.NUMERICS
+    code, rows = run(tmp_path, *flags)
+    assert code == 0 and [row["loss"] is None for row in rows if row["event"] == "step"] == [n in (2, 4) for n in range(1, 13)]
+    steps = json.loads((tmp_path / "run" / "checkpoints" / "step-000012" / "state.json").read_text())
+    assert steps["skipped"] == 2
+
+
 # -- the first gradient ----------------------------------------------------------------------------------------------
 
 
@@ -190,6 +280,13 @@ def test_a_first_gradient_of_zero_ends_the_run():
     assert caught.value.exit_code == ExitCode.NUMERICS
 
 
+@pytest.mark.parametrize("more", [[], ["--skip-nonfinite", "3"]])
+def test_a_first_gradient_that_is_not_finite_ends_the_run_at_once(tiny, tmp_path, monkeypatch, capsys, more):
+    break_steps(monkeypatch, 1)
+    assert run(tmp_path, *more)[0] == ExitCode.NUMERICS
+    assert "The first gradient is not finite: its norm is nan" in capsys.readouterr().err
+
+
 def test_a_cut_graph_ends_the_run_with_exit_5(tiny, tmp_path, monkeypatch, capsys):
     def cut(hidden, batch, head):
         return token_loss_sum(hidden.detach().requires_grad_(), batch, head)
@@ -198,16 +295,6 @@ def test_a_cut_graph_ends_the_run_with_exit_5(tiny, tmp_path, monkeypatch, capsy
     assert run(tmp_path)[0] == ExitCode.NUMERICS
     assert "16 of 16 adapter tensors got none" in capsys.readouterr().err
     assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_a_run_that_goes_nan_ends_with_exit_5_before_it_is_saved(tiny, tmp_path, capsys):
-    code, rows = run(tmp_path, "--learning-rate", "1e25", "--max-grad-norm", "None", "--max-steps", "20")
-    assert code == ExitCode.NUMERICS
-    assert [row["step"] for row in rows if row["event"] == "step"] == [1]  # what led to it is kept
-    err = capsys.readouterr().err
-    assert re.search(r"Step \d+ is not finite: loss nan, gradient norm nan, learning rate .*e\+2", err) and err.count("\n") == 1
-    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "checkpoints").exists()
-    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_a_good_first_gradient_passes(config, model, head, samples):
@@ -259,7 +346,9 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_p
         "checkpoints",
         "config.yaml",
         "env.json",
+        "finished.json",
         "metrics.jsonl",
+        "run.lock",
         "samples.jsonl",
         "tensorboard",
     ]
@@ -282,8 +371,6 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_p
     ):
         assert words in out, words
     assert "step 6/24" not in out
-    assert command_line(["--model", "tiny-random", "--output-dir", str(folder)]) == ExitCode.CHECKPOINT
-    assert "is not empty" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_path):
@@ -313,7 +400,7 @@ def test_evaluation_disturbs_nothing(tiny, tmp_path):
         "--attn-implementation eager",
         "--target-modules qkv_proj o_proj",
         "--max-length 120 --on-long truncate",
-        "--save-total-limit 1",
+        "--save-total-limit 2",
         "--per-device-train-batch-size 3 --gradient-accumulation-steps 1",
         "--max-grad-norm None",
         "--lora-dropout 0 --lora-alpha 16",
@@ -327,9 +414,9 @@ def test_every_option_runs_and_changes_the_run(tiny, tmp_path, flags):
     _, usual = run(tmp_path / "without", "--max-steps", "8")
     assert code == 0 and len([row for row in rows if row["event"] == "step"]) == 8
     same = [row["loss"] for row in rows if row["event"] == "step"] == [row["loss"] for row in usual if row["event"] == "step"]
-    assert same == (flags in {"--gradient-checkpointing full", "--save-total-limit 1"})
+    assert same == (flags in {"--gradient-checkpointing full", "--save-total-limit 2"})
     if "save-total-limit" in flags:
-        assert len(list((tmp_path / "with" / "run" / "checkpoints").iterdir())) == 1
+        assert len(list((tmp_path / "with" / "run" / "checkpoints").iterdir())) == 2
 
 
 def test_max_steps_may_end_within_an_epoch_and_go_beyond_the_epochs(tiny, tmp_path):
@@ -422,26 +509,12 @@ def test_bad_input_is_one_paragraph_with_its_exit_code(tiny, tmp_path, monkeypat
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_debug_shows_the_traceback(tiny, tmp_path, monkeypatch):
+def test_debug_shows_the_traceback(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("debug: true")
     for flag in (["--debug"], ["--config", "run.yaml"]):
-        with pytest.raises(UserError):
-            command_line(["--model", "./nowhere", *flag])
-
-
-def test_interruption_and_memory_have_their_exit_codes(tiny, tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    def too_large(*_):
-        raise torch.OutOfMemoryError("tried to allocate")
-
-    monkeypatch.setattr(train_loop, "main", interrupted)
-    assert command_line([]) == 130
-    monkeypatch.setattr(train_loop, "main", too_large)
-    assert command_line([]) == ExitCode.MEMORY
-    assert "--per-device-train-batch-size 1" in capsys.readouterr().err
+        assert command_line(["--model", "./nowhere", *flag]) == ExitCode.ENVIRONMENT
+        assert "Traceback (most recent call last)" in (err := capsys.readouterr().err) and "no such folder" in err
 
 
 def test_frozen_configuration_cannot_drift(config):

@@ -1,0 +1,137 @@
+"""Kill and resume train_loop.py at full size, and compare bit for bit with a run that was left alone.
+
+    python benchmarks/kill_resume.py                            # a CUDA GPU; writes benchmarks/results/
+    python benchmarks/kill_resume.py --shape tiny --kills 2     # anywhere, a smoke test
+
+Each process is killed with SIGKILL at a random moment after it has written a checkpoint of its own; the next one goes on.
+The model has the exact shape and random weights. Always with --deterministic.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+TIMES = ("tokens_per_s", "peak_memory_gib")  # of a metrics row: what may differ
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to kill, and how often."""
+
+    shape: Literal["phi3-mini", "tiny"] = "phi3-mini"
+    """phi3-mini: 3.8 billion parameters, 7.6 GB on disk while it runs. tiny: the two-layer model of the tests."""
+    attn_implementation: str = "sdpa"
+    """As of train_loop.py."""
+    kills: int = 10
+    """Processes killed before the last one may end."""
+    length: int = 2048
+    """About the tokens of a row; 2 x 2 rows make a step."""
+    seed: int = 0
+    """Of the moments."""
+    out: Path | None = None
+    """Where the JSON goes. Unset: benchmarks/results/kill_resume_CARD_YYYYMM.json."""
+    commit: str | None = None
+    """Commit of the code, where it runs without its repository."""
+
+
+def write_rows(path: Path, count: int, length: int) -> None:
+    """Training data of random letters; the first three rows, which are generated from at the end, are short."""
+    draw = random.Random(0)
+    lengths = [10] * 3 + [draw.randint(length // 2, length - 100) for _ in range(count - 3)]
+    rows = [{"prompt": f"row {i}", "completion": "".join(draw.choices("abcdefgh", k=n))} for i, n in enumerate(lengths)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def newest_step(folder: Path) -> int:
+    """The last checkpoint in sight, 0 if there is none."""
+    return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")), default=0)
+
+
+def kill_after_progress(command: list[str], folder: Path, pause_s: float) -> dict:
+    """Start, wait for a checkpoint that was not there, a little longer, and kill."""
+    start, before = time.perf_counter(), newest_step(folder)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while newest_step(folder) == before and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(pause_s)
+    process.kill()
+    if process.wait() != -signal.SIGKILL:
+        raise SystemExit(f"the run ended by itself, with {process.returncode}")
+    kill = {"resumed_after_step": before, "newest_checkpoint": newest_step(folder)}
+    return {**kill, "pause_s": round(pause_s, 3), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def outcome(folder: Path) -> dict[str, str]:
+    """Digests of all that must be equal: last checkpoint's tensors, adapter, metrics without times."""
+    checkpoint = folder / "checkpoints" / f"step-{newest_step(folder):06d}"
+    files = [checkpoint / "adapter_model.safetensors", checkpoint / "trainer_state.safetensors"]
+    files.append(folder / "adapter" / "adapter_model.safetensors")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    plain = json.dumps([{name: value for name, value in row.items() if name not in TIMES} for row in rows]).encode()
+    found = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return found | {"metrics.jsonl": hashlib.sha256(plain).hexdigest()}
+
+
+def main(options: Options) -> None:
+    """Run once straight and once in pieces, compare, and write the file."""
+    import torch
+
+    from benchmarks.train_step import write_random_model
+    from qlora.tracking import environment
+
+    steps, draw = 2 * options.kills + 3, random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        model, data, straight, pieces = (Path(scratch) / name for name in ("model", "rows.jsonl", "straight", "pieces"))
+        write_random_model(options.shape, model)
+        write_rows(data, 4 * steps, options.length)
+        flags = f"--max-steps {steps} --save-steps 1 --save-total-limit 2 --logging-steps 1 --deterministic".split()
+        flags += ["--attn-implementation", options.attn_implementation]
+        command = [sys.executable, str(ROOT / "train_loop.py"), "--model", str(model), "--train-file", str(data), *flags]
+        start = time.perf_counter()
+        subprocess.run([*command, "--output-dir", str(straight)], check=True)
+        straight_s = time.perf_counter() - start
+        in_pieces = [*command, "--output-dir", str(pieces)]
+        kills = []
+        for _ in range(options.kills):
+            kills.append(kill_after_progress(in_pieces, pieces, draw.uniform(0, 2.0 if options.shape == "phi3-mini" else 0.05)))
+            print(kills[-1], flush=True)
+        subprocess.run(in_pieces, check=True)
+        expected, found = outcome(straight), outcome(pieces)
+        last = straight / "checkpoints" / f"step-{steps:06d}"
+        size = sum(path.stat().st_size for path in last.iterdir())
+    record = {
+        "environment": environment(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")),
+        "flags": {**dataclasses.asdict(options), "out": None, "train_loop": " ".join(flags)},
+        "steps": steps,
+        "equal": {name: found[name] == expected[name] for name in expected},
+        "kills": kills,
+        "checkpoint_bytes": size,
+        "straight_s": round(straight_s, 1),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    record["environment"]["commit"] = options.commit or record["environment"]["commit"]
+    card = re.search(r"[HAB]\d{2,3}|CPU", record["environment"]["device"])
+    name = f"kill_resume_{card[0].lower() if card else 'gpu'}_{datetime.date.today():%Y%m}.json"
+    out = options.out or ROOT / "benchmarks" / "results" / name
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps({"equal": record["equal"], "kills": len(kills), "seconds": record["seconds"]}))
+    if not all(record["equal"].values()):
+        raise SystemExit("the run in pieces differs from the straight one")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main(tyro.cli(Options))

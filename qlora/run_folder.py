@@ -1,0 +1,296 @@
+"""The run folder: one process at a time, what it goes on from, and whether it may."""
+
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora import checkpoint
+from qlora.config import ExitCode, Overridable, TrainConfig, UserError, redact
+from qlora.evaluate import HeldOut
+
+LOCK, FINISHED, METRICS = "run.lock", "finished.json", "metrics.jsonl"
+# Options that may differ without a word: they change no number of the training. The data's are compared by what they give.
+FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save_total_limit", "skip_nonfinite", "debug",
+        "trust_remote_code", "target_modules", "eval_file"}  # fmt: skip
+OF_THE_DATA = {"train_file", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop"}
+SAVED_BYTES = 3 * 4  # of a trained parameter in a checkpoint: itself and AdamW's two moments, in fp32
+
+
+class RunFolder:
+    """A run folder that this process alone writes to, while it is entered as a context.
+
+    Attributes:
+        folder: where it is.
+        checkpoint: what to go on from, verified; None at the start of a run.
+        notes: lines for the log: what was found, and what was wrong with it.
+    """
+
+    def __init__(self, folder: Path, resume: str):
+        """Claim the folder and find what to go on from; nothing in it changes but for leftovers of dead processes.
+
+        Args:
+            folder: made if it is not there.
+            resume: auto, never, or the path of a checkpoint or run folder.
+
+        Raises:
+            UserError: exit 4 if it cannot be written, holds something else, is in use, or has no sound checkpoint left.
+        """
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.notes: list[str] = []
+        self.facts: dict[str, Any] = {}
+        self._damaged: list[Path] = []
+        self._lock = _locked(folder)
+        try:
+            for place in (folder, self.checkpoints):
+                checkpoint.remove_leftovers(place)
+            self.checkpoint = self._find(resume)
+        except BaseException:
+            self._lock.close()
+            raise
+        finished = folder / FINISHED
+        self._finished: dict[str, Any] | None = json.loads(finished.read_bytes()) if finished.exists() else None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()  # which unlocks it
+
+    def _find(self, resume: str) -> Path | None:
+        own = checkpoint.by_step(self.checkpoints)
+        if resume == "never":
+            if own or (self.folder / FINISHED).exists():
+                text = f"{self.folder} holds a run, and --resume never starts another. Choose another --output-dir."
+                raise UserError(ExitCode.CHECKPOINT, text)
+            return None
+        if resume == "auto":
+            return self._newest(self.checkpoints, of=self.folder)
+        path = Path(resume)
+        if not path.is_dir():
+            raise UserError(ExitCode.CHECKPOINT, f"--resume {resume}: there is no such folder.")
+        chosen = self._newest(path / "checkpoints", of=path) if (path / "checkpoints").is_dir() else path
+        match = checkpoint.NAME.fullmatch(chosen.name) if chosen else None
+        if chosen is None or match is None:
+            text = f"--resume {resume} is neither a checkpoint (step-...) nor a run folder that has one."
+            raise UserError(ExitCode.CHECKPOINT, text)
+        if problem := checkpoint.problem_of(chosen):
+            text = f"--resume {resume} is damaged: {problem}. --resume auto looks for an older one that is sound."
+            raise UserError(ExitCode.CHECKPOINT, text)
+        sound = [step for step, folder in own.items() if folder not in self._damaged]
+        if any(step > int(match[1]) for step in sound) or (own and not self._is_own(chosen)):
+            text = f"{self.folder} has checkpoints up to step {max(own)} already, which would be lost. "
+            raise UserError(ExitCode.CHECKPOINT, text + "Choose another --output-dir to branch off, or --resume auto to go on.")
+        return chosen
+
+    def _is_own(self, folder: Path) -> bool:
+        return folder.parent.resolve() == self.checkpoints.resolve()
+
+    def _newest(self, checkpoints: Path, of: Path) -> Path | None:
+        found, skipped = checkpoint.newest(checkpoints)
+        self.notes += [f"Checkpoint {folder.name} is damaged: {problem}." for folder, problem in skipped.items()]
+        if found is None and skipped:
+            text = f"{of}: none of its {len(skipped)} checkpoints is sound. {' '.join(self.notes)} "
+            raise UserError(ExitCode.CHECKPOINT, text + "Start again in another --output-dir.")
+        if checkpoints.resolve() == self.checkpoints.resolve():
+            self._damaged = list(skipped)
+        return found
+
+    def accept(self, config: TrainConfig, facts: dict[str, Any]) -> bool:
+        """Compare this run with the one that the folder holds, and take the folder over.
+
+        Args:
+            config: resolved.
+            facts: JSON values that a later process is to find the same: data, held_out, targets, device, environment.
+
+        Returns:
+            Whether there is anything left to do; if not, no file was touched.
+
+        Raises:
+            UserError: exit 2 with a table of what differs and was not named in `--override`.
+        """
+        facts = {"config": config.plain(), **facts, "history": []}
+        before = self._finished or (checkpoint.read_state(self.checkpoint) if self.checkpoint else None)
+        overrides: dict[str, list[Any]] = {}
+        if before is not None:
+            overrides = _differences(before, facts, config)
+            if self._finished and not overrides:
+                return False
+            event = {"step": before["step"], "overrides": overrides, "environment": before["environment"]}
+            facts["history"] = [*before["history"], event]
+        self.facts = facts
+        self._take_over()
+        environment = {**facts["environment"], "command": [redact(word) for word in sys.argv]}
+        checkpoint.write_file(self.folder / "config.yaml", config.to_yaml().encode())
+        checkpoint.write_file(self.folder / "env.json", json.dumps(environment, indent=2).encode())
+        if before is not None and self.checkpoint is not None:
+            changed = "".join(f"; {name}: {old} -> {new}" for name, (old, new) in overrides.items())
+            close = _exactness(before["environment"], facts["environment"], config.deterministic, facts["device"] == "cuda")
+            self.notes.append(f"Resuming after {self.checkpoint.name}{changed}. {close}")
+        return True
+
+    def _take_over(self) -> None:
+        owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+        os.pwrite(self._lock.fileno(), owner.ljust(128), 0)
+        for folder in self._damaged:  # out of the way of the checkpoints to come, and kept
+            folder.rename(_free_name(folder.with_name(f"{folder.name}.damaged")))
+        if self._finished:
+            (self.folder / FINISHED).unlink()
+            checkpoint.sync_folder(self.folder)
+        if self.checkpoint is not None and not self._is_own(self.checkpoint):
+            self._branch_off(self.checkpoint)
+
+    def _branch_off(self, source: Path) -> None:
+        metrics = source.parent.parent / METRICS
+        if metrics.is_file():
+            checkpoint.write_file(self.folder / METRICS, metrics.read_bytes())
+        names = json.loads((source / checkpoint.MANIFEST).read_bytes())["files"]
+        self.checkpoint = self.checkpoints / source.name
+        checkpoint.write_folder(self.checkpoint, ((name, (source / name).read_bytes()) for name in names))
+
+    def require_space(self, trained_parameters: int, keep: int) -> None:
+        """Refuse to begin if the disk has no room for the checkpoints kept, one more being written, and the adapter.
+
+        Raises:
+            UserError: exit 4, with the bytes needed and free.
+        """
+        missing = max(keep + 1 - len(checkpoint.by_step(self.checkpoints)), 1)
+        checkpoint.require_space(self.folder, trained_parameters * (SAVED_BYTES * missing + 4))
+
+    def restore(self, model: Any, optimizer: torch.optim.Optimizer, weights: str) -> checkpoint.Progress:
+        """Put model, optimizer and generators in the state of the checkpoint, if there is one.
+
+        Args:
+            model: with adapters.
+            optimizer: over them.
+            weights: fingerprint of the frozen base, kept with the facts.
+
+        Raises:
+            UserError: exit 2 if the base is another, 4 if the checkpoint does not fit.
+        """
+        self.facts["weights"] = weights
+        if self.checkpoint is None:
+            return checkpoint.Progress()
+        before = checkpoint.read_state(self.checkpoint)["weights"]
+        if before != weights:
+            text = f"The model has other weights than when {self.checkpoint} was saved (fingerprint {before}, now {weights}). "
+            raise UserError(ExitCode.CONFIGURATION, text + "Use that model, or start a new run with --init-adapter.")
+        return checkpoint.restore(self.checkpoint, model, optimizer)
+
+    def save(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        progress: checkpoint.Progress,
+        keep: int,
+        evaluations: dict[int, HeldOut],
+    ) -> None:
+        """Write a checkpoint, verify it, and only then remove old ones; see checkpoint.save and checkpoint.prune."""
+        self.checkpoint = checkpoint.save(self.checkpoints, model, optimizer, progress, self.facts)
+        checkpoint.prune(self.checkpoints, keep, {step: result.loss for step, result in evaluations.items()})
+
+    def finish(self, step: int) -> None:
+        """Mark the run as done: the last thing that is written."""
+        checkpoint.write_file(self.folder / FINISHED, json.dumps({"step": step, **self.facts}, indent=1).encode())
+
+    @property
+    def step(self) -> int:
+        """The step that the run goes on after."""
+        return 0 if self.checkpoint is None else int(self.checkpoint.name.removeprefix("step-"))
+
+    def advice(self) -> str:
+        """What a run that ends early tells: what is safe, and the command that goes on from it, in the same directory."""
+        if self.checkpoint is None:
+            return "No checkpoint was due yet; the same command starts again."
+        program = Path(sys.argv[0])
+        start = ["python", "-m", "qlora"] if program.name == "__main__.py" else [program.name]
+        if program.name.endswith(".py") and program.name != "__main__.py":
+            start = ["python", sys.argv[0]]
+        command = shlex.join([*start, "--config", str(self.folder / "config.yaml")])
+        return f"All up to step {self.step} is safe in {self.checkpoint}. Go on with:\n  {command}"
+
+
+def _locked(folder: Path) -> Any:
+    """The open lock file of a run folder; closing it unlocks it, as does the death of the process."""
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and any(folder.iterdir()):
+            text = f"{folder} is not empty, and holds no run of this program. Choose another --output-dir."
+            raise UserError(ExitCode.CHECKPOINT, text)
+        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+    except OSError as error:
+        text = f"Run folder {folder} cannot be written: {error.strerror}. Choose another --output-dir."
+        raise UserError(ExitCode.CHECKPOINT, text) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = lock.read().decode(errors="replace").strip()
+        lock.close()
+        text = f"{folder} is in use by another process ({owner or 'it is just starting'}). "
+        raise UserError(ExitCode.CHECKPOINT, text + "Wait for it, or choose another --output-dir.") from None
+    return lock
+
+
+def _differences(before: dict[str, Any], facts: dict[str, Any], config: TrainConfig) -> dict[str, list[Any]]:
+    """Option -> [old, new] of what differs and was permitted to."""
+    old, new = before["config"], facts["config"]
+    same_data = before["data"] == facts["data"]
+    names = [name for name in new if name not in FREE and not (same_data and name in OF_THE_DATA)]
+    pairs = {name: (old.get(name), new[name]) for name in names}
+    pairs |= {name: (before[name], facts[name]) for name in ("data", "targets", "device")}
+    pairs["eval_file"] = (before["held_out"], facts["held_out"])
+    changed = {name: [there, here] for name, (there, here) in pairs.items() if there != here}
+    size, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
+    same_window = old[size] * old[accumulation] == new[size] * new[accumulation]
+    refused = [name for name in changed if name not in config.override]
+    if not same_window:
+        refused += [name for name in (size, accumulation) if name in changed and name not in refused]
+    if refused:
+        raise UserError(ExitCode.CONFIGURATION, _table(refused, changed, before["step"], config))
+    return changed
+
+
+def _table(refused: list[str], changed: dict[str, list[Any]], step: int, config: TrainConfig) -> str:
+    window = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    rows: list[tuple[str, ...]] = [("", "there", "here", "")]
+    for name in refused:
+        permitted = f"--override {name} permits it" if name in Overridable.__args__ else ""  # type: ignore[attr-defined]
+        permitted = "if their product stays, --override permits them" if name in window else permitted
+        rows.append((name, *(_short(value) for value in changed[name]), permitted))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    table = "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)) + f"  {row[3]}" for row in rows
+    )
+    return (
+        f"{config.output_dir} holds another run, at step {step}; it differs in\n{table}\n"
+        "Give the old values to go on with it, or another --output-dir to start anew (--init-adapter takes its adapter along)."
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}...{text[-12:]}"
+
+
+def _exactness(before: dict[str, Any], now: dict[str, Any], deterministic: bool, on_gpu: bool) -> str:
+    """How close the rest of the run will be to what it would have been."""
+    packages = {name: (version, now["packages"].get(name)) for name, version in before["packages"].items()}
+    pairs = packages | {name: (before[name], now[name]) for name in ("python", "device", "cuda", "commit")}
+    changed = [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
+    if changed:
+        return f"State is restored bit for bit; later losses are only close, since {', '.join(changed)}."
+    if on_gpu and not deterministic:
+        return "State is restored bit for bit; later losses are only close: without --deterministic a GPU's sums vary."
+    return "It goes on bit for bit as if it had not stopped."
+
+
+def _free_name(path: Path) -> Path:
+    candidates = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000))]
+    return next(candidate for candidate in candidates if not candidate.exists())

@@ -1,0 +1,426 @@
+"""Deliberate breakages of the code, each with the test that must turn red: whether the tests would notice.
+
+    python tests/faults/mutants.py            # all; a few minutes
+    python tests/faults/mutants.py no-lock    # those that are named
+
+Each is applied to a copy of the tree. The tests are run there without any of them first: one that is red anyway kills none.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+LEFT_OUT = shutil.ignore_patterns(".git", ".whl", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "runs", ".venv")
+LIMIT = 600  # seconds for one test
+
+
+class Mutant(NamedTuple):
+    """A breakage.
+
+    Attributes:
+        name: for the command line and the table.
+        file: that is broken.
+        test: that must fail then, as pytest names it.
+        edits: old and new text; each old one stands exactly once in the file.
+    """
+
+    name: str
+    file: str
+    test: str
+    edits: tuple[tuple[str, str], ...]
+
+
+def mutant(name: str, file: str, test: str, *texts: str) -> Mutant:
+    """With old and new texts in turns."""
+    return Mutant(name, file, f"tests/{test}", tuple(zip(texts[::2], texts[1::2], strict=True)))
+
+
+DAMAGE, SIGNALS = "faults/test_damage.py", "faults/test_signals.py"
+CHECKPOINT, RUN_FOLDER, TRACKING, DATA, LOOP = (
+    "qlora/checkpoint.py",
+    "qlora/run_folder.py",
+    "qlora/tracking.py",
+    "qlora/data.py",
+    "train_loop.py",
+)
+MUTANTS = [
+    # -- what is written
+    mutant(
+        "save-in-place",
+        CHECKPOINT,
+        f"{SIGNALS}::test_two_signals_end_it_at_once[between files]",
+        '    aside = folder.with_name(f".{folder.name}.tmp")\n',
+        "    aside = folder\n",
+        "        discard(folder)\n        aside.rename(folder)\n",
+        "",
+    ),
+    mutant(
+        "prune-first",
+        RUN_FOLDER,
+        f"{SIGNALS}::test_two_signals_end_it_at_once[between files]",
+        "        self.checkpoint = checkpoint.save(",
+        "        checkpoint.prune(self.checkpoints, keep - 1, {step: result.loss for step, result in evaluations.items()})\n"
+        "        self.checkpoint = checkpoint.save(",
+    ),
+    mutant(
+        "nothing-read-back",
+        CHECKPOINT,
+        f"{DAMAGE}::test_a_disk_that_gives_back_something_else",
+        "    if problem := verify(folder):\n        text = ",
+        "    if problem := None:\n        text = ",
+    ),
+    mutant(
+        "files-not-flushed",
+        CHECKPOINT,
+        f"{DAMAGE}::test_a_folder_is_flushed_inside_out_before_it_takes_its_name",
+        "        os.fsync(file.fileno())\n",
+        "",
+    ),
+    mutant(
+        "folder-not-flushed",
+        CHECKPOINT,
+        f"{DAMAGE}::test_a_folder_is_flushed_inside_out_before_it_takes_its_name",
+        "            sync_folder(path)\n",
+        "            pass\n",
+    ),
+    mutant(
+        "rename-not-flushed",
+        CHECKPOINT,
+        f"{DAMAGE}::test_a_folder_is_flushed_inside_out_before_it_takes_its_name",
+        "        sync_folder(folder.parent)\n",
+        "",
+    ),
+    mutant(
+        "renamed-before-flushed",
+        CHECKPOINT,
+        f"{DAMAGE}::test_a_file_is_flushed_before_it_takes_its_name",
+        "        _write(aside, data)\n        aside.rename(path)\n",
+        "        aside.write_bytes(data)\n        aside.rename(path)\n        sync_folder(path)\n",
+    ),
+    mutant(
+        "rows-not-flushed",
+        TRACKING,
+        f"{DAMAGE}::test_rows_are_flushed_before_the_checkpoint_that_follows_them",
+        "            os.fsync(self.metrics_file.fileno())\n",
+        "",
+    ),
+    # -- what is found
+    mutant(
+        "sizes-only",
+        CHECKPOINT,
+        f"{DAMAGE}::test_single_bits[state.json]",
+        '            if digest != entry["sha256"]:',
+        "            if False:",
+    ),
+    mutant(
+        "paths-outside",
+        CHECKPOINT,
+        f"{DAMAGE}::test_manifests_that_name_what_is_outside",
+        '            if Path(name).is_absolute() or ".." in Path(name).parts:',
+        "            if False:",
+    ),
+    mutant(
+        "damaged-is-written-over",
+        RUN_FOLDER,
+        f"{DAMAGE}::test_the_newest_is_damaged",
+        "        for folder in self._damaged:",
+        "        for folder in ():",
+    ),
+    mutant(
+        "leftovers-stay",
+        CHECKPOINT,
+        f"{DAMAGE}::test_leftovers_go_and_foreign_files_stay",
+        "        if LEFTOVER.fullmatch(path.name):\n",
+        "        if False:\n",
+    ),
+    mutant(
+        "foreign-files-go",
+        CHECKPOINT,
+        f"{DAMAGE}::test_leftovers_go_and_foreign_files_stay",
+        "        if LEFTOVER.fullmatch(path.name):\n",
+        "        if True:\n",
+    ),
+    mutant(
+        "changed-data-accepted",
+        RUN_FOLDER,
+        f"{DAMAGE}::test_changed_data_is_no_data_to_go_on_with",
+        'for name in ("data", "targets", "device")}',
+        'for name in ("targets", "device")}',
+    ),
+    mutant(
+        "no-lock",
+        RUN_FOLDER,
+        f"{DAMAGE}::test_two_processes_in_one_folder",
+        "        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "        pass\n",
+    ),
+    mutant(
+        "finished-run-trained-again",
+        RUN_FOLDER,
+        f"{DAMAGE}::test_a_finished_run_is_left_as_it_is",
+        "            if self._finished and not overrides:",
+        "            if False:",
+    ),
+    # -- what is restored
+    mutant(
+        "no-generator-restored",
+        CHECKPOINT,
+        f"{SIGNALS}::test_one_signal[step]",
+        "    set_random_state({name[4:]: tensors.pop",
+        "    dict({name[4:]: tensors.pop",
+    ),
+    mutant(
+        "python-generator-not-restored",
+        CHECKPOINT,
+        f"{DAMAGE}::test_every_generator_goes_on_where_it_was",
+        "    random.setstate((3, ",
+        "    str((3, ",
+    ),
+    mutant(
+        "numpy-generator-not-restored",
+        CHECKPOINT,
+        f"{DAMAGE}::test_every_generator_goes_on_where_it_was",
+        "    numpy.random.set_state((",
+        "    str((",
+    ),
+    mutant(
+        "gauss-in-hand-lost",
+        CHECKPOINT,
+        f"{DAMAGE}::test_every_generator_goes_on_where_it_was",
+        "gauss[0] if gauss else None",
+        "None",
+    ),
+    mutant(
+        "moments-not-restored",
+        CHECKPOINT,
+        f"{SIGNALS}::test_one_signal[step]",
+        'in [*tensors.items(), *state["optimizer"].items()]:',
+        'in [*state["optimizer"].items()]:',
+    ),
+    mutant(
+        "epoch-starts-again",
+        LOOP,
+        f"{SIGNALS}::test_one_signal[step]",
+        "data.epoch_order(len(samples), config.seed, epoch)[seen:]",
+        "data.epoch_order(len(samples), config.seed, epoch)",
+    ),
+    mutant(
+        "later-rows-kept",
+        TRACKING,
+        f"{DAMAGE}::test_the_newest_is_damaged",
+        'if row["step"] <= step and step > 0]',
+        "if step > 0]",
+    ),
+    mutant(
+        "torn-row-read",
+        TRACKING,
+        f"{DAMAGE}::test_metrics_torn_or_gone",
+        "for line in lines[:-1]]",
+        "for line in lines if line]",
+    ),
+    mutant(
+        "evaluated-twice",
+        LOOP,
+        f"{SIGNALS}::test_one_signal[adapter]",
+        "if held_out is None or step in tracker.evaluations:",
+        "if held_out is None:",
+    ),
+    # -- signals
+    mutant(
+        "second-signal-ignored",
+        "qlora/signals.py",
+        f"{SIGNALS}::test_two_signals_end_it_at_once[step]",
+        "            os._exit(128 + number)\n",
+        "            return\n",
+    ),
+    mutant(
+        "signal-raised-in-a-step",
+        "qlora/signals.py",
+        f"{SIGNALS}::test_one_signal[step]",
+        "        if not self._deferred:\n",
+        "        if True:\n",
+    ),
+    mutant(
+        "signal-waits-for-the-evaluation",
+        "qlora/signals.py",
+        f"{SIGNALS}::test_one_signal[evaluation]",
+        "        self._deferred = False\n        try:\n            self.raise_if_received()\n            yield\n",
+        "        try:\n            yield\n",
+    ),
+    mutant(
+        "stopped-is-a-success",
+        "qlora/__main__.py",
+        f"{SIGNALS}::test_one_signal[loading]",
+        "            return stop.exit_code\n",
+        "            return 0\n",
+    ),
+    # -- numbers that are none
+    mutant(
+        "nan-steps",
+        LOOP,
+        f"{DAMAGE}::test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume",
+        "optimizer.found_inf = 1.0 - finite.float()",
+        "optimizer.found_inf = torch.zeros(())",
+    ),
+    mutant(
+        "nan-not-counted",
+        "qlora/guards.py",
+        f"{DAMAGE}::test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume",
+        "        skipped += 1\n",
+        "",
+    ),
+    mutant(
+        "nan-count-not-restored",
+        LOOP,
+        f"{DAMAGE}::test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume",
+        "    step, first_epoch, seen, skipped = run.restore(model, optimizer, fingerprint(model))\n",
+        "    step, first_epoch, seen, skipped = run.restore(model, optimizer, fingerprint(model))\n    skipped = 0\n",
+    ),
+    # -- the step
+    mutant(
+        "mean-of-means",
+        LOOP,
+        "test_train_loop.py::test_a_window_counts_as_one_batch_however_it_is_cut",
+        "micro_loss = loss_sum(hidden, batch) / num_tokens",
+        "micro_loss = loss_sum(hidden, batch) / (batch.num_tokens * len(window))",
+    ),
+    mutant(
+        "gradients-pile-up",
+        LOOP,
+        "test_train_loop.py::test_gradients_of_the_last_step_do_not_leak_into_the_next",
+        "    optimizer.zero_grad(set_to_none=True)",
+        "    pass",
+    ),
+    mutant(
+        "labels-not-shifted",
+        "qlora/loss.py",
+        "test_loss.py::test_equals_transformers_own_loss_and_its_adapter_gradients",
+        "[batch.positions + 1]",
+        "[batch.positions]",
+    ),
+    mutant(
+        "partial-targets-accepted",
+        "qlora/model.py",
+        "test_model.py::test_the_seven_llama_names_are_refused_not_silently_cut_to_two",
+        "        if not matched:\n",
+        "        if not matched:\n            continue\n",
+    ),
+    # -- the data
+    mutant(
+        "short-window-dropped",
+        DATA,
+        "test_data.py::test_windows_are_full_but_for_the_last",
+        "    while window := list(itertools.islice(items, size)):\n",
+        "    while len(window := list(itertools.islice(items, size))) == size:\n",
+    ),
+    mutant(
+        "stop-masked-as-padding",
+        DATA,
+        "test_data.py::test_plain_form_to_the_letter_and_the_loss_on_response_and_stop_token",
+        "            labels += answer_ids\n",
+        "            labels += [IGNORED if id == form.stop_id else id for id in answer_ids]\n",
+    ),
+    mutant(
+        "padding-told-by-its-id",
+        DATA,
+        "test_data.py::test_positions_point_at_the_state_before_each_label",
+        "torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)",
+        "torch.nonzero((labels[:, 1:] != IGNORED) & (input_ids[:, 1:] != 0), as_tuple=True)",
+    ),
+    mutant(
+        "same-order-in-each-epoch",
+        DATA,
+        "test_data.py::test_order_is_a_pure_function_of_seed_and_epoch",
+        "(seed * 1_000_003 + epoch)",
+        "(seed * 1_000_003)",
+    ),
+    mutant(
+        "key-twice-accepted",
+        DATA,
+        "test_data.py::test_a_wrong_file_is_refused_with_its_line",
+        "    if len(row) < len(pairs):\n",
+        "    if False:\n",
+    ),
+    mutant(
+        "special-tokens-not-marked",
+        DATA,
+        "test_data.py::test_special_tokens_in_messages_stay_text_in_the_chat_form",
+        r'return message._replace(content=self.special.sub(rf"{OPEN}\g<0>{CLOSE}", message.content))',
+        "return message",
+    ),
+]
+
+
+def applied(mutant: Mutant, root: Path) -> str:
+    """The broken file.
+
+    Raises:
+        ValueError: if an old text does not stand there exactly once.
+    """
+    text = (root / mutant.file).read_text()
+    for old, new in mutant.edits:
+        if text.count(old) != 1:
+            raise ValueError(f"{mutant.name}: {old!r} stands {text.count(old)} times in {mutant.file}")
+        text = text.replace(old, new)
+    return text
+
+
+def run(tests: Iterable[str], scratch: Path, mutant: Mutant | None) -> tuple[int, str]:
+    """pytest's exit code (1: a test failed) and last words on tests in a copy of the tree, with or without a breakage."""
+    copied = shutil.copytree(ROOT, scratch / "tree", ignore=LEFT_OUT)
+    if mutant is not None:
+        (copied / mutant.file).write_text(applied(mutant, copied))
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow", "--basetemp", str(scratch / "temporary")]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copied)}
+    environment.pop("SURVIVAL_JSON", None)
+    done = subprocess.run(command, cwd=copied, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    why = re.findall(r"^E   +(\S.*)$", done.stdout, re.MULTILINE)
+    last = done.stdout.strip().splitlines()[-1:] if done.returncode != 1 else why[-1:]
+    return done.returncode, " ".join(last)
+
+
+def outcome(mutant: Mutant) -> tuple[Mutant, str, float]:
+    """What became of it."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            code, words = run([mutant.test], Path(scratch), mutant)
+        except ValueError as error:
+            return mutant, f"NOT APPLICABLE: {error}", 0.0
+    state = {0: "SURVIVED", 1: "died"}.get(code, f"NO ANSWER: pytest ended with {code}: {words}")
+    return mutant, state, time.perf_counter() - start
+
+
+def main(names: list[str]) -> int:
+    """Try the mutants named, or all; 0 if each of them died."""
+    if unknown := set(names) - {mutant.name for mutant in MUTANTS}:
+        print(f"no such mutant: {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    with tempfile.TemporaryDirectory() as scratch:
+        code, words = run(sorted({mutant.test for mutant in chosen}), Path(scratch), None)
+    if code:
+        print(f"without any mutant: pytest ended with {code}: {words}", file=sys.stderr)
+        return 2
+    widths = [max(len(getattr(mutant, field)) for mutant in chosen) for field in ("name", "file")]
+    alive = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for mutant, state, seconds in pool.map(outcome, chosen):
+            alive += state != "died"
+            print(f"{mutant.name:{widths[0]}}  {mutant.file:{widths[1]}}  {state}  {seconds:3.0f} s  {mutant.test}", flush=True)
+    print(f"{len(chosen) - alive} of {len(chosen)} died")
+    return alive > 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

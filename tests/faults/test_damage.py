@@ -1,0 +1,612 @@
+"""Damage to what is on disk: it is found and named, nothing wrong is trained on, and what is sound is gone on from."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+import safetensors.torch
+import torch
+
+import train_loop
+from qlora import checkpoint, run_folder
+from qlora.config import ExitCode, UserError
+from tests.faults.conftest import SEED
+from tests.faults.harness import Case, all_pass, ended, log, rows
+from tests.faults.test_kills import stop_at
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+ADAPTER, TRAINER_STATE, STATE, MANIFEST = checkpoint.ADAPTER, checkpoint.TRAINER_STATE, checkpoint.STATE, checkpoint.MANIFEST
+FILES = (ADAPTER, "adapter_config.json", TRAINER_STATE, STATE, MANIFEST)
+NEWEST = "step-000012"
+
+
+def digest(folder: Path) -> dict[str, tuple]:
+    """Name -> size, time and content of all that is in a folder, itself included."""
+    found = {}
+    for path in [folder, *sorted(folder.rglob("*"))]:
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        found[str(path.relative_to(folder))] = (path.stat().st_size, path.stat().st_mtime_ns, content)
+    return found
+
+
+# -- a checkpoint, damaged in any way ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoints(case: Case, tmp_path) -> Path:
+    """Copies of the last two checkpoints of a run that ended well."""
+    copied = shutil.copytree(case.straight / "checkpoints", tmp_path / "checkpoints")
+    assert list(checkpoint.by_step(copied))[-1] == 12 and len(checkpoint.by_step(copied)) == 2
+    assert {path.name for path in (copied / NEWEST).iterdir()} == set(FILES)
+    return copied
+
+
+@contextlib.contextmanager
+def damaged(folder: Path, *names: str) -> Iterator[list[Path]]:
+    """Files of the checkpoint to damage; afterwards they are as they were."""
+    kept = {folder / name: (folder / name).read_bytes() for name in names}
+    yield list(kept)
+    for path, content in kept.items():
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        path.write_bytes(content)
+    assert checkpoint.problem_of(folder) is None
+
+
+def check_found(checkpoints: Path, words: str, what: str) -> None:
+    """The newest is told to be damaged, in the words given; the one before it takes its place, and is never removed."""
+    older, newest = checkpoint.by_step(checkpoints).values()
+    try:
+        problem = checkpoint.problem_of(newest)
+        found = checkpoint.newest(checkpoints)
+        checkpoint.prune(checkpoints, 2, {})
+    except Exception as error:
+        error.add_note(f"raised by: {what}")
+        raise
+    assert problem, f"{what}: nobody noticed"
+    assert words in problem and "\n" not in problem, f"{what}: {problem}"
+    assert found == (older, {newest: problem}), what
+    assert checkpoint.problem_of(older) is None, f"{what}: the sound one was pruned"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_cut_gone_and_swapped(checkpoints, record, name: str):
+    start, tried = time.perf_counter(), 0
+    older, newest = checkpoint.by_step(checkpoints).values()
+    content = (newest / name).read_bytes()
+    for size in (0, 1, len(content) // 2, len(content) - 1):
+        with damaged(newest, name) as [path]:
+            path.write_bytes(content[:size])
+            check_found(checkpoints, name, f"cut to {size} bytes")
+            tried += 1
+    with damaged(newest, name) as [path]:
+        path.unlink()
+        check_found(checkpoints, f"{name} cannot be read: No such file", "deleted")
+    with damaged(newest, name) as [path]:
+        path.unlink()
+        path.mkdir()
+        check_found(checkpoints, f"{name} cannot be read: Is a directory", "a folder in its place")
+    with damaged(newest, name) as [path]:
+        path.write_bytes(content + b"\0")
+        check_found(checkpoints, name, "a byte longer")
+    tried += 3
+    other = (older / name).read_bytes()
+    assert (other == content) == (name == "adapter_config.json")
+    if other != content:
+        with damaged(newest, name) as [path]:
+            path.write_bytes(other)
+            check_found(checkpoints, MANIFEST, "that of the other checkpoint")
+            tried += 1
+    if os.geteuid() != 0:  # to whom no file is closed
+        with damaged(newest, name) as [path]:
+            path.chmod(0)
+            check_found(checkpoints, f"{name} cannot be read: Permission denied", "without permission")
+            path.chmod(0o644)
+            tried += 1
+    record(f"damage: {name} cut, gone, swapped", tried, start)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_single_bits(checkpoints, record, name: str):
+    start = time.perf_counter()
+    newest = checkpoints / NEWEST
+    content = (newest / name).read_bytes()
+    draw = random.Random(f"{SEED} {name}")
+    tried = same = 0
+    for place in (draw.randrange(8 * len(content)) for _ in range(32)):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        if name == MANIFEST and same_json(content, bytes(flipped)):
+            same += 1  # a space that became a tab: no damage
+            continue
+        with damaged(newest, name) as [path]:
+            path.write_bytes(flipped)
+            check_found(checkpoints, "" if name == MANIFEST else name, f"bit {place}")
+            tried += 1
+    assert tried + same == 32 and tried > 20
+    record(f"damage: a bit of {name}", tried, start)
+
+
+def same_json(one: bytes, other: bytes) -> bool:
+    try:
+        return json.loads(one) == json.loads(other)
+    except ValueError:
+        return False
+
+
+def entries(checkpoints: Path) -> dict:
+    return json.loads((checkpoints / NEWEST / MANIFEST).read_bytes())["files"]
+
+
+def test_manifests_that_were_made_up(checkpoints, record):
+    start = time.perf_counter()
+    true = entries(checkpoints)
+    some = true[STATE]
+    made_up = {
+        "a list": (b"[]", f"{MANIFEST} is damaged"),
+        "null": (b"null", f"{MANIFEST} is damaged"),
+        "a number": (b"1", f"{MANIFEST} is damaged"),
+        "nothing in it": (b"{}", f"{MANIFEST} is damaged"),
+        "deep": (b"[" * 100_000 + b"]" * 100_000, f"{MANIFEST} is damaged"),
+        "deep inside": (b'{"files": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", f"{MANIFEST} is damaged"),
+        "not UTF-8": (b'{"files": {"\xff\xfe": {}}}', f"{MANIFEST} is damaged"),
+        "UTF-16": (json.dumps({"files": true}).encode("utf-16")[:-1], f"{MANIFEST} is damaged"),
+        "zeros, as after a power cut": (bytes(500), f"{MANIFEST} is damaged"),
+        "files are null": (b'{"files": null}', f"{MANIFEST} is damaged"),
+        "files are a list": (json.dumps({"files": list(true)}).encode(), f"{MANIFEST} is damaged"),
+        "an entry is null": (json.dumps({"files": {**true, STATE: None}}).encode(), f"{MANIFEST} is damaged"),
+        "an entry is a number": (json.dumps({"files": {**true, STATE: 1}}).encode(), f"{MANIFEST} is damaged"),
+        "a size is a list": (json.dumps({"files": {**true, STATE: {**some, "size": []}}}).encode(), f"{MANIFEST} is damaged"),
+        "a size is text": (json.dumps({"files": {**true, STATE: {**some, "size": "9"}}}).encode(), f"{MANIFEST} is damaged"),
+        "a sum is null": (json.dumps({"files": {**true, STATE: {**some, "sha256": None}}}).encode(), STATE),
+        "no sum": (json.dumps({"files": {**true, STATE: {"size": some["size"]}}}).encode(), f"{MANIFEST} is damaged"),
+        "no files": (b'{"files": {}}', f"{MANIFEST} does not list"),
+        "a name with a zero": (json.dumps({"files": {**true, "a\0b": some}}).encode(), f"{MANIFEST} is damaged"),
+        "no name": (json.dumps({"files": {**true, "": some}}).encode(), "cannot be read"),
+        "half a surrogate": (b'{"files": {"\\ud800": {"size": 1, "sha256": ""}}}', ""),
+    }
+    for name in (ADAPTER, TRAINER_STATE, STATE):
+        rest = {other: entry for other, entry in true.items() if other != name}
+        made_up[f"without {name}"] = (json.dumps({"files": rest}).encode(), f"{MANIFEST} does not list {name}")
+    for what, (manifest, words) in made_up.items():
+        with damaged(checkpoints / NEWEST, MANIFEST) as [path]:
+            path.write_bytes(manifest)
+            check_found(checkpoints, words, what)
+    record("damage: a manifest that was made up", len(made_up), start)
+
+
+def test_manifests_that_name_what_is_outside(checkpoints, record):
+    start, true = time.perf_counter(), entries(checkpoints)
+    outside = checkpoints.parent / "outside"
+    outside.write_bytes(b"secret")
+    as_written = {"size": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}  # it would verify, if it were opened
+    names = ("../../outside", str(outside), "/etc/passwd", "a/../../../outside", "../step-000012/../../outside")
+    for name in names:
+        with damaged(checkpoints / NEWEST, MANIFEST) as [path]:
+            path.write_text(json.dumps({"files": {**true, name: as_written}}))
+            check_found(checkpoints, f"{MANIFEST} names {name}, which is not inside", name)
+    record("damage: a manifest that names what is outside", len(names), start)
+
+
+def test_states_that_were_made_up(checkpoints, record):
+    """A manifest that fits does not make sense of them."""
+    start, true = time.perf_counter(), entries(checkpoints)
+    state = json.loads((checkpoints / NEWEST / STATE).read_bytes())
+    made_up = {
+        "empty": b"",
+        "not JSON": b"{",
+        "not UTF-8": b"\xff",
+        "null": b"null",
+        "a list": b"[]",
+        "deep": b"[" * 100_000 + b"]" * 100_000,
+        "no step": json.dumps({name: value for name, value in state.items() if name != "step"}).encode(),
+        "a step of text": json.dumps({**state, "step": "12"}).encode(),
+        "step null": json.dumps({**state, "step": None}).encode(),
+        "another step": json.dumps({**state, "step": 11}).encode(),
+    }
+    for what, content in made_up.items():
+        fitting = {**true, STATE: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+        with damaged(checkpoints / NEWEST, MANIFEST, STATE) as (manifest, path):
+            manifest.write_bytes(json.dumps({"files": fitting}).encode())
+            path.write_bytes(content)
+            check_found(checkpoints, STATE, what)
+    record("damage: a state that was made up", len(made_up), start)
+
+
+def test_a_folder_under_the_name_of_another_step(checkpoints, record):
+    start = time.perf_counter()
+    (checkpoints / NEWEST).rename(checkpoints / "step-000013")
+    check_found(checkpoints, f"{STATE} is that of step 12", "renamed")
+    shutil.rmtree(checkpoints / "step-000013")
+    older = next(iter(checkpoint.by_step(checkpoints).values()))
+    shutil.copytree(older, checkpoints / NEWEST)
+    check_found(checkpoints, f"{STATE} is that of step {int(older.name[5:])}", "a copy of the older")
+    record("damage: a folder renamed", 2, start)
+
+
+# -- the order of writing ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, ...]]:
+    """What is flushed and renamed, in order; a flush by the inode, which stays the same when a folder is renamed."""
+    seen: list[tuple[str, ...]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        seen.append(("flush", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def watched_rename(self: Path, target: Path) -> Path:
+        seen.append(("rename", str(self), str(target)))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    return seen
+
+
+def test_a_folder_is_flushed_inside_out_before_it_takes_its_name(calls, tmp_path):
+    """In any other order a power cut could leave the name without what it stands for."""
+    folder, aside = tmp_path / "step-000002", tmp_path / ".step-000002.tmp"
+    checkpoint.write_folder(folder, [("a", b"1"), ("b", b"2")])
+    flushed = [("flush", str(path)) for path in (aside / "a", aside / "b", aside / MANIFEST, aside)]
+    assert calls == [*flushed, ("rename", str(aside), str(folder)), ("flush", str(tmp_path))]
+
+
+def test_a_folder_that_is_replaced_stays_until_the_new_one_is_flushed(calls, tmp_path):
+    folder, aside = tmp_path / "adapter", tmp_path / ".adapter.tmp"
+    checkpoint.write_folder(folder, [("a", b"1")])
+    calls.clear()
+    checkpoint.write_folder(folder, [("a", b"2")])
+    flushed = [("flush", str(path)) for path in (aside / "a", aside / MANIFEST, aside)]
+    out_of_sight = ("rename", str(folder), str(tmp_path / ".adapter.old.tmp"))
+    assert calls == [*flushed, out_of_sight, ("rename", str(aside), str(folder)), ("flush", str(tmp_path))]
+    assert (folder / "a").read_bytes() == b"2" and [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_file_is_flushed_before_it_takes_its_name(calls, tmp_path):
+    path, aside = tmp_path / "config.yaml", tmp_path / ".config.yaml.tmp"
+    checkpoint.write_file(path, b"1")
+    assert calls == [("flush", str(aside)), ("rename", str(aside), str(path)), ("flush", str(tmp_path))]
+
+
+def test_rows_are_flushed_before_the_checkpoint_that_follows_them(case: Case, tmp_path, calls):
+    """Else a power cut could leave a checkpoint whose steps have no rows, and they would never come."""
+
+    told = tmp_path / "calls.json"
+    assert ended(case.start(tmp_path / "run", "--max-steps", "4", before=lambda: tell(calls, told))) == 0
+    seen = [(kind, Path(names[-1]).name) for kind, *names in json.loads(told.read_text())]
+    saved = [index for index, (kind, name) in enumerate(seen) if kind == "rename" and name.startswith("step-")]
+    assert [seen[index][1] for index in saved] == ["step-000002", "step-000004"]
+    for since, index in zip([0, *saved], saved, strict=False):
+        flushed = [name for kind, name in seen[since:index] if kind == "flush"]
+        assert flushed.index("metrics.jsonl") < flushed.index(ADAPTER), flushed
+
+
+def tell(calls: list[tuple[str, ...]], path: Path) -> None:
+    """Have the run that follows write what was called to a file, at its end."""
+    finish = run_folder.RunFolder.finish
+
+    def finish_and_tell(self: run_folder.RunFolder, step: int) -> None:
+        finish(self, step)
+        path.write_text(json.dumps(calls))
+
+    run_folder.RunFolder.finish = finish_and_tell
+
+
+# -- runs in a folder that was damaged ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped in step 8."""
+    folder = tmp_path_factory.mktemp("damage") / "prepared"
+    assert ended(case.start(folder, before=lambda: stop_at(8))) == 128 + signal.SIGTERM
+    assert case.check_what_is_there(folder) == [4, 8]
+    return folder
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_the_newest_is_damaged(case: Case, prepared, tmp_path, record):
+    start = time.perf_counter()
+    damages = {ADAPTER: (cut, "bytes"), TRAINER_STATE: (flip, "SHA-256 differs"), STATE: (Path.unlink, "No such file")}
+
+    def trial(name: str, damage: Callable[[Path], None], words: str) -> Callable[[], None]:
+        def run() -> None:
+            folder = shutil.copytree(prepared, tmp_path / name)
+            damage(folder / "checkpoints" / "step-000008" / name)
+            was = {path.name: path.read_bytes() for path in (folder / "checkpoints" / "step-000008").iterdir()}
+            case.finish(folder)
+            output = log(folder).read_text()
+            assert re.search(rf"Checkpoint step-000008 is damaged: {name} .*{words}", output), output
+            assert "Resuming after step-000004. It goes on bit for bit as if it had not stopped." in output, output
+            aside = folder / "checkpoints" / "step-000008.damaged"
+            assert {path.name: path.read_bytes() for path in aside.iterdir()} == was, "it is kept, to be looked at"
+
+        return run
+
+    all_pass({name: trial(name, *damage) for name, damage in damages.items()}, tmp_path)
+    record("damage: the newest checkpoint of a run", len(damages), start)
+
+
+def test_all_are_damaged(case: Case, prepared, tmp_path, record):
+    start = time.perf_counter()
+    folder = shutil.copytree(prepared, tmp_path / "run")
+    cut(folder / "checkpoints" / "step-000004" / STATE)
+    flip(folder / "checkpoints" / "step-000008" / ADAPTER)
+    before = digest(folder)
+    assert ended(case.start(folder)) == ExitCode.CHECKPOINT
+    output = log(folder).read_text()
+    assert "Checkpoint step-000004 is damaged: state.json has" in output, output
+    assert "Checkpoint step-000008 is damaged: adapter_model.safetensors is not what was written" in output, output
+    assert "none of its 2 checkpoints is sound" in output and "Traceback" not in output, output
+    assert digest(folder) == before
+    record("damage: all checkpoints of a run", 1, start)
+
+
+def test_leftovers_go_and_foreign_files_stay(case: Case, prepared, tmp_path, record):
+    start = time.perf_counter()
+    folder = shutil.copytree(prepared, tmp_path / "run")
+    leftovers = [".adapter.tmp/a", ".config.yaml.tmp", "checkpoints/.step-000099.tmp/a", "checkpoints/.step-000002.old.tmp/a"]
+    foreign = ["notes.txt", "checkpoints/notes.txt", "checkpoints/step-backup/a", "checkpoints/.hidden.tmp"]
+    foreign += ["checkpoints/step-12/a", ".mine.tmp", "checkpoints/step-000099.tmp", "adapter-of-mine/a"]
+    for name in [*leftovers, *foreign]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    assert ended(case.start(folder)) == 0, log(folder).read_text()[-3000:]
+    for name in foreign:
+        assert (folder / name).read_text() == name
+        if name.endswith(".tmp"):  # which check_finished would take for leftovers
+            (folder / name).unlink()
+    case.check_finished(folder)
+    assert not [name for name in leftovers if (folder / name).exists()]
+    record("leftovers of a dead process", len(leftovers), start)
+
+
+def test_a_finished_run_is_left_as_it_is(case: Case, tmp_path, record):
+    start = time.perf_counter()
+    folder = shutil.copytree(case.straight, tmp_path / "run")
+    before = digest(folder)
+    assert ended(case.start(folder)) == 0
+    assert "holds this very run, and it is complete. Nothing was done." in log(folder).read_text()
+    assert digest(folder) == before
+    record("a finished run, run again", 1, start)
+
+
+def test_two_processes_in_one_folder(case: Case, tmp_path, record):
+    start = time.perf_counter()
+    folder = tmp_path / "run"
+    (ready, tell_ready), (go, tell_go) = os.pipe(), os.pipe()
+
+    def wait_in_step_3() -> None:
+        original, seen = train_loop.train_step, []
+
+        def waiting(*args, **kwargs):
+            seen.append(1)
+            if len(seen) == 3:
+                os.write(tell_ready, b".")
+                os.read(go, 1)
+            return original(*args, **kwargs)
+
+        train_loop.train_step = waiting
+
+    first = case.start(folder, before=wait_in_step_3)
+    os.close(tell_ready)
+    assert os.read(ready, 1) == b".", log(folder).read_text()
+    before = digest(folder)
+    assert ended(case.start(folder)) == ExitCode.CHECKPOINT
+    output = log(folder).read_text()
+    assert f'is in use by another process ({{"pid": {first}, ' in output and "Traceback" not in output, output
+    assert digest(folder) == before
+    os.write(tell_go, b".")
+    assert ended(first) == 0, log(folder).read_text()[-3000:]
+    case.check_finished(folder)
+    for descriptor in (ready, go, tell_go):
+        os.close(descriptor)
+    record("a second process in the folder", 1, start)
+
+
+def test_metrics_torn_or_gone(case: Case, prepared, tmp_path, record):
+    start = time.perf_counter()
+
+    def torn(tail: bytes) -> Callable[[], None]:
+        def run() -> None:
+            folder = shutil.copytree(prepared, tmp_path / f"torn-{len(tail)}")
+            with (folder / "metrics.jsonl").open("ab") as file:
+                file.write(tail)
+            case.finish(folder)
+
+        return run
+
+    def gone() -> None:
+        folder = shutil.copytree(prepared, tmp_path / "gone")
+        (folder / "metrics.jsonl").unlink()
+        assert ended(case.start(folder)) == 0, log(folder).read_text()[-3000:]
+        later = [row for row in rows(case.straight) if row["step"] > 8 or (row["step"] == 8 and row["event"] == "eval")]
+        assert rows(folder) == later
+        name = "adapter/adapter_model.safetensors"
+        assert (folder / name).read_bytes() == (case.straight / name).read_bytes()
+
+    tails = [b"{", b'{"event": "step", "step": 9, "epo', bytes(100)]
+    all_pass({**{f"torn {len(tail)}": torn(tail) for tail in tails}, "gone": gone}, tmp_path)
+    record("metrics.jsonl torn or gone", len(tails) + 1, start)
+
+
+def test_a_line_of_metrics_or_the_mark_of_the_end_that_is_not_json(case: Case, prepared, tmp_path, record):
+    """One bit of a file that holds no weights must not keep a run from its end with a traceback."""
+    start = time.perf_counter()
+
+    def trial(source: Path, name: str, damage: Callable[[bytes], bytes], number: int) -> Callable[[], None]:
+        def run() -> None:
+            folder = shutil.copytree(source, tmp_path / f"run-{number}")
+            (folder / name).write_bytes(damage((folder / name).read_bytes()))
+            code = ended(case.start(folder))
+            output = log(folder).read_text()
+            assert "Traceback" not in output and (code == 0 or (code in set(ExitCode) and name in output)), output[-3000:]
+
+        return run
+
+    damages: list[tuple[Path, str, Callable[[bytes], bytes]]] = [
+        (prepared, "metrics.jsonl", lambda content: b"\xff" + content[1:]),
+        (prepared, "metrics.jsonl", lambda content: content.replace(b'"step":', b'"stop":')),
+        (prepared, "metrics.jsonl", lambda content: content.replace(b'"epoch"', b'"epoch', 1)),
+        (case.straight, "finished.json", lambda content: content[:-1]),
+        (case.straight, "finished.json", lambda _: b"null"),
+        (case.straight, "finished.json", lambda _: b"{}"),
+    ]
+    all_pass({f"trial-{number}": trial(*damage, number) for number, damage in enumerate(damages)}, tmp_path)
+    record("damage: metrics.jsonl, finished.json", len(damages), start)
+
+
+def test_a_disk_that_gives_back_something_else(case: Case, tmp_path, record):
+    """What was written is read again: a save that went wrong ends the run while the older checkpoints are there."""
+    start = time.perf_counter()
+
+    def unsound() -> None:
+        write = checkpoint._write
+
+        def unsound_write(path: Path, content: bytes) -> None:
+            wrong = path.name == TRAINER_STATE and path.parent.name == ".step-000006.tmp"
+            write(path, bytes([content[0] ^ 1]) + content[1:] if wrong else content)
+
+        checkpoint._write = unsound_write
+
+    folder = tmp_path / "run"
+    assert ended(case.start(folder, before=unsound)) == ExitCode.CHECKPOINT
+    output = log(folder).read_text()
+    assert f"was written and reads back otherwise: {TRAINER_STATE} is not what was written" in output, output
+    sound = [step for step, path in checkpoint.by_step(folder / "checkpoints").items() if not checkpoint.problem_of(path)]
+    assert sound == [2, 4] and "Traceback" not in output
+    case.finish(folder)
+    record("a checkpoint that reads back otherwise", 1, start)
+
+
+def test_changed_data_is_no_data_to_go_on_with(case: Case, tmp_path, record):
+    start = time.perf_counter()
+    train = shutil.copy(case.flags[case.flags.index("--train-file") + 1], tmp_path / "train.jsonl")
+    flags = ["--train-file", str(train)]
+    folder = tmp_path / "run"
+    assert ended(case.start(folder, *flags, before=lambda: stop_at(4))) == 128 + signal.SIGTERM
+    content = Path(train).read_text()
+    before = digest(folder)
+    Path(train).write_text(content.replace("train 7", "train 8", 1))
+    assert ended(case.start(folder, *flags)) == ExitCode.CONFIGURATION
+    output = log(folder).read_text()
+    assert re.search(r"holds another run, at step 4; it differs in\n.*\n  data ", output) and "Traceback" not in output, output
+    assert digest(folder) == before
+    Path(train).write_text(content)
+    case.finish(folder, *flags)
+    record("changed data on resume", 1, start)
+
+
+# -- what a resume brings back -----------------------------------------------------------------------------------------
+
+
+def test_every_generator_goes_on_where_it_was(case: Case, tmp_path, record):
+    """The loop draws from torch alone; whoever edits it may draw from Python's and NumPy's, whose gauss keeps one in hand."""
+    start = time.perf_counter()
+
+    def drawing(told: Path, end: str | None, at: int) -> Callable[[], None]:
+        def before() -> None:
+            original, calls = train_loop.train_step, []
+
+            def watched(*args, **kwargs):
+                calls.append(1)
+                if len(calls) == at and end == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if len(calls) == at and end == "stopped":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                drawn = [random.random(), random.gauss(0, 1), numpy.random.rand(), numpy.random.randn()]
+                with told.open("a") as file:
+                    print(*drawn, torch.randn(1).item(), file=file)
+                return original(*args, **kwargs)
+
+            train_loop.train_step = watched
+
+        return before
+
+    def trial(end: str | None, at: int, code: int) -> Callable[[], None]:
+        def run() -> None:
+            folder, told = tmp_path / f"run-{end}-{at}", tmp_path / f"draws-{end}-{at}"
+            assert ended(case.start(folder, before=drawing(told, end, at))) == code, log(folder).read_text()
+            if end:
+                assert ended(case.start(folder, before=drawing(told, None, 0))) == 0, log(folder).read_text()
+
+        return run
+
+    stops = [("killed", 7, -signal.SIGKILL), ("stopped", 5, 143), ("stopped", 6, 143)]
+    all_pass({f"trial-{end}-{at}": trial(end, at, code) for end, at, code in [(None, 0, 0), *stops]}, tmp_path)
+    straight = (tmp_path / "draws-None-0").read_text()
+    assert len(set(straight.splitlines())) == 12
+    for end, at, _ in stops:
+        assert (tmp_path / f"draws-{end}-{at}").read_text() == straight, f"{end} at {at}"
+        assert rows(tmp_path / f"run-{end}-{at}") == rows(tmp_path / "run-None-0")
+    record("draws of every generator over a resume", len(stops), start)
+
+
+def test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume(case: Case, tmp_path, record):
+    start = time.perf_counter()
+    folder = tmp_path / "run"
+
+    def spoiled(spoil: set[int], stop: int | None) -> Callable[[], None]:
+        def before() -> None:
+            original, calls = train_loop.train_step, []
+
+            def watched(decoder, optimizer, window, loss_sum, *rest):
+                calls.append(1)
+                if len(calls) == stop:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                factor = math.nan if len(calls) in spoil else 1.0
+                return original(decoder, optimizer, window, lambda *args: loss_sum(*args) * factor, *rest)
+
+            train_loop.train_step = watched
+
+        return before
+
+    permitted = ("--skip-nonfinite", "2")
+    assert ended(case.start(folder, *permitted, before=spoiled({3, 5}, 6))) == 143, log(folder).read_text()
+    assert "It was skipped, 2 of 2 that may be." in log(folder).read_text()
+    newest = folder / "checkpoints" / "step-000006"
+    assert json.loads((newest / STATE).read_text())["skipped"] == 2
+    for name in (ADAPTER, TRAINER_STATE):
+        tensors = safetensors.torch.load_file(newest / name)
+        assert all(torch.isfinite(tensor).all() for tensor in tensors.values()), "a NaN got in"
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    assert ended(case.start(copied, *permitted, before=spoiled({2}, None))) == ExitCode.NUMERICS
+    output = log(copied).read_text()
+    assert "Step 8 is not finite" in output and f"All up to step 6 is safe in {copied}" in output, output
+    assert list(checkpoint.by_step(copied / "checkpoints"))[-1] == 6
+    assert ended(case.start(folder, *permitted)) == 0, log(folder).read_text()
+    losses = {row["step"]: row["loss"] for row in rows(folder) if row["event"] == "step"}
+    assert [step for step, loss in losses.items() if loss is None] == [3, 5] and len(losses) == 12
+    record("NaN in a window", 3, start)
+
+
+def test_a_write_that_fails_leaves_no_trace(tmp_path):
+    def failing() -> Iterator[tuple[str, bytes]]:
+        yield "a", b"1"
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="cannot be written: No space left on device") as caught:
+        checkpoint.write_folder(tmp_path / "step-000002", failing())
+    assert caught.value.exit_code == ExitCode.CHECKPOINT and not list(tmp_path.iterdir())

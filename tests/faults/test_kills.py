@@ -1,0 +1,183 @@
+"""SIGKILL at any moment, a disk full at any byte: nothing that was saved is lost, and the run ends as if undisturbed."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora import checkpoint, run_folder
+from qlora.config import ExitCode
+from tests.faults.conftest import SEED
+from tests.faults.harness import Case, all_pass, ended, killed_after, log
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[2]
+CALLS = {"open", "write", "flush", "fsync", "close", "rename", "replace", "mkdir", "rmdir", "unlink"}  # of the file system
+
+
+def test_killed_at_random_moments_and_in_chains_of_three(case: Case, tmp_path, record):
+    draw = random.Random(SEED)
+    start = time.perf_counter()
+
+    def trial(name: str, moments: list[float]) -> Callable[[], None]:
+        def run() -> None:
+            folder = tmp_path / name
+            for moment in moments:
+                while not killed_after(case.start(folder), moment * case.seconds):  # it had ended: not a kill, so not counted
+                    shutil.rmtree(folder)
+                    moment *= 0.7
+                if (folder / "checkpoints").exists():
+                    case.check_what_is_there(folder)
+            case.finish(folder)
+            shutil.rmtree(folder)
+
+        return run
+
+    trials = {f"kill-{i}": trial(f"kill-{i}", [draw.uniform(0, 1.2)]) for i in range(120)}
+    trials |= {f"chain-{i}": trial(f"chain-{i}", [draw.uniform(0.3, 0.8) for _ in range(3)]) for i in range(10)}
+    all_pass(trials, tmp_path)
+    record("SIGKILL at a random moment", 120, start)
+    record("SIGKILL three times in a row", 10, start)
+
+
+def count_calls(kill_at: int | None, told: Path | None) -> Callable[[], None]:
+    """What a child does first: count the file-system calls of the saves at steps 6 and 8, and die before one of them."""
+
+    def before() -> None:
+        calls: list[str] = []
+        save = run_folder.RunFolder.save
+
+        def watch(frame, event, function):
+            module = frame.f_code.co_filename
+            ours = any(part in module for part in ("checkpoint.py", "pathlib", "shutil.py"))
+            if event == "c_call" and ours and function.__name__ in CALLS:
+                calls.append(function.__name__)
+                if len(calls) == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        def watched(self, model, optimizer, progress, keep, evaluations):
+            if progress.step in (6, 8):
+                sys.setprofile(watch)
+            try:
+                save(self, model, optimizer, progress, keep, evaluations)
+            finally:
+                sys.setprofile(None)
+                if told is not None:
+                    told.write_text(json.dumps(calls))
+
+        run_folder.RunFolder.save = watched
+
+    return before
+
+
+def test_killed_before_every_file_system_call_of_two_saves_and_their_prunes(case: Case, tmp_path, record):
+    start = time.perf_counter()
+    prepared = tmp_path / "prepared"  # stopped after step 4: the saves at 6 and 8 each remove one that is there
+    assert ended(case.start(prepared, before=lambda: stop_at(4))) == 143
+    assert case.check_what_is_there(prepared) == [2, 4]
+    folder = shutil.copytree(prepared, tmp_path / "counted")
+    assert ended(case.start(folder, before=count_calls(None, tmp_path / "calls.json"))) == 0
+    calls = json.loads((tmp_path / "calls.json").read_text())
+    assert calls.count("fsync") >= 2 * 7 and calls.count("rename") >= 2 * 2 and "rmdir" in calls and "unlink" in calls
+
+    def trial(number: int) -> Callable[[], None]:
+        def run() -> None:
+            folder = shutil.copytree(prepared, tmp_path / f"call-{number}")
+            assert ended(case.start(folder, before=count_calls(number, None))) == -signal.SIGKILL
+            assert case.check_what_is_there(folder)[-1] >= 4
+            case.finish(folder)
+            shutil.rmtree(folder)
+
+        return run
+
+    all_pass({f"call-{number}": trial(number) for number in range(1, len(calls) + 1)}, tmp_path)
+    record("SIGKILL before each file-system call of two saves", len(calls), start)
+
+
+def stop_at(step: int) -> None:
+    """Make the run that follows send itself SIGTERM in the given step."""
+    import train_loop
+
+    train_step, calls = train_loop.train_step, []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args, **kwargs)
+
+    train_loop.train_step = counted
+
+
+@pytest.mark.parametrize("deadly", [True, False], ids=["killed", "disk full"])
+def test_a_file_that_ends_at_any_byte(case: Case, tmp_path, record, deadly: bool):
+    """RLIMIT_FSIZE: the kernel kills the process at a byte of a file, or refuses to write on, as when a disk is full."""
+    start = time.perf_counter()
+    sizes = {path.name: path.stat().st_size for path in (case.straight / "checkpoints" / "step-000012").iterdir()}
+    assert len(sizes) == 5
+
+    def limited(name: str, size: int) -> Callable[[], None]:
+        def before() -> None:
+            write, seen = checkpoint._write, []
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL if deadly else signal.SIG_IGN)
+
+            def limited_write(path: Path, data: bytes) -> None:
+                seen.append(path.name)
+                if seen.count(name) == 3:  # the third save
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+                    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                try:
+                    write(path, data)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+            checkpoint._write = limited_write
+
+        return before
+
+    def trial(name: str, size: int) -> Callable[[], None]:
+        def run() -> None:
+            folder = tmp_path / f"{name}-{size}"
+            code = ended(case.start(folder, before=limited(name, size)))
+            output = log(folder).read_text()
+            if deadly:
+                assert code == -signal.SIGXFSZ, (code, output)
+            else:
+                assert code == ExitCode.CHECKPOINT and "File too large" in output and "bytes" in output, (code, output)
+                assert not list(folder.rglob(".*.tmp")), "what was half written is still there"
+            assert case.check_what_is_there(folder) == [2, 4]
+            case.finish(folder)
+            shutil.rmtree(folder)
+
+        return run
+
+    cuts = {(name, cut) for name, size in sizes.items() for cut in (0, 1, 8, size // 2, size - 1)}
+    all_pass({f"{name}-{cut}": trial(name, cut) for name, cut in sorted(cuts)}, tmp_path)
+    what = "SIGXFSZ in the middle of a file" if deadly else "no room for the rest of a file"
+    record(what, len(cuts), start)
+
+
+def test_killed_as_a_program_of_its_own(case: Case, tmp_path, record):
+    """python train_loop.py, killed and started again, without any of the machinery above."""
+    start = time.perf_counter()
+    command = [sys.executable, str(ROOT / "train_loop.py"), *case.flags, "--output-dir", "run"]
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    for saved in (4, 8):
+        process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | one_thread, stdout=subprocess.DEVNULL)
+        while not (tmp_path / "run" / "checkpoints" / f"step-{saved:06d}").exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | one_thread, capture_output=True, text=True)
+    assert done.returncode == 0 and "It goes on bit for bit as if it had not stopped." in done.stdout, done.stdout + done.stderr
+    case.check_finished(tmp_path / "run")
+    record("SIGKILL of python train_loop.py", 2, start)

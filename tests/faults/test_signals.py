@@ -1,0 +1,248 @@
+"""SIGINT and SIGTERM, once and twice, in every phase of a run: it stops, says how to go on, and that command ends it."""
+
+import copy
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import train_loop
+from qlora import checkpoint, data, evaluate
+from qlora.__main__ import train as command_line
+from tests.faults.harness import Case, all_pass, ended, fork, log, tensors
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[2]
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+SAME_COMMAND = "the same command"
+
+
+class Phase(NamedTuple):
+    """Where the signals come: at the start of a call of `module.name`, the first that `chosen` says yes to.
+
+    Attributes:
+        module: holds the function.
+        name: of the function.
+        chosen: (number of the call, arguments) -> whether it is the one.
+        once: steps that have a checkpoint after one signal.
+        twice: steps that have one after two.
+        argv0: what the process was started as.
+        start: the words of that in the command that is printed.
+    """
+
+    module: Any
+    name: str
+    chosen: Callable[..., bool]
+    once: list[int]
+    twice: list[int]
+    argv0: str = "train_loop.py"
+    start: tuple[str, ...] = ("python", "train_loop.py")
+
+
+PHASES = {
+    "tokenising": Phase(data, "encode_all", lambda call, *_: call == 1, [], []),
+    "loading": Phase(train_loop, "load_nf4_model", lambda call, *_: call == 1, [], []),
+    # Step 5 is no step at which a checkpoint is due: that it has one is the signal's doing.
+    "step": Phase(train_loop, "train_step", lambda call, *_: call == 5, [4, 5], [2, 4]),
+    "saving": Phase(checkpoint, "write_folder", lambda _, folder, *__: folder.name == "step-000004", [2, 4], [2]),
+    "between files": Phase(
+        checkpoint,
+        "_write",
+        lambda _, path, *__: path.name == checkpoint.TRAINER_STATE and "step-000006" in path.parent.name,
+        [4, 7],  # noted while 6 is saved, it takes effect at the end of the next step
+        [2, 4],
+    ),
+    "evaluation": Phase(
+        evaluate, "evaluate_loss", lambda call, *_: call == 2, [2, 4], [2, 4], "x/qlora/__main__.py", ("python", "-m", "qlora")
+    ),
+    "adapter": Phase(checkpoint, "write_folder", lambda _, folder, *__: folder.name == "adapter", [8, 12], [8, 12]),
+    "generation": Phase(
+        evaluate, "generate", lambda call, *_: call == 1, [8, 12], [8, 12], "/venv/bin/qlora-train", ("qlora-train",)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def case(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """The same, with digests of odd steps too: those are saved only when a signal comes."""
+    folder = tmp_path_factory.mktemp("signals") / "each"
+    assert ended(case.start(folder, "--save-steps", "1", "--save-total-limit", "1000")) == 0
+    case = copy.copy(case)
+    case.oracle = {step: tensors(path) for step, path in checkpoint.by_step(folder / "checkpoints").items()}
+    assert list(case.oracle) == list(range(1, 13))
+    return case
+
+
+def send(phase: Phase, first: signal.Signals, second: signal.Signals | None = None) -> Callable[[], None]:
+    """What a child does first: see to it that the signals come in the given phase, the second on the heels of the first."""
+
+    def before() -> None:
+        sys.argv = [phase.argv0]
+        original, calls = getattr(phase.module, phase.name), []
+
+        def signalled(*args: Any, **kwargs: Any) -> Any:
+            if phase.chosen(len(calls) + 1, *args):
+                try:
+                    os.kill(os.getpid(), first)
+                finally:  # either the first is only noted, or it is on its way up now
+                    if second is not None:
+                        os.kill(os.getpid(), second)
+            calls.append(1)
+            return original(*args, **kwargs)
+
+        setattr(phase.module, phase.name, signalled)
+
+    return before
+
+
+def printed_command(output: str) -> list[str]:
+    """The words of the command that a stopped run told."""
+    return shlex.split(output.partition("Go on with:\n")[2].splitlines()[0])
+
+
+def go_on(case: Case, folder: Path, start: tuple[str, ...] = ("python", "train_loop.py")) -> None:
+    """Run the very command that was printed, to the end, and compare."""
+    output = log(folder).read_text()
+    words = printed_command(output)
+    assert tuple(words[: len(start)]) == start, words
+    assert ended(fork(lambda: command_line(words[len(start) :]), log(folder))) == 0, log(folder).read_text()[-3000:]
+    case.check_finished(folder)
+
+
+def check_stopped(case: Case, folder: Path, number: int, saved: list[int]) -> None:
+    """One message with the right advice, no traceback, and the checkpoints that should be there."""
+    output = log(folder).read_text()
+    assert output.count("Stopped by") == 1 and f"Stopped by {signal.Signals(number).name}. " in output, output
+    assert "Traceback" not in output and "Error" not in output and "error" not in output, output
+    assert case.check_what_is_there(folder) == saved
+    assert not (folder / "finished.json").exists()
+    if saved:
+        newest = folder / "checkpoints" / f"step-{saved[-1]:06d}"
+        assert f"All up to step {saved[-1]} is safe in {newest}. Go on with:\n" in output, output
+    else:
+        assert output.endswith(f"No checkpoint was due yet; {SAME_COMMAND} starts again.\n"), output
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_one_signal(case: Case, tmp_path, record, name: str):
+    start, phase = time.perf_counter(), PHASES[name]
+
+    def trial(number: signal.Signals) -> Callable[[], None]:
+        def run() -> None:
+            folder = tmp_path / number.name
+            assert ended(case.start(folder, before=send(phase, number))) == 128 + number, log(folder).read_text()
+            check_stopped(case, folder, number, phase.once)
+            if phase.once:
+                go_on(case, folder, phase.start)
+            else:
+                case.finish(folder)
+
+        return run
+
+    all_pass({f"trial-{number.name}": trial(number) for number in NUMBERS}, tmp_path)
+    record(f"SIGINT or SIGTERM: {name}", len(NUMBERS), start)
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_two_signals_end_it_at_once(case: Case, tmp_path, record, name: str):
+    start, phase = time.perf_counter(), PHASES[name]
+
+    def trial(first: signal.Signals, second: signal.Signals) -> Callable[[], None]:
+        def run() -> None:
+            folder = tmp_path / second.name
+            assert ended(case.start(folder, before=send(phase, first, second))) == 128 + second, log(folder).read_text()
+            output = log(folder).read_text()
+            assert "Traceback" not in output and "Stopped" not in output, output
+            assert case.check_what_is_there(folder) == phase.twice
+            case.finish(folder)
+
+        return run
+
+    # The second may be of the other kind, as when a user loses patience with a supervisor.
+    pairs = [(NUMBERS[0], NUMBERS[0]), NUMBERS if name == "step" else (NUMBERS[1], NUMBERS[1])]
+    all_pass({f"trial-{second.name}": trial(first, second) for first, second in pairs}, tmp_path)
+    record(f"two signals: {name}", len(pairs), start)
+
+
+def test_the_printed_command_goes_on_whatever_the_run_was_started_with(case: Case, tmp_path, record):
+    """--resume never and --resume PATH are wishes about the start of a run, and must not stand in the way of its rest."""
+    start = time.perf_counter()
+    source = case.straight / "checkpoints" / "step-000008"
+    step = PHASES["step"]
+
+    def stopped(phase: Phase, saved: list[int], *flags: str) -> Callable[[], None]:
+        def run() -> None:
+            folder = tmp_path / f"run-{os.getpid()}"
+            assert ended(case.start(folder, *flags, before=send(phase, signal.SIGTERM))) == 143, log(folder).read_text()
+            if saved:
+                check_stopped(case, folder, signal.SIGTERM, saved)
+            output = log(folder).read_text()
+            if "Go on with:" in output:
+                go_on(case, folder)
+            else:
+                assert SAME_COMMAND in output, output
+                case.finish(folder, *flags)
+
+        return run
+
+    def own() -> None:
+        folder = tmp_path / "run-own"
+        assert ended(case.start(folder, before=send(step, signal.SIGTERM))) == 143
+        log(folder).unlink()
+        flags, second = (
+            ["--resume", str(folder / "checkpoints" / "step-000005")],
+            step._replace(chosen=lambda call, *_: call == 2),
+        )
+        assert ended(case.start(folder, *flags, before=send(second, signal.SIGTERM))) == 143, log(folder).read_text()
+        check_stopped(case, folder, signal.SIGTERM, [4, 7])
+        go_on(case, folder)
+
+    trials = {
+        "own": own,
+        "never": stopped(step, [4, 5], "--resume", "never"),
+        "never-early": stopped(PHASES["tokenising"], [], "--resume", "never"),
+        "branch": stopped(step._replace(chosen=lambda call, *_: call == 2), [8, 10], "--resume", str(source)),
+        "branch-early": stopped(PHASES["tokenising"], [], "--resume", str(source)),
+        "branch-loading": stopped(PHASES["loading"], [8], "--resume", str(source)),
+    }
+    all_pass(trials, tmp_path)
+    record("a signal in a run with --resume never or PATH", len(trials), start)
+
+
+def test_programs_of_their_own_and_their_process_groups(case: Case, tmp_path, record):
+    """python train_loop.py, as a shell or a supervisor stops it, then the printed command as it stands."""
+    start = time.perf_counter()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+    def trial(number: signal.Signals) -> Callable[[], None]:
+        def run() -> None:
+            cwd = tmp_path / number.name
+            cwd.mkdir()
+            command = [sys.executable, str(ROOT / "train_loop.py"), *case.flags, "--output-dir", "run folder"]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            process = subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **pipes)
+            while not (cwd / "run folder" / "checkpoints" / "step-000004").exists() and process.poll() is None:
+                time.sleep(0.002)
+            os.killpg(process.pid, number)
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 128 + number, errors
+            assert re.fullmatch(rf"Stopped by {number.name}\. All up to step \d+ is safe in .*\. Go on with:\n  .*\n", errors)
+            case.check_what_is_there(cwd / "run folder")
+            words = printed_command(errors)
+            assert words == ["python", str(ROOT / "train_loop.py"), "--config", "run folder/config.yaml"]
+            done = subprocess.run([sys.executable, *words[1:]], cwd=cwd, env=environment, **pipes)
+            assert done.returncode == 0, done.stdout + done.stderr
+            case.check_finished(cwd / "run folder")
+
+        return run
+
+    all_pass({f"trial-{number.name}": trial(number) for number in NUMBERS}, tmp_path)
+    record("SIGINT or SIGTERM to the process group of python train_loop.py", len(NUMBERS), start)

@@ -1,0 +1,306 @@
+"""What a run goes on from, and when it may not; through the command line, on the tiny model."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_loop
+from qlora import checkpoint, run_folder
+from qlora.__main__ import train as command_line
+from qlora.config import BUNDLED_TRAIN, ExitCode, UserError, parse
+from qlora.run_folder import RunFolder
+from tests.faults.harness import rows, tensors
+
+FLAGS = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "--max-length", "300"]
+
+
+def run(folder: Path, *flags: str) -> int:
+    return command_line([*FLAGS, "--output-dir", str(folder), *flags])
+
+
+@pytest.fixture(scope="module")
+def straight(tiny, tmp_path_factory) -> Path:
+    """8 steps without a stop: an epoch of 6, and two more."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    assert run(folder, "--max-steps", "8", "--save-steps", "1", "--save-total-limit", "100") == 0
+    return folder
+
+
+@pytest.fixture
+def stopped(straight, tmp_path) -> Path:
+    """The same run as it was after step 4."""
+    return cut(straight, tmp_path / "run", 4)
+
+
+def cut(straight: Path, folder: Path, step: int) -> Path:
+    """What a run that died after the checkpoint of `step` would have left, some metrics more included."""
+    shutil.copytree(straight, folder, ignore=shutil.ignore_patterns("adapter", "finished.json", "samples.jsonl"))
+    for later, path in checkpoint.by_step(folder / "checkpoints").items():
+        if later > step:
+            shutil.rmtree(path)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+# -- exactness ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_a_run_goes_on_bit_for_bit_from_any_step(straight, tmp_path, capsys, step):
+    folder = cut(straight, tmp_path / "run", step)
+    assert run(folder, "--max-steps", "8", "--save-steps", "1", "--save-total-limit", "100") == 0
+    assert f"Resuming after step-{step:06d}. It goes on bit for bit" in capsys.readouterr().out
+    ours, theirs = checkpoint.by_step(folder / "checkpoints"), checkpoint.by_step(straight / "checkpoints")
+    assert list(ours) == list(range(1, 9)) and all(tensors(ours[n]) == tensors(theirs[n]) for n in ours)
+    assert rows(folder) == rows(straight)
+    assert (folder / "samples.jsonl").read_bytes() == (straight / "samples.jsonl").read_bytes()
+    name = "adapter_model.safetensors"
+    assert (folder / "adapter" / name).read_bytes() == (straight / "adapter" / name).read_bytes()
+
+
+@pytest.mark.parametrize("flags", ["--gradient-checkpointing full --lora-dropout 0.3", "--attn-implementation eager --seed 7"])
+def test_other_settings_go_on_bit_for_bit_too(tiny, tmp_path, monkeypatch, flags):
+    flags = [*flags.split(), "--max-steps", "7", "--save-steps", "1"]
+    assert run(tmp_path / "straight", *flags) == 0
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        assert run(tmp_path / "run", *flags) == ExitCode.NUMERICS
+    assert run(tmp_path / "run", *flags) == 0
+    last = "checkpoints/step-000007"
+    assert tensors(tmp_path / "run" / last) == tensors(tmp_path / "straight" / last)
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+
+
+def stop_in_step(patch, number: int) -> None:
+    """Make a step raise, as anything might."""
+    original, calls = train_loop.train_step, []
+
+    def step(*arguments):
+        calls.append(1)
+        if len(calls) == number:
+            raise UserError(ExitCode.NUMERICS, "as asked")
+        return original(*arguments)
+
+    patch.setattr(train_loop, "train_step", step)
+
+
+def test_what_differs_in_the_environment_withdraws_the_promise(stopped, capsys):
+    path = stopped / "checkpoints" / "step-000004"
+    state = checkpoint.read_state(path)
+    state["environment"]["packages"]["torch"] = "2.9.0"
+    files = {n: (path / n).read_bytes() for n in json.loads((path / "MANIFEST.json").read_text())["files"]}
+    checkpoint.write_folder(path, [*(files | {"state.json": json.dumps(state).encode()}).items()])
+    assert run(stopped, "--max-steps", "8") == 0
+    assert f"later losses are only close, since torch 2.9.0 -> {torch.__version__}" in capsys.readouterr().out
+    history = checkpoint.read_state(stopped / "checkpoints" / "step-000008")["history"]
+    assert [event["step"] for event in history] == [4] and history[0]["environment"]["packages"]["torch"] == "2.9.0"
+
+
+def test_on_a_gpu_only_the_deterministic_flag_promises_bits():
+    environment = {"packages": {}, "python": "3", "device": "GPU", "cuda": "13", "commit": None}
+    withdrawn, given = "without --deterministic", "bit for bit as if it had not stopped"
+    for flag, on_gpu, words in ((False, True, withdrawn), (True, True, given), (False, False, given)):
+        assert words in run_folder._exactness(environment, environment, flag, on_gpu)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lora-r 8", ["lora_r", "4", "8"]),
+        ("--lora-alpha 8", ["lora_alpha", "64", "8"]),
+        ("--seed 1", ["seed", "42", "1"]),
+        ("--target-modules o_proj", ["targets", "o_proj"]),
+        ("--learning-rate 2e-2", ["learning_rate", "0.01", "0.02", "--override learning_rate permits it"]),
+        ("--max-steps 9", ["max_steps", "8", "9", "--override max_steps permits it"]),
+        ("--per-device-train-batch-size 4", ["per_device_train_batch_size", "2", "4", "if their product stays"]),
+        ("--per-device-train-batch-size 4 --override per_device_train_batch_size", ["per_device_train_batch_size", "2", "4"]),
+        ("--train-file other.jsonl", ["train_file", "data", "other.jsonl"]),
+        ("--max-length 200", ["data", "max_length", "300", "200"]),
+        ("--loss-on all", ["data", "loss_on", "response", "all"]),
+        ("--eval-file other.jsonl", ["eval_file", "--override eval_file permits it"]),
+        ("--lora-r 8 --override learning_rate", ["lora_r"]),
+        ("--gradient-checkpointing full", ["gradient_checkpointing", "none", "full"]),
+    ],
+)
+def test_another_run_is_refused_with_a_table_and_nothing_changes(stopped, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(stopped.parent)
+    lines = BUNDLED_TRAIN.read_text().splitlines(keepends=True)
+    Path("other.jsonl").write_text("".join(lines[:20]))
+    before = contents(stopped)
+    assert run(stopped, "--max-steps", "8", "--allow-drop", *flags.split()) == ExitCode.CONFIGURATION
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "holds another run, at step 4" in err and "Traceback" not in err
+    assert all(word in err for word in words), err
+    assert contents(stopped) == before
+
+
+def test_other_weights_under_the_same_name_are_refused(stopped, monkeypatch, capsys):
+    monkeypatch.setattr(train_loop, "fingerprint", lambda model: "another")
+    assert run(stopped, "--max-steps", "8") == ExitCode.CONFIGURATION
+    assert "The model has other weights than when" in capsys.readouterr().err
+
+
+def test_a_step_beyond_the_end_is_refused(stopped, capsys):
+    assert run(stopped, "--max-steps", "3", "--override", "max_steps") == ExitCode.CONFIGURATION
+    assert "at step 4, beyond the 3 asked for" in capsys.readouterr().err
+
+
+def test_what_is_named_may_change_and_is_recorded(stopped, capsys):
+    flags = "--learning-rate 2e-2 --max-steps 9 --override learning_rate max_steps"
+    assert run(stopped, *flags.split()) == 0
+    assert "Resuming after step-000004; learning_rate: 0.01 -> 0.02; max_steps: 8 -> 9." in capsys.readouterr().out
+    history = checkpoint.read_state(stopped / "checkpoints" / "step-000009")["history"]
+    assert history[0]["overrides"] == {"learning_rate": [0.01, 0.02], "max_steps": [8, 9]}
+    assert [row["step"] for row in rows(stopped) if row["event"] == "step"] == list(range(1, 10))
+    assert max(row["learning_rate"] for row in rows(stopped) if row.get("learning_rate")) > 1e-2
+
+
+def test_the_batch_may_be_cut_otherwise_if_the_step_stays_the_same(stopped):
+    flags = "--max-steps 8 --per-device-train-batch-size 1 --gradient-accumulation-steps 4 "
+    flags += "--override per_device_train_batch_size gradient_accumulation_steps"
+    straight = rows(stopped)
+    assert run(stopped, *flags.split()) == 0
+    for ours, theirs in zip(rows(stopped), straight, strict=True):
+        if ours["event"] == "step":
+            assert ours["lines"] == theirs["lines"] and ours["num_tokens"] == theirs["num_tokens"]
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)  # dropout is drawn otherwise
+
+
+def test_what_changes_no_number_may_change(stopped, tmp_path):
+    shutil.copy(BUNDLED_TRAIN, tmp_path / "moved.jsonl")
+    names = "qkv_proj o_proj gate_up_proj down_proj"
+    more = "--logging-steps 1 --save-total-limit 5 --save-steps 3 --skip-nonfinite 1 --max-length 400 --eval-file"
+    eval_file = str(BUNDLED_TRAIN.with_name("heldout.jsonl"))
+    assert run(stopped, "--max-steps", "8", *more.split(), eval_file, "--train-file", str(tmp_path / "moved.jsonl")) == 0
+    again = [*FLAGS, "--max-steps", "8", "--target-modules", *sorted(names.split()), "--output-dir", str(stopped)]
+    assert command_line(again) == 0  # it is finished, and the same run
+
+
+def test_the_configuration_it_leaves_goes_on_with_it(stopped, capsys):
+    assert run(stopped, "--max-steps", "8", "--learning-rate", "3e-2", "--override", "learning_rate") == 0
+    (stopped / "finished.json").unlink()
+    for step in (5, 6, 7, 8):
+        shutil.rmtree(stopped / "checkpoints" / f"step-{step:06d}", ignore_errors=True)
+    assert command_line(["--config", str(stopped / "config.yaml")]) == 0  # the override still stands
+    config = parse(["--config", str(stopped / "config.yaml")])
+    assert (config.learning_rate, config.resume, config.override) == (3e-2, "auto", ("learning_rate",))
+
+
+# -- finished, extended, branched off ----------------------------------------------------------------------------------
+
+
+def test_a_finished_run_says_so_and_nothing_is_touched(straight, tmp_path, capsys):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    before, stamps = contents(folder), {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert run(folder, "--max-steps", "8", "--save-steps", "1", "--save-total-limit", "100") == 0
+    assert "holds this very run, and it is complete. Nothing was done." in capsys.readouterr().out
+    assert contents(folder) == before and stamps == {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    shutil.rmtree(folder / "checkpoints")  # to save room
+    assert run(folder, "--max-steps", "8") == 0
+    assert run(folder, "--max-steps", "8", "--seed", "5") == ExitCode.CONFIGURATION
+    assert "holds another run, at step 8" in capsys.readouterr().err
+
+
+def test_a_finished_run_can_be_extended(straight, tmp_path):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert run(folder, "--max-steps", "11", "--override", "max_steps") == 0
+    steps = [row["step"] for row in rows(folder) if row["event"] == "step"]
+    assert steps == list(range(1, 12)) and rows(folder)[: len(rows(straight))] == rows(straight)
+    assert json.loads((folder / "finished.json").read_text())["step"] == 11
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() != adapter
+    assert checkpoint.verify(folder / "adapter") is None
+
+
+def test_an_older_checkpoint_branches_off_into_another_folder(straight, tmp_path, capsys):
+    before = contents(straight)
+    branch = tmp_path / "branch"
+    flags = ["--max-steps", "8", "--resume", str(straight / "checkpoints" / "step-000003")]
+    assert run(branch, *flags, "--learning-rate", "5e-3", "--override", "learning_rate") == 0
+    assert rows(branch)[:4] == rows(straight)[:4] and rows(branch)[4:] != rows(straight)[4:]
+    assert [row["step"] for row in rows(branch) if row["event"] == "step"] == list(range(1, 9))
+    assert contents(straight) == before
+    assert run(straight, *flags) == ExitCode.CHECKPOINT
+    assert "has checkpoints up to step 8 already, which would be lost" in capsys.readouterr().err
+    same = tmp_path / "same"
+    assert run(same, *flags) == 0
+    assert tensors(same / "checkpoints" / "step-000008") == tensors(straight / "checkpoints" / "step-000008")
+
+
+def test_a_run_folder_can_be_named_to_go_on_with(stopped, straight, monkeypatch):
+    assert command_line([*FLAGS, "--max-steps", "8", "--resume", str(stopped)]) == 0  # and is then the output folder
+    assert tensors(stopped / "checkpoints" / "step-000008") == tensors(straight / "checkpoints" / "step-000008")
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("nowhere", "there is no such folder"),
+        (".", "neither a checkpoint"),
+        ("damaged", "is damaged: state.json has"),
+        ("never", "holds a run, and --resume never starts another"),
+    ],
+)
+def test_what_cannot_be_resumed_is_told_apart(stopped, monkeypatch, capsys, what, words):
+    monkeypatch.chdir(stopped.parent)
+    if what == "damaged":
+        path = stopped / "checkpoints" / "step-000004"
+        (path / "state.json").write_text("{}")
+        what = str(path)
+    folder = stopped if what == "never" else stopped.parent / "other"
+    assert run(folder, "--max-steps", "8", "--resume", what) == ExitCode.CHECKPOINT
+    assert words in capsys.readouterr().err
+
+
+def test_never_starts_in_an_empty_folder(tiny, tmp_path):
+    assert run(tmp_path / "run", "--max-steps", "1", "--resume", "never") == 0
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").touch()
+    for folder, words in (
+        (tmp_path / "used", "holds no run of this program"),
+        (tmp_path / "file" / "run", "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            RunFolder(folder, "auto")
+        assert caught.value.exit_code == ExitCode.CHECKPOINT
+    assert [p.name for p in (tmp_path / "used").iterdir()] == ["notes.txt"]
+    with RunFolder(tmp_path / "a" / "b", "auto") as run:
+        assert run.checkpoint is None and run.step == 0
+    with RunFolder(tmp_path / "a" / "b", "never"):  # a run that left nothing is none
+        assert [p.name for p in (tmp_path / "a" / "b").iterdir()] == ["run.lock"]
+
+
+def test_a_folder_is_one_processs_at_a_time(stopped, tmp_path):
+    with RunFolder(stopped, "auto") as run:
+        assert run.step == 4
+        os.pwrite(run._lock.fileno(), b'{"pid": 1234, "host": "there"}', 0)
+        with pytest.raises(UserError, match=r'is in use by another process.*"pid": 1234') as caught:
+            RunFolder(stopped, "auto")
+        assert caught.value.exit_code == ExitCode.CHECKPOINT
+    with RunFolder(stopped, "auto"):
+        assert True  # as soon as it is let go
+
+
+def test_no_room_is_told_before_training(tiny, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    assert run(tmp_path / "run", "--max-steps", "1") == ExitCode.CHECKPOINT
+    needed = 16_896 * (12 * 4 + 4)  # parameters, in three checkpoints and one being written, and the adapter
+    assert f"has 100,000 bytes free, and {needed:,} are needed" in capsys.readouterr().err
