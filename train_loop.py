@@ -29,10 +29,10 @@ import torch
 from rich.console import Console
 
 from qlora import attention, checkpoint, data, evaluate, tracking
-from qlora.config import ExitCode, TrainConfig, UserError
+from qlora.config import TrainConfig
 from qlora.demo import model_source
 from qlora.guards import check_first_gradients, count_not_finite
-from qlora.loss import Head, read_head, token_loss_sum
+from qlora.loss import read_head, token_loss_sum
 from qlora.memory import estimated_memory_gib, explained, peak_memory_gib, probe_memory
 from qlora.model import (
     add_adapters,
@@ -111,12 +111,21 @@ def train_step(
     return loss, grad_norm
 
 
+def count_steps(config: TrainConfig, num_samples: int) -> tuple[int, int]:
+    """Optimizer steps of an epoch, whose short last window is a step too, and of the whole run."""
+    micro_batches = math.ceil(num_samples / config.per_device_train_batch_size)
+    steps_per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
+    return steps_per_epoch, config.max_steps or config.num_train_epochs * steps_per_epoch
+
+
 def train(
     config: TrainConfig,
     model: Any,
-    head: Head,
+    optimizer: torch.optim.Optimizer,
+    loss_sum: LossSum,
     samples: data.Samples,
     held_out: data.Samples | None,
+    progress: checkpoint.Progress,
     tracker: tracking.Tracker,
     run: RunFolder,
     stop: Signals,
@@ -126,31 +135,28 @@ def train(
     Args:
         config: resolved.
         model: NF4 base with adapters.
-        head: its output layer.
+        optimizer: over the adapters.
+        loss_sum: sum of token losses of a micro-batch, from its last hidden states.
         samples: to train on, one at least.
         held_out: to evaluate on, if there is any.
+        progress: where the run is; model, optimizer and generators are in that state.
         tracker: where metrics go.
-        run: where checkpoints go, and come from.
+        run: where checkpoints go.
         stop: whether a signal has come; the step at hand is finished and saved first.
 
     Returns:
         The last evaluation on held-out data, if there is any.
 
     Raises:
-        UserError: exit 5 if the first step finds an adapter without a gradient, or if a loss or norm is not finite; 2 or 4
-            if the checkpoint does not fit.
+        UserError: exit 5 if the first step finds an adapter without a gradient, or if a loss or norm is not finite.
+        Stopped: after a signal, when all is saved.
     """
     assert config.learning_rate is not None  # as resolved
-    device = head.weight.device
+    decoder, device = model.get_decoder(), model.device
     on_gpu = device.type == "cuda"
-    decoder = model.get_decoder()
-    loss_sum = functools.partial(token_loss_sum, head=head)
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW([parameter for _, parameter in named], lr=0.0, weight_decay=config.weight_decay, fused=True)
-
     batch_size, window_size = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(math.ceil(len(samples) / batch_size) / window_size)  # the short last window is a step too
-    total_steps = config.max_steps or config.num_train_epochs * steps_per_epoch
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    steps_per_epoch, total_steps = count_steps(config, len(samples))
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     save_steps = config.save_steps or total_steps
 
@@ -163,16 +169,9 @@ def train(
         tracker.held_out(step, epoch, result)
         return result
 
-    model.train()
-    if on_gpu:  # what does not fit shall not fit now, not in hour three
-        probe = functools.partial(train_step, decoder, loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
-        probe_memory(probe, optimizer, samples, config)
-        tracker.say(f"Memory: the longest batch peaks at {peak_memory_gib(device):.2f} GiB")
-    step, first_epoch, seen, skipped = run.restore(model, optimizer, fingerprint(model))
-    if step > total_steps:
-        text = f"The run is at step {step}, beyond the {total_steps} asked for. Ask for more, or choose another --output-dir."
-        raise UserError(ExitCode.CONFIGURATION, text)
+    step, first_epoch, seen, skipped = progress
     tracker.begin(step, total_steps, config.logging_steps)
+    model.train()
     with stop.deferred():
         result = evaluate_held_out(0, 0) if step == 0 else None
         pending: list[dict[str, Any]] = []  # steps not yet read from the device
@@ -204,7 +203,7 @@ def train(
                 if save:
                     progress = checkpoint.Progress(step, epoch, seen, skipped)
                     run.save(model, optimizer, progress, config.save_total_limit, tracker.evaluations)
-                    since = time.perf_counter()  # evaluation and saving are not training time
+                    since = time.perf_counter()  # saving and evaluation are not training time
                 if stopping:
                     stop.raise_if_received()
             seen = 0
@@ -232,6 +231,7 @@ def main(config: TrainConfig, stop: Signals) -> None:
         UserError: with the exit code of its kind.
         Stopped: after a signal, as soon as all is saved.
     """
+    stop.armed = True
     console = Console()
     say = functools.partial(tracking.say, console)
     torch.use_deterministic_algorithms(config.deterministic)
@@ -239,7 +239,7 @@ def main(config: TrainConfig, stop: Signals) -> None:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config, line = with_init_adapter(config).resolved(on_gpu=device.type == "cuda")
-    assert config.model is not None and config.train_file is not None and config.output_dir is not None  # as resolved
+    assert config.model is not None and config.output_dir is not None  # as resolved
     say(line)
     attention.choose_attention(config.attn_implementation, device)
     with RunFolder(config.output_dir, config.resume) as run:
@@ -257,25 +257,21 @@ def main(config: TrainConfig, stop: Signals) -> None:
         facts = {
             "data": samples.sha256,
             "held_out": held_out.sha256 if held_out else None,
-            "targets": [f"{target.name} x {len(target.layers)}" for target in targets],
+            "targets": sorted(f"{target.name} x {len(target.layers)}" for target in targets),
             "device": device.type,
             "environment": tracking.environment(device),
         }
-        if not run.accept(config, facts):
+        if not run.accept(config, facts, total_steps=count_steps(config, len(samples))[1]):
             say(f"{run.folder} holds this very run, and it is complete. Nothing was done.")
             return
         run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
         for note in run.notes:
             say(note)
-        estimate_gib = estimated_memory_gib(skeleton, targets, config, samples.longest)
-        with (
-            tracking.Tracker(run.folder, console, run.step) as tracker,
-            explained(config, device, estimate_gib, samples.longest),
-        ):
+        with explained(config, device, estimated_memory_gib(skeleton, targets, config, samples.longest), samples.longest):
             checkpoint.seed_generators(config.seed)
             model = load_nf4_model(source, config, attn.implementation, device)
             model = add_adapters(model, config, targets, source)
-            fine_tune(config, model, form, samples, held_out, tracker, run, stop)
+            fine_tune(config, model, form, samples, held_out, console, run, stop)
         say(tracking.closing_words(run.folder))
 
 
@@ -285,23 +281,35 @@ def fine_tune(
     form: data.Format,
     samples: data.Samples,
     held_out: data.Samples | None,
-    tracker: tracking.Tracker,
+    console: Console,
     run: RunFolder,
     stop: Signals,
 ) -> None:
-    """Train, and leave the adapter, sample answers and, last of all, the mark of a finished run."""
+    """Restore what there is, train, and leave the adapter, sample answers and, last of all, the mark of a finished run."""
+    base = fingerprint(model)
     if config.gradient_checkpointing == "full":
         enable_gradient_checkpointing(model)
-    head = read_head(model)
-    tracker.say(
-        f"Learning rate: {config.learning_rate:g}; gradient checkpointing: {config.gradient_checkpointing}; "
-        f"run folder: {run.folder}"
-    )
-    with attention.sliding_window(model, attention.training_window(model.config, config.max_length)):
-        result = train(config, model, head, samples, held_out, tracker, run, stop)
-    checkpoint.write_folder(run.folder / "adapter", checkpoint.adapter_files(model, form.tokenizer))
-    tracker.hyperparameters(config, result)
-    file, split = (config.eval_file, "test") if held_out else (config.train_file, "train")
-    shown = data.kept_examples(data.read_examples(str(file), split), held_out or samples, 3)
-    tracker.samples(evaluate.sample_responses(model, shown, form), of="held-out" if held_out else "training")
-    run.finish(step=tracker.total_steps)
+    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
+    window = attention.training_window(model.config, config.max_length)
+    if model.device.type == "cuda":  # what does not fit shall not fit now, not in hour three
+        step = functools.partial(train_step, model.get_decoder(), loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
+        with attention.sliding_window(model.train(), window):
+            probe_memory(step, optimizer, samples, config)
+        tracking.say(console, f"Memory: the longest batch peaks at {peak_memory_gib(model.device):.2f} GiB")
+    progress = run.restore(model, optimizer, base)
+    run.take_over(config)
+    with tracking.Tracker(run.folder, console, progress.step, held_out.sha256 if held_out else None) as tracker:
+        tracker.say(
+            f"Learning rate: {config.learning_rate:g}; gradient checkpointing: {config.gradient_checkpointing}; "
+            f"run folder: {run.folder}"
+        )
+        with attention.sliding_window(model, window):
+            result = train(config, model, optimizer, loss_sum, samples, held_out, progress, tracker, run, stop)
+        checkpoint.write_folder(run.folder / "adapter", dict(checkpoint.adapter_files(model, form.tokenizer)))
+        tracker.hyperparameters(config, result)
+        file, split = (config.eval_file, "test") if held_out else (config.train_file, "train")
+        shown = data.kept_examples(data.read_examples(str(file), split), held_out or samples, 3)
+        tracker.samples(evaluate.sample_responses(model, shown, form), of="held-out" if held_out else "training")
+        run.finish(step=tracker.total_steps)

@@ -108,7 +108,24 @@ def train_step(pattern: str) -> str:
     return table(headers, rows) + "\n\n" + what + source(name, record)
 
 
+def survival() -> str:
+    """What was done to runs, how often, and that each went on to end as one that was left alone."""
+    name, record = load("survival_cpu_*.json")
+    gpu_name, gpu = load("kill_resume_*.json")
+    rows = [
+        [trial["what"], str(trial["tried"]), str(trial["survived"]), f"{trial['seconds']:.0f}"] for trial in record["trials"]
+    ]
+    equal, kills = all(gpu["equal"].values()), str(len(gpu["kills"]))
+    what = f"SIGKILL of `train_loop.py`, {gpu['flags']['shape']} in full size on a GPU, `--deterministic`"
+    rows.append([what, kills, kills if equal else "0", f"{gpu['seconds']:.0f}"])
+    tried, seconds = sum(trial["tried"] for trial in record["trials"]), sum(trial["seconds"] for trial in record["trials"])
+    total = ["all", str(tried + len(gpu["kills"])), str(sum(int(row[2]) for row in rows)), f"{seconds + gpu['seconds']:.0f}"]
+    sources = f"{source(name, record)} Last row: {source(gpu_name, gpu)}"
+    return table(["what was done", "times", "survived", "seconds"], [*rows, total]) + "\n\n" + sources
+
+
 BLOCKS = {
+    "survival": survival,
     "demo-summary": demo_summary,
     "demo-output": demo_output,
     "demo-sweep": lambda: sweep("demo_cpu_*.json"),

@@ -1,11 +1,12 @@
 """The command line. It parses before it imports torch (1 s) and transformers (3.5 s), so --help and a typo answer at once."""
 
+import errno
 import sys
 import traceback
 from types import TracebackType
 
-from qlora.config import UserError, parse, redact
-from qlora.signals import Signals, Stopped
+from qlora.config import ExitCode, UserError, parse, redact
+from qlora.signals import Signals
 
 
 def train(argv: list[str] | None = None) -> int:
@@ -28,16 +29,24 @@ def train(argv: list[str] | None = None) -> int:
 
             train_loop.main(config, stop)
         except UserError as error:
-            if debug:
-                _print_traceback(type(error), error, error.__traceback__)
-            else:
-                print(f"error: {redact(str(error))}", file=sys.stderr)
-            return error.exit_code
-        except Stopped:
-            name = stop.received.name if stop.received else ""
-            print(f"Stopped by {name}. {redact(stop.advice())}", file=sys.stderr)
-            return stop.exit_code
-    return 0
+            return _told(error, debug)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            text = f"{error.filename or 'A file'} cannot be written: {error.strerror}. {stop.advice()}"
+            return _told(UserError(ExitCode.CHECKPOINT, text), debug)
+        return 0
+    assert stop.received is not None  # only then does the context swallow an exception
+    print(f"Stopped by {stop.received.name}. {redact(stop.advice())}", file=sys.stderr)
+    return 128 + stop.received
+
+
+def _told(error: UserError, debug: bool) -> int:
+    if debug:
+        _print_traceback(type(error), error, error.__traceback__)
+    else:
+        print(f"error: {redact(str(error))}", file=sys.stderr)
+    return error.exit_code
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

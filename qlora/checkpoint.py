@@ -4,14 +4,16 @@ A checkpoint holds all that the loop needs to go on as if it had not stopped: ad
 the data. Tensors as safetensors, the rest as JSON; nothing in it is ever executed, and no path in it is ever opened.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from qlora.config import ExitCode, UserError
 MANIFEST = "MANIFEST.json"
 ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{6,})")
-LEFTOVER = re.compile(r"\.(step-\d{6,}|adapter|(config|env|finished|metrics|samples)\.\w+)(\.old)?\.tmp")
+LEFTOVER = re.compile(r"\.(step-\d{6,}|adapter|(config|env|run|finished|metrics|samples)\.\w+)(\.old)?\.tmp")
 
 
 class Progress(NamedTuple):
@@ -57,37 +59,40 @@ def write_file(path: Path, data: bytes) -> None:
         raise cannot_write(path, len(data), error) from None
 
 
-def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write a folder so that it is seen whole or not at all, whenever the process dies; replace one of that name.
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Write a folder so that it is seen whole or not at all, whenever the process dies; one of that name is replaced.
 
     Files, then the manifest with their sizes and SHA-256, each flushed to disk, in a folder beside; then that takes the name.
     What was written is read again and compared.
 
     Args:
-        folder: to be made.
-        files: name and content, taken one at a time; a name may have folders in it.
+        folder: to be made; its parent is there.
+        files: content by name; a name may have folders in it.
 
     Raises:
         UserError: exit 4 if it cannot be written, or reads back otherwise than it was written.
     """
-    aside = folder.with_name(f".{folder.name}.tmp")
-    manifest: dict[str, dict[str, int | str]] = {}
+    aside, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old.tmp")
+    manifest = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     try:
-        discard(aside)
-        aside.mkdir(parents=True)
-        for name, data in files:
+        for leftover in (aside, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        aside.mkdir()
+        for name, data in files.items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             _write(aside / name, data)
-            manifest[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         _write(aside / MANIFEST, json.dumps({"files": manifest}, indent=1).encode())
-        for path in {aside, *((aside / name).parent for name in manifest)}:
+        for path in {aside, *((aside / name).parent for name in files)}:
             sync_folder(path)
-        discard(folder)
+        if folder.exists():
+            folder.rename(old)  # it comes back if the process dies here: see remove_leftovers
         aside.rename(folder)
         sync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise cannot_write(folder, sum(int(entry["size"]) for entry in manifest.values()), error) from None
+        raise cannot_write(folder, sum(map(len, files.values())), error) from None
     if problem := verify(folder):
         text = f"{folder} was written and reads back otherwise: {problem}. Is the disk sound? Earlier checkpoints were kept."
         raise UserError(ExitCode.CHECKPOINT, text)
@@ -109,22 +114,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def discard(folder: Path) -> None:
-    """Remove a folder, out of sight first, so that nobody ever sees half of it."""
-    if not folder.exists():
-        return
-    if not LEFTOVER.fullmatch(folder.name):
-        aside = folder.with_name(f".{folder.name}.old.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        folder = aside
-    shutil.rmtree(folder)
-
-
 def remove_leftovers(folder: Path) -> None:
-    """Clear what a process that died was writing; files of any other name are left alone."""
+    """Clear what a process that died was writing, and put back what it was replacing; other names are left alone."""
     for path in sorted(folder.glob(".*.tmp")):
-        if LEFTOVER.fullmatch(path.name):
+        replaced = path.with_name(path.name[1:].removesuffix(".old.tmp"))
+        if not LEFTOVER.fullmatch(path.name):
+            continue
+        if path.name.endswith(".old.tmp") and not replaced.exists():
+            path.rename(replaced)
+        else:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -222,11 +220,14 @@ def prune(checkpoints: Path, keep: int, losses: dict[int, float]) -> None:
     folders = by_step(checkpoints)
     # Older ones count only if their files are there in full size; to hash them again at each save would take seconds.
     whole = [step for step, folder in folders.items() if _has_its_files(folder)]
-    known = [step for step in whole if step in losses]
+    known = [step for step in whole if math.isfinite(losses.get(step, math.nan))]
     best = [min(known, key=lambda step: losses[step])] if known else []
     kept = set(best + [step for step in reversed(whole) if step not in best][: keep - len(best)])
     for step in set(whole) - kept:
-        discard(folders[step])
+        aside = checkpoints / f".{folders[step].name}.tmp"
+        with contextlib.suppress(OSError):  # a folder that cannot be removed is no reason to stop; the next time may do
+            folders[step].rename(aside)  # out of sight first, so that nobody ever sees half of it
+            shutil.rmtree(aside)
 
 
 def _has_its_files(folder: Path) -> bool:
@@ -262,10 +263,10 @@ def save(
     folder = checkpoints / f"step-{progress.step:06d}"
     tensors, plain = trainer_state(model, optimizer)
     state = {**progress._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain, **facts}
-    adapter = dict(adapter_files(model))
-    trainer = (TRAINER_STATE, safetensors.torch.save(tensors))
-    require_space(checkpoints.parent, len(trainer[1]) + sum(map(len, adapter.values())))
-    write_folder(folder, [*adapter.items(), trainer, (STATE, json.dumps(state, indent=1).encode())])
+    files = dict(adapter_files(model))
+    files |= {TRAINER_STATE: safetensors.torch.save(tensors), STATE: json.dumps(state, indent=1).encode()}
+    require_space(checkpoints, sum(map(len, files.values())))
+    write_folder(folder, files)
     return folder
 
 
@@ -344,6 +345,8 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Progr
             raise UserError(ExitCode.CHECKPOINT, f"{folder} has optimizer state for {name}, which is not trained here.")
         device = named[name].device
         optimizer.state[named[name]][kind] = value.to(device) if isinstance(value, torch.Tensor) else value
+    if len({frozenset(optimizer.state[parameter]) for parameter in named.values()}) > 1:
+        raise UserError(ExitCode.CHECKPOINT, f"{folder} has optimizer state for some of the trained tensors only.")
     return Progress(*(state[field] for field in Progress._fields))
 
 

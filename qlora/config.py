@@ -3,9 +3,11 @@
 Each group below is one screen of --help; the docstring under a field is its help text. Names are transformers' and PEFT's.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import enum
+import io
 import os
 import re
 import sys
@@ -122,7 +124,7 @@ class TrainingOptions:
     deterministic: bool = False
     """The same bits again on a GPU, at some cost in speed; on a CPU they are the same anyway."""
     skip_nonfinite: int = 0
-    """Windows with a NaN or infinite loss or gradient that may be skipped before the run ends; none reaches the weights."""
+    """Steps after the first with a NaN or infinite loss or gradient that are skipped before the run ends; 0 ends it at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +258,12 @@ def parse(argv: list[str]) -> TrainConfig:
     import tyro
 
     def screens(arguments: list[str], default: _Screens) -> _Screens:
-        return tyro.cli(_Screens, args=arguments, default=default, config=(tyro.conf.OmitArgPrefixes,))
+        told = io.StringIO()  # tyro quotes what it does not understand, which may be a secret
+        try:
+            with contextlib.redirect_stderr(told):
+                return tyro.cli(_Screens, args=arguments, default=default, config=(tyro.conf.OmitArgPrefixes,))
+        finally:
+            print(redact(told.getvalue()), file=sys.stderr, end="")
 
     parsed = screens(argv, _Screens())
     if parsed.config is not None:
@@ -317,10 +324,10 @@ def _plain(value: object) -> object:
 
 def redact(text: str) -> str:
     """The text with access tokens masked: what looks like one of the hub's, and the values of the variables that hold one."""
-    secrets = [os.environ.get(name, "") for name in SECRET_VARIABLES]
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
-    return re.sub(r"\b(hf_|api_org_)[A-Za-z0-9]{8,}", r"\1***", text)
+    for secret in (os.environ.get(name, "") for name in SECRET_VARIABLES):
+        if len(secret) >= 8:
+            text = text.replace(secret, "***")
+    return re.sub(r"\b(hf_|api_org_)[A-Za-z0-9]{30,}", r"\1***", text)  # not a folder named hf_models
 
 
 def _refused(name: str, value: object, wanted: str) -> UserError:

@@ -1,4 +1,4 @@
-"""What ends a run that would waste its time: a first gradient that trains nothing, a loss that is not finite."""
+"""What ends a run: a first gradient that trains nothing, a loss that is not finite, memory that ran out."""
 
 import math
 from collections.abc import Callable
@@ -7,6 +7,12 @@ from typing import Any
 import torch
 
 from qlora.config import ExitCode, UserError
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whatever class, says that memory ran out: on the GPU, in cuBLAS, or on the CPU."""
+    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm: torch.Tensor) -> None:

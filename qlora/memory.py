@@ -11,6 +11,7 @@ import torch
 from qlora.checkpoint import random_state, set_random_state
 from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.data import Samples, collate
+from qlora.guards import is_out_of_memory
 from qlora.loss import CHUNK_TOKENS
 from qlora.model import Target
 
@@ -83,7 +84,7 @@ def explained(config: TrainConfig, device: torch.device, estimate_gib: float, lo
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         where = "GPU" if device.type == "cuda" else "machine"
         raise UserError(
@@ -95,7 +96,7 @@ def explained(config: TrainConfig, device: torch.device, estimate_gib: float, lo
 
 
 def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, samples: Samples, config: TrainConfig) -> None:
-    """Take a step at rate zero on the longest samples, so that what does not fit shows at the start.
+    """Take two steps at rate zero on the longest samples, so that what does not fit shows at the start.
 
     Nothing is left of it but the measured peak: no weight moves, no gradient stays, generators are put back.
 
@@ -109,7 +110,8 @@ def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, sam
     batch = collate([samples[index] for index in order[-config.per_device_train_batch_size :]])
     before = random_state()
     same_kind: Any = type(optimizer)
-    scratch = same_kind([dict(group) for group in optimizer.param_groups])  # it will have moments, as the real one
-    step(optimizer=scratch, window=[batch] * min(2, config.gradient_accumulation_steps))
+    scratch = same_kind([dict(group) for group in optimizer.param_groups])
+    for _ in range(2):  # the first makes the moments, which lie in memory beside the activations ever after
+        step(optimizer=scratch, window=[batch] * min(2, config.gradient_accumulation_steps))
     scratch.zero_grad(set_to_none=True)
     set_random_state(before)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 import sys
 import warnings
@@ -16,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from qlora.config import ExitCode, TrainConfig, UserError
+from qlora.guards import is_out_of_memory
 
 
 @contextlib.contextmanager
@@ -142,26 +144,27 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
 
 
 def fingerprint(model: Any) -> str:
-    """A short digest of all frozen weights as they lie in memory, NF4 bytes included: the same for the same base.
+    """A digest of the frozen base: configuration, weights as they lie in memory, NF4 bytes with their scales.
 
-    Sums of the bytes taken as integers, which wrap and do not round: exact, in any order, and fast on the device.
+    It takes about a second for 2 GB. Where the model came from, and adapters, do not count.
     """
-    sums = []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            raw = parameter.detach().contiguous().flatten().view(torch.uint8)  # [bytes]
-            whole = raw[: raw.numel() // 4 * 4].view(torch.int32).sum(dtype=torch.int64)  # []
-            sums.append(whole + raw[raw.numel() // 4 * 4 :].sum(dtype=torch.int64))
-    return hashlib.sha256(str(torch.stack(sums).tolist()).encode()).hexdigest()[:16]
+    volatile = {"_name_or_path", "_commit_hash", "transformers_version"}
+    shape = {name: value for name, value in model.config.to_dict().items() if name not in volatile}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        if "lora_" not in name:
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())  # [bytes]
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def _environment_errors(source: str) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         raise UserError(
             ExitCode.ENVIRONMENT,

@@ -1,5 +1,6 @@
 """The run folder: one process at a time, what it goes on from, and whether it may."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -7,19 +8,23 @@ import shlex
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from qlora import checkpoint
 from qlora.config import ExitCode, Overridable, TrainConfig, UserError, redact
 from qlora.evaluate import HeldOut
 
-LOCK, FINISHED, METRICS = "run.lock", "finished.json", "metrics.jsonl"
-# Options that may differ without a word: they change no number of the training. The data's are compared by what they give.
+LOCK, RUN, FINISHED, METRICS = "run.lock", "run.json", "finished.json", "metrics.jsonl"
+# Options that may differ without a word: they change no number of the training, or are compared by what they give.
 FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save_total_limit", "skip_nonfinite", "debug",
         "trust_remote_code", "target_modules", "eval_file"}  # fmt: skip
 OF_THE_DATA = {"train_file", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop"}
+OF_A_WINDOW = ("per_device_train_batch_size", "gradient_accumulation_steps")
 SAVED_BYTES = 3 * 4  # of a trained parameter in a checkpoint: itself and AdamW's two moments, in fp32
 
 
@@ -50,12 +55,11 @@ class RunFolder:
         try:
             for place in (folder, self.checkpoints):
                 checkpoint.remove_leftovers(place)
+            self._known, self._finished = _read(folder / RUN), _read(folder / FINISHED)
             self.checkpoint = self._find(resume)
         except BaseException:
             self._lock.close()
             raise
-        finished = folder / FINISHED
-        self._finished: dict[str, Any] | None = json.loads(finished.read_bytes()) if finished.exists() else None
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -66,7 +70,7 @@ class RunFolder:
     def _find(self, resume: str) -> Path | None:
         own = checkpoint.by_step(self.checkpoints)
         if resume == "never":
-            if own or (self.folder / FINISHED).exists():
+            if own or self._finished:
                 text = f"{self.folder} holds a run, and --resume never starts another. Choose another --output-dir."
                 raise UserError(ExitCode.CHECKPOINT, text)
             return None
@@ -83,6 +87,8 @@ class RunFolder:
         if problem := checkpoint.problem_of(chosen):
             text = f"--resume {resume} is damaged: {problem}. --resume auto looks for an older one that is sound."
             raise UserError(ExitCode.CHECKPOINT, text)
+        if own and self._known and self._known["origin"] == str(chosen.resolve()):  # the branch is there already
+            return self._newest(self.checkpoints, of=self.folder)
         sound = [step for step, folder in own.items() if folder not in self._damaged]
         if any(step > int(match[1]) for step in sound) or (own and not self._is_own(chosen)):
             text = f"{self.folder} has checkpoints up to step {max(own)} already, which would be lost. "
@@ -102,49 +108,61 @@ class RunFolder:
             self._damaged = list(skipped)
         return found
 
-    def accept(self, config: TrainConfig, facts: dict[str, Any]) -> bool:
-        """Compare this run with the one that the folder holds, and take the folder over.
+    def accept(self, config: TrainConfig, facts: dict[str, Any], total_steps: int) -> bool:
+        """Compare this run with the one that the folder holds. Nothing is touched yet; see take_over.
 
         Args:
             config: resolved.
             facts: JSON values that a later process is to find the same: data, held_out, targets, device, environment.
+            total_steps: that this run is to have.
 
         Returns:
-            Whether there is anything left to do; if not, no file was touched.
+            Whether there is anything left to do.
 
         Raises:
             UserError: exit 2 with a table of what differs and was not named in `--override`.
         """
-        facts = {"config": config.plain(), **facts, "history": []}
-        before = self._finished or (checkpoint.read_state(self.checkpoint) if self.checkpoint else None)
-        overrides: dict[str, list[Any]] = {}
-        if before is not None:
-            overrides = _differences(before, facts, config)
-            if self._finished and not overrides:
-                return False
-            event = {"step": before["step"], "overrides": overrides, "environment": before["environment"]}
-            facts["history"] = [*before["history"], event]
-        self.facts = facts
-        self._take_over()
-        environment = {**facts["environment"], "command": [redact(word) for word in sys.argv]}
-        checkpoint.write_file(self.folder / "config.yaml", config.to_yaml().encode())
-        checkpoint.write_file(self.folder / "env.json", json.dumps(environment, indent=2).encode())
-        if before is not None and self.checkpoint is not None:
-            changed = "".join(f"; {name}: {old} -> {new}" for name, (old, new) in overrides.items())
-            close = _exactness(before["environment"], facts["environment"], config.deterministic, facts["device"] == "cuda")
-            self.notes.append(f"Resuming after {self.checkpoint.name}{changed}. {close}")
+        self.facts = {"config": config.plain(), **facts, "history": [], "origin": None}
+        there = checkpoint.read_state(self.checkpoint) if self.checkpoint else None
+        before = self._known if self._known and (there or self._finished) else there
+        if before is None and not self._finished:
+            return True
+        overrides = _differences(before, self.facts, config, there or self._finished) if before else {}
+        if self._finished and not overrides:
+            return False
+        if before is None or there is None:
+            text = f"{self.folder} holds a finished run whose checkpoints are gone, so that it cannot be extended."
+            raise UserError(ExitCode.CHECKPOINT, f"{text} --init-adapter {self.folder / 'adapter'} starts from its adapter.")
+        if self.step > total_steps:
+            text = f"{self.folder} is at step {self.step}, beyond the {total_steps} asked for."
+            raise UserError(ExitCode.CONFIGURATION, f"{text} Ask for more, or choose another --output-dir.")
+        event = {"step": self.step, "overrides": overrides, "environment": there["environment"]}
+        self.facts |= {"history": [*before["history"], event], "origin": before["origin"]}
+        changed = "".join(f"; {name}: {old} -> {new}" for name, (old, new) in overrides.items())
+        on_gpu = facts["device"] == "cuda"
+        close = _exactness(there["environment"], facts["environment"], config.deterministic, on_gpu, bool(overrides))
+        self.notes.append(f"Resuming after step-{self.step:06d}{changed}. {close}")
         return True
 
-    def _take_over(self) -> None:
+    def take_over(self, config: TrainConfig) -> None:
+        """Make the folder that of this run: once all that can be checked has been, and before the first file is changed."""
         owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
         os.pwrite(self._lock.fileno(), owner.ljust(128), 0)
-        for folder in self._damaged:  # out of the way of the checkpoints to come, and kept
-            folder.rename(_free_name(folder.with_name(f"{folder.name}.damaged")))
-        if self._finished:
-            (self.folder / FINISHED).unlink()
-            checkpoint.sync_folder(self.folder)
+        self.checkpoints.mkdir(exist_ok=True)
+        for folder in (self.folder, self.folder.parent):
+            checkpoint.sync_folder(folder)
         if self.checkpoint is not None and not self._is_own(self.checkpoint):
             self._branch_off(self.checkpoint)
+        # A later process goes on by itself, and what was permitted once need not be permitted again.
+        kept = dataclasses.replace(config, resume="auto", override=())
+        environment = {**self.facts["environment"], "command": [redact(word) for word in sys.argv]}
+        checkpoint.write_file(self.folder / "config.yaml", kept.to_yaml().encode())
+        checkpoint.write_file(self.folder / "env.json", json.dumps(environment, indent=1).encode())
+        checkpoint.write_file(self.folder / RUN, json.dumps(self.facts, indent=1).encode())
+        for folder in self._damaged:  # out of the way of the checkpoints to come, and kept
+            folder.rename(_free_name(folder.with_name(f"{folder.name}.damaged")))
+        (self.folder / FINISHED).unlink(missing_ok=True)
+        checkpoint.sync_folder(self.folder)
 
     def _branch_off(self, source: Path) -> None:
         metrics = source.parent.parent / METRICS
@@ -152,7 +170,8 @@ class RunFolder:
             checkpoint.write_file(self.folder / METRICS, metrics.read_bytes())
         names = json.loads((source / checkpoint.MANIFEST).read_bytes())["files"]
         self.checkpoint = self.checkpoints / source.name
-        checkpoint.write_folder(self.checkpoint, ((name, (source / name).read_bytes()) for name in names))
+        self.facts["origin"] = str(source.resolve())
+        checkpoint.write_folder(self.checkpoint, {name: (source / name).read_bytes() for name in names})
 
     def require_space(self, trained_parameters: int, keep: int) -> None:
         """Refuse to begin if the disk has no room for the checkpoints kept, one more being written, and the adapter.
@@ -177,10 +196,9 @@ class RunFolder:
         self.facts["weights"] = weights
         if self.checkpoint is None:
             return checkpoint.Progress()
-        before = checkpoint.read_state(self.checkpoint)["weights"]
-        if before != weights:
-            text = f"The model has other weights than when {self.checkpoint} was saved (fingerprint {before}, now {weights}). "
-            raise UserError(ExitCode.CONFIGURATION, text + "Use that model, or start a new run with --init-adapter.")
+        if checkpoint.read_state(self.checkpoint)["weights"] != weights:
+            text = f"The base model is not the one of {self.checkpoint}: its weights or its config.json differ."
+            raise UserError(ExitCode.CONFIGURATION, f"{text} Use that model, or start a new run with --init-adapter.")
         return checkpoint.restore(self.checkpoint, model, optimizer)
 
     def save(
@@ -197,7 +215,7 @@ class RunFolder:
 
     def finish(self, step: int) -> None:
         """Mark the run as done: the last thing that is written."""
-        checkpoint.write_file(self.folder / FINISHED, json.dumps({"step": step, **self.facts}, indent=1).encode())
+        checkpoint.write_file(self.folder / FINISHED, json.dumps({"step": step}).encode())
 
     @property
     def step(self) -> int:
@@ -206,7 +224,7 @@ class RunFolder:
 
     def advice(self) -> str:
         """What a run that ends early tells: what is safe, and the command that goes on from it, in the same directory."""
-        if self.checkpoint is None:
+        if self.checkpoint is None or not self._is_own(self.checkpoint):
             return "No checkpoint was due yet; the same command starts again."
         program = Path(sys.argv[0])
         start = ["python", "-m", "qlora"] if program.name == "__main__.py" else [program.name]
@@ -238,48 +256,59 @@ def _locked(folder: Path) -> Any:
     return lock
 
 
-def _differences(before: dict[str, Any], facts: dict[str, Any], config: TrainConfig) -> dict[str, list[Any]]:
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be read ({error}). Choose another --output-dir.") from None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], config: TrainConfig, at: Any) -> dict[str, list[Any]]:
     """Option -> [old, new] of what differs and was permitted to."""
-    old, new = before["config"], facts["config"]
-    same_data = before["data"] == facts["data"]
-    names = [name for name in new if name not in FREE and not (same_data and name in OF_THE_DATA)]
-    pairs = {name: (old.get(name), new[name]) for name in names}
-    pairs |= {name: (before[name], facts[name]) for name in ("data", "targets", "device")}
-    pairs["eval_file"] = (before["held_out"], facts["held_out"])
-    changed = {name: [there, here] for name, (there, here) in pairs.items() if there != here}
-    size, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
-    same_window = old[size] * old[accumulation] == new[size] * new[accumulation]
-    refused = [name for name in changed if name not in config.override]
-    if not same_window:
-        refused += [name for name in (size, accumulation) if name in changed and name not in refused]
+    old, new = before["config"], now["config"]
+    unused = FREE | (OF_THE_DATA if before["data"] == now["data"] else set())
+    if old["max_steps"] and new["max_steps"]:
+        unused |= {"num_train_epochs"}  # which it replaces
+    if not new["init_adapter"] or Path(str(old["init_adapter"])).resolve() == Path(new["init_adapter"]).resolve():
+        unused |= {"init_adapter"}  # it gave the start, and the checkpoint is beyond that
+    pairs = {name: [old.get(name), new[name]] for name in new if name not in unused}
+    pairs |= {name: [before[name], now[name]] for name in ("data", "targets", "device")}
+    pairs["eval_file"] = [before["held_out"], now["held_out"]]  # by content, under the name that --override knows
+    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    same_window = old[OF_A_WINDOW[0]] * old[OF_A_WINDOW[1]] == new[OF_A_WINDOW[0]] * new[OF_A_WINDOW[1]]
+    fixed = () if same_window else OF_A_WINDOW
+    refused = {name: pair for name, pair in changed.items() if name not in config.override or name in fixed}
     if refused:
-        raise UserError(ExitCode.CONFIGURATION, _table(refused, changed, before["step"], config))
+        text = f"{config.output_dir} holds another run, at step {at['step']}. It differs in\n{_table(refused)}"
+        advice = (
+            "Give the old values to go on with it, or choose another --output-dir (--init-adapter takes its adapter along)."
+        )
+        raise UserError(ExitCode.CONFIGURATION, f"{text}\n{advice}")
     return changed
 
 
-def _table(refused: list[str], changed: dict[str, list[Any]], step: int, config: TrainConfig) -> str:
-    window = {"per_device_train_batch_size", "gradient_accumulation_steps"}
-    rows: list[tuple[str, ...]] = [("", "there", "here", "")]
-    for name in refused:
-        permitted = f"--override {name} permits it" if name in Overridable.__args__ else ""  # type: ignore[attr-defined]
-        permitted = "if their product stays, --override permits them" if name in window else permitted
-        rows.append((name, *(_short(value) for value in changed[name]), permitted))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    table = "\n".join(
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)) + f"  {row[3]}" for row in rows
-    )
-    return (
-        f"{config.output_dir} holds another run, at step {step}; it differs in\n{table}\n"
-        "Give the old values to go on with it, or another --output-dir to start anew (--init-adapter takes its adapter along)."
-    )
+def _table(refused: dict[str, list[Any]]) -> str:
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for header in ("option", "there", "here", ""):
+        table.add_column(header)
+    for name, pair in refused.items():
+        permitted = f"--override {name} permits it" if name in get_args(Overridable) else ""
+        permitted = "--override permits both if their product stays" if name in OF_A_WINDOW else permitted
+        table.add_row(name, *(Text(_short(value)) for value in pair), permitted)
+    console = Console(width=160, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(f"  {line.rstrip()}" for line in captured.get().splitlines())
 
 
 def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:12]}...{text[-12:]}"
+    text = ", ".join(value) if isinstance(value, list) else str(value)
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
 
 
-def _exactness(before: dict[str, Any], now: dict[str, Any], deterministic: bool, on_gpu: bool) -> str:
+def _exactness(before: dict[str, Any], now: dict[str, Any], deterministic: bool, on_gpu: bool, overridden: bool) -> str:
     """How close the rest of the run will be to what it would have been."""
     packages = {name: (version, now["packages"].get(name)) for name, version in before["packages"].items()}
     pairs = packages | {name: (before[name], now[name]) for name in ("python", "device", "cuda", "commit")}
@@ -288,6 +317,8 @@ def _exactness(before: dict[str, Any], now: dict[str, Any], deterministic: bool,
         return f"State is restored bit for bit; later losses are only close, since {', '.join(changed)}."
     if on_gpu and not deterministic:
         return "State is restored bit for bit; later losses are only close: without --deterministic a GPU's sums vary."
+    if overridden:
+        return "State is restored bit for bit; the new values hold from here on."
     return "It goes on bit for bit as if it had not stopped."
 
 

@@ -16,28 +16,34 @@ class Stopped(KeyboardInterrupt):
 class Signals:
     """Handles both signals while it is entered as a context.
 
-    Where nothing is to be saved (loading, evaluating, generating) the first signal raises Stopped on the spot. Within
-    `deferred` it is only noted in `received`, for the loop to finish its step, save, and leave. The second always ends the
-    process, without cleaning up: what is on disk is sound at any moment.
+    While imports run, where an exception may end anywhere, the first signal ends the process. Once `armed`, it raises Stopped
+    on the spot where nothing is to be saved (loading, evaluating, generating); within `deferred` it is only noted in
+    `received`, for the loop to finish its step, save, and leave. The second always ends the process, without cleaning up:
+    what is on disk is sound at any moment. Whatever exception comes out of the context after a first signal is its doing.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.advice: Callable[[], str] = lambda: "Nothing was to be saved yet; the same command starts again."
+        self.armed = False
         self._deferred = False
 
     def __enter__(self) -> "Signals":
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # Python handles signals there alone
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and background jobs of scripts want it
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self._deferred = True  # what comes now is too late to raise
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        return kind is not None and self.received is not None
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is not None or not self.armed:
             if sys.stdout.isatty():
                 os.write(sys.stdout.fileno(), b"\x1b[?25h")  # the cursor, which a progress bar hides
             os._exit(128 + number)
@@ -49,12 +55,6 @@ class Signals:
         """Leave now, if a signal has been noted."""
         if self.received is not None:
             raise Stopped
-
-    @property
-    def exit_code(self) -> int:
-        """128 and the number of the signal, as a shell would report it."""
-        assert self.received is not None
-        return 128 + self.received
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

@@ -24,8 +24,8 @@ from qlora.evaluate import HeldOut, Sample
 from qlora.model import Target
 
 SAMPLE_LINES = 24  # of an answer, in the terminal; samples.jsonl has all
-METRICS = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib")
-TRAIN_CURVES = {name: f"train/{name}" for name in METRICS}
+TRAIN_CURVES = {name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib")}
+EVAL_CURVES = {"eval_loss": "eval/loss", "perplexity": "eval/perplexity"}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -99,22 +99,25 @@ class Tracker:
         evaluations: step -> held-out result, those of before a resume included.
     """
 
-    def __init__(self, run_folder: Path, console: Console, step: int = 0):
-        """Open the files of a run that is about to train step `step` + 1; rows of later steps, which are to come again, go."""
+    def __init__(self, run_folder: Path, console: Console, step: int = 0, held_out: str | None = None):
+        """Open the files of a run that is about to train step `step` + 1; rows of later steps, which are to come again, go.
+
+        `held_out` is the digest of the data that evaluations are of: those of other data do not count as known.
+        """
         self.run_folder = run_folder
+        self.held_out_sha256 = held_out
         self.console = console
         metrics = run_folder / "metrics.jsonl"
         rows = [row for row in _whole_rows(metrics) if row["step"] <= step and step > 0]
         write_file(metrics, b"".join(_line(row) for row in rows))
-        fields = ("eval_loss", "perplexity", "num_tokens")
-        known = [row for row in rows if row["event"] == "eval" and row["eval_loss"] is not None]
-        self.evaluations = {row["step"]: HeldOut(*(row[field] for field in fields)) for row in known}
+        known = [row for row in rows if row["event"] == "eval" and row["held_out"] == held_out]
+        self.evaluations = {row["step"]: _held_out_of(row) for row in known}
         self.metrics_file = metrics.open("ab")
         # What an earlier process told TensorBoard of this step and later ones does not count, so the step is told again.
         used = any((run_folder / "tensorboard").glob("events.*"))
         self.board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step if used else None)
         for row in rows:
-            if row["step"] == step:
+            if row["step"] == step or not used:  # or all of them, where a run branches off
                 self._draw(row)
         columns = (
             BarColumn(bar_width=None),
@@ -162,7 +165,7 @@ class Tracker:
         """Record a held-out evaluation after `step` steps."""
         self.evaluations[step] = result
         row = {"event": "eval", "step": step, "epoch": epoch, "eval_loss": result.loss, "perplexity": result.perplexity}
-        self._record({**row, "num_tokens": result.num_tokens})
+        self._record({**row, "num_tokens": result.num_tokens, "held_out": self.held_out_sha256})
         self.flush()
         self.say(f"epoch {epoch}  held-out loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
 
@@ -183,7 +186,7 @@ class Tracker:
         values = {
             name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in config.plain().items()
         }
-        outcome = {"eval/loss": result.loss, "eval/perplexity": result.perplexity} if result else {}
+        outcome = {"outcome/eval_loss": result.loss, "outcome/perplexity": result.perplexity} if result else {}
         self.board.add_hparams(values, outcome, run_name=".")
 
     def say(self, line: str) -> None:
@@ -206,12 +209,14 @@ class Tracker:
     def _record(self, row: dict[str, Any]) -> None:
         # JSON knows no NaN and no infinity.
         row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
-        self.metrics_file.write(_line(row))
+        try:
+            self.metrics_file.write(_line(row))
+        except OSError as error:
+            raise cannot_write(self.run_folder / "metrics.jsonl", 0, error) from None
         self._draw(row)
 
     def _draw(self, row: dict[str, Any]) -> None:
-        names = {"eval_loss": "eval/loss", "perplexity": "eval/perplexity"} if row["event"] == "eval" else TRAIN_CURVES
-        for name, curve in names.items():
+        for name, curve in (EVAL_CURVES if row["event"] == "eval" else TRAIN_CURVES).items():
             if row[name] is not None:
                 self.board.add_scalar(curve, row[name], row["step"])
 
@@ -221,9 +226,19 @@ def _line(row: dict[str, Any]) -> bytes:
 
 
 def _whole_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last one that was cut short when the process died is left out."""
-    lines = metrics.read_bytes().split(b"\n") if metrics.exists() else []
-    return [json.loads(line) for line in lines[:-1]]
+    """The rows of metrics.jsonl up to the first that is not whole, as the last is if the process died while writing it."""
+    rows = []
+    for line in metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _held_out_of(row: dict[str, Any]) -> HeldOut:
+    loss, perplexity = (math.nan if row[name] is None else row[name] for name in ("eval_loss", "perplexity"))
+    return HeldOut(loss, perplexity, row["num_tokens"])
 
 
 def closing_words(run_folder: Path) -> str:

@@ -46,8 +46,8 @@ def save(checkpoints: Path, trained, step: int) -> Path:
 def test_a_checkpoint_holds_adapter_moments_generators_and_place(trained, tmp_path):
     model, optimizer = trained
     progress = checkpoint.Progress(step=12, epoch=2, samples=7, skipped=1)
-    folder = checkpoint.save(tmp_path / "checkpoints", model, optimizer, progress, FACTS)
-    assert folder == tmp_path / "checkpoints" / "step-000012" and checkpoint.problem_of(folder) is None
+    folder = checkpoint.save(tmp_path, model, optimizer, progress, FACTS)
+    assert folder == tmp_path / "step-000012" and checkpoint.problem_of(folder) is None
     files = ["adapter_config.json", "adapter_model.safetensors", "state.json", "trainer_state.safetensors"]
     assert sorted(p.name for p in folder.iterdir()) == ["MANIFEST.json", *files]
     assert sorted(json.loads((folder / "MANIFEST.json").read_text())["files"]) == files
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(config, trained, tmp_path):
 
 def test_the_newest_and_the_best_are_kept_and_foreign_files_stay(trained, tmp_path):
     (tmp_path / "notes.txt").touch()
-    losses = {6: 3.0, 12: 1.0, 18: 2.0, 999_999: 2.5, 3: 0.1, 24: math.nan}
+    losses = {6: math.nan, 12: 1.0, 18: 2.0, 999_999: 2.5, 3: 0.1, 24: math.nan}
     for step, kept in (
         (6, {6}),
         (12, {6, 12}),
@@ -180,8 +180,29 @@ def test_no_room_is_told_before_anything_is_written(trained, tmp_path, monkeypat
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"has 1,000 bytes free, and \d+,\d+ are needed") as caught:
-        save(tmp_path / "checkpoints", trained, 1)
+        save(tmp_path, trained, 1)
     assert caught.value.exit_code == ExitCode.CHECKPOINT and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_being_replaced_comes_back(tmp_path):
+    """The process died between the two renames: the old adapter has lost its name, and the new one has not got it."""
+    checkpoint.write_folder(tmp_path / "adapter", {"a": b"old"})
+    (tmp_path / "adapter").rename(tmp_path / ".adapter.old.tmp")
+    (tmp_path / ".adapter.tmp").mkdir()
+    checkpoint.remove_leftovers(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"] and (tmp_path / "adapter" / "a").read_bytes() == b"old"
+    checkpoint.write_folder(tmp_path / "adapter", {"a": b"new"})
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"] and (tmp_path / "adapter" / "a").read_bytes() == b"new"
+
+
+def test_optimizer_state_for_some_tensors_only_is_refused(trained, tmp_path):
+    model, optimizer = trained
+    first = next(p for p in model.parameters() if p.requires_grad)
+    del optimizer.state[first]["exp_avg"]
+    folder = save(tmp_path, trained, 1)
+    with pytest.raises(UserError, match="optimizer state for some of the trained tensors only") as caught:
+        checkpoint.restore(folder, model, optimizer)
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
 
 
 def test_leftovers_of_a_save_that_died_do_not_hinder_the_next(trained, tmp_path):
@@ -212,7 +233,7 @@ def test_the_adapter_loads_in_another_process_offline_with_equal_logits(tiny, to
     model = adapted_model(config)
     wake_adapters(model)
     tmp_path = tmp_path / "adapter"
-    checkpoint.write_folder(tmp_path, checkpoint.adapter_files(model, tokenizer))
+    checkpoint.write_folder(tmp_path, dict(checkpoint.adapter_files(model, tokenizer)))
     bf16 = peft.PeftModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16), str(tmp_path)
     )
@@ -251,7 +272,7 @@ assert AutoTokenizer.from_pretrained({str(tmp_path)!r}).eos_token == "<|endoftex
 
 def test_the_adapter_names_its_base_and_commit_and_carries_no_blank_card(model, config, tmp_path):
     tmp_path = tmp_path / "adapter"
-    checkpoint.write_folder(tmp_path, checkpoint.adapter_files(model))
+    checkpoint.write_folder(tmp_path, dict(checkpoint.adapter_files(model)))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == config.model and Path(config.model).is_absolute()
     assert saved["inference_mode"] is True and model.peft_config["default"].inference_mode is False
@@ -267,7 +288,7 @@ def test_a_hub_model_is_named_by_id_and_commit(config, tmp_path):
     base.config._commit_hash = "0123abc"
     adapted = add_adapters(base, config, audit_targets(base, config), "org/model")
     tmp_path = tmp_path / "adapter"
-    checkpoint.write_folder(tmp_path, checkpoint.adapter_files(adapted))
+    checkpoint.write_folder(tmp_path, dict(checkpoint.adapter_files(adapted)))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (saved["base_model_name_or_path"], saved["revision"]) == ("org/model", "0123abc")
 

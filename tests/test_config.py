@@ -162,3 +162,17 @@ def test_every_option_is_read_outside_config():
 
 def test_yaml_of_a_configuration_is_plain():
     assert yaml.safe_load(TrainConfig().to_yaml())["lora_r"] == 32
+
+
+@pytest.mark.parametrize("flags", [["--hf-token", "TOKEN"], ["--learning-rate", "TOKEN"], ["--lora-r", "a-very-secret-value"]])
+def test_a_secret_on_the_command_line_is_not_printed_back(monkeypatch, capsys, flags):
+    monkeypatch.setenv("HF_TOKEN", "a-very-secret-value")
+    token = "hf_" + "AbCdEf123456" * 3
+    with pytest.raises(SystemExit):
+        parse([flag.replace("TOKEN", token) for flag in flags])
+    told = "".join(capsys.readouterr())
+    assert "***" in told and token not in told and "a-very-secret-value" not in told
+
+
+def test_names_that_only_look_like_the_start_of_a_secret_are_left_alone():
+    assert config_module.redact("/data/hf_downloads/hf_baseline01 and hf_") == "/data/hf_downloads/hf_baseline01 and hf_"

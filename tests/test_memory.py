@@ -85,6 +85,16 @@ def test_out_of_memory_is_exit_6_with_peak_estimate_and_three_ways_out(tiny, tmp
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"])
+def test_memory_that_runs_out_within_transformers_is_exit_6_too(tiny, tmp_path, monkeypatch, capsys, text):
+    def too_large(*_, **__):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", too_large)
+    assert command_line(["--model", "tiny-random", "--output-dir", str(tmp_path / "run")]) == ExitCode.MEMORY
+    assert "ran out of memory" in capsys.readouterr().err
+
+
 def test_another_runtime_error_is_not_taken_for_one():
     with pytest.raises(RuntimeError, match="something else"), memory.explained(TrainConfig(), CPU, 1.0, 10):
         raise RuntimeError("something else")

@@ -386,7 +386,7 @@ def test_a_fresh_adapter_changes_nothing(config, model):
 
 def test_init_adapter_goes_on_from_a_saved_one_bit_for_bit(config, model, tmp_path):
     wake_adapters(model)
-    checkpoint.write_folder(tmp_path / "adapter", checkpoint.adapter_files(model))
+    checkpoint.write_folder(tmp_path / "adapter", dict(checkpoint.adapter_files(model)))
     again = adapted_model(dataclasses.replace(config, init_adapter=tmp_path / "adapter", lora_r=99, target_modules=("o_proj",)))
     for name, parameter in model.named_parameters():
         other = again.get_parameter(name)
@@ -398,7 +398,7 @@ def test_init_adapter_goes_on_from_a_saved_one_bit_for_bit(config, model, tmp_pa
 
 def test_init_adapter_that_does_not_fit_is_refused(config, model, tmp_path):
     tmp_path = tmp_path / "adapter"
-    checkpoint.write_folder(tmp_path, checkpoint.adapter_files(model))
+    checkpoint.write_folder(tmp_path, dict(checkpoint.adapter_files(model)))
     resumed = dataclasses.replace(config, init_adapter=tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)

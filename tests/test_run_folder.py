@@ -91,12 +91,34 @@ def stop_in_step(patch, number: int) -> None:
     patch.setattr(train_loop, "train_step", step)
 
 
+def test_what_is_refused_late_leaves_a_finished_run_as_it_was(straight, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    before = contents(folder)
+    more = ("--max-steps", "9", "--override", "max_steps")
+    usage = shutil.disk_usage(tmp_path)
+
+    def fails(*_, **__):
+        raise UserError(ExitCode.ENVIRONMENT, "as asked")
+
+    assert run(folder, "--max-steps", "7", "--override", "max_steps") == ExitCode.CONFIGURATION
+    assert "is at step 8, beyond the 7 asked for" in capsys.readouterr().err
+    for where, name, value, code in (
+        (shutil, "disk_usage", lambda _: usage._replace(free=1000), ExitCode.CHECKPOINT),
+        (train_loop, "load_nf4_model", fails, ExitCode.ENVIRONMENT),
+        (train_loop, "fingerprint", lambda model: "another", ExitCode.CONFIGURATION),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            assert run(folder, *more) == code
+    assert contents(folder) == before
+
+
 def test_what_differs_in_the_environment_withdraws_the_promise(stopped, capsys):
     path = stopped / "checkpoints" / "step-000004"
     state = checkpoint.read_state(path)
     state["environment"]["packages"]["torch"] = "2.9.0"
     files = {n: (path / n).read_bytes() for n in json.loads((path / "MANIFEST.json").read_text())["files"]}
-    checkpoint.write_folder(path, [*(files | {"state.json": json.dumps(state).encode()}).items()])
+    checkpoint.write_folder(path, files | {"state.json": json.dumps(state).encode()})
     assert run(stopped, "--max-steps", "8") == 0
     assert f"later losses are only close, since torch 2.9.0 -> {torch.__version__}" in capsys.readouterr().out
     history = checkpoint.read_state(stopped / "checkpoints" / "step-000008")["history"]
@@ -107,7 +129,7 @@ def test_on_a_gpu_only_the_deterministic_flag_promises_bits():
     environment = {"packages": {}, "python": "3", "device": "GPU", "cuda": "13", "commit": None}
     withdrawn, given = "without --deterministic", "bit for bit as if it had not stopped"
     for flag, on_gpu, words in ((False, True, withdrawn), (True, True, given), (False, False, given)):
-        assert words in run_folder._exactness(environment, environment, flag, on_gpu)
+        assert words in run_folder._exactness(environment, environment, flag, on_gpu, overridden=False)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -147,7 +169,7 @@ def test_another_run_is_refused_with_a_table_and_nothing_changes(stopped, monkey
 def test_other_weights_under_the_same_name_are_refused(stopped, monkeypatch, capsys):
     monkeypatch.setattr(train_loop, "fingerprint", lambda model: "another")
     assert run(stopped, "--max-steps", "8") == ExitCode.CONFIGURATION
-    assert "The model has other weights than when" in capsys.readouterr().err
+    assert "The base model is not the one of" in capsys.readouterr().err
 
 
 def test_a_step_beyond_the_end_is_refused(stopped, capsys):
@@ -191,9 +213,9 @@ def test_the_configuration_it_leaves_goes_on_with_it(stopped, capsys):
     (stopped / "finished.json").unlink()
     for step in (5, 6, 7, 8):
         shutil.rmtree(stopped / "checkpoints" / f"step-{step:06d}", ignore_errors=True)
-    assert command_line(["--config", str(stopped / "config.yaml")]) == 0  # the override still stands
+    assert command_line(["--config", str(stopped / "config.yaml")]) == 0  # what was permitted is the run's own by now
     config = parse(["--config", str(stopped / "config.yaml")])
-    assert (config.learning_rate, config.resume, config.override) == (3e-2, "auto", ("learning_rate",))
+    assert (config.learning_rate, config.resume, config.override) == (3e-2, "auto", ())
 
 
 # -- finished, extended, branched off ----------------------------------------------------------------------------------
@@ -207,6 +229,8 @@ def test_a_finished_run_says_so_and_nothing_is_touched(straight, tmp_path, capsy
     assert contents(folder) == before and stamps == {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     shutil.rmtree(folder / "checkpoints")  # to save room
     assert run(folder, "--max-steps", "8") == 0
+    assert run(folder, "--max-steps", "9", "--override", "max_steps") == ExitCode.CHECKPOINT
+    assert "finished run whose checkpoints are gone" in capsys.readouterr().err
     assert run(folder, "--max-steps", "8", "--seed", "5") == ExitCode.CONFIGURATION
     assert "holds another run, at step 8" in capsys.readouterr().err
 
@@ -222,7 +246,7 @@ def test_a_finished_run_can_be_extended(straight, tmp_path):
     assert checkpoint.verify(folder / "adapter") is None
 
 
-def test_an_older_checkpoint_branches_off_into_another_folder(straight, tmp_path, capsys):
+def test_an_older_checkpoint_branches_off_into_another_folder(straight, tmp_path, monkeypatch, capsys):
     before = contents(straight)
     branch = tmp_path / "branch"
     flags = ["--max-steps", "8", "--resume", str(straight / "checkpoints" / "step-000003")]
@@ -233,7 +257,10 @@ def test_an_older_checkpoint_branches_off_into_another_folder(straight, tmp_path
     assert run(straight, *flags) == ExitCode.CHECKPOINT
     assert "has checkpoints up to step 8 already, which would be lost" in capsys.readouterr().err
     same = tmp_path / "same"
-    assert run(same, *flags) == 0
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        assert run(same, *flags, "--save-steps", "1") == ExitCode.NUMERICS
+    assert run(same, *flags) == 0  # the same command goes on with the branch
     assert tensors(same / "checkpoints" / "step-000008") == tensors(straight / "checkpoints" / "step-000008")
 
 
@@ -264,6 +291,37 @@ def test_what_cannot_be_resumed_is_told_apart(stopped, monkeypatch, capsys, what
 
 def test_never_starts_in_an_empty_folder(tiny, tmp_path):
     assert run(tmp_path / "run", "--max-steps", "1", "--resume", "never") == 0
+
+
+def test_other_held_out_data_are_evaluated_though_the_step_is_known(straight, tmp_path):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    other = tmp_path / "other.jsonl"
+    other.write_text(BUNDLED_TRAIN.with_name("heldout.jsonl").read_text().splitlines()[0])
+    flags = ["--max-steps", "8", "--train-file", str(BUNDLED_TRAIN), "--eval-file", str(other), "--override", "eval_file"]
+    assert run(folder, *flags) == 0
+    first, second = [row for row in rows(folder) if row["event"] == "eval" and row["step"] == 8]
+    assert first["held_out"] != second["held_out"] and second["num_tokens"] < first["num_tokens"]
+
+
+def test_a_run_that_began_with_an_adapter_needs_it_no_more(straight, tmp_path, monkeypatch):
+    adapter = shutil.copytree(straight / "adapter", tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        assert run(tmp_path / "run", "--max-steps", "4", "--save-steps", "1", "--init-adapter", "adapter") == ExitCode.NUMERICS
+    assert run(tmp_path / "run", "--max-steps", "4", "--init-adapter", str(straight / "adapter")) == ExitCode.CONFIGURATION
+    assert run(tmp_path / "run", "--max-steps", "3", "--init-adapter", str(adapter), "--override", "max_steps") == 0
+    adapter.rename(tmp_path / "moved")
+    again = ["--config", str(tmp_path / "run" / "config.yaml"), "--init-adapter", "None"]
+    assert command_line(again) == 0
+
+
+@pytest.mark.parametrize("name", ["finished.json", "run.json"])
+def test_a_damaged_mark_is_told(straight, tmp_path, capsys, name):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    (folder / name).write_text("")
+    assert run(folder, "--max-steps", "8") == ExitCode.CHECKPOINT
+    assert f"{name} cannot be read" in capsys.readouterr().err
 
 
 # -- the folder --------------------------------------------------------------------------------------------------------

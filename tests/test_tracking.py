@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import time
 
 import pytest
@@ -41,7 +42,15 @@ def test_every_step_has_a_row_and_every_third_a_line_when_piped(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["event"] == "step"] == list(range(1, 8))
     assert rows[1] == {"event": "step", **row(1)}
-    assert rows[0] == {"event": "eval", "step": 0, "epoch": 0, "eval_loss": 1.0, "perplexity": 2.718, "num_tokens": 10}
+    assert rows[0] == {
+        "event": "eval",
+        "step": 0,
+        "epoch": 0,
+        "eval_loss": 1.0,
+        "perplexity": 2.718,
+        "num_tokens": 10,
+        "held_out": None,
+    }
     assert [line.split()[1] for line in text.splitlines() if line.startswith("step")] == ["1/7", "3/7", "6/7", "7/7"]
     assert "step 3/7  epoch 1  loss 0.6667  lr 1.00e-04  grad_norm 0.500  1,234 tokens/s  peak 1.50 GiB" in text
     assert "\x1b" not in text
@@ -76,9 +85,9 @@ def test_tensorboard_has_curves_texts_and_hyperparameters(tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
     board.Reload()
     tags = board.Tags()
-    assert {f"train/{name}" for name in tracking.METRICS} | {"eval/loss", "eval/perplexity"} <= set(tags["scalars"])
+    assert set(tracking.TRAIN_CURVES.values()) | {"eval/loss", "eval/perplexity"} <= set(tags["scalars"])
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(s, pytest.approx(2.0 / s)) for s in range(1, 8)]
-    assert [(e.step, e.value) for e in board.Scalars("eval/loss")][:2] == [(0, 1.0), (7, 0.5)]
+    assert [(e.step, e.value) for e in board.Scalars("eval/loss")] == [(0, 1.0), (7, 0.5)]
     assert "samples/0/text_summary" in tags["tensors"]
     assert any(b"lora_dropout" in p.read_bytes() for p in (tmp_path / "tensorboard").iterdir())
 
@@ -125,6 +134,18 @@ def test_a_run_that_starts_again_before_its_first_checkpoint_starts_its_records_
     assert scalars(tmp_path, "eval/loss") == [(0, 4.0)]
 
 
+def test_a_branch_shows_the_curves_of_before_it(tmp_path):
+    for name in ("run", "branch"):
+        (tmp_path / name).mkdir()
+    track(tmp_path / "run", terminal=False)
+    shutil.copy(tmp_path / "run" / "metrics.jsonl", tmp_path / "branch")
+    with tracking.Tracker(tmp_path / "branch", Console(file=io.StringIO()), step=4) as tracker:
+        tracker.begin(4, total_steps=7, logging_steps=3)
+        tracker.steps([row(5)])
+    assert [step for step, _ in scalars(tmp_path / "branch", "train/loss")] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in scalars(tmp_path / "branch", "eval/loss")] == [0]
+
+
 def test_what_is_not_finite_is_null_in_the_metrics_and_left_out_of_the_curves(tmp_path):
     with tracking.Tracker(tmp_path, Console(file=io.StringIO())) as tracker:
         tracker.begin(0, total_steps=7, logging_steps=3)
@@ -134,7 +155,7 @@ def test_what_is_not_finite_is_null_in_the_metrics_and_left_out_of_the_curves(tm
     assert (rows[1]["loss"], rows[1]["grad_norm"], rows[2]["eval_loss"]) == (None, None, None)
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1]
     with tracking.Tracker(tmp_path, Console(file=io.StringIO()), step=2) as tracker:
-        assert tracker.evaluations == {}  # it will be evaluated again
+        assert math.isnan(tracker.evaluations[2].loss)  # known, and never the best
 
 
 def test_a_full_disk_ends_the_run_with_exit_4_not_with_a_traceback(tmp_path):

@@ -1,6 +1,7 @@
 """The loop: schedule, accumulation, the whole run, and what goes wrong in it."""
 
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -237,7 +238,7 @@ def test_a_nan_ends_the_run_at_the_next_log_step_with_exit_5_and_all_that_is_kno
 def test_a_run_that_diverges_ends_too(tiny, tmp_path, capsys):
     code, rows = run(tmp_path, "--learning-rate", "1e25", "--max-grad-norm", "None", "--max-steps", "20")
     assert code == ExitCode.NUMERICS and rows[1]["loss"] is not None and None in [row.get("loss", 0) for row in rows]
-    assert "No checkpoint was due yet" in capsys.readouterr().err and not (tmp_path / "run" / "checkpoints").exists()
+    assert "No checkpoint was due yet" in capsys.readouterr().err and not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_some_windows_may_be_skipped_each_with_a_line_and_the_count_survives_a_resume(tiny, tmp_path, monkeypatch, capsys):
@@ -294,7 +295,7 @@ def test_a_cut_graph_ends_the_run_with_exit_5(tiny, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(train_loop, "token_loss_sum", cut)
     assert run(tmp_path)[0] == ExitCode.NUMERICS
     assert "16 of 16 adapter tensors got none" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "adapter").exists() and not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "adapter").exists() and not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_a_good_first_gradient_passes(config, model, head, samples):
@@ -348,6 +349,7 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_p
         "env.json",
         "finished.json",
         "metrics.jsonl",
+        "run.json",
         "run.lock",
         "samples.jsonl",
         "tensorboard",
@@ -515,6 +517,20 @@ def test_debug_shows_the_traceback(tiny, tmp_path, monkeypatch, capsys):
     for flag in (["--debug"], ["--config", "run.yaml"]):
         assert command_line(["--model", "./nowhere", *flag]) == ExitCode.ENVIRONMENT
         assert "Traceback (most recent call last)" in (err := capsys.readouterr().err) and "no such folder" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, ExitCode.CHECKPOINT), (errno.EACCES, None)])
+def test_a_full_disk_anywhere_is_exit_4(monkeypatch, capsys, number, code):
+    def full(*_):
+        raise OSError(number, "No room", "some/file")
+
+    monkeypatch.setattr(train_loop, "main", full)
+    if code is None:
+        with pytest.raises(OSError, match="No room"):
+            command_line([])
+    else:
+        assert command_line([]) == code
+        assert "some/file cannot be written: No room. Nothing was to be saved yet" in capsys.readouterr().err
 
 
 def test_frozen_configuration_cannot_drift(config):

@@ -259,20 +259,30 @@ def calls(monkeypatch) -> list[tuple[str, ...]]:
 def test_a_folder_is_flushed_inside_out_before_it_takes_its_name(calls, tmp_path):
     """In any other order a power cut could leave the name without what it stands for."""
     folder, aside = tmp_path / "step-000002", tmp_path / ".step-000002.tmp"
-    checkpoint.write_folder(folder, [("a", b"1"), ("b", b"2")])
+    checkpoint.write_folder(folder, {"a": b"1", "b": b"2"})
     flushed = [("flush", str(path)) for path in (aside / "a", aside / "b", aside / MANIFEST, aside)]
     assert calls == [*flushed, ("rename", str(aside), str(folder)), ("flush", str(tmp_path))]
 
 
 def test_a_folder_that_is_replaced_stays_until_the_new_one_is_flushed(calls, tmp_path):
     folder, aside = tmp_path / "adapter", tmp_path / ".adapter.tmp"
-    checkpoint.write_folder(folder, [("a", b"1")])
+    checkpoint.write_folder(folder, {"a": b"1"})
     calls.clear()
-    checkpoint.write_folder(folder, [("a", b"2")])
+    checkpoint.write_folder(folder, {"a": b"2"})
     flushed = [("flush", str(path)) for path in (aside / "a", aside / MANIFEST, aside)]
     out_of_sight = ("rename", str(folder), str(tmp_path / ".adapter.old.tmp"))
     assert calls == [*flushed, out_of_sight, ("rename", str(aside), str(folder)), ("flush", str(tmp_path))]
     assert (folder / "a").read_bytes() == b"2" and [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_was_being_replaced_comes_back(tmp_path):
+    """A process may die between the two renames, when neither the old folder nor the new one has the name."""
+    folder = tmp_path / "adapter"
+    checkpoint.write_folder(folder, {"a": b"1"})
+    before = digest(folder)
+    folder.rename(tmp_path / ".adapter.old.tmp")
+    checkpoint.remove_leftovers(tmp_path)
+    assert digest(folder) == before and list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_file_is_flushed_before_it_takes_its_name(calls, tmp_path):
@@ -367,7 +377,7 @@ def test_all_are_damaged(case: Case, prepared, tmp_path, record):
 def test_leftovers_go_and_foreign_files_stay(case: Case, prepared, tmp_path, record):
     start = time.perf_counter()
     folder = shutil.copytree(prepared, tmp_path / "run")
-    leftovers = [".adapter.tmp/a", ".config.yaml.tmp", "checkpoints/.step-000099.tmp/a", "checkpoints/.step-000002.old.tmp/a"]
+    leftovers = [".adapter.tmp/a", ".config.yaml.tmp", "checkpoints/.step-000099.tmp/a", "checkpoints/.step-000004.old.tmp/a"]
     foreign = ["notes.txt", "checkpoints/notes.txt", "checkpoints/step-backup/a", "checkpoints/.hidden.tmp"]
     foreign += ["checkpoints/step-12/a", ".mine.tmp", "checkpoints/step-000099.tmp", "adapter-of-mine/a"]
     for name in [*leftovers, *foreign]:
@@ -399,6 +409,7 @@ def test_two_processes_in_one_folder(case: Case, tmp_path, record):
     (ready, tell_ready), (go, tell_go) = os.pipe(), os.pipe()
 
     def wait_in_step_3() -> None:
+        os.close(tell_go)  # so that it goes on, too, when the parent dies
         original, seen = train_loop.train_step, []
 
         def waiting(*args, **kwargs):
@@ -412,17 +423,21 @@ def test_two_processes_in_one_folder(case: Case, tmp_path, record):
 
     first = case.start(folder, before=wait_in_step_3)
     os.close(tell_ready)
-    assert os.read(ready, 1) == b".", log(folder).read_text()
-    before = digest(folder)
-    assert ended(case.start(folder)) == ExitCode.CHECKPOINT
-    output = log(folder).read_text()
+    try:
+        assert os.read(ready, 1) == b".", log(folder).read_text()
+        before = digest(folder)
+        second = ended(case.start(folder))  # while the first stands in its step
+        output, after = log(folder).read_text(), digest(folder)
+    finally:
+        os.write(tell_go, b".")
+        code = ended(first)
+        for descriptor in (ready, go, tell_go):
+            os.close(descriptor)
+    assert second == ExitCode.CHECKPOINT, output
     assert f'is in use by another process ({{"pid": {first}, ' in output and "Traceback" not in output, output
-    assert digest(folder) == before
-    os.write(tell_go, b".")
-    assert ended(first) == 0, log(folder).read_text()[-3000:]
+    assert after == before
+    assert code == 0, log(folder).read_text()[-3000:]
     case.check_finished(folder)
-    for descriptor in (ready, go, tell_go):
-        os.close(descriptor)
     record("a second process in the folder", 1, start)
 
 
@@ -472,10 +487,13 @@ def test_a_line_of_metrics_or_the_mark_of_the_end_that_is_not_json(case: Case, p
         (prepared, "metrics.jsonl", lambda content: content.replace(b'"epoch"', b'"epoch', 1)),
         (case.straight, "finished.json", lambda content: content[:-1]),
         (case.straight, "finished.json", lambda _: b"null"),
+        (case.straight, "run.json", lambda content: content[:-1]),
+        (prepared, "run.json", lambda content: content[:-1]),
+        (prepared, "run.json", lambda _: b"{}"),
         (case.straight, "finished.json", lambda _: b"{}"),
     ]
     all_pass({f"trial-{number}": trial(*damage, number) for number, damage in enumerate(damages)}, tmp_path)
-    record("damage: metrics.jsonl, finished.json", len(damages), start)
+    record("damage: metrics.jsonl, run.json, finished.json", len(damages), start)
 
 
 def test_a_disk_that_gives_back_something_else(case: Case, tmp_path, record):
@@ -512,7 +530,7 @@ def test_changed_data_is_no_data_to_go_on_with(case: Case, tmp_path, record):
     Path(train).write_text(content.replace("train 7", "train 8", 1))
     assert ended(case.start(folder, *flags)) == ExitCode.CONFIGURATION
     output = log(folder).read_text()
-    assert re.search(r"holds another run, at step 4; it differs in\n.*\n  data ", output) and "Traceback" not in output, output
+    assert re.search(r"holds another run, at step 4\b.*differs in\n.*\n  data ", output) and "Traceback" not in output, output
     assert digest(folder) == before
     Path(train).write_text(content)
     case.finish(folder, *flags)
@@ -602,11 +620,18 @@ def test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume(case:
     record("NaN in a window", 3, start)
 
 
-def test_a_write_that_fails_leaves_no_trace(tmp_path):
-    def failing() -> Iterator[tuple[str, bytes]]:
-        yield "a", b"1"
-        raise OSError(28, "No space left on device")
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    folder = tmp_path / "adapter"
+    checkpoint.write_folder(folder, {"a": b"1", "b": b"1"})
+    before, write = digest(folder), checkpoint._write
 
+    def failing(path: Path, content: bytes) -> None:
+        if path.name == "b":
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "_write", failing)
     with pytest.raises(UserError, match="cannot be written: No space left on device") as caught:
-        checkpoint.write_folder(tmp_path / "step-000002", failing())
-    assert caught.value.exit_code == ExitCode.CHECKPOINT and not list(tmp_path.iterdir())
+        checkpoint.write_folder(folder, {"a": b"2", "b": b"2"})
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
+    assert digest(folder) == before and list(tmp_path.iterdir()) == [folder]

@@ -173,10 +173,11 @@ def test_two_signals_end_it_at_once(case: Case, tmp_path, record, name: str):
 
 
 def test_the_printed_command_goes_on_whatever_the_run_was_started_with(case: Case, tmp_path, record):
-    """--resume never and --resume PATH are wishes about the start of a run, and must not stand in the way of its rest."""
+    """--resume never and --resume PATH are about the start of a run, and must not stand in the way of its rest."""
     start = time.perf_counter()
     source = case.straight / "checkpoints" / "step-000008"
     step = PHASES["step"]
+    soon = step._replace(chosen=lambda call, *_: call == 2)
 
     def stopped(phase: Phase, saved: list[int], *flags: str) -> Callable[[], None]:
         def run() -> None:
@@ -193,28 +194,29 @@ def test_the_printed_command_goes_on_whatever_the_run_was_started_with(case: Cas
 
         return run
 
-    def own() -> None:
-        folder = tmp_path / "run-own"
-        assert ended(case.start(folder, before=send(step, signal.SIGTERM))) == 143
-        log(folder).unlink()
-        flags, second = (
-            ["--resume", str(folder / "checkpoints" / "step-000005")],
-            step._replace(chosen=lambda call, *_: call == 2),
-        )
-        assert ended(case.start(folder, *flags, before=send(second, signal.SIGTERM))) == 143, log(folder).read_text()
-        check_stopped(case, folder, signal.SIGTERM, [4, 7])
-        go_on(case, folder)
+    def stopped_again(folder: Path, *flags: str) -> Callable[[], None]:
+        def run() -> None:
+            assert ended(case.start(folder, before=send(step, signal.SIGTERM))) == 143
+            log(folder).unlink()
+            assert ended(case.start(folder, *flags, before=send(soon, signal.SIGTERM))) == 143, log(folder).read_text()
+            check_stopped(case, folder, signal.SIGTERM, [4, 7])
+            go_on(case, folder)
 
+        return run
+
+    own, changed = tmp_path / "own", tmp_path / "changed"
+    free = ("--override", "gradient_checkpointing", "--gradient-checkpointing", "none")  # which changes no bit
     trials = {
-        "own": own,
+        "own": stopped_again(own, "--resume", str(own / "checkpoints" / "step-000005")),
+        "override": stopped_again(changed, *free),
         "never": stopped(step, [4, 5], "--resume", "never"),
         "never-early": stopped(PHASES["tokenising"], [], "--resume", "never"),
-        "branch": stopped(step._replace(chosen=lambda call, *_: call == 2), [8, 10], "--resume", str(source)),
+        "branch": stopped(soon, [8, 10], "--resume", str(source)),
         "branch-early": stopped(PHASES["tokenising"], [], "--resume", str(source)),
-        "branch-loading": stopped(PHASES["loading"], [8], "--resume", str(source)),
+        "branch-loading": stopped(PHASES["loading"], [], "--resume", str(source)),
     }
     all_pass(trials, tmp_path)
-    record("a signal in a run with --resume never or PATH", len(trials), start)
+    record("a signal in a run with --resume never, --resume PATH, --override", len(trials), start)
 
 
 def test_programs_of_their_own_and_their_process_groups(case: Case, tmp_path, record):
