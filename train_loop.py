@@ -193,8 +193,7 @@ def train(
                 seen += len(row["lines"])
                 if step == 1:
                     check_first_gradients(named, grad_norm)
-                stopping = stop.received is not None
-                save = stopping or step % save_steps == 0 or step in (epoch * steps_per_epoch, total_steps)
+                save = stop.received is not None or step % save_steps == 0 or step in (epoch * steps_per_epoch, total_steps)
                 if save or step == 1 or step % config.logging_steps == 0:
                     rows = read_pending(pending, since, device)
                     tracker.steps(rows)
@@ -203,9 +202,8 @@ def train(
                 if save:
                     progress = checkpoint.Progress(step, epoch, seen, skipped)
                     run.save(model, optimizer, progress, config.save_total_limit, tracker.evaluations)
-                    since = time.perf_counter()  # saving and evaluation are not training time
-                if stopping:
                     stop.raise_if_received()
+                    since = time.perf_counter()  # saving and evaluation are not training time
             seen = 0
             result = evaluate_held_out(step, epoch)
             since = time.perf_counter()

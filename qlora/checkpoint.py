@@ -183,8 +183,11 @@ def problem_of(folder: Path) -> str | None:
     entries = json.loads((folder / MANIFEST).read_bytes())["files"]
     if missing := sorted({ADAPTER, TRAINER_STATE, STATE} - entries.keys()):
         return f"{MANIFEST} does not list {missing[0]}"
-    step = read_state(folder).get("step")
-    return None if folder.name == f"step-{step:06d}" else f"{STATE} is that of step {step}"
+    try:
+        step = read_state(folder)["step"]
+        return None if folder.name == f"step-{step:06d}" else f"{STATE} is that of step {step}"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return f"{STATE} is damaged"
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -234,7 +237,7 @@ def _has_its_files(folder: Path) -> bool:
     try:
         entries = json.loads((folder / MANIFEST).read_bytes())["files"]
         return all((folder / name).stat().st_size == entry["size"] for name, entry in entries.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

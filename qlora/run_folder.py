@@ -51,6 +51,7 @@ class RunFolder:
         self.notes: list[str] = []
         self.facts: dict[str, Any] = {}
         self._damaged: list[Path] = []
+        self._taken_over = False
         self._lock = _locked(folder)
         try:
             for place in (folder, self.checkpoints):
@@ -163,6 +164,7 @@ class RunFolder:
             folder.rename(_free_name(folder.with_name(f"{folder.name}.damaged")))
         (self.folder / FINISHED).unlink(missing_ok=True)
         checkpoint.sync_folder(self.folder)
+        self._taken_over = True
 
     def _branch_off(self, source: Path) -> None:
         metrics = source.parent.parent / METRICS
@@ -226,12 +228,15 @@ class RunFolder:
         """What a run that ends early tells: what is safe, and the command that goes on from it, in the same directory."""
         if self.checkpoint is None or not self._is_own(self.checkpoint):
             return "No checkpoint was due yet; the same command starts again."
+        safe = f"All up to step {self.step} is safe in {self.checkpoint}."
+        if not self._taken_over:
+            return f"{safe} The same command goes on."
         program = Path(sys.argv[0])
         start = ["python", "-m", "qlora"] if program.name == "__main__.py" else [program.name]
         if program.name.endswith(".py") and program.name != "__main__.py":
             start = ["python", sys.argv[0]]
         command = shlex.join([*start, "--config", str(self.folder / "config.yaml")])
-        return f"All up to step {self.step} is safe in {self.checkpoint}. Go on with:\n  {command}"
+        return f"{safe} Go on with:\n  {command}"
 
 
 def _locked(folder: Path) -> Any:
@@ -262,7 +267,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be read ({error}). Choose another --output-dir.") from None
+        text = f"{path} cannot be read ({error}). Remove it to go on: checkpoints hold what it told."
+        raise UserError(ExitCode.CHECKPOINT, text) from None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], config: TrainConfig, at: Any) -> dict[str, list[Any]]:

@@ -110,7 +110,7 @@ class Tracker:
         metrics = run_folder / "metrics.jsonl"
         rows = [row for row in _whole_rows(metrics) if row["step"] <= step and step > 0]
         write_file(metrics, b"".join(_line(row) for row in rows))
-        known = [row for row in rows if row["event"] == "eval" and row["held_out"] == held_out]
+        known = [row for row in rows if row["event"] == "eval" and row.get("held_out") == held_out]
         self.evaluations = {row["step"]: _held_out_of(row) for row in known}
         self.metrics_file = metrics.open("ab")
         # What an earlier process told TensorBoard of this step and later ones does not count, so the step is told again.
@@ -230,9 +230,12 @@ def _whole_rows(metrics: Path) -> list[dict[str, Any]]:
     rows = []
     for line in metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict) or not {"event", "step"} <= row.keys():
+            break
+        rows.append(row)
     return rows
 
 

@@ -675,6 +675,13 @@ def test_collate_pads_right_by_length():
     assert batch.input_ids.dtype == batch.labels.dtype == batch.positions.dtype == torch.int64
 
 
+def test_a_token_with_the_id_of_the_padding_is_trained():
+    """Padding is told by length: id 0 may be a token like any other."""
+    batch = data.collate([Encoded([5, 0, 6, 0], [IGNORED, 0, 6, 0], 1), Encoded([7, 0], [IGNORED, 0], 2)])
+    assert batch.positions.tolist() == [0, 1, 2, 4] and batch.num_tokens == 4
+    assert batch.labels.tolist() == [[IGNORED, 0, 6, 0], [IGNORED, 0, IGNORED, IGNORED]]
+
+
 def test_the_first_token_of_a_row_is_never_a_target():
     batch = data.collate([Encoded([5, 6], [5, 6], 1)])
     assert batch.positions.tolist() == [0] and batch.num_tokens == 1

@@ -342,7 +342,7 @@ MUTANTS = [
     mutant(
         "padding-told-by-its-id",
         DATA,
-        "faults/test_mutants.py::test_a_token_with_the_id_of_the_padding_is_trained",
+        "test_data.py::test_a_token_with_the_id_of_the_padding_is_trained",
         "torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)",
         "torch.nonzero((labels[:, 1:] != IGNORED) & (input_ids[:, 1:] != 0), as_tuple=True)",
     ),

@@ -5,8 +5,6 @@ import re
 
 import pytest
 
-from qlora import data
-from qlora.data import IGNORED, Encoded
 from tests.faults.mutants import MUTANTS, ROOT, applied
 
 pytestmark = pytest.mark.faults
@@ -26,10 +24,3 @@ def test_each_mutant_applies_and_its_test_exists(mutant):
 def test_no_two_mutants_are_the_same():
     names, edits = [mutant.name for mutant in MUTANTS], [(mutant.file, mutant.edits) for mutant in MUTANTS]
     assert len(set(names)) == len(names) and len(set(edits)) == len(edits) >= 20
-
-
-def test_a_token_with_the_id_of_the_padding_is_trained():
-    """What only a mutant asked for: everywhere else ids are 1 and above."""
-    batch = data.collate([Encoded([5, 0, 6, 0], [IGNORED, 0, 6, 0], 1), Encoded([7, 0], [IGNORED, 0], 2)])
-    assert batch.positions.tolist() == [0, 1, 2, 4] and batch.num_tokens == 4
-    assert batch.labels.tolist() == [[IGNORED, 0, 6, 0], [IGNORED, 0, IGNORED, IGNORED]]

@@ -57,7 +57,7 @@ PHASES = {
         checkpoint,
         "_write",
         lambda _, path, *__: path.name == checkpoint.TRAINER_STATE and "step-000006" in path.parent.name,
-        [4, 7],  # noted while 6 is saved, it takes effect at the end of the next step
+        [4, 6],
         [2, 4],
     ),
     "evaluation": Phase(
