@@ -99,15 +99,30 @@ def kill_after_progress(arguments: list[str], folder: Path, log: Path, pause_s: 
     return {**kill, "pause_s": round(pause_s, 3), "seconds": round(time.perf_counter() - began, 1)}
 
 
-def outcome(folder: Path) -> dict[str, str]:
-    """Digests of all that must be equal: last checkpoint's tensors, adapter, metrics without times."""
-    checkpoint = folder / "checkpoints" / f"step-{newest_step(folder):06d}"
-    files = [checkpoint / "adapter_model.safetensors", checkpoint / "trainer_state.safetensors"]
-    files.append(folder / "adapter" / "adapter_model.safetensors")
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of what a checkpoint or adapter folder holds in tensors: adapter, and moments with generators."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def metrics(folder: Path) -> list[dict]:
+    """metrics.jsonl without the times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    plain = json.dumps([{name: value for name, value in row.items() if name not in TIMES} for row in rows]).encode()
-    found = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    return found | {"metrics.jsonl": hashlib.sha256(plain).hexdigest()}
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def compared(step: int, straight: Path, pieces: Path) -> bool:
+    """Whether both runs have the same checkpoint of a step; waits until the straight one has got there."""
+    ours, theirs = (folder / "checkpoints" / f"step-{step:06d}" for folder in (pieces, straight))
+    while not theirs.exists():
+        time.sleep(0.1)
+    return len(digests(ours)) == 2 and digests(ours) == digests(theirs)
+
+
+def write(record: dict, options: Options) -> None:
+    """Write what is known so far, so that a time limit does not take it."""
+    card = re.search(r"[HAB]\d{2,3}|CPU", record["environment"]["device"])
+    name = f"kill_resume_{card[0].lower() if card else 'gpu'}_{datetime.date.today():%Y%m}.json"
+    (options.out or ROOT / "benchmarks" / "results" / name).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main(options: Options) -> None:
@@ -118,46 +133,48 @@ def main(options: Options) -> None:
     steps, draw = options.kills + 3, random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         model, rows, straight, pieces = (Path(scratch) / name for name in ("model", "rows.jsonl", "straight", "pieces"))
-        making = os.fork()
-        if not making:  # in a process of its own: it touches the GPU
+        described = Path(scratch) / "environment.json"
+        child = os.fork()
+        if not child:  # in a process of its own: it touches the GPU
             from benchmarks.train_step import write_random_model
+            from qlora.tracking import environment
 
             write_random_model(options.shape, model)
+            device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+            described.write_text(json.dumps(environment(device)))
             os._exit(0)
         write_rows(rows, 4 * steps, options.length)
-        assert ended(making) == 0, "the model could not be written"
-        flags = ["--max-steps", str(steps), "--save-steps", "1", "--save-total-limit", "2", "--logging-steps", "1"]
+        assert ended(child) == 0, "the model could not be written"
+        flags = ["--max-steps", str(steps), "--save-steps", "1", "--save-total-limit", str(steps), "--logging-steps", "1"]
         flags += ["--deterministic", "--attn-implementation", options.attn_implementation]
         arguments = ["--model", str(model), "--train-file", str(rows), *flags, "--output-dir"]
-        began, kills = time.perf_counter(), []
+        record = {"environment": json.loads(described.read_text()), "steps": steps, "kills": [], "finished": None}
+        record["environment"]["commit"] = options.commit or record["environment"]["commit"]
+        record["flags"] = {**dataclasses.asdict(options), "out": None, "train_loop": " ".join(flags)}
+        began = time.perf_counter()
         log, pause_s = Path(scratch) / "pieces.log", 2.5 if options.shape == "phi3-mini" else 0.05  # about a step and its save
         alone = start([*arguments, str(straight)], Path(scratch) / "straight.log")  # beside the others: it disturbs no bit
         for _ in range(options.kills):
-            kills.append(kill_after_progress([*arguments, str(pieces)], pieces, log, draw.uniform(0, pause_s)))
-            print(kills[-1], flush=True)
+            kill = kill_after_progress([*arguments, str(pieces)], pieces, log, draw.uniform(0, pause_s))
+            kill["equal"] = compared(kill["newest_checkpoint"], straight, pieces)
+            record["kills"].append(kill)
+            record["seconds"] = round(time.perf_counter() - began, 1)
+            write(record, options)
+            print(kill, flush=True)
         assert ended(start([*arguments, str(pieces)], log)) == 0, log.read_text()[-3000:]
         assert ended(alone) == 0, "the straight run failed"
-        expected, found = outcome(straight), outcome(pieces)
-        size = sum(path.stat().st_size for path in (straight / "checkpoints" / f"step-{steps:06d}").iterdir())
         assert log.read_text().count("It goes on bit for bit") == options.kills
-    from qlora.tracking import environment  # only now: it touches the GPU
-
-    record = {
-        "environment": environment(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")),
-        "flags": {**dataclasses.asdict(options), "out": None, "train_loop": " ".join(flags)},
-        "steps": steps,
-        "equal": {name: found[name] == expected[name] for name in expected},
-        "kills": kills,
-        "checkpoint_bytes": size,
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    record["environment"]["commit"] = options.commit or record["environment"]["commit"]
-    card = re.search(r"[HAB]\d{2,3}|CPU", record["environment"]["device"])
-    name = f"kill_resume_{card[0].lower() if card else 'gpu'}_{datetime.date.today():%Y%m}.json"
-    out = options.out or ROOT / "benchmarks" / "results" / name
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({"equal": record["equal"], "kills": len(kills), "seconds": record["seconds"]}))
-    if not all(record["equal"].values()):
+        record["finished"] = {
+            "last checkpoint": compared(steps, straight, pieces),
+            "adapter": digests(pieces / "adapter") == digests(straight / "adapter"),
+            "metrics": metrics(pieces) == metrics(straight),
+        }
+        last = straight / "checkpoints" / f"step-{steps:06d}"
+        record["checkpoint_bytes"] = sum(path.stat().st_size for path in last.iterdir())
+        record["seconds"] = round(time.perf_counter() - began, 1)
+    write(record, options)
+    print(json.dumps({"finished": record["finished"], "kills": len(record["kills"]), "seconds": record["seconds"]}))
+    if not all([*record["finished"].values(), *(kill["equal"] for kill in record["kills"])]):
         raise SystemExit("the run in pieces differs from the straight one")
 
 

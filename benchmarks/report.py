@@ -109,19 +109,26 @@ def train_step(pattern: str) -> str:
 
 
 def survival() -> str:
-    """What was done to runs, how often, and that each went on to end as one that was left alone."""
+    """What was done to runs and checkpoints, how often, and how much of it was survived."""
     name, record = load("survival_cpu_*.json")
-    gpu_name, gpu = load("kill_resume_*.json")
-    rows = [
-        [trial["what"], str(trial["tried"]), str(trial["survived"]), f"{trial['seconds']:.0f}"] for trial in record["trials"]
-    ]
-    equal, kills = all(gpu["equal"].values()), str(len(gpu["kills"]))
-    what = f"SIGKILL of `train_loop.py`, {gpu['flags']['shape']} in full size on a GPU, `--deterministic`"
-    rows.append([what, kills, kills if equal else "0", f"{gpu['seconds']:.0f}"])
-    tried, seconds = sum(trial["tried"] for trial in record["trials"]), sum(trial["seconds"] for trial in record["trials"])
-    total = ["all", str(tried + len(gpu["kills"])), str(sum(int(row[2]) for row in rows)), f"{seconds + gpu['seconds']:.0f}"]
-    sources = f"{source(name, record)} Last row: {source(gpu_name, gpu)}"
-    return table(["what was done", "times", "survived", "seconds"], [*rows, total]) + "\n\n" + sources
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for trial in record["trials"]:  # "kind: detail", or a kind alone
+        groups.setdefault(trial["what"].partition(": ")[0], []).append(trial)
+    rows = []
+    for kind, trials in groups.items():
+        details = [trial["what"].partition(": ")[2] for trial in trials if ": " in trial["what"]]
+        counts = [str(sum(trial[count] for trial in trials)) for count in ("tried", "survived")]
+        seconds = f"{sum(trial['seconds'] for trial in trials):.0f}"
+        rows.append([kind + (f" ({', '.join(details)})" if details else ""), *counts, seconds])
+    sources = source(name, record)
+    if any(RESULTS.glob("kill_resume_*.json")):
+        gpu_name, gpu = load("kill_resume_*.json")
+        equal = sum(kill["equal"] for kill in gpu["kills"])
+        flags = gpu["flags"]
+        what = f"SIGKILL of {flags['shape']} in full size on a GPU, `--deterministic`, {flags['attn_implementation']}"
+        rows.append([what, str(len(gpu["kills"])), str(equal), f"{gpu['seconds']:.0f}"])
+        sources += f" Last row: {source(gpu_name, gpu)}"
+    return table(["what was done", "times", "survived", "seconds"], rows) + "\n\n" + sources
 
 
 BLOCKS = {

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -106,6 +107,18 @@ def test_each_edit_applies_runs_and_changes_what_it_says(tiny, tmp_path, monkeyp
         assert after[0]["loss"] != before[0]["loss"] and after[0]["grad_norm"] != before[0]["grad_norm"]
     else:
         assert after[0]["loss"] == before[0]["loss"] and after[-1]["loss"] != before[-1]["loss"]
+
+
+def test_a_killed_run_is_compared_with_a_straight_one(tmp_path):
+    """A smoke test of benchmarks/kill_resume.py, on the tiny model."""
+    command = [sys.executable, "benchmarks/kill_resume.py", "--shape", "tiny", "--kills", "1", "--length", "150"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out.json")], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert [kill["equal"] for kill in record["kills"]] == [True] and set(record["finished"].values()) == {True}
 
 
 def test_there_are_four_edits():

@@ -113,7 +113,7 @@ def test_files_cut_gone_and_swapped(checkpoints, record, name: str):
             check_found(checkpoints, f"{name} cannot be read: Permission denied", "without permission")
             path.chmod(0o644)
             tried += 1
-    record(f"damage: {name} cut, gone, swapped", tried, start)
+    record(f"file of a checkpoint cut, gone or swapped: {name}", tried, start)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -134,7 +134,7 @@ def test_single_bits(checkpoints, record, name: str):
             check_found(checkpoints, "" if name == MANIFEST else name, f"bit {place}")
             tried += 1
     assert tried + same == 32 and tried > 20
-    record(f"damage: a bit of {name}", tried, start)
+    record(f"bit flipped: {name}", tried, start)
 
 
 def same_json(one: bytes, other: bytes) -> bool:
@@ -182,7 +182,7 @@ def test_manifests_that_were_made_up(checkpoints, record):
         with damaged(checkpoints / NEWEST, MANIFEST) as [path]:
             path.write_bytes(manifest)
             check_found(checkpoints, words, what)
-    record("damage: a manifest that was made up", len(made_up), start)
+    record("checkpoint made up or misnamed: manifest", len(made_up), start)
 
 
 def test_manifests_that_name_what_is_outside(checkpoints, record):
@@ -195,7 +195,7 @@ def test_manifests_that_name_what_is_outside(checkpoints, record):
         with damaged(checkpoints / NEWEST, MANIFEST) as [path]:
             path.write_text(json.dumps({"files": {**true, name: as_written}}))
             check_found(checkpoints, f"{MANIFEST} names {name}, which is not inside", name)
-    record("damage: a manifest that names what is outside", len(names), start)
+    record("checkpoint made up or misnamed: paths outside", len(names), start)
 
 
 def test_states_that_were_made_up(checkpoints, record):
@@ -220,7 +220,7 @@ def test_states_that_were_made_up(checkpoints, record):
             manifest.write_bytes(json.dumps({"files": fitting}).encode())
             path.write_bytes(content)
             check_found(checkpoints, STATE, what)
-    record("damage: a state that was made up", len(made_up), start)
+    record("checkpoint made up or misnamed: state", len(made_up), start)
 
 
 def test_a_folder_under_the_name_of_another_step(checkpoints, record):
@@ -231,7 +231,7 @@ def test_a_folder_under_the_name_of_another_step(checkpoints, record):
     older = next(iter(checkpoint.by_step(checkpoints).values()))
     shutil.copytree(older, checkpoints / NEWEST)
     check_found(checkpoints, f"{STATE} is that of step {int(older.name[5:])}", "a copy of the older")
-    record("damage: a folder renamed", 2, start)
+    record("checkpoint made up or misnamed: folder", 2, start)
 
 
 # -- the order of writing ----------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def test_the_newest_is_damaged(case: Case, prepared, tmp_path, record):
         return run
 
     all_pass({name: trial(name, *damage) for name, damage in damages.items()}, tmp_path)
-    record("damage: the newest checkpoint of a run", len(damages), start)
+    record("run folder damaged: newest checkpoint", len(damages), start)
 
 
 def test_all_are_damaged(case: Case, prepared, tmp_path, record):
@@ -371,7 +371,7 @@ def test_all_are_damaged(case: Case, prepared, tmp_path, record):
     assert "Checkpoint step-000008 is damaged: adapter_model.safetensors is not what was written" in output, output
     assert "none of its 2 checkpoints is sound" in output and "Traceback" not in output, output
     assert digest(folder) == before
-    record("damage: all checkpoints of a run", 1, start)
+    record("run folder damaged: all checkpoints (refused)", 1, start)
 
 
 def test_leftovers_go_and_foreign_files_stay(case: Case, prepared, tmp_path, record):
@@ -390,7 +390,7 @@ def test_leftovers_go_and_foreign_files_stay(case: Case, prepared, tmp_path, rec
             (folder / name).unlink()
     case.check_finished(folder)
     assert not [name for name in leftovers if (folder / name).exists()]
-    record("leftovers of a dead process", len(leftovers), start)
+    record("run folder damaged: leftovers of a dead process", len(leftovers), start)
 
 
 def test_a_finished_run_is_left_as_it_is(case: Case, tmp_path, record):
@@ -400,7 +400,7 @@ def test_a_finished_run_is_left_as_it_is(case: Case, tmp_path, record):
     assert ended(case.start(folder)) == 0
     assert "holds this very run, and it is complete. Nothing was done." in log(folder).read_text()
     assert digest(folder) == before
-    record("a finished run, run again", 1, start)
+    record("run asked for what it must refuse: once finished", 1, start)
 
 
 def test_two_processes_in_one_folder(case: Case, tmp_path, record):
@@ -438,7 +438,7 @@ def test_two_processes_in_one_folder(case: Case, tmp_path, record):
     assert after == before
     assert code == 0, log(folder).read_text()[-3000:]
     case.check_finished(folder)
-    record("a second process in the folder", 1, start)
+    record("run asked for what it must refuse: a second process", 1, start)
 
 
 def test_metrics_torn_or_gone(case: Case, prepared, tmp_path, record):
@@ -464,7 +464,7 @@ def test_metrics_torn_or_gone(case: Case, prepared, tmp_path, record):
 
     tails = [b"{", b'{"event": "step", "step": 9, "epo', bytes(100)]
     all_pass({**{f"torn {len(tail)}": torn(tail) for tail in tails}, "gone": gone}, tmp_path)
-    record("metrics.jsonl torn or gone", len(tails) + 1, start)
+    record("run folder damaged: metrics.jsonl torn or gone", len(tails) + 1, start)
 
 
 def test_a_line_of_metrics_or_the_mark_of_the_end_that_is_not_json(case: Case, prepared, tmp_path, record):
@@ -493,7 +493,7 @@ def test_a_line_of_metrics_or_the_mark_of_the_end_that_is_not_json(case: Case, p
         (case.straight, "finished.json", lambda _: b"{}"),
     ]
     all_pass({f"trial-{number}": trial(*damage, number) for number, damage in enumerate(damages)}, tmp_path)
-    record("damage: metrics.jsonl, run.json, finished.json", len(damages), start)
+    record("run folder damaged: run.json, finished.json", len(damages), start)
 
 
 def test_a_disk_that_gives_back_something_else(case: Case, tmp_path, record):
@@ -516,7 +516,7 @@ def test_a_disk_that_gives_back_something_else(case: Case, tmp_path, record):
     sound = [step for step, path in checkpoint.by_step(folder / "checkpoints").items() if not checkpoint.problem_of(path)]
     assert sound == [2, 4] and "Traceback" not in output
     case.finish(folder)
-    record("a checkpoint that reads back otherwise", 1, start)
+    record("run folder damaged: disk that reads back otherwise", 1, start)
 
 
 def test_changed_data_is_no_data_to_go_on_with(case: Case, tmp_path, record):
@@ -534,7 +534,7 @@ def test_changed_data_is_no_data_to_go_on_with(case: Case, tmp_path, record):
     assert digest(folder) == before
     Path(train).write_text(content)
     case.finish(folder, *flags)
-    record("changed data on resume", 1, start)
+    record("run asked for what it must refuse: changed data", 1, start)
 
 
 # -- what a resume brings back -----------------------------------------------------------------------------------------
@@ -579,7 +579,7 @@ def test_every_generator_goes_on_where_it_was(case: Case, tmp_path, record):
     for end, at, _ in stops:
         assert (tmp_path / f"draws-{end}-{at}").read_text() == straight, f"{end} at {at}"
         assert rows(tmp_path / f"run-{end}-{at}") == rows(tmp_path / "run-None-0")
-    record("draws of every generator over a resume", len(stops), start)
+    record("generators compared over a stop", len(stops), start)
 
 
 def test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume(case: Case, tmp_path, record):

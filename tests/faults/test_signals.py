@@ -148,7 +148,7 @@ def test_one_signal(case: Case, tmp_path, record, name: str):
         return run
 
     all_pass({f"trial-{number.name}": trial(number) for number in NUMBERS}, tmp_path)
-    record(f"SIGINT or SIGTERM: {name}", len(NUMBERS), start)
+    record(f"SIGINT or SIGTERM, once: {name}", len(NUMBERS), start)
 
 
 @pytest.mark.parametrize("name", PHASES)
@@ -169,7 +169,7 @@ def test_two_signals_end_it_at_once(case: Case, tmp_path, record, name: str):
     # The second may be of the other kind, as when a user loses patience with a supervisor.
     pairs = [(NUMBERS[0], NUMBERS[0]), NUMBERS if name == "step" else (NUMBERS[1], NUMBERS[1])]
     all_pass({f"trial-{second.name}": trial(first, second) for first, second in pairs}, tmp_path)
-    record(f"two signals: {name}", len(pairs), start)
+    record(f"SIGINT or SIGTERM, twice: {name}", len(pairs), start)
 
 
 def test_the_printed_command_goes_on_whatever_the_run_was_started_with(case: Case, tmp_path, record):
@@ -216,7 +216,7 @@ def test_the_printed_command_goes_on_whatever_the_run_was_started_with(case: Cas
         "branch-loading": stopped(PHASES["loading"], [], "--resume", str(source)),
     }
     all_pass(trials, tmp_path)
-    record("a signal in a run with --resume never, --resume PATH, --override", len(trials), start)
+    record("SIGINT or SIGTERM, once: with --resume never or PATH, with --override", len(trials), start)
 
 
 def test_programs_of_their_own_and_their_process_groups(case: Case, tmp_path, record):
@@ -247,4 +247,4 @@ def test_programs_of_their_own_and_their_process_groups(case: Case, tmp_path, re
         return run
 
     all_pass({f"trial-{number.name}": trial(number) for number in NUMBERS}, tmp_path)
-    record("SIGINT or SIGTERM to the process group of python train_loop.py", len(NUMBERS), start)
+    record("SIGINT or SIGTERM, once: process group of python train_loop.py", len(NUMBERS), start)
