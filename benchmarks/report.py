@@ -119,7 +119,9 @@ def survival() -> str:
         details = [trial["what"].partition(": ")[2] for trial in trials if ": " in trial["what"]]
         counts = [str(sum(trial[count] for trial in trials)) for count in ("tried", "survived")]
         seconds = f"{sum(trial['seconds'] for trial in trials):.0f}"
-        rows.append([kind + (f" ({', '.join(details)})" if details else ""), *counts, seconds])
+        files = details and all(re.fullmatch(r"\S+\.\w+", detail) for detail in details)
+        told = f"each of {len(details)} files" if files else ", ".join(details)
+        rows.append([f"{kind} ({told})" if told else kind, *counts, seconds])
     sources = source(name, record)
     if any(RESULTS.glob("kill_resume_*.json")):
         gpu_name, gpu = load("kill_resume_*.json")
