@@ -50,7 +50,7 @@ class Options:
 def write_rows(path: Path, count: int, length: int) -> None:
     """Training data of random letters; the first three rows, which are generated from at the end, are short."""
     draw = random.Random(0)
-    lengths = [10] * 3 + [draw.randint(length // 2, length - 100) for _ in range(count - 3)]
+    lengths = [10] * 3 + [draw.randint(length // 2, length * 9 // 10) for _ in range(count - 3)]
     rows = [{"prompt": f"row {i}", "completion": "".join(draw.choices("abcdefgh", k=n))} for i, n in enumerate(lengths)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

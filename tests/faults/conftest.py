@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 
 from qlora.tracking import environment
 from tests.faults.harness import Case
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job of a script: runs would rightly ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SEED = 20261124
 FLAGS = (

@@ -172,6 +172,31 @@ def test_two_signals_end_it_at_once(case: Case, tmp_path, record, name: str):
     record(f"SIGINT or SIGTERM, twice: {name}", len(pairs), start)
 
 
+def test_a_signal_while_imports_run_ends_it_at_once(case: Case, tmp_path):
+    """An exception raised in the middle of an import may be taken for a broken package."""
+
+    def before() -> None:
+        import qlora.__main__ as program
+
+        parse = program.parse
+        program.parse = lambda argv: os.kill(os.getpid(), signal.SIGTERM) or parse(argv)
+
+    assert ended(case.start(tmp_path / "run", before=before)) == 128 + signal.SIGTERM
+    assert log(tmp_path / "run").read_text() == "" and not (tmp_path / "run").exists()
+
+
+def test_a_signal_that_was_ignored_stays_ignored(case: Case, tmp_path):
+    """As nohup and the background jobs of a script want it."""
+    step = send(PHASES["step"], signal.SIGINT)
+
+    def before() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        step()
+
+    assert ended(case.start(tmp_path / "run", before=before)) == 0, log(tmp_path / "run").read_text()
+    case.check_finished(tmp_path / "run")
+
+
 def test_the_printed_command_goes_on_whatever_the_run_was_started_with(case: Case, tmp_path, record):
     """--resume never and --resume PATH are about the start of a run, and must not stand in the way of its rest."""
     start = time.perf_counter()
