@@ -171,6 +171,7 @@ def train(
 
     step, first_epoch, seen, skipped = progress
     tracker.begin(step, total_steps, config.logging_steps)
+    run.prune(config.save_total_limit, tracker.evaluations)  # which a process that died after its save has not done
     model.train()
     with stop.deferred():
         result = evaluate_held_out(0, 0) if step == 0 else None

@@ -213,6 +213,10 @@ class RunFolder:
     ) -> None:
         """Write a checkpoint, verify it, and only then remove old ones; see checkpoint.save and checkpoint.prune."""
         self.checkpoint = checkpoint.save(self.checkpoints, model, optimizer, progress, self.facts)
+        self.prune(keep, evaluations)
+
+    def prune(self, keep: int, evaluations: dict[int, HeldOut]) -> None:
+        """Remove old checkpoints; see checkpoint.prune."""
         checkpoint.prune(self.checkpoints, keep, {step: result.loss for step, result in evaluations.items()})
 
     def finish(self, step: int) -> None:

@@ -324,6 +324,18 @@ def test_a_damaged_mark_is_told(straight, tmp_path, capsys, name):
     assert f"{name} cannot be read" in capsys.readouterr().err
 
 
+def test_what_a_process_that_died_has_not_removed_goes_when_the_run_goes_on(tiny, tmp_path):
+    """Killed after its last save and before the prune that follows: there is no other save to do it."""
+    flags = ("--max-steps", "3", "--save-steps", "1", "--save-total-limit", "2")
+    folder = tmp_path / "run"
+
+    assert run(folder, "--max-steps", "3", "--save-steps", "1", "--save-total-limit", "3") == 0
+    (folder / "finished.json").unlink()
+    assert list(checkpoint.by_step(folder / "checkpoints")) == [1, 2, 3]
+    assert run(folder, *flags) == 0
+    assert list(checkpoint.by_step(folder / "checkpoints")) == [2, 3]
+
+
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
