@@ -10,6 +10,7 @@ The model has the exact shape and random weights. Always with --deterministic.
 import dataclasses
 import datetime
 import hashlib
+import io
 import json
 import os
 import random
@@ -18,6 +19,8 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -60,27 +63,38 @@ def newest_step(folder: Path) -> int:
     return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")), default=0)
 
 
-def start(arguments: list[str], log: Path) -> int:
-    """Process id of train_loop.py in a fork of this process, which has imported what is slow and has not touched the GPU."""
+def fork(function: Callable[[], int], output: Path) -> int:
+    """Process id of a child that runs `function`, ends with the code it returns, and writes to the file `output`."""
     sys.stdout.flush()
     child = os.fork()
     if child:
         return child
     code = 70  # of a traceback
     try:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        from qlora.__main__ import train
-
-        code = train(arguments)
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(descriptor, number)
+            setattr(sys, name, io.TextIOWrapper(os.fdopen(number, "wb", closefd=False), line_buffering=True))
+        code = function()
+    except BaseException:
+        traceback.print_exc()
     finally:
-        sys.stdout.flush()
         os._exit(code)
 
 
+def start(arguments: list[str], log: Path) -> int:
+    """Process id of train_loop.py in a fork of this process, which has imported what is slow and has not touched the GPU."""
+
+    def run() -> int:
+        from qlora.__main__ import train
+
+        return train(arguments)
+
+    return fork(run, log)
+
+
 def ended(child: int) -> int:
-    """Its exit code, or minus the signal that killed it."""
+    """How it ended: its exit code, or minus the number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -55,7 +55,8 @@ def write_file(path: Path, data: bytes) -> None:
         aside.rename(path)
         sync_folder(path.parent)
     except OSError as error:
-        _remove_quietly(aside)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise cannot_write(path, len(data), error) from None
 
 
@@ -124,13 +125,6 @@ def remove_leftovers(folder: Path) -> None:
             path.rename(replaced)
         else:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _remove_quietly(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return
 
 
 def cannot_write(path: Path, needed: int, error: OSError) -> UserError:

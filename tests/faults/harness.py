@@ -5,46 +5,20 @@ The parent has imported everything and has one thread, so a child starts in mill
 
 import gc
 import hashlib
-import io
 import json
 import os
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import train_loop  # noqa: F401  imported once, here, for all children
+from benchmarks.kill_resume import ended, fork
+from benchmarks.kill_resume import metrics as rows
 from qlora import checkpoint
 from qlora.__main__ import train as command_line
 
-TIMES = ("tokens_per_s", "peak_memory_gib")  # of a metrics row: the only fields that may differ between equal runs
 LIMIT = 2  # of checkpoints kept
-
-
-def fork(function: Callable[[], int], output: Path) -> int:
-    """Process id of a child that runs `function`, ends with the code it returns, and writes to the file `output`."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 70  # of a traceback
-    try:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(descriptor, number)
-            setattr(sys, name, io.TextIOWrapper(os.fdopen(number, "wb", closefd=False), line_buffering=True))
-        code = function()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def ended(child: int) -> int:
-    """How it ended: its exit code, or minus the number of the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def all_pass(trials: dict[str, Callable[[], None]], scratch: Path) -> None:
@@ -129,12 +103,6 @@ def tensors(folder: Path) -> list[str]:
     """Digests of what a checkpoint holds in tensors: adapter, moments, generators."""
     names = (checkpoint.ADAPTER, checkpoint.TRAINER_STATE)
     return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
-
-
-def rows(folder: Path) -> list[dict]:
-    """metrics.jsonl without the times."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in found]
 
 
 def killed_after(child: int, seconds: float) -> bool:
