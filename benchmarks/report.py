@@ -159,6 +159,7 @@ def plot_demo() -> None:
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "qlora"  # the same ids each time it is drawn
     import matplotlib.pyplot as plt
 
     name, record = load("demo_cpu_*.json")
