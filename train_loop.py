@@ -93,7 +93,8 @@ def train_step(
         batch = micro_batch.to(device)
         # Autocast runs matrix products in bf16 and casts the fp32 adapters on the fly; norms and the loss stay in fp32.
         with torch.autocast(device.type, torch.bfloat16):
-            hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
+            inputs = attention.decoder_inputs(batch, decoder.config)  # the ids, and what keeps samples of a row apart
+            hidden = decoder(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
             micro_loss = loss_sum(hidden, batch) / num_tokens  # []
         micro_loss.backward()  # adds to the gradients of the window's earlier micro-batches
         loss += micro_loss.detach()
@@ -111,9 +112,9 @@ def train_step(
     return loss, grad_norm
 
 
-def count_steps(config: TrainConfig, num_samples: int) -> tuple[int, int]:
+def count_steps(config: TrainConfig, num_rows: int) -> tuple[int, int]:
     """Optimizer steps of an epoch, whose short last window is a step too, and of the whole run."""
-    micro_batches = math.ceil(num_samples / config.per_device_train_batch_size)
+    micro_batches = math.ceil(num_rows / config.per_device_train_batch_size)
     steps_per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
     return steps_per_epoch, config.max_steps or config.num_train_epochs * steps_per_epoch
 
@@ -156,7 +157,7 @@ def train(
     on_gpu = device.type == "cuda"
     batch_size, window_size = config.per_device_train_batch_size, config.gradient_accumulation_steps
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    steps_per_epoch, total_steps = count_steps(config, len(samples))
+    steps_per_epoch, total_steps = count_steps(config, len(data.epoch_rows(samples, config, 1)))
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     save_steps = config.save_steps or total_steps
 
@@ -179,8 +180,8 @@ def train(
         recent: list[dict[str, Any]] = []  # the last that were
         since = time.perf_counter()
         for epoch in range(first_epoch, math.ceil(total_steps / steps_per_epoch) + 1):
-            order = data.epoch_order(len(samples), config.seed, epoch)[seen:]
-            batches = data.micro_batches(samples, order, batch_size, pin=on_gpu)
+            rows_left = data.epoch_rows(samples, config, epoch)[seen:]
+            batches = data.micro_batches(samples, rows_left, batch_size, pin=on_gpu)
             for window in itertools.islice(data.windows(batches, window_size), total_steps - step):
                 learning_rate = config.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
                 loss, grad_norm = train_step(decoder, optimizer, window, loss_sum, learning_rate, config.max_grad_norm)
@@ -191,7 +192,7 @@ def train(
                 row["num_input_tokens"] = sum(micro_batch.num_input_tokens for micro_batch in window)
                 row["lines"] = [line for micro_batch in window for line in micro_batch.lines]
                 pending.append(row)
-                seen += len(row["lines"])
+                seen += sum(len(micro_batch.input_ids) for micro_batch in window)
                 if step == 1:
                     check_first_gradients(named, grad_norm)
                 save = stop.received is not None or step % save_steps == 0 or step in (epoch * steps_per_epoch, total_steps)
@@ -240,13 +241,13 @@ def main(config: TrainConfig, stop: Signals) -> None:
     config, line = with_init_adapter(config).resolved(on_gpu=device.type == "cuda")
     assert config.model is not None and config.output_dir is not None  # as resolved
     say(line)
-    attention.choose_attention(config.attn_implementation, device)
+    attention.choose_attention(config, device)
     with RunFolder(config.output_dir, config.resume) as run:
         stop.advice = run.advice
         columns = data.check_files(config)
         source = model_source(config.model)
         skeleton = load_skeleton(source, config)
-        attn = attention.choose_attention(config.attn_implementation, device, type(skeleton))
+        attn = attention.choose_attention(config, device, skeleton)
         config = dataclasses.replace(config, attn_implementation=attn.implementation)
         say(f"Attention: {attn.implementation} ({attn.reason})")
         targets = audit_targets(skeleton, config)
@@ -260,15 +261,16 @@ def main(config: TrainConfig, stop: Signals) -> None:
             "device": device.type,
             "environment": tracking.environment(device),
         }
-        if not run.accept(config, facts, total_steps=count_steps(config, len(samples))[1]):
+        if not run.accept(config, facts, total_steps=count_steps(config, len(data.epoch_rows(samples, config, 1)))[1]):
             say(f"{run.folder} holds this very run, and it is complete. Nothing was done.")
             return
         run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
         for note in run.notes:
             say(note)
-        with explained(config, device, estimated_memory_gib(skeleton, targets, config, samples.longest), samples.longest):
+        longest = data.row_length(samples, data.longest_rows(samples, config)[-1])
+        with explained(config, device, estimated_memory_gib(skeleton, targets, config, longest), longest):
             checkpoint.seed_generators(config.seed)
-            model = load_nf4_model(source, config, attn.implementation, device)
+            model = load_nf4_model(source, config, attn.loaded_as, device)
             model = add_adapters(model, config, targets, source)
             fine_tune(config, model, form, samples, held_out, console, run, stop)
         say(tracking.closing_words(run.folder))
@@ -291,10 +293,9 @@ def fine_tune(
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
-    window = attention.training_window(model.config, config.max_length)
     if model.device.type == "cuda":  # what does not fit shall not fit now, not in hour three
         step = functools.partial(train_step, model.get_decoder(), loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
-        with attention.sliding_window(model.train(), window):
+        with attention.for_training(model.train(), config):
             probe_memory(step, optimizer, samples, config)
         tracking.say(console, f"Memory: the longest batch peaks at {peak_memory_gib(model.device):.2f} GiB")
     progress = run.restore(model, optimizer, base)
@@ -304,7 +305,7 @@ def fine_tune(
             f"Learning rate: {config.learning_rate:g}; gradient checkpointing: {config.gradient_checkpointing}; "
             f"run folder: {run.folder}"
         )
-        with attention.sliding_window(model, window):
+        with attention.for_training(model, config):
             result = train(config, model, optimizer, loss_sum, samples, held_out, progress, tracker, run, stop)
         checkpoint.write_folder(run.folder / "adapter", dict(checkpoint.adapter_files(model, form.tokenizer)))
         tracker.hyperparameters(config, result)

@@ -1,62 +1,113 @@
-"""Which attention runs, why, and what Phi-3's sliding window has to do with it."""
+"""Which attention runs, why, and what Phi-3's sliding window has to do with it.
+
+Shapes: B rows, T positions, H heads, d of a head, S samples in all rows together.
+"""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
-from qlora.config import AttnImplementation, ExitCode, UserError
+from qlora.config import AttnImplementation, ExitCode, TrainConfig, UserError
+from qlora.data import Batch
+
+# -- the choice ------------------------------------------------------------------------------------------------------
 
 
 class Attention(NamedTuple):
-    """The name transformers knows a backend by, and the reason for it, in words for the log."""
+    """A value of `--attn-implementation`, and the reason for it, in words for the log."""
 
     implementation: AttnImplementation
     reason: str
 
+    @property
+    def loaded_as(self) -> str:
+        """The name to load a model with, which it generates with: torch's varlen kernel has no cache, it only trains."""
+        return "sdpa" if self.implementation == "varlen" else self.implementation
 
-def choose_attention(requested: AttnImplementation, device: torch.device, model_class: Any = None) -> Attention:
+
+def choose_attention(config: TrainConfig, device: torch.device, skeleton: Any = None) -> Attention:
     """Resolve `--attn-implementation`: `auto` picks what can run, a name runs or fails, and nothing is downloaded.
 
+    What auto prefers was measured (benchmarks/README.md): sdpa while it needs no mask; with packing, or where the sliding
+    window is active, a kernel that knows about samples and windows.
+
     Args:
-        requested: auto, flash_attention_2, sdpa or eager.
+        config: attn_implementation, packing and max_length are read.
         device: where the model will be.
-        model_class: of transformers; not every one has every backend (Gemma 2 has no sdpa, for its soft-capping). None, before
-            it is known, to check the rest.
+        skeleton: the model without weights; not every one has every backend (Gemma 2 has no sdpa, for its soft-capping).
+            None, before it is known, to check the rest.
 
     Raises:
         UserError: exit 7 if a backend was asked for by name and cannot run here.
     """
-    obstacles = {"flash_attention_2": _flash_obstacle(device, model_class), "sdpa": None, "eager": None}
-    if not getattr(model_class, "_supports_sdpa", True):
-        obstacles["sdpa"] = f"{model_class.__name__} does not support it"
+    obstacles = {
+        "flash_attention_2": _flash_obstacle(device, skeleton),
+        "varlen": _varlen_obstacle(device, skeleton),
+        "sdpa": None if getattr(skeleton, "_supports_sdpa", True) else f"{type(skeleton).__name__} does not support it",
+        "eager": None,
+    }
+    requested = config.attn_implementation
     if requested != "auto":
         if obstacles[requested]:
             text = f"--attn-implementation {requested} cannot run here: {obstacles[requested]}. Use auto to take what can."
             raise UserError(ExitCode.ENVIRONMENT, text)
         return Attention(requested, "as asked")
-    refused = "; ".join(f"{name} cannot run: {obstacle}" for name, obstacle in obstacles.items() if obstacle)
-    if not obstacles["flash_attention_2"]:
-        return Attention("flash_attention_2", "flash-attn is installed and the GPU can run it")
-    return Attention("eager" if obstacles["sdpa"] else "sdpa", refused)
+    window = None if skeleton is None else training_window(skeleton.config, config.max_length)
+    order: list[AttnImplementation] = ["sdpa", "flash_attention_2", "eager"]
+    why = "the fastest where it needs no mask"
+    if config.packing or window is not None:
+        order = ["flash_attention_2", "varlen", "sdpa", "eager"]
+        why = "the fastest for packed rows" if config.packing else f"the fastest with a sliding window of {window}"
+    chosen = next(name for name in order if not obstacles[name])
+    passed_over = [f"{name} cannot run: {obstacles[name]}" for name in order[: order.index(chosen)]]
+    return Attention(chosen, "; ".join(passed_over) or why)
 
 
-def _flash_obstacle(device: torch.device, model_class: Any) -> str | None:
-    # Asked of the package itself: transformers would fetch a replacement from the hub where `kernels` is installed.
+def _cuda_obstacle(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "it needs a CUDA GPU"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _flash_obstacle(device: torch.device, skeleton: Any) -> str | None:
+    # Asked of the package itself: transformers would fetch a replacement from the hub where `kernels` is installed.
+    if obstacle := _cuda_obstacle(device):
+        return obstacle
     if not is_flash_attn_2_available():
         return "package flash-attn is not installed (pip install flash-attn --no-build-isolation)"
     try:
         import flash_attn  # noqa: F401
     except ImportError as error:
         return f"package flash-attn does not fit this torch ({error})"
-    return None if getattr(model_class, "_supports_flash_attn", True) else f"{model_class.__name__} does not support it"
+    return None if getattr(skeleton, "_supports_flash_attn", True) else f"{type(skeleton).__name__} does not support it"
+
+
+def _varlen_obstacle(device: torch.device, skeleton: Any) -> str | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return f"it needs torch 2.11 or newer, this is {torch.__version__}"
+    if "window_size" not in inspect.signature(varlen_attn).parameters:  # torch 2.10
+        return f"it needs torch 2.11 or newer, this is {torch.__version__}"
+    if obstacle := _cuda_obstacle(device):
+        return obstacle
+    if skeleton is None:
+        return None
+    if getattr(skeleton.config, "attention_dropout", None):
+        return "it has no dropout of attention weights"
+    return None if _is_uniform(skeleton) else f"the layers of {type(skeleton).__name__} attend differently"
+
+
+# -- while training --------------------------------------------------------------------------------------------------
 
 
 def training_window(config: Any, max_length: int) -> int | None:
@@ -72,16 +123,153 @@ def training_window(config: Any, max_length: int) -> int | None:
     return None if window is not None and not per_layer and max_length <= window + 1 else window
 
 
+def _is_uniform(model: Any) -> bool:
+    """Whether all layers attend alike and call what transformers' AttentionInterface has under the configured name."""
+    return getattr(model.config, "layer_types", None) is None and getattr(model, "_supports_attention_backend", False)
+
+
 @contextlib.contextmanager
-def sliding_window(model: Any, window: int | None) -> Iterator[None]:
-    """Run a block with the model's `config.sliding_window` set to `window`, and put back what was there."""
-    config = model.config
-    before = getattr(config, "sliding_window", None)
-    if before == window:
-        yield
-        return
-    config.sliding_window = window
+def for_training(model: Any, config: TrainConfig) -> Iterator[None]:
+    """Run a block with this file's attention functions and the window to train with, and put back what was there.
+
+    transformers makes masks for the functions it knows, and waits for the GPU at each forward to see whether rows are packed.
+    For a name that it has no mask function for it does neither; `decoder_inputs` gives the masks that are needed. Models
+    whose layers differ keep transformers' functions, masks and wait.
+    """
+    settings, base = model.config, model.get_base_model()
+    before = settings._attn_implementation, getattr(settings, "sliding_window", None)
     try:
+        if _is_uniform(base):
+            settings._attn_implementation = PREFIX + config.attn_implementation
+            settings.sliding_window = training_window(settings, config.max_length)
         yield
     finally:
-        config.sliding_window = before
+        settings._attn_implementation = before[0]
+        if before[1] is not None:
+            settings.sliding_window = before[1]
+
+
+def decoder_inputs(batch: Batch, config: Any) -> dict[str, Any]:
+    """The ids of a micro-batch, and with packing what keeps its samples apart, as the decoder's arguments.
+
+    Args:
+        batch: on the device of the model.
+        config: the model's; which function attends, and the window.
+
+    Returns:
+        input_ids [B, T]; position_ids [B, T] and the four arguments of transformers' varlen kernels with packing; a mask
+        [B or 1, 1, T, T] for the functions of this file that need one.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+    if batch.cu_seqlens is not None:
+        inputs |= {"position_ids": batch.position_ids, "cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
+        inputs |= {"max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
+    name, window = config._attn_implementation, getattr(config, "sliding_window", None)
+    beyond = window is not None and batch.input_ids.shape[1] > window
+    if name == PREFIX + "eager":
+        seen = causal_mask(batch, window)  # [B or 1, 1, T, T]
+        inputs["attention_mask"] = torch.zeros_like(seen, dtype=torch.bfloat16).masked_fill_(~seen, MASKED)  # [B or 1, 1, T, T]
+    elif name == PREFIX + "sdpa" and (beyond or batch.cu_seqlens is not None):
+        inputs["attention_mask"] = causal_mask(batch, window)  # [B or 1, 1, T, T]
+    return inputs
+
+
+def causal_mask(batch: Batch, window: int | None) -> torch.Tensor:
+    """[B or 1, 1, T, T] bool, True where position t (row) sees position s (column): in its sample, not ahead, in the window."""
+    length, device = batch.input_ids.shape[1], batch.input_ids.device
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()  # [T, T]
+    if window is not None and length > window:
+        seen = seen.triu(1 - window)  # [T, T]
+    if batch.position_ids is None:
+        return seen[None, None]  # [1, 1, T, T]
+    sample = (batch.position_ids == 0).cumsum(dim=-1)  # [B, T]
+    return (seen & (sample[:, :, None] == sample[:, None, :]))[:, None]  # [B, 1, T, T]
+
+
+# -- the functions: query [B, H, T, d], key and value [B, H of keys, T, d] -> [B, T, H, d] ------------------------------
+
+PREFIX = "training_"  # of their names in transformers' AttentionInterface
+MASKED = torch.finfo(torch.bfloat16).min
+
+
+def _eager(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as in the paper (Vaswani et al., 2017, section 3.2.1): all T x T scores at once."""
+    key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))  # [B, H, T, d] each
+    scores = query @ key.transpose(2, 3) * scaling + attention_mask  # [B, H, T, T]
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)  # [B, H, T, T]
+    weights = torch.dropout(weights, dropout, module.training)  # [B, H, T, T]
+    return (weights @ value).transpose(1, 2).contiguous(), None  # [B, T, H, d]
+
+
+def _flash_attention_2(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Package flash-attn (Dao, 2023, arXiv 2307.08691): no scores in memory; samples and window are the kernel's business."""
+    import flash_attn
+
+    query, key, value = (tensor.transpose(1, 2).to(value.dtype) for tensor in (query, key, value))  # [B, T, H, d] each
+    window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+    options: dict[str, Any] = {
+        "dropout_p": dropout,
+        "softmax_scale": scaling,
+        "causal": True,
+        "window_size": window,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    if cu_seq_lens_q is None:
+        return flash_attn.flash_attn_func(query, key, value, **options), None  # [B, T, H, d]
+    flat = (tensor.flatten(0, 1) for tensor in (query, key, value))  # [B * T, H, d] each
+    ends, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
+    return flash_attn.flash_attn_varlen_func(*flat, *ends, *longest, **options).view_as(query), None  # [B, T, H, d]
+
+
+def _varlen(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """torch's own build of the same kernel, for samples of any length; it is in every torch for CUDA from 2.11 on."""
+    from torch.nn.attention import varlen
+
+    attend: Any = varlen.varlen_attn  # Any: its stub does not know that it returns one tensor here
+    key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))  # [B, H, T, d] each
+    rows, _, length, _ = query.shape
+    if cu_seq_lens_q is None:  # one sample a row
+        cu_seq_lens_q = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)  # [B + 1]
+    longest = max_length_q or length
+    flat = (tensor.transpose(1, 2).flatten(0, 1).to(value.dtype) for tensor in (query, key, value))  # [B * T, H, d] each
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    output = attend(*flat, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, window_size=window)
+    return output.unflatten(0, (rows, length)), None  # [B, T, H, d]
+
+
+for _name, _function in (("eager", _eager), ("sdpa", sdpa_attention_forward), ("flash_attention_2", _flash_attention_2),
+                         ("varlen", _varlen)):  # fmt: skip
+    transformers.AttentionInterface.register(PREFIX + _name, _function)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-AttnImplementation = Literal["auto", "flash_attention_2", "sdpa", "eager"]
+AttnImplementation = Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"]
 PromptFormat = Literal["plain", "chat"]
 GradientCheckpointing = Literal["none", "full", "auto"]
 Overridable = Literal["learning_rate", "warmup_ratio", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm",
@@ -58,7 +58,7 @@ class ModelOptions:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Phi-3 needs none: transformers has it built in."""
     attn_implementation: AttnImplementation = "auto"
-    """auto: flash_attention_2 where it can run (flash-attn installed, CUDA, sm80 or newer), else sdpa."""
+    """auto: sdpa; with --packing or beyond the sliding window flash_attention_2 or, without flash-attn, torch's varlen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,8 @@ class DataOptions:
     """Longest sample, in tokens, stop token included."""
     on_long: Literal["drop", "truncate", "error"] = "drop"
     """What happens to longer samples. truncate cuts the end, and with it the stop token."""
+    packing: bool = False
+    """Fill rows of up to --max-length tokens with several samples each; attention and labels stay inside a sample."""
     allow_drop: bool = False
     """Go on when more than a fifth of the samples has to be dropped."""
 

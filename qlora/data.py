@@ -4,6 +4,7 @@ Shapes: B samples in a micro-batch, T positions (padding included), N trained to
 A *token* is a label that is trained after the shift by one: the hidden state at position t predicts the id at t + 1.
 """
 
+import bisect
 import dataclasses
 import difflib
 import functools
@@ -80,15 +81,24 @@ class Encoded(NamedTuple):
     line: int
 
 
+Row = int | list[int]  # of a batch: the index of its sample or, with packing, of its samples
+
+
 class Batch(NamedTuple):
-    """A micro-batch, right-padded. No attention mask: under a causal mask nothing real sees the padding behind it."""
+    """A micro-batch, right-padded. No attention mask: under a causal mask nothing real sees the padding behind it.
+
+    With packing a row holds several samples, one behind the other, and the last three fields tell where they are.
+    """
 
     input_ids: torch.Tensor  # [B, T] int64
     labels: torch.Tensor  # [B, T] int64, IGNORED where not trained
     positions: torch.Tensor  # [N] int64: flat b * T + t of each hidden state that predicts a token, found on the CPU
     num_tokens: int  # N
     num_input_tokens: int  # without padding
-    lines: tuple[int, ...]  # of the source, one of each row
+    lines: tuple[int, ...]  # of the source, one of each sample
+    position_ids: torch.Tensor | None = None  # [B, T] int64: from 0 in each sample, and in the padding of a row
+    cu_seqlens: torch.Tensor | None = None  # [S + 1] int32: where each begins in the flattened rows, and B * T
+    max_seqlen: int | None = None  # of the longest, padding included
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch there; the copy does not wait when the source is pinned."""
@@ -99,9 +109,8 @@ class Batch(NamedTuple):
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        return self._replace(
-            input_ids=function(self.input_ids), labels=function(self.labels), positions=function(self.positions)
-        )
+        moved: dict[str, Any] = {name: function(value) for name, value in self._asdict().items() if torch.is_tensor(value)}
+        return self._replace(**moved)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -706,16 +715,91 @@ def collate(samples: Sequence[Encoded]) -> Batch:
     return Batch(input_ids, labels, positions, len(positions), num_input_tokens, lines)
 
 
+def collate_packed(rows: Sequence[Sequence[Encoded]]) -> Batch:
+    """Put the samples of a row one behind the other: positions start anew in each, and no label is predicted across."""
+    batch = collate([_joined(samples) for samples in rows])
+    width = batch.input_ids.shape[1]
+    lengths: list[int] = []  # of samples, and of the padding behind them
+    for samples in rows:
+        own = [len(sample.input_ids) for sample in samples]
+        lengths += own if sum(own) == width else [*own, width - sum(own)]
+    return batch._replace(
+        lines=tuple(sample.line for samples in rows for sample in samples),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).view_as(batch.input_ids),  # [B, T]
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),  # [S + 1]
+        max_seqlen=max(lengths),
+    )
+
+
+def _joined(samples: Sequence[Encoded]) -> Encoded:
+    ids = [index for sample in samples for index in sample.input_ids]
+    labels = [label for sample in samples for label in (IGNORED, *sample.labels[1:])]  # nothing precedes a sample's first id
+    return Encoded(ids, labels, samples[0].line)
+
+
+def pack(lengths: Sequence[int], order: Iterable[int], budget: int) -> list[list[int]]:
+    """Best fit, longest first: each sample goes into the fullest row that has room for it, or into a new one.
+
+    Args:
+        lengths: of all samples, none above the budget.
+        order: of their indices, kept among samples of one length; how many rows there are does not depend on it.
+        budget: most tokens in a row.
+
+    Source: best-fit-decreasing, as for language models in Ding et al., 2024 (arXiv 2404.10830).
+    """
+    rows: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # free tokens -> rows
+    rooms: list[int] = []  # its keys, ascending
+    for index in sorted(order, key=lambda index: -lengths[index]):
+        at = bisect.bisect_left(rooms, lengths[index])
+        if at == len(rooms):
+            room, row = budget, len(rows)
+            rows.append([])
+        else:
+            room = rooms[at]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[at]
+        rows[row].append(index)
+        room -= lengths[index]
+        if room not in with_room:
+            with_room[room] = []
+            bisect.insort(rooms, room)
+        with_room[room].append(row)
+    return rows
+
+
+def epoch_rows(samples: "Samples", config: TrainConfig, epoch: int) -> Sequence[Row]:
+    """The rows of an epoch in their order: one sample each or, with packing, as many as fit; always the same number."""
+    order = epoch_order(len(samples), config.seed, epoch)
+    if not config.packing:
+        return order
+    rows = pack([samples.length(index) for index in range(len(samples))], order, config.max_length)
+    return [rows[index] for index in epoch_order(len(rows), config.seed, epoch)]
+
+
+def longest_rows(samples: "Samples", config: TrainConfig) -> list[Row]:
+    """The rows of a micro-batch that needs the most memory, the longest last."""
+    rows = sorted(epoch_rows(samples, config, epoch=1), key=lambda row: row_length(samples, row))
+    return rows[-config.per_device_train_batch_size :]
+
+
+def row_length(samples: "Samples", row: Row) -> int:
+    """Tokens of a row, without padding."""
+    return sum(map(samples.length, [row] if isinstance(row, int) else row))
+
+
 def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
     """The order of samples in an epoch: a pure function, so that a resumed run needs no state to find it again."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(num_samples, generator=generator).tolist()
 
 
-def micro_batches(samples: Sequence[Encoded], order: Iterable[int], batch_size: int, pin: bool = False) -> Iterator[Batch]:
-    """Collate `batch_size` samples at a time in the given order; the last batch may be smaller."""
-    for indices in windows(order, batch_size):
-        batch = collate([samples[index] for index in indices])
+def micro_batches(samples: Sequence[Encoded], rows: Iterable[Row], batch_size: int, pin: bool = False) -> Iterator[Batch]:
+    """Collate `batch_size` rows at a time in the given order; the last batch may be smaller."""
+    for group in windows(rows, batch_size):
+        packed = [[samples[index] for index in row] for row in group if isinstance(row, list)]
+        batch = collate_packed(packed) if packed else collate([samples[row] for row in group if isinstance(row, int)])
         yield batch.pin() if pin else batch
 
 

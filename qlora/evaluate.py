@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qlora import attention
 from qlora.data import Batch, Example, Format, encode_prompt
 
 
@@ -43,7 +44,8 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torc
     for cpu_batch in batches:
         batch = cpu_batch.to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
+            inputs = attention.decoder_inputs(batch, decoder.config)
+            hidden = decoder(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
             total += loss_sum(hidden, batch)  # []
         num_tokens += batch.num_tokens
     model.train(training)

@@ -10,7 +10,7 @@ import torch
 
 from qlora.checkpoint import random_state, set_random_state
 from qlora.config import ExitCode, TrainConfig, UserError
-from qlora.data import Samples, collate
+from qlora.data import Samples, longest_rows, micro_batches
 from qlora.guards import is_out_of_memory
 from qlora.loss import CHUNK_TOKENS
 from qlora.model import Target
@@ -36,7 +36,7 @@ def estimated_memory_gib(model: Any, targets: list[Target], config: TrainConfig,
         model: the base model or its skeleton.
         targets: from audit_targets.
         config: resolved.
-        longest: tokens of the longest sample.
+        longest: tokens of the longest row.
     """
     shape = model.config.get_text_config()
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
@@ -67,7 +67,7 @@ def settings_to_try(config: TrainConfig, longest: int) -> list[str]:
         smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
         more = accumulation * batch // smaller
         found.append(f"--per-device-train-batch-size {smaller} --gradient-accumulation-steps {more} (the same step)")
-    found.append(f"--max-length {max(longest // 2, 1)} (the longest sample has {longest} tokens)")
+    found.append(f"--max-length {max(longest // 2, 1)} (the longest row has {longest} tokens)")
     if config.lora_r > 1:
         found.append(f"--lora-r {config.lora_r // 2}")
     found.append("--target-modules with fewer names")
@@ -96,7 +96,7 @@ def explained(config: TrainConfig, device: torch.device, estimate_gib: float, lo
 
 
 def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, samples: Samples, config: TrainConfig) -> None:
-    """Take two steps at rate zero on the longest samples, so that what does not fit shows at the start.
+    """Take two steps at rate zero on the longest rows, so that what does not fit shows at the start.
 
     Nothing is left of it but the measured peak: no weight moves, no gradient stays, generators are put back.
 
@@ -106,8 +106,7 @@ def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, sam
         samples: all of the training data.
         config: batch size and accumulation are read.
     """
-    order = sorted(range(len(samples)), key=samples.length)
-    batch = collate([samples[index] for index in order[-config.per_device_train_batch_size :]])
+    batch = next(micro_batches(samples, longest_rows(samples, config), config.per_device_train_batch_size))
     before = random_state()
     same_kind: Any = type(optimizer)
     scratch = same_kind([dict(group) for group in optimizer.param_groups])

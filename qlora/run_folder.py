@@ -277,13 +277,15 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _differences(before: dict[str, Any], now: dict[str, Any], config: TrainConfig, at: Any) -> dict[str, list[Any]]:
     """Option -> [old, new] of what differs and was permitted to."""
-    old, new = before["config"], now["config"]
+    old, new = TrainConfig().plain() | before["config"], now["config"]  # an option that came later was at its default
     unused = FREE | (OF_THE_DATA if before["data"] == now["data"] else set())
+    if new["packing"]:
+        unused -= {"max_length"}  # the budget of a row
     if old["max_steps"] and new["max_steps"]:
         unused |= {"num_train_epochs"}  # which it replaces
     if not new["init_adapter"] or Path(str(old["init_adapter"])).resolve() == Path(new["init_adapter"]).resolve():
         unused |= {"init_adapter"}  # it gave the start, and the checkpoint is beyond that
-    pairs = {name: [old.get(name), new[name]] for name in new if name not in unused}
+    pairs = {name: [old[name], new[name]] for name in new if name not in unused}
     pairs |= {name: [before[name], now[name]] for name in ("data", "targets", "device")}
     pairs["eval_file"] = [before["held_out"], now["held_out"]]  # by content, under the name that --override knows
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
