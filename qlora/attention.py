@@ -260,7 +260,7 @@ def _varlen(
 
     attend: Any = varlen.varlen_attn  # Any: its stub does not know that it returns one tensor here
     key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))  # [B, H, T, d] each
-    rows, _, length, _ = query.shape
+    rows, length = query.shape[0], query.shape[2]
     if cu_seq_lens_q is None:  # one sample a row
         cu_seq_lens_q = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)  # [B + 1]
     longest = max_length_q or length

@@ -1,0 +1,250 @@
+"""flash, sdpa and eager compared: kernels alone, the loop's own step, and whether the numbers are the same.
+
+    python benchmarks/attention.py                        # this machine: a GPU at Phi-3-mini's shape, a CPU at the demo's
+    python benchmarks/attention.py --levels kernel --lengths 2048 8192
+    python benchmarks/report.py                           # the tables and plots from what was measured
+
+Each cell runs in a process of its own, so that its peak memory, and running out of it, are its own. A cell that cannot run is
+a row with the reason. Which kernel ran is read from the profiler, never from the configuration, and a cell whose kernel is
+another than its name says is refused. Several runs on one card merge into one file: a cell measured again replaces the old.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script, Python has only this file's folder there
+
+from benchmarks.kill_resume import ended, fork  # noqa: E402
+
+Level = Literal["kernel", "step", "parity"]
+KERNELS = ("eager", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math", "flash_attention_2", "varlen",
+           "flex_attention", "flash_attention_4")  # fmt: skip
+BACKENDS = ("sdpa", "flash_attention_2", "varlen", "eager")  # values of --attn-implementation
+ON_A_CPU = ("eager", "sdpa", "sdpa_flash", "sdpa_math")
+MEASURED_UP_TO = {"none": 8192}  # tokens; without checkpointing longer rows fit no card
+KEY = ("level", "backend", "length", "window", "layout", "checkpointing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to compare. What is unset depends on the machine: more on a GPU, a small grid in under two minutes on a CPU."""
+
+    levels: tuple[Level, ...] = ("kernel", "step", "parity")
+    """kernel: attention alone. step: train_step on the NF4 model. parity: numbers against an fp32 reference."""
+    shape: Literal["phi3-mini", "demo", "tiny"] | None = None
+    """Exact shapes with random weights. Unset: phi3-mini on a GPU, demo on a CPU."""
+    backends: tuple[str, ...] | None = None
+    """Unset: all that there are for each level."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens in a row, for kernel and step. Unset: 512 to 16384 on a GPU, 128 and 512 on a CPU."""
+    kernel_tokens: int | None = None
+    """Tokens in all rows of a kernel cell; a longer row is one row. Unset: 16384 on a GPU, 512 on a CPU."""
+    batch: int | None = None
+    """Rows in the micro-batch of a step. Unset: as many as make 4096 tokens on a GPU, 512 on a CPU."""
+    checkpointing: tuple[Literal["full", "none"], ...] | None = None
+    """Of a step. Unset: both on a GPU, none on a CPU."""
+    window: int | None = None
+    """The model's sliding window. Unset: Phi-3-mini-4k's 2047 on a GPU, 127 on a CPU."""
+    packing: bool = True
+    """Compare padded rows with packed ones, too."""
+    steps: int = 8
+    """Timed steps of a cell at most; long ones get fewer, never less than 3."""
+    timeout_s: float = 120.0
+    """For one cell."""
+    missing: bool = False
+    """Only cells that the file does not have yet."""
+    minutes: float | None = None
+    """Start no further cell after so long; a later run with --missing goes on."""
+    out: Path | None = None
+    """Where the JSON is, or goes. Unset: benchmarks/results/attention_CARD_YYYYMM.json."""
+    commit: str | None = None
+    """Commit of the code, where it runs without its repository."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The options with nothing unset."""
+
+    shape: str
+    kernels: tuple[str, ...]
+    backends: tuple[str, ...]
+    lengths: tuple[int, ...]
+    kernel_tokens: int
+    step_tokens: int
+    batch: int | None
+    checkpointing: tuple[str, ...]
+    window: int
+    packing: bool
+    steps: int
+
+
+def grid_of(options: Options, on_gpu: bool) -> Grid:
+    """Fill in what depends on the machine."""
+    wanted = options.backends
+    kernels = KERNELS if on_gpu else ON_A_CPU
+    return Grid(
+        shape=options.shape or ("phi3-mini" if on_gpu else "demo"),
+        kernels=tuple(name for name in wanted if name in KERNELS) if wanted else kernels,
+        backends=tuple(name for name in wanted or (BACKENDS if on_gpu else ON_A_CPU) if name in BACKENDS),
+        lengths=options.lengths or ((512, 1024, 2048, 4096, 8192, 16384) if on_gpu else (128, 512)),
+        kernel_tokens=options.kernel_tokens or (16384 if on_gpu else 512),
+        step_tokens=4096 if on_gpu else 512,
+        batch=options.batch,
+        checkpointing=options.checkpointing or (("full", "none") if on_gpu else ("none",)),
+        window=options.window or (2047 if on_gpu else 127),
+        packing=options.packing,
+        steps=options.steps,
+    )
+
+
+def kernel_cells(grid: Grid) -> Iterator[dict[str, Any]]:
+    """Attention alone, without the window and, where it acts, with it."""
+    for length in grid.lengths:
+        for window in (None, grid.window) if length > grid.window else (None,):
+            for backend in grid.kernels:
+                rows = max(1, grid.kernel_tokens // length)
+                yield {"level": "kernel", "backend": backend, "length": length, "window": window, "rows": rows}
+
+
+def step_cells(grid: Grid) -> Iterator[dict[str, Any]]:
+    """One optimizer step: full rows of each length; lognormal lengths, padded and packed; and transformers' own masks."""
+    for backend in grid.backends:
+        common = {"level": "step", "backend": backend}
+        for checkpointing in grid.checkpointing:
+            for length in grid.lengths:
+                if length <= MEASURED_UP_TO.get(checkpointing, length):
+                    rows = grid.batch or max(1, grid.step_tokens // length)
+                    cell = {"length": length, "rows": rows, "layout": "full", "checkpointing": checkpointing}
+                    yield {**common, **cell, "window": "as trained"}
+        longest = grid.window + 1
+        for layout in ("padded", "packed") if grid.packing else ():
+            rows = grid.batch or max(1, grid.step_tokens // longest) * (2 if layout == "padded" else 1)
+            cell = {"length": longest, "rows": rows, "layout": layout, "checkpointing": grid.checkpointing[0]}
+            yield {**common, **cell, "window": "as trained"}
+        own = backend != "varlen"  # transformers has no such name
+        for length in (longest - 2, longest - 1, longest) if backend == "sdpa" else (longest,) * own:
+            rows = grid.batch or max(1, grid.step_tokens // longest)
+            cell = {"length": length, "rows": rows, "layout": "full", "checkpointing": grid.checkpointing[0]}
+            yield {**common, **cell, "window": "left to transformers"}
+
+
+def parity_cells(grid: Grid) -> Iterator[dict[str, Any]]:
+    """One process for each backend, which goes through all lengths and layouts; the reference first."""
+    lengths = [grid.window - 1, grid.window, grid.window + 1, grid.window + 2, 2 * grid.window + 2]
+    for backend in ("reference", *grid.backends):
+        yield {"level": "parity", "backend": backend, "lengths": lengths}
+
+
+def measured(cell: dict[str, Any], grid: Grid, scratch: Path, timeout_s: float) -> list[dict[str, Any]]:
+    """The rows of a cell, from a process of its own."""
+
+    def work() -> int:
+        from benchmarks.attention_cells import measure
+
+        result.write_text(json.dumps(measure(cell, dataclasses.asdict(grid), scratch)))
+        return 0
+
+    result, log = scratch / "result.json", scratch / "log.txt"
+    for path in (result, log):
+        path.unlink(missing_ok=True)
+    began = time.perf_counter()
+    child = fork(work, log)
+    while (waited := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.perf_counter() - began > timeout_s:
+            os.kill(child, signal.SIGKILL)
+            ended(child)
+            return [{**cell, "unavailable": f"not done in {timeout_s:g} s"}]
+        time.sleep(0.005)
+    seconds = round(time.perf_counter() - began, 2)
+    if result.exists():
+        return [{**row, "seconds": seconds} for row in json.loads(result.read_text())]
+    lines = log.read_text().strip().splitlines() if log.exists() else []
+    reason = lines[-1][:300] if lines else f"ended with status {waited[1]}"
+    return [{**cell, "failed": reason, "seconds": seconds}]  # a mistake of this file, or of a library
+
+
+def key(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two cells the same."""
+    return tuple(cell.get(name) for name in KEY)
+
+
+def is_known(cell: dict[str, Any], cells: list[dict[str, Any]]) -> bool:
+    """Whether there is a row of this cell; the cell of parity has many."""
+    named = [name for name in KEY if name in cell]
+    return any(all(other.get(name) == cell[name] for name in named) and "failed" not in other for other in cells)
+
+
+def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells of a file with new ones in the place of old ones of the same key."""
+    new = {key(row): row for row in rows}
+    kept = [new.pop(key(cell), cell) for cell in before]
+    return [*kept, *new.values()]
+
+
+def opened(options: Options, environment: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The file and what it holds already; one that was measured on another machine or with other versions is refused."""
+    card = re.search(r"[HABLV]\d{2,3}|CPU", environment["device"])
+    name = f"attention_{card[0].lower() if card else 'gpu'}_{datetime.date.today():%Y%m}.json"
+    path = options.out or ROOT / "benchmarks" / "results" / name
+    if not path.exists():
+        return path, {"environment": environment, "runs": [], "cells": []}
+    record = json.loads(path.read_text())
+    for name in ("device", "packages"):
+        if record["environment"][name] != environment[name]:
+            raise SystemExit(f"{path} has another {name}: {record['environment'][name]}. Give another --out.")
+    return path, record
+
+
+def main(options: Options) -> None:
+    """Measure every cell and write the file after each."""
+    import torch
+    import transformers  # noqa: F401  for the children, as the line above and below
+
+    import qlora.model  # noqa: F401
+
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        none = grid_of(options, on_gpu=False)
+        described = measured({"level": "environment"}, none, scratch, 300.0)[0]  # in a child: this process stays off the GPU
+        if "failed" in described:
+            raise SystemExit(f"the machine could not be described: {described['failed']}")
+        environment = {**described["environment"], "commit": options.commit or described["environment"]["commit"]}
+        grid = grid_of(options, on_gpu=environment["cuda_device"])
+        path, record = opened(options, environment)
+        record["matmul_tflops"] = described["matmul_tflops"]
+        record["runs"].append({"commit": environment["commit"], "date": f"{datetime.date.today()}", **dataclasses.asdict(grid)})
+        cells = {"kernel": kernel_cells, "step": step_cells, "parity": parity_cells}
+        known = record["cells"] if options.missing else []
+        wanted = [cell for level in options.levels for cell in cells[level](grid) if not is_known(cell, known)]
+        if {cell["level"] for cell in wanted} - {"kernel"}:
+            written = measured({"level": "model"}, grid, scratch, 300.0)[0]
+            if "failed" in written:
+                raise SystemExit(f"the model could not be written: {written['failed']}")
+        for cell in wanted:
+            if options.minutes is not None and time.perf_counter() - began > 60 * options.minutes:
+                break
+            rows = measured(cell, grid, scratch, options.timeout_s)
+            record["cells"] = merged(record["cells"], [row for row in rows if row["backend"] != "reference"])
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            print(json.dumps({name: value for name, value in rows[-1].items() if name != "kernels"}), flush=True)
+    assert not torch.cuda.is_initialized(), "this process must not touch the GPU"
+    if failed := [cell for cell in record["cells"] if "failed" in cell]:
+        raise SystemExit(f"{len(failed)} cells failed, the first with: {failed[0]['failed']}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
