@@ -152,9 +152,21 @@ def measured(cell: dict[str, Any], grid: Grid, scratch: Path, timeout_s: float) 
     """The rows of a cell, from a process of its own."""
 
     def work() -> int:
-        from benchmarks.attention_cells import measure
+        import torch
 
-        result.write_text(json.dumps(measure(cell, dataclasses.asdict(grid), scratch)))
+        from benchmarks import attention_kernels
+
+        device, options = torch.device("cuda" if torch.cuda.is_available() else "cpu", 0), dataclasses.asdict(grid)
+
+        def rows() -> Iterator[dict[str, Any]]:
+            if cell["level"] == "kernel":
+                yield {**cell, **attention_kernels.kernel(cell, options, device)}
+                return
+            from benchmarks.attention_cells import measure  # imports bitsandbytes, which touches the GPU
+
+            yield from measure(cell, options, scratch, device)
+
+        result.write_text(json.dumps(attention_kernels.measured(cell, rows)))
         return 0
 
     result, log = scratch / "result.json", scratch / "log.txt"
@@ -211,9 +223,11 @@ def opened(options: Options, environment: dict[str, Any]) -> tuple[Path, dict[st
 def main(options: Options) -> None:
     """Measure every cell and write the file after each."""
     import torch
-    import transformers  # noqa: F401  for the children, as the line above and below
+    import torch._inductor.compile_fx
+    import torch.utils.tensorboard
+    import transformers.models.phi3.modeling_phi3  # noqa: F401  for the children, as the lines around it
 
-    import qlora.model  # noqa: F401
+    import benchmarks.attention_kernels  # noqa: F401
 
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

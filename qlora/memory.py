@@ -4,7 +4,7 @@ import contextlib
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,7 +13,9 @@ from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.data import Samples, longest_rows, micro_batches
 from qlora.guards import is_out_of_memory
 from qlora.loss import CHUNK_TOKENS
-from qlora.model import Target
+
+if TYPE_CHECKING:
+    from qlora.model import Target
 
 NF4_BYTES = 4.127 / 8  # of a parameter, scales in double quantisation included
 
@@ -26,7 +28,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def estimated_memory_gib(model: Any, targets: list[Target], config: TrainConfig, longest: int) -> float:
+def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfig, longest: int) -> float:
     """Peak of a step's tensors on a GPU, in GiB, from the shape alone.
 
     Within 4 % of the peaks of Phi-3-mini in benchmarks/results/train_step_h100_202611.json, which the constants of
