@@ -156,7 +156,8 @@ def measured(cell: dict[str, Any], grid: Grid, scratch: Path, timeout_s: float) 
 
         from benchmarks import attention_kernels
 
-        device, options = torch.device("cuda" if torch.cuda.is_available() else "cpu", 0), dataclasses.asdict(grid)
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        options = dataclasses.asdict(grid)
 
         def rows() -> Iterator[dict[str, Any]]:
             if cell["level"] == "kernel":
@@ -222,6 +223,7 @@ def opened(options: Options, environment: dict[str, Any]) -> tuple[Path, dict[st
 
 def main(options: Options) -> None:
     """Measure every cell and write the file after each."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # imports ask for a GPU; asked otherwise, CUDA would not survive the fork
     import torch
     import torch._inductor.compile_fx
     import torch.utils.tensorboard
