@@ -11,6 +11,7 @@ another than its name says is refused. Several runs on one card merge into one f
 
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import re
@@ -131,7 +132,7 @@ def step_cells(grid: Grid) -> Iterator[dict[str, Any]]:
                     yield {**common, **cell, "window": "as trained"}
         longest = grid.window + 1
         for layout in ("padded", "packed") if grid.packing else ():
-            rows = grid.batch or max(1, grid.step_tokens // longest) * (2 if layout == "padded" else 1)
+            rows = grid.batch or max(1, 2 * grid.step_tokens // longest) * (2 if layout == "padded" else 1)  # about one memory
             cell = {"length": longest, "rows": rows, "layout": layout, "checkpointing": grid.checkpointing[0]}
             yield {**common, **cell, "window": "as trained"}
         own = backend != "varlen"  # transformers has no such name
@@ -148,45 +149,49 @@ def parity_cells(grid: Grid) -> Iterator[dict[str, Any]]:
         yield {"level": "parity", "backend": backend, "lengths": lengths}
 
 
-def measured(cell: dict[str, Any], grid: Grid, scratch: Path, timeout_s: float) -> list[dict[str, Any]]:
-    """The rows of a cell, from a process of its own."""
+class Started:
+    """A cell that is being measured, in a process of its own."""
 
-    def work() -> int:
-        import torch
+    def __init__(self, cell: dict[str, Any], grid: Grid, scratch: Path):
+        self.cell, self.began = cell, time.perf_counter()
+        self.result, self.log = (scratch / f"{cell['level']}-{cell.get('backend')}.{suffix}" for suffix in ("json", "log"))
+        for path in (self.result, self.log):
+            path.unlink(missing_ok=True)
+        self.child = fork(functools.partial(_work, cell, dataclasses.asdict(grid), scratch, self.result), self.log)
 
-        from benchmarks import attention_kernels
+    def rows(self, timeout_s: float) -> list[dict[str, Any]]:
+        """Wait for it, not longer than that; a process that crashes is a row that says `failed`."""
+        while (waited := os.waitpid(self.child, os.WNOHANG))[0] == 0:
+            if time.perf_counter() - self.began > timeout_s:
+                os.kill(self.child, signal.SIGKILL)
+                ended(self.child)
+                return [{**self.cell, "unavailable": f"not done in {timeout_s:g} s"}]
+            time.sleep(0.005)
+        seconds = round(time.perf_counter() - self.began, 2)
+        if self.result.exists():
+            return [{**row, "seconds": seconds} for row in json.loads(self.result.read_text())]
+        lines = self.log.read_text().strip().splitlines() if self.log.exists() else []
+        reason = lines[-1][:300] if lines else f"ended with status {waited[1]}"
+        return [{**self.cell, "failed": reason, "seconds": seconds}]  # a mistake of this file, or of a library
 
-        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        options = dataclasses.asdict(grid)
 
-        def rows() -> Iterator[dict[str, Any]]:
-            if cell["level"] == "kernel":
-                yield {**cell, **attention_kernels.kernel(cell, options, device)}
-                return
-            from benchmarks.attention_cells import measure  # imports bitsandbytes, which touches the GPU
+def _work(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, result: Path) -> int:
+    import torch
 
-            yield from measure(cell, options, scratch, device)
+    from benchmarks import attention_kernels
 
-        result.write_text(json.dumps(attention_kernels.measured(cell, rows)))
-        return 0
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
-    result, log = scratch / "result.json", scratch / "log.txt"
-    for path in (result, log):
-        path.unlink(missing_ok=True)
-    began = time.perf_counter()
-    child = fork(work, log)
-    while (waited := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if time.perf_counter() - began > timeout_s:
-            os.kill(child, signal.SIGKILL)
-            ended(child)
-            return [{**cell, "unavailable": f"not done in {timeout_s:g} s"}]
-        time.sleep(0.005)
-    seconds = round(time.perf_counter() - began, 2)
-    if result.exists():
-        return [{**row, "seconds": seconds} for row in json.loads(result.read_text())]
-    lines = log.read_text().strip().splitlines() if log.exists() else []
-    reason = lines[-1][:300] if lines else f"ended with status {waited[1]}"
-    return [{**cell, "failed": reason, "seconds": seconds}]  # a mistake of this file, or of a library
+    def rows() -> Iterator[dict[str, Any]]:
+        if cell["level"] == "kernel":
+            yield {**cell, **attention_kernels.kernel(cell, grid, device)}
+            return
+        from benchmarks.attention_cells import measure  # imports bitsandbytes, which touches the GPU
+
+        yield from measure(cell, grid, scratch, device)
+
+    result.write_text(json.dumps(attention_kernels.measured(cell, rows)))
+    return 0
 
 
 def key(cell: dict[str, Any]) -> tuple[Any, ...]:
@@ -235,7 +240,7 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         none = grid_of(options, on_gpu=False)
-        described = measured({"level": "environment"}, none, scratch, 300.0)[0]  # in a child: this process stays off the GPU
+        described = Started({"level": "environment"}, none, scratch).rows(300.0)[0]  # this process stays off the GPU
         if "failed" in described:
             raise SystemExit(f"the machine could not be described: {described['failed']}")
         environment = {**described["environment"], "commit": options.commit or described["environment"]["commit"]}
@@ -247,16 +252,18 @@ def main(options: Options) -> None:
         known = record["cells"] if options.missing else []
         wanted = [cell for level in options.levels for cell in cells[level](grid) if not is_known(cell, known)]
         if {cell["level"] for cell in wanted} - {"kernel"}:
-            written = measured({"level": "model"}, grid, scratch, 300.0)[0]
+            written = Started({"level": "model"}, grid, scratch).rows(300.0)[0]
             if "failed" in written:
                 raise SystemExit(f"the model could not be written: {written['failed']}")
-        for cell in wanted:
+        untimed = [cell for cell in wanted if cell["level"] == "parity" and cell["backend"] != "reference"]
+        for group in [[cell] for cell in wanted if cell not in untimed] + [untimed]:  # those at once, behind their reference
             if options.minutes is not None and time.perf_counter() - began > 60 * options.minutes:
                 break
-            rows = measured(cell, grid, scratch, options.timeout_s)
-            record["cells"] = merged(record["cells"], [row for row in rows if row["backend"] != "reference"])
-            path.write_text(json.dumps(record, indent=1) + "\n")
-            print(json.dumps({name: value for name, value in rows[-1].items() if name != "kernels"}), flush=True)
+            for started in [Started(cell, grid, scratch) for cell in group]:
+                rows = started.rows(options.timeout_s)
+                record["cells"] = merged(record["cells"], [row for row in rows if row["backend"] != "reference"])
+                path.write_text(json.dumps(record, indent=1) + "\n")
+                print(json.dumps({name: value for name, value in rows[-1].items() if name != "kernels"}), flush=True)
     assert not torch.cuda.is_initialized(), "this process must not touch the GPU"
     if failed := [cell for cell in record["cells"] if "failed" in cell]:
         raise SystemExit(f"{len(failed)} cells failed, the first with: {failed[0]['failed']}")

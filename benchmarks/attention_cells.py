@@ -10,6 +10,7 @@ import functools
 import itertools
 import random
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,9 @@ def micro_batches(cell: dict[str, Any], vocabulary: int, pin: bool) -> list[data
 
 def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torch.device) -> dict[str, Any]:
     """The loop's own train_step, after warm-up."""
+    began = time.perf_counter()
     model, config = load(scratch / "model", cell["backend"], cell["length"], grid["window"], device)
+    loaded_s = time.perf_counter() - began
     if cell["checkpointing"] == "full":
         enable_gradient_checkpointing(model)
     head = read_head(model)
@@ -143,6 +146,7 @@ def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torc
         "tokens_per_s": round(1000 * tokens / statistics.median(step_ms), 1),
         "peak_gib": round(peak_memory_gib(device), 3),
         "loss": loss.item(),
+        "loaded_s": round(loaded_s, 2),
         **ran,
     }
 
