@@ -90,11 +90,11 @@ def time_cell(options: Options) -> dict:
 
     folder, backend, checkpointing = options.cell
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    config = TrainConfig(model=folder, lora_dropout=options.dropout)
+    config = TrainConfig(model=folder, lora_dropout=options.dropout, max_length=options.length, attn_implementation=backend)
     skeleton = load_skeleton(folder, config)
-    implementation = attention.choose_attention(backend, device, type(skeleton)).implementation
+    chosen = attention.choose_attention(config, device, skeleton)
     torch.manual_seed(0)
-    model = load_nf4_model(folder, config, implementation, device)
+    model = load_nf4_model(folder, config, chosen.loaded_as, device)
     model = add_adapters(model, config, audit_targets(skeleton, config), folder).train()
     if checkpointing == "full":
         enable_gradient_checkpointing(model)
@@ -109,7 +109,7 @@ def time_cell(options: Options) -> dict:
     )
     clock = (lambda: torch.cuda.Event(enable_timing=True)) if device.type == "cuda" else None
     milliseconds, losses = [], []
-    with attention.sliding_window(model, attention.training_window(model.config, options.length)):
+    with attention.for_training(model, config):
         losses += [step()[0].item() for _ in range(WARM_UP_STEPS)]
         if clock:
             torch.cuda.reset_peak_memory_stats()
@@ -120,7 +120,7 @@ def time_cell(options: Options) -> dict:
     tokens = options.accumulation * options.batch * options.length
     median = statistics.median(milliseconds)
     return {
-        "attn_implementation": model.config._attn_implementation,
+        "attn_implementation": backend,
         "gradient_checkpointing": checkpointing,
         "step_ms": round(median, 2),
         "step_ms_min_max": [round(min(milliseconds), 2), round(max(milliseconds), 2)],

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.utils import is_flash_attn_2_available
 
 from qlora.config import AttnImplementation, ExitCode, TrainConfig, UserError
-from qlora.data import Batch
+from qlora.data import Batch, Encoded, collate_packed
 
 # -- the choice ------------------------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ def choose_attention(config: TrainConfig, device: torch.device, skeleton: Any = 
             text = f"--attn-implementation {requested} cannot run here: {obstacles[requested]}. Use auto to take what can."
             raise UserError(ExitCode.ENVIRONMENT, text)
         return Attention(requested, "as asked")
-    window = None if skeleton is None else training_window(skeleton.config, config.max_length)
+    window = None if skeleton is None else training_window(skeleton.config.get_text_config(), config.max_length)
     order: list[AttnImplementation] = ["sdpa", "flash_attention_2", "eager"]
     why = "the fastest where it needs no mask"
     if config.packing or window is not None:
@@ -104,7 +104,7 @@ def _varlen_obstacle(device: torch.device, skeleton: Any) -> str | None:
         return None
     if getattr(skeleton.config, "attention_dropout", None):
         return "it has no dropout of attention weights"
-    return None if _is_uniform(skeleton) else f"the layers of {type(skeleton).__name__} attend differently"
+    return None if _is_uniform(skeleton) else f"it was tried with {', '.join(FAMILIES)} only, this is {type(skeleton).__name__}"
 
 
 # -- while training --------------------------------------------------------------------------------------------------
@@ -123,9 +123,13 @@ def training_window(config: Any, max_length: int) -> int | None:
     return None if window is not None and not per_layer and max_length <= window + 1 else window
 
 
+FAMILIES = ("phi3", "llama", "mistral")  # in which the functions of this file were compared with transformers' own, bit by bit
+
+
 def _is_uniform(model: Any) -> bool:
-    """Whether all layers attend alike and call what transformers' AttentionInterface has under the configured name."""
-    return getattr(model.config, "layer_types", None) is None and getattr(model, "_supports_attention_backend", False)
+    """Whether all layers attend alike, by nothing but the function that transformers' AttentionInterface has."""
+    known = model.config.model_type in FAMILIES and type(model).__module__.startswith("transformers.models.")
+    return known and getattr(model.config, "layer_types", None) is None
 
 
 @contextlib.contextmanager
@@ -133,8 +137,11 @@ def for_training(model: Any, config: TrainConfig) -> Iterator[None]:
     """Run a block with this file's attention functions and the window to train with, and put back what was there.
 
     transformers makes masks for the functions it knows, and waits for the GPU at each forward to see whether rows are packed.
-    For a name that it has no mask function for it does neither; `decoder_inputs` gives the masks that are needed. Models
-    whose layers differ keep transformers' functions, masks and wait.
+    For a name that it has no mask function for it does neither; `decoder_inputs` gives the masks that are needed. Models of
+    other families keep transformers' functions, masks and wait.
+
+    Raises:
+        UserError: exit 2 if rows are to be packed and the model lets a sample see its neighbour.
     """
     settings, base = model.config, model.get_base_model()
     before = settings._attn_implementation, getattr(settings, "sliding_window", None)
@@ -142,11 +149,34 @@ def for_training(model: Any, config: TrainConfig) -> Iterator[None]:
         if _is_uniform(base):
             settings._attn_implementation = PREFIX + config.attn_implementation
             settings.sliding_window = training_window(settings, config.max_length)
+        if config.packing:
+            _check_packing(model)
         yield
     finally:
         settings._attn_implementation = before[0]
         if before[1] is not None:
             settings.sliding_window = before[1]
+
+
+@torch.no_grad()
+def _check_packing(model: Any) -> None:
+    """Change a sample and look at the one behind it in the row: its hidden states must stay as they are.
+
+    Not every model keeps to position_ids and masks: ALiBi, convolutions and state spaces run on across samples.
+    """
+    decoder, training = model.get_decoder(), model.training
+    device = model.get_input_embeddings().weight.device
+    model.eval()
+    behind = []
+    for first in ([5, 6, 7, 8], [9, 8, 6, 5]):
+        row = [Encoded(ids, ids, line) for line, ids in enumerate((first, [10, 11, 12, 13, 14]))]
+        inputs = decoder_inputs(collate_packed([row]).to(device), decoder.config)
+        with torch.autocast(device.type, torch.bfloat16):
+            behind.append(decoder(**inputs, use_cache=False).last_hidden_state[0, len(first) :].float())  # [5, D]
+    model.train(training)
+    if not (behind[0] - behind[1]).norm() <= 1e-4 * behind[0].norm():
+        text = f"{type(model.get_base_model()).__name__} lets a sample see its neighbour in a packed row. Leave out --packing."
+        raise UserError(ExitCode.CONFIGURATION, text)
 
 
 def decoder_inputs(batch: Batch, config: Any) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def test_what_is_not_done_here(path):
         code = "\n".join(line.split("#")[0] for line in text.splitlines())
         assert not re.search(pattern, re.sub(r'""".*?"""', "", code, flags=re.DOTALL)), pattern
     for function in functions(path):
-        assert function.args.kwarg is None, f"{function.name} passes **kwargs through"
+        rest = function.args.kwarg  # `_` where transformers' AttentionInterface passes more than is asked for
+        assert rest is None or rest.arg == "_", f"{function.name} passes **kwargs through"
     words = {node.id for node in ast.walk(TREES[path]) if isinstance(node, ast.Name)}
     assert not {word for word in words if re.search(r"callback|hook|registry|Manager|Factory", word)}
 

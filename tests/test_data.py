@@ -1,6 +1,8 @@
 """From a line to a batch: reading, formatting, masking, collation, order."""
 
+import bisect
 import copy
+import dataclasses
 import functools
 import gzip
 import itertools
@@ -714,3 +716,127 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
     assert all(sorted(order) == list(range(22)) for order in orders.values())
     assert len({tuple(order) for order in orders.values()}) == 4
     assert data.epoch_order(3, 2**63 - 1, 1)  # the largest seed
+
+
+# -- packing ---------------------------------------------------------------------------------------------------------
+
+
+def test_collate_packed_to_the_letter():
+    first, second = Encoded([5, 6, 2], [IGNORED, 6, 2], 1), Encoded([7, 2], [IGNORED, 2], 2)
+    batch = data.collate_packed([[first, second], [Encoded([8, 9], [8, 9], 3)]])
+    assert batch.input_ids.tolist() == [[5, 6, 2, 7, 2], [8, 9, 0, 0, 0]]
+    assert batch.labels.tolist() == [[IGNORED, 6, 2, IGNORED, 2], [IGNORED, 9, IGNORED, IGNORED, IGNORED]]
+    assert batch.positions.tolist() == [0, 1, 3, 5]  # of the hidden states that predict 6, 2, 2 and 9
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]  # the padding counts as one more sample
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 7, 10] and batch.cu_seqlens.dtype == torch.int32
+    assert (batch.max_seqlen, batch.num_tokens, batch.num_input_tokens, batch.lines) == (3, 4, 7, (1, 2, 3))
+    assert batch.input_ids.dtype == batch.labels.dtype == batch.positions.dtype == batch.position_ids.dtype == torch.int64
+
+
+def test_the_longest_may_be_the_padding():
+    batch = data.collate_packed([[Encoded([5] * 9, [5] * 9, 1)], [Encoded([6, 6], [6, 6], 2)]])
+    assert batch.cu_seqlens.tolist() == [0, 9, 11, 18] and batch.max_seqlen == 9
+    batch = data.collate_packed([[Encoded([5] * 5, [5] * 5, 1), Encoded([7] * 4, [7] * 4, 2)], [Encoded([6, 6], [6, 6], 3)]])
+    assert batch.cu_seqlens.tolist() == [0, 5, 9, 11, 18] and batch.max_seqlen == 7
+
+
+encoded = st.builds(
+    lambda ids, trained: Encoded(ids, [id if keep else IGNORED for id, keep in zip(ids, trained, strict=False)], ids[0]),
+    st.lists(st.integers(0, 99), min_size=1, max_size=9),
+    st.lists(st.booleans(), min_size=9, max_size=9),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(encoded, min_size=1, max_size=4), min_size=1, max_size=3))
+def test_packed_rows_hold_what_their_samples_hold(rows):
+    """Whatever is trained on, a sample's first id too (`--loss-on all`): the targets are those of one sample a row."""
+    flat = [sample for row in rows for sample in row]
+    alone, batch = data.collate(flat), data.collate_packed(rows)
+    width = batch.input_ids.shape[1]
+    assert (batch.num_tokens, batch.num_input_tokens, batch.lines) == (alone.num_tokens, alone.num_input_tokens, alone.lines)
+    for one in (alone, batch):
+        assert one.labels.flatten()[one.positions + 1].tolist() == [i for s in flat for i in s.labels[1:] if i != IGNORED]
+    ids, positions = batch.input_ids.flatten().tolist(), batch.position_ids.flatten().tolist()
+    pieces = list(itertools.pairwise(batch.cu_seqlens.tolist()))
+    assert all(start < end and start // width == (end - 1) // width for start, end in pieces)  # none empty, none in two rows
+    assert all(positions[start:end] == list(range(end - start)) for start, end in pieces)
+    padding = [sum(len(sample.input_ids) for sample in row) < width for row in rows]
+    wanted = [ids for row, padded in zip(rows, padding, strict=True) for ids in [*(s.input_ids for s in row), *[None] * padded]]
+    assert len(pieces) == len(wanted) and batch.cu_seqlens[-1] == batch.input_ids.numel()
+    for (start, end), sample in zip(pieces, wanted, strict=True):
+        assert ids[start:end] == sample or (sample is None and not any(ids[start:end]))
+    assert batch.max_seqlen == max(end - start for start, end in pieces)
+    predicted = [bisect.bisect_right([start for start, _ in pieces], at) for at in batch.positions.tolist()]
+    behind = [bisect.bisect_right([start for start, _ in pieces], at + 1) for at in batch.positions.tolist()]
+    assert predicted == behind  # no sample predicts another
+
+
+def test_every_tensor_of_a_packed_batch_moves():
+    batch = data.collate_packed([[Encoded([5, 6], [5, 6], 1), Encoded([7], [7], 2)]])
+    moved = batch.to(torch.device("meta"))
+    tensors = {name for name, value in batch._asdict().items() if torch.is_tensor(value)}
+    assert tensors == {"input_ids", "labels", "positions", "position_ids", "cu_seqlens"}
+    assert all(getattr(moved, name).is_meta for name in tensors) and moved.max_seqlen == 2 and moved.lines == (1, 2)
+
+
+def best_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
+    """The slow twin, in lengths: of the rows that have room the fullest."""
+    rows = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [row for row in rows if sum(row) + length <= budget]
+        row = max(fitting, key=sum, default=None)
+        if row is None:
+            rows.append(row := [])
+        row.append(length)
+    return rows
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.integers(1, 30))
+def test_packing_is_best_fit_decreasing_in_any_order(draw, budget):
+    lengths = draw.draw(st.lists(st.integers(1, budget), max_size=30))
+    orders = [range(len(lengths)), draw.draw(st.permutations(range(len(lengths))))]
+    packings = [data.pack(lengths, order, budget) for order in orders]
+    fills = [sorted(sum(lengths[index] for index in row) for row in rows) for rows in packings]
+    assert all(sorted(itertools.chain(*rows)) == list(range(len(lengths))) for rows in packings)  # each of them once
+    assert fills[0] == fills[1] == sorted(map(sum, best_fit_decreasing(lengths, budget)))
+    assert fills[0] == [] or fills[0][-1] <= budget
+    assert all(a + b > budget for a, b in itertools.combinations(fills[0], 2))  # no two rows would go into one
+
+
+def test_packing_keeps_the_order_among_equals():
+    assert data.pack([2] * 5, [4, 0, 3, 1, 2], 5) == [[4, 0], [3, 1], [2]]
+    assert [row[0] for row in data.pack([1, 3, 2, 3, 1], [0, 3, 1, 4, 2], 4)] == [3, 1, 2]
+    assert data.pack([], [], 4) == []
+
+
+def test_rows_of_an_epoch_are_a_pure_function_of_seed_and_epoch(samples, config):
+    assert data.epoch_rows(samples, config, 3) == data.epoch_order(len(samples), config.seed, 3)
+    packed = dataclasses.replace(config, packing=True, max_length=500)
+    epochs = {epoch: data.epoch_rows(samples, packed, epoch) for epoch in range(1, 6)}
+    torch.rand(3)
+    fills = {epoch: sorted(data.row_length(samples, row) for row in rows) for epoch, rows in epochs.items()}
+    for epoch, rows in epochs.items():
+        assert data.epoch_rows(samples, packed, epoch) == rows
+        assert sorted(itertools.chain(*rows)) == list(range(len(samples))) and len(rows) < len(samples) / 2
+        assert fills[epoch] == fills[1] and fills[1][-1] <= 500  # so that the probe of epoch 1 tells for all
+    assert len({str(rows) for rows in epochs.values()}) == len({str(sorted(map(sorted, r))) for r in epochs.values()}) == 5
+    assert data.epoch_rows(samples, dataclasses.replace(packed, seed=1), 1) != epochs[1]
+    first = [[samples.length(row[0]) for row in rows] for rows in epochs.values()]
+    assert all(lengths != sorted(lengths, reverse=True) for lengths in first)  # not in the order of packing, longest first
+
+
+def test_micro_batches_of_packed_rows_follow_the_order_and_lose_none():
+    samples = [Encoded([i, i], [i, i], i) for i in range(6)]
+    batches = list(data.micro_batches(samples, [[4, 0], [3], [1, 5, 2]], 2))
+    assert [batch.lines for batch in batches] == [(4, 0, 3), (1, 5, 2)]
+    assert [batch.input_ids[:, ::2].tolist() for batch in batches] == [[[4, 0], [3, 0]], [[1, 5, 2]]]
+
+
+def test_the_longest_rows_are_the_fullest(samples, config):
+    for packing in (False, True):
+        changed = dataclasses.replace(config, packing=packing, max_length=500, per_device_train_batch_size=3)
+        lengths = [data.row_length(samples, row) for row in data.epoch_rows(samples, changed, 1)]
+        assert [data.row_length(samples, row) for row in data.longest_rows(samples, changed)] == sorted(lengths)[-3:]
+        assert max(lengths) > 400 or not packing

@@ -1,5 +1,6 @@
 """What needs a CUDA GPU: pytest -m gpu."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -15,7 +16,7 @@ import torch
 
 from qlora import attention, data
 from qlora.__main__ import train as command_line
-from qlora.config import ExitCode
+from qlora.config import ExitCode, TrainConfig
 from qlora.loss import read_head, token_loss_sum
 from qlora.model import add_adapters, audit_targets, enable_gradient_checkpointing, load_nf4_model
 from tests.conftest import adapted_model, gradients, relative_error, wake_adapters
@@ -30,49 +31,68 @@ ROOT = Path(__file__).parents[1]
 FLASH = pytest.param(
     "flash_attention_2", marks=pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="no flash-attn")
 )
-BACKENDS = ["sdpa", "eager", FLASH]
+VARLEN = pytest.param(
+    "varlen",
+    marks=pytest.mark.skipif(
+        not torch.cuda.is_available() or attention._varlen_obstacle(GPU, None) is not None, reason="no varlen kernel"
+    ),
+)
+BACKENDS = ["sdpa", "eager", FLASH, VARLEN]
 
 
 def gpu_model(config, backend: str):
     torch.manual_seed(config.seed)
-    model = load_nf4_model(config.model, config, backend, GPU)
+    model = load_nf4_model(config.model, config, attention.Attention(backend, "").loaded_as, GPU)
     model = add_adapters(model, config, audit_targets(model, config), config.model).train()
     model.load_state_dict({n: p for n, p in adapted_model(config).named_parameters() if "lora_" in n}, strict=False)
     wake_adapters(model)
     return model
 
 
+ROWS = [[0, 2], [1], [3, 4, 5]]  # of the samples: two side by side, one alone, and three
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backend, checkpointing):
+@pytest.mark.parametrize(
+    ("packing", "window", "checkpointing"),
+    [(False, None, False), (False, None, True), (False, 64, False), (True, None, False), (True, 64, True)],
+)
+def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backend, packing, window, checkpointing):
+    """Of padded rows, with transformers' own masks: samples have 145 to 228 tokens, a window of 64 is active in each."""
     cpu = adapted_model(config)
     wake_adapters(cpu)
     twin = fp32_twin(cpu, config)
-    batch = data.collate(samples[:4])
-    loss, expected = adapter_gradients(twin, batch, read_head(twin), autocast=False)
+    twin.config.sliding_window = window
+    loss, expected = adapter_gradients(twin, data.collate(samples[:6]), read_head(twin), autocast=False)
     model = gpu_model(config, backend)
+    model.config.sliding_window = window
     head = read_head(model)
     if checkpointing:
         enable_gradient_checkpointing(model)
-    moved = batch.to(GPU)
-    with torch.autocast("cuda", torch.bfloat16):
-        hidden = model.get_decoder()(input_ids=moved.input_ids, use_cache=False).last_hidden_state
-        ours = token_loss_sum(hidden, moved, head) / batch.num_tokens
-    ours.backward()
+    moved = next(data.micro_batches(samples, ROWS if packing else range(6), 6)).to(GPU)
+    trained = dataclasses.replace(config, attn_implementation=backend)
+    with attention.for_training(model, trained), torch.autocast("cuda", torch.bfloat16):
+        assert (model.config._attn_implementation, model.config.sliding_window) == (f"training_{backend}", window)
+        inputs = attention.decoder_inputs(moved, model.config)
+        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        ours = token_loss_sum(hidden, moved, head) / moved.num_tokens
+        ours.backward()
     found = {name: gradient.cpu() for name, gradient in gradients(model).items()}
     assert ours.item() == pytest.approx(loss, rel=0.01)
     assert relative_error(found, expected) < 0.1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_waits_for_the_device_only_where_transformers_looks_for_packed_rows(config, samples, backend):
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing):
     model = gpu_model(config, backend)
     enable_gradient_checkpointing(model)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
-    window = list(data.micro_batches(samples, range(4), 2, pin=True))
-    assert window[0].input_ids.is_pinned()
-    with attention.sliding_window(model, None), warnings.catch_warnings(record=True) as waits:
+    window = list(data.micro_batches(samples, [*ROWS, [6]] if packing else range(4), 2, pin=True))
+    assert window[0].input_ids.is_pinned() and (not packing or window[0].cu_seqlens.is_pinned())
+    trained = dataclasses.replace(config, attn_implementation=backend)
+    with attention.for_training(model, trained), warnings.catch_warnings(record=True) as waits:
         step = functools.partial(train_step, model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)
         step()
         warnings.simplefilter("always")
@@ -82,30 +102,38 @@ def test_a_step_waits_for_the_device_only_where_transformers_looks_for_packed_ro
             loss, norm = step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [Path(wait.filename).name for wait in waits if "called a synchronizing" in str(wait.message)]
-    assert waits == ["masking_utils.py"] * len(window), waits  # once a forward; nothing of ours
+    waits = [f"{wait.filename}:{wait.lineno}" for wait in waits if "called a synchronizing" in str(wait.message)]
+    assert waits == []
     assert torch.isfinite(loss) and torch.isfinite(norm) and loss.device == GPU
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_the_command_line_trains_on_the_gpu(tiny, tmp_path, capsys, backend):
     flags = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "--num-train-epochs", "3"]
+    flags += ["--packing", "--max-length", "300"] if backend == "auto" else []
     assert command_line([*flags, "--attn-implementation", backend, "--output-dir", str(tmp_path / "run")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.2
     assert 0 < rows[-2]["peak_memory_gib"] < 1
     out = capsys.readouterr().out
     assert "gradient checkpointing: full" in out and "Memory: the longest batch peaks at 0." in out
+    chosen = attention.choose_attention(TrainConfig(packing=True), GPU).implementation if backend == "auto" else backend
+    assert f"Attention: {chosen} (" in out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_killed_run_goes_on_bit_for_bit_with_the_deterministic_flag(tiny, tmp_path, backend):
+FLASH_PACKED = pytest.param("flash_attention_2", True, marks=FLASH.marks)
+VARLEN_PACKED = pytest.param("varlen", True, marks=VARLEN.marks)
+
+
+@pytest.mark.parametrize(("backend", "packing"), [("sdpa", False), ("eager", False), FLASH_PACKED, VARLEN_PACKED])
+def test_a_killed_run_goes_on_bit_for_bit_with_the_deterministic_flag(tiny, tmp_path, backend, packing):
     """Each in a process of its own, as CUBLAS_WORKSPACE_CONFIG is read when CUDA starts."""
     flags = f"--model tiny-random --lora-r 4 --max-steps 9 --save-steps 1 --deterministic --attn-implementation {backend}"
+    flags += " --packing --max-length 500" if packing else ""  # 3 steps an epoch
     command = [sys.executable, str(ROOT / "train_loop.py"), *flags.split(), "--learning-rate", "1e-2", "--output-dir"]
     subprocess.run([*command, str(tmp_path / "straight")], check=True)
     process = subprocess.Popen([*command, str(tmp_path / "killed")])
-    while not (tmp_path / "killed" / "checkpoints" / "step-000003").exists() and process.poll() is None:
+    while not (tmp_path / "killed" / "checkpoints" / "step-000004").exists() and process.poll() is None:
         time.sleep(0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL

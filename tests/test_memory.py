@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import train_loop
-from qlora import checkpoint, memory
+from qlora import checkpoint, data, memory
 from qlora.__main__ import train as command_line
 from qlora.config import ExitCode, TrainConfig
 from qlora.loss import token_loss_sum
@@ -39,11 +39,11 @@ def test_the_estimate_is_near_what_was_measured_on_a_gpu():
         assert estimate == pytest.approx(cell["peak_gib"], rel=0.04), cell
 
 
-@pytest.mark.parametrize("woken", [False, True])
-def test_the_probe_leaves_nothing_behind(config, samples, model, head, woken):
+@pytest.mark.parametrize(("woken", "packing"), [(False, False), (True, False), (True, True)])
+def test_the_probe_leaves_nothing_behind(config, samples, model, head, woken, packing):
     if woken:
         wake_adapters(model)
-    config = dataclasses.replace(config, lora_dropout=0.1)
+    config = dataclasses.replace(config, lora_dropout=0.1, packing=packing, max_length=500)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1  # so that it draws
@@ -58,8 +58,9 @@ def test_the_probe_leaves_nothing_behind(config, samples, model, head, woken):
         return train_loop.train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)
 
     memory.probe_memory(step, optimizer, samples, config)
-    longest = sorted(len(sample.input_ids) for sample in samples)[-2:]
+    longest = sorted(data.row_length(samples, row) for row in data.epoch_rows(samples, config, 2))[-2:]  # of any epoch
     assert len(batches[0]) == 2 and batches[0][0].num_input_tokens == sum(longest)
+    assert (batches[0][0].cu_seqlens is not None) == packing and (sum(longest) > 800) == packing
     assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in model.named_parameters())
     assert all(torch.equal(value, generators[name]) for name, value in checkpoint.random_state().items())
     assert not optimizer.state and optimizer.param_groups == groups
@@ -79,7 +80,7 @@ def test_out_of_memory_is_exit_6_with_peak_estimate_and_three_ways_out(tiny, tmp
         "the peak so far was ",
         "the estimate for these settings 0.",
         "Try --gradient-checkpointing full, or --per-device-train-batch-size 1 --gradient-accumulation-steps 4 (the same step)",
-        ", or --max-length 114 (the longest sample has 228 tokens). (",
+        ", or --max-length 114 (the longest row has 228 tokens). (",
     ):
         assert words in err, err
     assert err.count("\n") == 1
@@ -103,7 +104,7 @@ def test_another_runtime_error_is_not_taken_for_one():
 def test_three_settings_are_named_whatever_has_been_tried_already():
     small = TrainConfig(gradient_checkpointing="full", attn_implementation="sdpa", per_device_train_batch_size=1, lora_r=1)
     assert len(memory.settings_to_try(dataclasses.replace(small, lora_r=8), 100)) == 3
-    shorter = "--max-length 1 (the longest sample has 1 tokens)"
+    shorter = "--max-length 1 (the longest row has 1 tokens)"
     assert memory.settings_to_try(small, 1) == [shorter, "--target-modules with fewer names"]
     odd = dataclasses.replace(small, per_device_train_batch_size=9, attn_implementation="eager")
     assert memory.settings_to_try(odd, 100)[:2] == [

@@ -65,7 +65,14 @@ def test_a_run_goes_on_bit_for_bit_from_any_step(straight, tmp_path, capsys, ste
     assert (folder / "adapter" / name).read_bytes() == (straight / "adapter" / name).read_bytes()
 
 
-@pytest.mark.parametrize("flags", ["--gradient-checkpointing full --lora-dropout 0.3", "--attn-implementation eager --seed 7"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--gradient-checkpointing full --lora-dropout 0.3",
+        "--attn-implementation eager --seed 7",
+        "--packing --max-length 500",  # 3 steps an epoch: it stops and goes on in the midst of one
+    ],
+)
 def test_other_settings_go_on_bit_for_bit_too(tiny, tmp_path, monkeypatch, flags):
     flags = [*flags.split(), "--max-steps", "7", "--save-steps", "1"]
     assert run(tmp_path / "straight", *flags) == 0
@@ -152,6 +159,7 @@ def test_on_a_gpu_only_the_deterministic_flag_promises_bits():
         ("--eval-file other.jsonl", ["eval_file", "--override eval_file permits it"]),
         ("--lora-r 8 --override learning_rate", ["lora_r"]),
         ("--gradient-checkpointing full", ["gradient_checkpointing", "none", "full"]),
+        ("--packing", ["packing", "False", "True"]),
     ],
 )
 def test_another_run_is_refused_with_a_table_and_nothing_changes(stopped, monkeypatch, capsys, flags, words):
@@ -175,6 +183,40 @@ def test_other_weights_under_the_same_name_are_refused(stopped, monkeypatch, cap
 def test_a_step_beyond_the_end_is_refused(stopped, capsys):
     assert run(stopped, "--max-steps", "3", "--override", "max_steps") == ExitCode.CONFIGURATION
     assert "at step 4, beyond the 3 asked for" in capsys.readouterr().err
+
+
+def test_with_packing_the_length_of_a_row_is_the_runs_own(tiny, tmp_path, monkeypatch, capsys):
+    """Without it a length that changes no sample may change; with it rows would hold other samples."""
+    folder, flags = tmp_path / "run", ("--max-steps", "4", "--save-steps", "1", "--packing")
+    with monkeypatch.context() as patch:
+        stop_in_step(patch, 3)
+        assert run(folder, *flags) == ExitCode.NUMERICS
+    before = contents(folder)
+    for more, changed in ((True, [*flags, "--max-length", "400"]), (False, flags[:-1])):
+        assert run(folder, *changed) == ExitCode.CONFIGURATION
+        err = capsys.readouterr().err
+        assert "holds another run, at step 2" in err and ("max_length " in err, "packing " in err) == (more, not more), err
+    assert contents(folder) == before
+    assert run(folder, *flags) == 0
+
+
+@pytest.mark.parametrize("name", ["run.json", "state.json"])
+def test_a_run_from_before_there_was_packing_goes_on(stopped, straight, name, capsys):
+    path = stopped / "checkpoints" / "step-000004"
+    if name == "run.json":
+        facts = json.loads((stopped / name).read_text())
+        assert facts["config"].pop("packing") is False
+        (stopped / name).write_text(json.dumps(facts))
+    else:
+        (stopped / "run.json").unlink()  # as it was before there was that file, or when it was removed
+        state = checkpoint.read_state(path)
+        assert state["config"].pop("packing") is False
+        files = {n: (path / n).read_bytes() for n in json.loads((path / "MANIFEST.json").read_text())["files"]}
+        checkpoint.write_folder(path, files | {"state.json": json.dumps(state).encode()})
+    assert run(stopped, "--max-steps", "8", "--packing") == ExitCode.CONFIGURATION
+    assert "packing" in capsys.readouterr().err
+    assert run(stopped, "--max-steps", "8") == 0
+    assert tensors(stopped / "checkpoints" / "step-000008") == tensors(straight / "checkpoints" / "step-000008")
 
 
 def test_what_is_named_may_change_and_is_recorded(stopped, capsys):

@@ -360,7 +360,7 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_p
     out = capsys.readouterr().out
     for words in (
         "Model: tiny-random (as asked",
-        "Attention: sdpa (flash_attention_2 cannot run",
+        "Attention: sdpa (the fastest where it needs no mask)",
         "columns instruction/response",
         "qkv_proj",
         "step 1/24",
@@ -373,6 +373,27 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_p
     ):
         assert words in out, words
     assert "step 6/24" not in out
+
+
+def test_a_packed_run_sees_every_sample_once_in_each_epoch(samples, tiny, tmp_path):
+    """8 rows: 3 micro-batches, the last of 2 rows; 2 steps, the last of one micro-batch."""
+    packing = ["--packing", "--max-length", "600"]
+    code, rows = run(tmp_path, *packing, "--num-train-epochs", "3", "--per-device-train-batch-size", "3")
+    steps = [row for row in rows if row["event"] == "step"]
+    assert code == 0 and len(data.epoch_rows(samples, parse(packing), 1)) == 8
+    assert [row["step"] for row in steps] == list(range(1, 3 * 2 + 1))
+    epochs = [[row for row in steps if row["epoch"] == epoch] for epoch in (1, 2, 3)]
+    lines = [[line for row in epoch for line in row["lines"]] for epoch in epochs]
+    assert all(sorted(seen) == [sample.line for sample in samples] for seen in lines)
+    assert lines[0] != lines[1] != lines[2]
+    assert [len(epoch) for epoch in epochs] == [2, 2, 2]
+    for kind, total in (
+        ("num_tokens", sum(label != IGNORED for sample in samples for label in sample.labels[1:])),
+        ("num_input_tokens", sum(len(sample.input_ids) for sample in samples)),
+    ):
+        assert [sum(row[kind] for row in epoch) for epoch in epochs] == [total] * 3
+    evaluations = [row["eval_loss"] for row in rows if row["event"] == "eval"]
+    assert len(evaluations) == 4 and evaluations[-1] < evaluations[0] - 0.1
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_path):
@@ -409,6 +430,7 @@ def test_evaluation_disturbs_nothing(tiny, tmp_path):
         "--weight-decay 0.5",
         "--warmup-ratio 0.5",
         "--seed 5",
+        "--packing --max-length 500",
     ],
 )
 def test_every_option_runs_and_changes_the_run(tiny, tmp_path, flags):
@@ -442,7 +464,7 @@ def test_training_leaves_the_window_out_where_it_may_and_checkpoints_where_it_sh
     monkeypatch.setattr(train_loop, "train_step", spy)
     flags = ["--max-length", flag, "--gradient-checkpointing", "full", "--attn-implementation", "eager", "--max-steps", "2"]
     assert run(tmp_path, *flags)[0] == 0
-    assert seen == [(window, True, "eager", True)] * 2
+    assert seen == [(window, True, "training_eager", True)] * 2
 
 
 def test_no_mask_is_made_for_padding(tiny, tmp_path, monkeypatch):
@@ -494,6 +516,7 @@ def test_init_adapter_goes_on_where_the_first_run_ended(tiny, tmp_path):
         ("--max-length 20", 3, "none of 22 examples fits --max-length 20"),
         ("--model ./nowhere", 7, "no such folder"),
         ("--attn-implementation flash_attention_2", 7, "needs a CUDA GPU"),
+        ("--attn-implementation varlen --packing", 7, "varlen cannot run here: it needs a CUDA GPU"),
         ("--output-dir file/run", 4, "cannot be written"),
         ("--max-length 0", 2, "--max-length 0 cannot be used"),
     ],

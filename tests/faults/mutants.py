@@ -46,7 +46,8 @@ def mutant(name: str, file: str, test: str, *texts: str) -> Mutant:
 
 
 DAMAGE, SIGNALS = "faults/test_damage.py", "faults/test_signals.py"
-CHECKPOINT, RUN_FOLDER, TRACKING, DATA, LOOP = (
+ATTENTION, CHECKPOINT, RUN_FOLDER, TRACKING, DATA, LOOP = (
+    "qlora/attention.py",
     "qlora/checkpoint.py",
     "qlora/run_folder.py",
     "qlora/tracking.py",
@@ -218,8 +219,8 @@ MUTANTS = [
         "epoch-starts-again",
         LOOP,
         f"{SIGNALS}::test_one_signal[step]",
-        "data.epoch_order(len(samples), config.seed, epoch)[seen:]",
-        "data.epoch_order(len(samples), config.seed, epoch)",
+        "data.epoch_rows(samples, config, epoch)[seen:]",
+        "data.epoch_rows(samples, config, epoch)",
     ),
     mutant(
         "later-rows-kept",
@@ -366,6 +367,120 @@ MUTANTS = [
         "test_data.py::test_special_tokens_in_messages_stay_text_in_the_chat_form",
         r'return message._replace(content=self.special.sub(rf"{OPEN}\g<0>{CLOSE}", message.content))',
         "return message",
+    ),
+    # -- packing
+    mutant(
+        "label-across-samples",
+        DATA,
+        "test_data.py::test_packed_rows_hold_what_their_samples_hold",
+        "for label in (IGNORED, *sample.labels[1:])]",
+        "for label in sample.labels]",
+    ),
+    mutant(
+        "positions-run-on",
+        DATA,
+        "test_data.py::test_collate_packed_to_the_letter",
+        "torch.cat([torch.arange(length) for length in lengths])",
+        "torch.arange(sum(lengths))",
+    ),
+    mutant(
+        "padding-belongs-to-the-last-sample",
+        DATA,
+        "test_data.py::test_the_longest_may_be_the_padding",
+        "lengths += own if sum(own) == width else [*own, width - sum(own)]",
+        "lengths += [*own[:-1], width - sum(own[:-1])]",
+    ),
+    mutant(
+        "exact-fit-missed",
+        DATA,
+        "test_data.py::test_packing_is_best_fit_decreasing_in_any_order",
+        "bisect.bisect_left(rooms, lengths[index])",
+        "bisect.bisect_right(rooms, lengths[index])",
+    ),
+    mutant(
+        "fullest-rows-first",
+        DATA,
+        "test_data.py::test_rows_of_an_epoch_are_a_pure_function_of_seed_and_epoch",
+        "    return [rows[index] for index in epoch_order(len(rows), config.seed, epoch)]\n",
+        "    return rows\n",
+    ),
+    mutant(
+        "seen-in-samples",
+        LOOP,
+        "test_run_folder.py::test_other_settings_go_on_bit_for_bit_too[--packing --max-length 500]",
+        "seen += sum(len(micro_batch.input_ids) for",
+        "seen += sum(len(micro_batch.lines) for",
+    ),
+    mutant(
+        "row-length-may-change",
+        RUN_FOLDER,
+        "test_run_folder.py::test_with_packing_the_length_of_a_row_is_the_runs_own",
+        '        unused -= {"max_length"}  # ',
+        "        pass  # ",
+    ),
+    mutant(
+        "runs-before-packing-refused",
+        RUN_FOLDER,
+        "test_run_folder.py::test_a_run_from_before_there_was_packing_goes_on",
+        'TrainConfig().plain() | before["config"]',
+        '{"packing": None} | before["config"]',
+    ),
+    # -- attention
+    mutant(
+        "mask-without-samples",
+        ATTENTION,
+        "test_attention.py::test_packed_rows_give_the_loss_and_gradients_of_one_sample_a_row",
+        "sample[:, :, None] == sample[:, None, :]",
+        "sample[:, :, None] >= sample[:, None, :]",
+    ),
+    mutant(
+        "mask-one-wider-than-the-window",
+        ATTENTION,
+        "test_attention.py::test_ours_is_transformers_own_bit_for_bit",
+        "seen.triu(1 - window)",
+        "seen.triu(-window)",
+    ),
+    mutant(
+        "no-mask-for-the-window",
+        ATTENTION,
+        "test_attention.py::test_ours_is_transformers_own_bit_for_bit",
+        "(beyond or batch.cu_seqlens is not None)",
+        "batch.cu_seqlens is not None",
+    ),
+    mutant(
+        "flash-window-one-wider",
+        ATTENTION,
+        "test_attention.py::test_kernels_are_told_what_the_masks_say",
+        "(-1, -1) if sliding_window is None else (sliding_window - 1, 0)",
+        "(-1, -1) if sliding_window is None else (sliding_window, 0)",
+    ),
+    mutant(
+        "varlen-not-causal",
+        ATTENTION,
+        "test_attention.py::test_kernels_are_told_what_the_masks_say",
+        "(-1, 0) if sliding_window is None",
+        "(-1, -1) if sliding_window is None",
+    ),
+    mutant(
+        "varlen-sees-one-sample-a-row",
+        ATTENTION,
+        "test_attention.py::test_kernels_are_told_what_the_masks_say",
+        "    if cu_seq_lens_q is None:  # one sample a row\n",
+        "    if True:\n",
+    ),
+    mutant(
+        "transformers-makes-the-masks",
+        ATTENTION,
+        "test_attention.py::test_transformers_never_looks_for_packed_rows_which_waits_for_a_gpu",
+        "settings._attn_implementation = PREFIX + ",
+        "settings._attn_implementation = ",
+    ),
+    mutant(
+        "window-not-put-back",
+        ATTENTION,
+        "test_attention.py::test_what_for_training_changes_is_put_back",
+        "        if before[1] is not None:\n",
+        "        if False:\n",
     ),
 ]
 
