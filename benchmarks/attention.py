@@ -50,15 +50,15 @@ class Options:
     backends: tuple[str, ...] | None = None
     """Unset: all that there are for each level."""
     lengths: tuple[int, ...] | None = None
-    """Tokens in a row, for kernel and step. Unset: 512 to 16384 on a GPU, 128 and 512 on a CPU."""
+    """Tokens in a row, for kernel and step. Unset: 512 to 16384 on a GPU, 64 and 256 on a CPU."""
     kernel_tokens: int | None = None
-    """Tokens in all rows of a kernel cell; a longer row is one row. Unset: 16384 on a GPU, 512 on a CPU."""
+    """Tokens in all rows of a kernel cell; a longer row is one row. Unset: 16384 on a GPU, 256 on a CPU."""
     batch: int | None = None
-    """Rows in the micro-batch of a step. Unset: as many as make 4096 tokens on a GPU, 512 on a CPU."""
+    """Rows in the micro-batch of a step. Unset: as many as make 4096 tokens on a GPU, 256 on a CPU."""
     checkpointing: tuple[Literal["full", "none"], ...] | None = None
     """Of a step. Unset: both on a GPU, none on a CPU."""
     window: int | None = None
-    """The model's sliding window. Unset: Phi-3-mini-4k's 2047 on a GPU, 127 on a CPU."""
+    """The model's sliding window. Unset: Phi-3-mini-4k's 2047 on a GPU, 63 on a CPU."""
     packing: bool = True
     """Compare padded rows with packed ones, too."""
     steps: int = 8
@@ -88,25 +88,34 @@ class Grid:
     batch: int | None
     checkpointing: tuple[str, ...]
     window: int
+    around_window: tuple[int, ...]  # tokens at which transformers' own masks are timed; a CPU loses no kernel to them
     packing: bool
+    samples: int  # of a padded or packed step
+    timed_s: float  # steps of a cell
+    parallel: bool  # what is not timed
     steps: int
 
 
 def grid_of(options: Options, on_gpu: bool) -> Grid:
     """Fill in what depends on the machine."""
     wanted = options.backends
+    window = options.window or (2047 if on_gpu else 63)
     kernels = KERNELS if on_gpu else ON_A_CPU
     return Grid(
         shape=options.shape or ("phi3-mini" if on_gpu else "demo"),
         kernels=tuple(name for name in wanted if name in KERNELS) if wanted else kernels,
         backends=tuple(name for name in wanted or (BACKENDS if on_gpu else ON_A_CPU) if name in BACKENDS),
-        lengths=options.lengths or ((512, 1024, 2048, 4096, 8192, 16384) if on_gpu else (128, 512)),
-        kernel_tokens=options.kernel_tokens or (16384 if on_gpu else 512),
-        step_tokens=4096 if on_gpu else 512,
+        lengths=options.lengths or ((512, 1024, 2048, 4096, 8192, 16384) if on_gpu else (64, 256)),
+        kernel_tokens=options.kernel_tokens or (16384 if on_gpu else 256),
+        step_tokens=4096 if on_gpu else 256,
         batch=options.batch,
         checkpointing=options.checkpointing or (("full", "none") if on_gpu else ("none",)),
-        window=options.window or (2047 if on_gpu else 127),
+        window=window,
+        around_window=(window - 1, window, window + 1) if on_gpu else (),
         packing=options.packing,
+        samples=16 if on_gpu else 8,
+        timed_s=3.0 if on_gpu else 1.0,
+        parallel=on_gpu,
         steps=options.steps,
     )
 
@@ -135,8 +144,9 @@ def step_cells(grid: Grid) -> Iterator[dict[str, Any]]:
             rows = grid.batch or max(1, 2 * grid.step_tokens // longest) * (2 if layout == "padded" else 1)  # about one memory
             cell = {"length": longest, "rows": rows, "layout": layout, "checkpointing": grid.checkpointing[0]}
             yield {**common, **cell, "window": "as trained"}
-        own = backend != "varlen"  # transformers has no such name
-        for length in (longest - 2, longest - 1, longest) if backend == "sdpa" else (longest,) * own:
+        if backend == "varlen":  # transformers has no such name
+            continue
+        for length in grid.around_window if backend == "sdpa" else grid.around_window[-1:]:
             rows = grid.batch or max(1, grid.step_tokens // longest)
             cell = {"length": length, "rows": rows, "layout": "full", "checkpointing": grid.checkpointing[0]}
             yield {**common, **cell, "window": "left to transformers"}
@@ -255,7 +265,7 @@ def main(options: Options) -> None:
             written = Started({"level": "model"}, grid, scratch).rows(300.0)[0]
             if "failed" in written:
                 raise SystemExit(f"the model could not be written: {written['failed']}")
-        untimed = [cell for cell in wanted if cell["level"] == "parity" and cell["backend"] != "reference"]
+        untimed = [cell for cell in wanted if grid.parallel and cell["level"] == "parity" and cell["backend"] != "reference"]
         for group in [[cell] for cell in wanted if cell not in untimed] + [untimed]:  # those at once, behind their reference
             if options.minutes is not None and time.perf_counter() - began > 60 * options.minutes:
                 break

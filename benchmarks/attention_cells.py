@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from benchmarks.attention_kernels import LEAST_STEPS, TIMED_S, Unavailable, matmul_tflops, milliseconds, spread, verified
+from benchmarks.attention_kernels import LEAST_STEPS, Unavailable, matmul_tflops, milliseconds, spread, verified
 from benchmarks.train_step import write_random_model
 from qlora import attention, data
 from qlora.config import AttnImplementation, TrainConfig
@@ -31,7 +31,7 @@ from qlora.tracking import environment
 from train_loop import train_step
 
 PROBED = 64  # positions whose logits are compared
-SAMPLES, MEAN_LENGTH = 16, 600  # of a padded or packed step
+MEAN_LENGTH = 600 / 2048  # of a padded or packed step, of the longest that it may have
 
 
 def measure(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -97,16 +97,16 @@ def random_rows(lengths: list[int], vocabulary: int) -> list[data.Encoded]:
     return [data.Encoded(ids, ids, line) for line, ids in enumerate(rows)]
 
 
-def micro_batches(cell: dict[str, Any], vocabulary: int, pin: bool) -> list[data.Batch]:
+def micro_batches(cell: dict[str, Any], count: int, vocabulary: int, pin: bool) -> list[data.Batch]:
     """The window of a step: one micro-batch of full rows, or lognormal lengths, padded or packed."""
     length, rows = cell["length"], cell["rows"]
     if cell["layout"] == "full":
         samples, order = random_rows([length] * rows, vocabulary), list(range(rows))
         return list(data.micro_batches(samples, order, rows, pin))
-    draw, mean = random.Random(1), MEAN_LENGTH * length // 2048
-    lengths = [min(length, max(8, round(draw.lognormvariate(0, 0.6) * mean))) for _ in range(SAMPLES)]
+    draw, mean = random.Random(1), MEAN_LENGTH * length
+    lengths = [min(length, max(8, round(draw.lognormvariate(0, 0.6) * mean))) for _ in range(count)]
     samples = random_rows(lengths, vocabulary)
-    order = list(range(SAMPLES))
+    order = list(range(count))
     packed: Any = data.pack(lengths, order, length) if cell["layout"] == "packed" else order
     return list(data.micro_batches(samples, packed, rows, pin))
 
@@ -119,7 +119,7 @@ def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torc
     if cell["checkpointing"] == "full":
         enable_gradient_checkpointing(model)
     head = read_head(model)
-    window = micro_batches(cell, len(head.weight), pin=device.type == "cuda")
+    window = micro_batches(cell, grid["samples"], len(head.weight), pin=device.type == "cuda")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     loss_sum = functools.partial(token_loss_sum, head=head)
     decoder = model.get_decoder()
@@ -133,7 +133,7 @@ def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torc
     ours = cell["window"] == "as trained"
     with attention.for_training(model, config) if ours else contextlib.nullcontext():
         ran = verified(cell["backend"], forward, device)
-        step_ms = milliseconds(take, device, TIMED_S, LEAST_STEPS, grid["steps"], warm_up=0)
+        step_ms = milliseconds(take, device, grid["timed_s"], LEAST_STEPS, grid["steps"], warm_up=0)
         loss, norm = take()
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         raise Unavailable(f"loss {loss.item()}, norm {norm.item()}")

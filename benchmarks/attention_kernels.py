@@ -36,7 +36,6 @@ DISPATCHED = {"sdpa": {"sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math"
 NAMED = {"flex_attention": "triton_tem", "flash_attention_4": "flashattention", "flash_attention_2": " flash::flash_fwd"}
 ATTENTION = ("flash", "fmha", "sdpa", "attention", "softmax", "triton_tem")  # parts of names of kernels that attend
 LEAST_STEPS = 3
-TIMED_S = 3.0  # for the steps of a cell, 0.5 for a kernel
 
 
 class Unavailable(Exception):
@@ -255,12 +254,14 @@ def flex_kernel(rows: int, length: int, window: int | None, heads: int, device: 
     """torch's flex_attention, compiled."""
     if device.type == "cpu":
         raise Unavailable("its backward needs a CUDA GPU")
+    import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def seen(row: Any, head: Any, at: Any, key: Any) -> Any:
         return (at >= key) & (at - key < (window or length))
 
     mask = create_block_mask(seen, None, None, length, length, device=device)
+    torch._functorch.config.donated_buffer = False  # backward is taken several times on one graph
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
 
