@@ -5,6 +5,7 @@ python benchmarks/report.py          # rewrites what stands between the markers,
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by the colour-blind
+COLOURS = {"eager": "#000000", "sdpa": BLUE, "sdpa_cudnn": BLUE, "sdpa_flash": "#56B4E9", "sdpa_efficient": "#CC79A7",
+           "sdpa_math": "#999999", "flash_attention_2": ORANGE, "varlen": "#009E73", "flex_attention": "#E69F00",
+           "flash_attention_4": "#F0E442"}  # fmt: skip
+KERNELS = [name for name in COLOURS if name != "sdpa"]  # sdpa is one of them, as its dispatcher picks
 
 
 def load(pattern: str) -> tuple[str, dict[str, Any]]:
@@ -133,7 +138,151 @@ def survival() -> str:
     return table(["what was done", "times", "survived", "seconds"], rows) + "\n\n" + sources
 
 
-BLOCKS = {
+Cell = dict[str, Any]
+
+
+def attention(pattern: str, level: str, **wanted: Any) -> tuple[str, dict[str, Any], list[Cell]]:
+    """Name and contents of a file of attention.py, and its cells of a level with the given values."""
+    name, record = load(pattern)
+    fits = [cell for cell in record["cells"] if all(cell.get(key) == value for key, value in wanted.items())]
+    return name, record, [cell for cell in fits if cell["level"] == level]
+
+
+def pivot(cells: list[Cell], labels: list[str], row: Callable[[Cell], tuple[Any, ...]], show: Callable[[Cell], str]) -> str:
+    """A table with a column for each backend that was tried; what cannot run says why below it."""
+    if not cells:
+        return "Not measured yet."
+    backends = [name for name in COLOURS if any(cell["backend"] == name for cell in cells)]
+    rows, reasons = [], []
+    for key in sorted(
+        {row(cell) for cell in cells}, key=lambda key: ([part for part in key if isinstance(part, int)], str(key))
+    ):
+        texts = []
+        for backend in backends:
+            found = [cell for cell in cells if row(cell) == key and cell["backend"] == backend]
+            reason = found[0].get("unavailable") if found else None
+            if reason and reason != "out of memory" and (backend, reason) not in reasons:
+                reasons.append((backend, reason))
+            texts.append(
+                "not measured" if not found else (reason if reason == "out of memory" else "-") if reason else show(found[0])
+            )
+        rows.append([*(f"{part:,}" if isinstance(part, int) else str(part) for part in key), *texts])
+    notes = "".join(f"\n\n`{backend}`: {reason}" for backend, reason in reasons)
+    return table([*labels, *(f"`{backend}`" for backend in backends)], rows) + notes
+
+
+def attention_kernels(pattern: str, show: Callable[[Cell, float], str], what: str) -> str:
+    """Attention alone: one row for each length and window."""
+    name, record, cells = attention(pattern, "kernel")
+    peak = record["matmul_tflops"]
+    body = pivot(
+        cells, ["tokens", "window"], lambda cell: (cell["length"], cell["window"] or "none"), lambda cell: show(cell, peak)
+    )
+    shape = record["runs"][-1]
+    text = f"{what} {shape['shape']}'s heads, bf16, causal, {shape['kernel_tokens']:,} tokens in all rows together. "
+    return f"{body}\n\n{text}{source(name, record)}"
+
+
+def attention_steps(pattern: str) -> str:
+    """The loop's own step over full rows."""
+    name, record, cells = attention(pattern, "step", layout="full", window="as trained")
+    body = pivot(
+        cells,
+        ["tokens", "rows", "gradient checkpointing"],
+        lambda cell: (cell["length"], cell["rows"], cell["checkpointing"]),
+        lambda cell: f"{cell['step_ms']:,.0f} ms, {cell['tokens_per_s']:,.0f} tokens/s, {cell['peak_gib']:.1f} GiB",
+    )
+    window = record["runs"][-1]["window"]
+    text = f"Median of up to 8 steps of one micro-batch; beyond {window + 1:,} tokens the window of {window:,} acts. "
+    return f"{body}\n\n{text}{source(name, record)}"
+
+
+def attention_packing(pattern: str) -> str:
+    """Samples of lognormal lengths, one to a row or as many as fit."""
+    name, record, cells = attention(pattern, "step")
+    cells = [cell for cell in cells if cell["layout"] != "full"]
+    body = pivot(
+        cells,
+        ["rows of"],
+        lambda cell: (cell["layout"],),
+        lambda cell: f"{cell['tokens_per_s']:,.0f} tokens/s, {cell['peak_gib']:.1f} GiB",
+    )
+    return f"{body}\n\nTokens without padding, of the same samples. {source(name, record)}"
+
+
+def attention_masks(pattern: str) -> str:
+    """What the window costs where transformers makes the masks, beside the loop's own functions."""
+    name, record, cells = attention(pattern, "step", layout="full")
+    lengths = {cell["length"] for cell in cells if cell["window"] == "left to transformers"}
+    rows = [
+        [f"`{cell['backend']}`", f"{cell['length']:,}", cell["window"], f"{cell['step_ms']:,.0f}", ", ".join(cell["ran"])]
+        for cell in cells
+        if cell["length"] in lengths and cell["checkpointing"] == "full" and "step_ms" in cell
+    ]
+    headers = ["attention", "tokens", "window", "ms a step", "kernel that ran"]
+    return table(headers, sorted(rows)) + f"\n\n{source(name, record)}"
+
+
+def attention_parity(pattern: str) -> str:
+    """The worst of all lengths, for each backend and layout."""
+    name, record, cells = attention(pattern, "parity")
+    rows = []
+    for backend in COLOURS:
+        for layout in ("unpadded", "right-padded", "packed"):
+            found = [cell for cell in cells if cell["backend"] == backend and cell.get("layout") == layout]
+            if not found:
+                continue
+            worst = [
+                max(abs(cell[key]) for cell in found)
+                for key in (
+                    "loss_difference",
+                    "logits_max_difference",
+                    "logits_relative",
+                    "gradient_relative",
+                    "gradient_max_relative",
+                )
+            ]
+            leak = max((cell["leak"] for cell in found if "leak" in cell), default=None)
+            again = next(cell["same_bits_again"] for cell in found if "same_bits_again" in cell)
+            rows.append([f"`{backend}`", layout, *(f"{value:.2g}" for value in worst), "" if leak is None else f"{leak:g}",
+                         "the same bits" if again else "other bits"])  # fmt: skip
+    lengths = sorted({cell["length"] for cell in cells if "length" in cell})
+    headers = ["attention", "rows", "loss", "logits, largest", "logits, relative", "gradient, relative", "gradient, largest",
+               "leak", "backward again"]  # fmt: skip
+    text = (
+        f"bf16 against fp32 on the same NF4 weights, the worst of {', '.join(map(str, lengths))} tokens, "
+        f"window {cells[0]['window']:,}. "
+        "Relative: norm of the difference over norm. Leak: largest change in other samples of a packed row when one changes. "
+    )
+    return f"{table(headers, rows)}\n\n{text}{source(name, record)}"
+
+
+def milliseconds(cell: Cell, peak: float) -> str:
+    """Forward and backward."""
+    return f"{cell['forward_ms']:.3g} + {cell['backward_ms']:.3g}"
+
+
+def rate(cell: Cell, peak: float) -> str:
+    """TFLOP/s of both together, and the share of what a large matrix product reaches."""
+    operations = cell["forward_tflops"] * cell["forward_ms"] + cell["backward_tflops"] * cell["backward_ms"]
+    tflops = operations / (cell["forward_ms"] + cell["backward_ms"])
+    return f"{tflops:.3g} ({tflops / peak:.0%})"
+
+
+H100, CPU = "attention_h100_*.json", "attention_cpu_*.json"
+TIME, RATE = "Forward + backward, ms.", "TFLOP/s, and share of a large product's rate."
+BLOCKS: dict[str, Callable[[], str]] = {
+    "attention-kernel-ms-h100": lambda: attention_kernels(H100, milliseconds, TIME),
+    "attention-kernel-rate-h100": lambda: attention_kernels(H100, rate, RATE),
+    "attention-kernel-gib-h100": lambda: attention_kernels(H100, lambda cell, _: f"{cell['peak_gib']:.2f}", "Peak GiB."),
+    "attention-steps-h100": lambda: attention_steps(H100),
+    "attention-packing-h100": lambda: attention_packing(H100),
+    "attention-masks-h100": lambda: attention_masks(H100),
+    "attention-parity-h100": lambda: attention_parity(H100),
+    "attention-kernel-ms-cpu": lambda: attention_kernels(CPU, milliseconds, TIME),
+    "attention-steps-cpu": lambda: attention_steps(CPU),
+    "attention-packing-cpu": lambda: attention_packing(CPU),
+    "attention-parity-cpu": lambda: attention_parity(CPU),
     "survival": survival,
     "demo-summary": demo_summary,
     "demo-output": demo_output,
@@ -154,12 +303,68 @@ def rendered(text: str) -> str:
     return text
 
 
+def plot_attention(card: str) -> None:
+    """Time and memory of a kernel and of a step over the length, with the spread from the 10th to the 90th percentile."""
+    import matplotlib.pyplot as plt
+    import matplotlib.ticker
+
+    name, record = load(f"attention_{card}_*.json")
+    kernels = [cell for cell in record["cells"] if cell["level"] == "kernel" and cell["window"] is None]
+    trained = [cell for cell in record["cells"] if cell.get("layout") == "full" and cell["window"] == "as trained"]
+    checkpointing = "full" if any(cell["checkpointing"] == "full" for cell in trained) else "none"
+    steps = [cell for cell in trained if cell["checkpointing"] == checkpointing]
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7), layout="constrained", sharex="col")
+    for column, (cells, keys, title) in enumerate(
+        (
+            (kernels, ("forward_ms", "backward_ms"), "attention alone"),
+            (steps, ("step_ms",), f"a step, checkpointing {checkpointing}"),
+        )
+    ):
+        for backend, colour in COLOURS.items():
+            found = sorted((c for c in cells if c["backend"] == backend and "peak_gib" in c), key=lambda c: c["length"])
+            if not found:
+                continue
+            lengths = [cell["length"] for cell in found]
+            times = [sum(cell[key] for key in keys) for cell in found]
+            low, high = ([sum(cell[f"{key}_{end}"] for key in keys) for cell in found] for end in ("p10", "p90"))
+            spread = [[t - a for t, a in zip(times, low, strict=True)], [b - t for t, b in zip(times, high, strict=True)]]
+            style = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.3, "label": backend}
+            style |= {"linestyle": "--"} if backend == "sdpa_cudnn" else {}
+            panels[0][column].errorbar(
+                lengths, times, yerr=[[max(0.0, x) for x in side] for side in spread], capsize=2, **style
+            )
+            panels[1][column].plot(lengths, [cell["peak_gib"] for cell in found], **style)
+        panels[0][column].set(title=title, ylabel="ms")
+        panels[1][column].set(xlabel="tokens in a row", ylabel="peak GiB")
+        panels[0][column].legend(frameon=False, fontsize=8)
+        for panel in panels[:, column]:
+            panel.set(xscale="log", yscale="log")
+            panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            ticks = sorted({cell["length"] for cell in cells})
+            panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=7)
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+    packages = record["environment"]["packages"]
+    versions = ", ".join(
+        f"{package} {packages[package]}" for package in ("torch", "transformers", "flash-attn") if packages[package]
+    )
+    figure.text(
+        0.01, -0.03, f"{name}: {record['environment']['device']}; {versions}. Bars: 10th to 90th percentile.", fontsize=7
+    )
+    save(figure, f"attention_{card}")
+    plt.close(figure)
+
+
+def save(figure: Any, name: str) -> None:
+    """As PNG and SVG, the same bytes each time."""
+    for suffix in ("png", "svg"):
+        metadata = {"Date": None} if suffix == "svg" else None
+        figure.savefig(RESULTS / f"{name}.{suffix}", dpi=150, bbox_inches="tight", metadata=metadata)
+
+
 def plot_demo() -> None:
     """Training and held-out loss of the default run."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "qlora"  # the same ids each time it is drawn
     import matplotlib.pyplot as plt
 
     name, record = load("demo_cpu_*.json")
@@ -172,14 +377,18 @@ def plot_demo() -> None:
     axes.legend(frameon=False)
     axes.set_title(f"python train_loop.py: {run['steps']} steps in {run['total_s']:.0f} s", fontsize=11, loc="left")
     figure.text(0.01, -0.04, f"{name}: {record['environment']['device']}", fontsize=7, color="0.4")
-    for suffix in ("png", "svg"):
-        metadata = {"Date": None} if suffix == "svg" else None
-        figure.savefig(RESULTS / f"demo_loss.{suffix}", dpi=150, bbox_inches="tight", metadata=metadata)
+    save(figure, "demo_loss")
 
 
 def main() -> None:
     """Rewrite the documents and draw the plots."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "qlora"  # the same ids each time it is drawn
     plot_demo()
+    for card in ("h100", "cpu"):
+        plot_attention(card)
     for document in DOCUMENTS:
         document.write_text(rendered(document.read_text()))
 
