@@ -4,9 +4,10 @@
     python benchmarks/attention.py --levels kernel --lengths 2048 8192
     python benchmarks/report.py                           # the tables and plots from what was measured
 
-Each cell runs in a process of its own, so that its peak memory, and running out of it, are its own. A cell that cannot run is
-a row with the reason. Which kernel ran is read from the profiler, never from the configuration, and a cell whose kernel is
-another than its name says is refused. Several runs on one card merge into one file: a cell measured again replaces the old.
+Each cell runs in a process of its own, so that its peak memory, and running out of it, are its own (on a CPU the peak is that
+of the process, loading included). A cell that cannot run is a row with the reason. Which kernel ran is read from the profiler,
+never from the configuration, and a cell whose kernel is another than its name says is refused. Several runs on one card merge
+into one file: a cell measured again replaces the old.
 """
 
 import dataclasses
@@ -35,8 +36,8 @@ KERNELS = ("eager", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_
            "flex_attention", "flash_attention_4")  # fmt: skip
 BACKENDS = ("sdpa", "flash_attention_2", "varlen", "eager")  # values of --attn-implementation
 ON_A_CPU = ("eager", "sdpa", "sdpa_flash", "sdpa_math")
-MEASURED_UP_TO = {"none": 8192}  # tokens; without checkpointing longer rows fit no card
-KEY = ("level", "backend", "length", "window", "layout", "checkpointing")
+MEASURED_UP_TO = {"none": 8192}  # tokens; without checkpointing longer rows do not fit 80 GB
+KEY = ("level", "backend", "length", "rows", "window", "layout", "checkpointing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Started:
             if time.perf_counter() - self.began > timeout_s:
                 os.kill(self.child, signal.SIGKILL)
                 ended(self.child)
-                return [{**self.cell, "unavailable": f"not done in {timeout_s:g} s"}]
+                return [{**self.cell, "failed": f"not done in {timeout_s:g} s"}]
             time.sleep(0.005)
         seconds = round(time.perf_counter() - self.began, 2)
         if self.result.exists():
@@ -219,11 +220,14 @@ def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dic
     """The cells of a file with new ones in the place of old ones of the same key."""
     new = {key(row): row for row in rows}
     kept = [new.pop(key(cell), cell) for cell in before]
+    done = {(row["level"], row["backend"]) for row in rows if "failed" not in row}
+    # What stands for all of a backend's parity is gone when its rows are there.
+    kept = [cell for cell in kept if "lengths" not in cell or (cell["level"], cell["backend"]) not in done]
     return [*kept, *new.values()]
 
 
-def opened(options: Options, environment: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The file and what it holds already; one that was measured on another machine or with other versions is refused."""
+def opened(options: Options, environment: dict[str, Any], grid: Grid) -> tuple[Path, dict[str, Any]]:
+    """The file and what it holds already; one of another machine, other versions, shape or window is refused."""
     card = re.search(r"[HABLV]\d{2,3}|CPU", environment["device"])
     name = f"attention_{card[0].lower() if card else 'gpu'}_{datetime.date.today():%Y%m}.json"
     path = options.out or ROOT / "benchmarks" / "results" / name
@@ -233,6 +237,9 @@ def opened(options: Options, environment: dict[str, Any]) -> tuple[Path, dict[st
     for name in ("device", "packages"):
         if record["environment"][name] != environment[name]:
             raise SystemExit(f"{path} has another {name}: {record['environment'][name]}. Give another --out.")
+    for name in ("shape", "window", "kernel_tokens"):
+        if any(run[name] != getattr(grid, name) for run in record["runs"]):
+            raise SystemExit(f"{path} has another {name}: {record['runs'][0][name]}. Give another --out.")
     return path, record
 
 
@@ -255,7 +262,7 @@ def main(options: Options) -> None:
             raise SystemExit(f"the machine could not be described: {described['failed']}")
         environment = {**described["environment"], "commit": options.commit or described["environment"]["commit"]}
         grid = grid_of(options, on_gpu=environment["cuda_device"])
-        path, record = opened(options, environment)
+        path, record = opened(options, environment, grid)
         record["matmul_tflops"] = described["matmul_tflops"]
         record["runs"].append({"commit": environment["commit"], "date": f"{datetime.date.today()}", **dataclasses.asdict(grid)})
         cells = {"kernel": kernel_cells, "step": step_cells, "parity": parity_cells}
@@ -271,6 +278,7 @@ def main(options: Options) -> None:
                 break
             for started in [Started(cell, grid, scratch) for cell in group]:
                 rows = started.rows(options.timeout_s)
+                rows = [{**row, "commit": environment["commit"]} for row in rows]
                 record["cells"] = merged(record["cells"], [row for row in rows if row["backend"] != "reference"])
                 path.write_text(json.dumps(record, indent=1) + "\n")
                 print(json.dumps({name: value for name, value in rows[-1].items() if name != "kernels"}), flush=True)

@@ -31,7 +31,7 @@ from qlora.tracking import environment
 from train_loop import train_step
 
 PROBED = 64  # positions whose logits are compared
-MEAN_LENGTH = 600 / 2048  # of a padded or packed step, of the longest that it may have
+MEDIAN_LENGTH = 600 / 2048  # of a padded or packed step, of the longest that it may have
 
 
 def measure(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -80,8 +80,7 @@ def load(
 ) -> tuple[Any, TrainConfig]:
     """The NF4 model with adapters, as the loop has it, and the configuration it is trained with."""
     config = TrainConfig(model=str(folder), lora_dropout=0.0, max_length=max_length, attn_implementation=backend)
-    skeleton = transformers.AutoModelForCausalLM.from_config
-    skeleton = load_skeleton(str(folder), dataclasses.replace(config, max_length=16))
+    skeleton = load_skeleton(str(folder), dataclasses.replace(config, max_length=16))  # rows here may be longer than it allows
     chosen = attention.choose_attention(config, device, skeleton)
     torch.manual_seed(0)
     model = load_nf4_model(str(folder), config, chosen.loaded_as, device)
@@ -103,8 +102,8 @@ def micro_batches(cell: dict[str, Any], count: int, vocabulary: int, pin: bool) 
     if cell["layout"] == "full":
         samples, order = random_rows([length] * rows, vocabulary), list(range(rows))
         return list(data.micro_batches(samples, order, rows, pin))
-    draw, mean = random.Random(1), MEAN_LENGTH * length
-    lengths = [min(length, max(8, round(draw.lognormvariate(0, 0.6) * mean))) for _ in range(count)]
+    draw, median = random.Random(1), MEDIAN_LENGTH * length
+    lengths = [min(length, max(8, round(draw.lognormvariate(0, 0.6) * median))) for _ in range(count)]
     samples = random_rows(lengths, vocabulary)
     order = list(range(count))
     packed: Any = data.pack(lengths, order, length) if cell["layout"] == "packed" else order
@@ -133,6 +132,7 @@ def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torc
     ours = cell["window"] == "as trained"
     with attention.for_training(model, config) if ours else contextlib.nullcontext():
         ran = verified(cell["backend"], forward, device)
+        first_loss = take()[0].item()
         step_ms = milliseconds(take, device, grid["timed_s"], LEAST_STEPS, grid["steps"], warm_up=0)
         loss, norm = take()
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
@@ -145,7 +145,7 @@ def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torc
         "micro_batches": len(window),
         "tokens_per_s": round(1000 * tokens / statistics.median(step_ms), 1),
         "peak_gib": round(peak_memory_gib(device), 3),
-        "loss": loss.item(),
+        "first_loss": first_loss,
         "loaded_s": round(loaded_s, 2),
         **ran,
     }

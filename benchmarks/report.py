@@ -13,10 +13,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by the colour-blind
-COLOURS = {"eager": "#000000", "sdpa": BLUE, "sdpa_cudnn": BLUE, "sdpa_flash": "#56B4E9", "sdpa_efficient": "#CC79A7",
+COLOURS = {"eager": "#000000", "sdpa": BLUE, "sdpa_cudnn": "#332288", "sdpa_flash": "#56B4E9", "sdpa_efficient": "#CC79A7",
            "sdpa_math": "#999999", "flash_attention_2": ORANGE, "varlen": "#009E73", "flex_attention": "#E69F00",
-           "flash_attention_4": "#F0E442"}  # fmt: skip
-KERNELS = [name for name in COLOURS if name != "sdpa"]  # sdpa is one of them, as its dispatcher picks
+           "flash_attention_4": "#882255"}  # fmt: skip
 
 
 def load(pattern: str) -> tuple[str, dict[str, Any]]:
@@ -160,7 +159,7 @@ def pivot(cells: list[Cell], labels: list[str], row: Callable[[Cell], tuple[Any,
         texts = []
         for backend in backends:
             found = [cell for cell in cells if row(cell) == key and cell["backend"] == backend]
-            reason = found[0].get("unavailable") if found else None
+            reason = found[0].get("unavailable", found[0].get("failed")) if found else None
             if reason and reason != "out of memory" and (backend, reason) not in reasons:
                 reasons.append((backend, reason))
             texts.append(
@@ -190,10 +189,16 @@ def attention_steps(pattern: str) -> str:
         cells,
         ["tokens", "rows", "gradient checkpointing"],
         lambda cell: (cell["length"], cell["rows"], cell["checkpointing"]),
-        lambda cell: f"{cell['step_ms']:,.0f} ms, {cell['tokens_per_s']:,.0f} tokens/s, {cell['peak_gib']:.1f} GiB",
+        lambda cell: (
+            f"{cell['step_ms']:,.0f} ms ({cell['step_ms_p10']:,.0f}-{cell['step_ms_p90']:,.0f}), "
+            f"{cell['tokens_per_s']:,.0f} tokens/s, {cell['peak_gib']:.1f} GiB"
+        ),
     )
     window = record["runs"][-1]["window"]
-    text = f"Median of up to 8 steps of one micro-batch; beyond {window + 1:,} tokens the window of {window:,} acts. "
+    text = (
+        "Median (10th to 90th percentile) of 3 to 8 steps of one micro-batch; "
+        f"beyond {window + 1:,} tokens the window of {window:,} acts. "
+    )
     return f"{body}\n\n{text}{source(name, record)}"
 
 
@@ -203,9 +208,12 @@ def attention_packing(pattern: str) -> str:
     cells = [cell for cell in cells if cell["layout"] != "full"]
     body = pivot(
         cells,
-        ["rows of"],
-        lambda cell: (cell["layout"],),
-        lambda cell: f"{cell['tokens_per_s']:,.0f} tokens/s, {cell['peak_gib']:.1f} GiB",
+        ["rows", "in a micro-batch"],
+        lambda cell: (cell["layout"], cell["rows"]),
+        lambda cell: (
+            f"{cell['tokens_per_s']:,.0f} tokens/s, {cell['positions']:,} positions in {cell['micro_batches']} micro-batches, "
+            f"{cell['peak_gib']:.1f} GiB"
+        ),
     )
     return f"{body}\n\nTokens without padding, of the same samples. {source(name, record)}"
 
@@ -215,17 +223,28 @@ def attention_masks(pattern: str) -> str:
     name, record, cells = attention(pattern, "step", layout="full")
     lengths = {cell["length"] for cell in cells if cell["window"] == "left to transformers"}
     rows = [
-        [f"`{cell['backend']}`", f"{cell['length']:,}", cell["window"], f"{cell['step_ms']:,.0f}", ", ".join(cell["ran"])]
+        [
+            f"`{cell['backend']}`",
+            f"{cell['length']:,}",
+            cell["window"],
+            cell["checkpointing"],
+            f"{cell['step_ms']:,.0f}",
+            ", ".join(cell["ran"]),
+        ]
         for cell in cells
-        if cell["length"] in lengths and cell["checkpointing"] == "full" and "step_ms" in cell
+        if cell["length"] in lengths and "step_ms" in cell
     ]
-    headers = ["attention", "tokens", "window", "ms a step", "kernel that ran"]
+    headers = ["attention", "tokens", "window", "gradient checkpointing", "ms a step", "kernel that ran"]
     return table(headers, sorted(rows)) + f"\n\n{source(name, record)}"
 
 
 def attention_parity(pattern: str) -> str:
     """The worst of all lengths, for each backend and layout."""
     name, record, cells = attention(pattern, "parity")
+    reasons = [cell for cell in cells if "layout" not in cell]
+    cells = [cell for cell in cells if "layout" in cell]
+    if not cells:
+        return "Not measured yet."
     rows = []
     for backend in COLOURS:
         for layout in ("unpadded", "right-padded", "packed"):
@@ -243,7 +262,7 @@ def attention_parity(pattern: str) -> str:
                 )
             ]
             leak = max((cell["leak"] for cell in found if "leak" in cell), default=None)
-            again = next(cell["same_bits_again"] for cell in found if "same_bits_again" in cell)
+            again = all(cell.get("same_bits_again", True) for cell in found)
             rows.append([f"`{backend}`", layout, *(f"{value:.2g}" for value in worst), "" if leak is None else f"{leak:g}",
                          "the same bits" if again else "other bits"])  # fmt: skip
     lengths = sorted({cell["length"] for cell in cells if "length" in cell})
@@ -252,9 +271,11 @@ def attention_parity(pattern: str) -> str:
     text = (
         f"bf16 against fp32 on the same NF4 weights, the worst of {', '.join(map(str, lengths))} tokens, "
         f"window {cells[0]['window']:,}. "
-        "Relative: norm of the difference over norm. Leak: largest change in other samples of a packed row when one changes. "
+        "Relative: norm of the difference over norm. Backward again: twice in one process, at one length. "
+        "Leak: largest change in other samples of a packed row when one changes. "
     )
-    return f"{table(headers, rows)}\n\n{text}{source(name, record)}"
+    notes = "".join(f"\n\n`{cell['backend']}`: {cell.get('unavailable', cell.get('failed'))}" for cell in reasons)
+    return f"{table(headers, rows)}{notes}\n\n{text}{source(name, record)}"
 
 
 def milliseconds(cell: Cell, peak: float) -> str:
@@ -350,7 +371,10 @@ def plot_attention(card: str) -> None:
         f"{package} {packages[package]}" for package in ("torch", "transformers", "flash-attn") if packages[package]
     )
     figure.text(
-        0.01, -0.03, f"{name}: {record['environment']['device']}; {versions}. Bars: 10th to 90th percentile.", fontsize=7
+        0.01,
+        -0.03,
+        f"{name}: {record['environment']['device']}; {versions}. Bars: 10th to 90th percentile.",
+        fontsize=7,
     )
     save(figure, f"attention_{card}")
     plt.close(figure)
@@ -387,8 +411,7 @@ def main() -> None:
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "qlora"  # the same ids each time it is drawn
     plot_demo()
-    for card in ("h100", "cpu"):
-        plot_attention(card)
+    plot_attention("h100")
     for document in DOCUMENTS:
         document.write_text(rendered(document.read_text()))
 

@@ -34,8 +34,8 @@ class Attention(NamedTuple):
 def choose_attention(config: TrainConfig, device: torch.device, skeleton: Any = None) -> Attention:
     """Resolve `--attn-implementation`: `auto` picks what can run, a name runs or fails, and nothing is downloaded.
 
-    What auto prefers was measured (benchmarks/README.md): sdpa while it needs no mask; with packing, or where the sliding
-    window is active, a kernel that knows about samples and windows.
+    auto takes sdpa while it needs no mask, and with packing, or where the sliding window is active, a kernel that knows about
+    samples and windows; benchmarks/README.md has what of this was measured.
 
     Args:
         config: attn_implementation, packing and max_length are read.
@@ -60,10 +60,10 @@ def choose_attention(config: TrainConfig, device: torch.device, skeleton: Any = 
         return Attention(requested, "as asked")
     window = None if skeleton is None else training_window(skeleton.config.get_text_config(), config.max_length)
     order: list[AttnImplementation] = ["sdpa", "flash_attention_2", "eager"]
-    why = "the fastest where it needs no mask"
+    why = "it needs no mask here"
     if config.packing or window is not None:
         order = ["flash_attention_2", "varlen", "sdpa", "eager"]
-        why = "the fastest for packed rows" if config.packing else f"the fastest with a sliding window of {window}"
+        why = "rows are packed" if config.packing else f"a sliding window of {window} is active"
     chosen = next(name for name in order if not obstacles[name])
     passed_over = [f"{name} cannot run: {obstacles[name]}" for name in order[: order.index(chosen)]]
     return Attention(chosen, "; ".join(passed_over) or why)
@@ -146,9 +146,10 @@ def for_training(model: Any, config: TrainConfig) -> Iterator[None]:
     settings, base = model.config, model.get_base_model()
     before = settings._attn_implementation, getattr(settings, "sliding_window", None)
     try:
+        if getattr(settings, "sliding_window", None) is not None:
+            settings.sliding_window = training_window(settings, config.max_length)
         if _is_uniform(base):
             settings._attn_implementation = PREFIX + config.attn_implementation
-            settings.sliding_window = training_window(settings, config.max_length)
         if config.packing:
             _check_packing(model)
         yield
@@ -162,18 +163,23 @@ def for_training(model: Any, config: TrainConfig) -> Iterator[None]:
 def _check_packing(model: Any) -> None:
     """Change a sample and look at the one behind it in the row: its hidden states must stay as they are.
 
-    Not every model keeps to position_ids and masks: ALiBi, convolutions and state spaces run on across samples.
+    Not every model keeps to position_ids and masks: ALiBi, convolutions and state spaces run on across samples. Two rows, one
+    of them padded, as transformers takes another way for a single one.
     """
     decoder, training = model.get_decoder(), model.training
     device = model.get_input_embeddings().weight.device
-    model.eval()
     behind = []
     for first in ([5, 6, 7, 8], [9, 8, 6, 5]):
-        row = [Encoded(ids, ids, line) for line, ids in enumerate((first, [10, 11, 12, 13, 14]))]
-        inputs = decoder_inputs(collate_packed([row]).to(device), decoder.config)
-        with torch.autocast(device.type, torch.bfloat16):
-            behind.append(decoder(**inputs, use_cache=False).last_hidden_state[0, len(first) :].float())  # [5, D]
-    model.train(training)
+        rows = [(first, [10, 11, 12, 13, 14]), (first, [10, 11, 12])]
+        samples = [[Encoded(ids, ids, 1) for ids in row] for row in rows]
+        inputs = decoder_inputs(collate_packed(samples).to(device), decoder.config)
+        try:
+            model.eval()
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = decoder(**inputs, use_cache=False).last_hidden_state.float()  # [2, 9, D]
+        finally:
+            model.train(training)
+        behind.append(torch.cat([hidden[0, 4:], hidden[1, 4:7]]))  # [8, D]
     if not (behind[0] - behind[1]).norm() <= 1e-4 * behind[0].norm():
         text = f"{type(model.get_base_model()).__name__} lets a sample see its neighbour in a packed row. Leave out --packing."
         raise UserError(ExitCode.CONFIGURATION, text)

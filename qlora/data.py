@@ -770,7 +770,10 @@ def pack(lengths: Sequence[int], order: Iterable[int], budget: int) -> list[list
 
 
 def epoch_rows(samples: "Samples", config: TrainConfig, epoch: int) -> Sequence[Row]:
-    """The rows of an epoch in their order: one sample each or, with packing, as many as fit; always the same number."""
+    """The rows of an epoch in their order: one sample each or, with packing, as many as fit; always the same number.
+
+    Packing goes by length, so that mostly the same samples share a row in each epoch; the order of rows changes.
+    """
     order = epoch_order(len(samples), config.seed, epoch)
     if not config.packing:
         return order

@@ -78,7 +78,7 @@ def test_auto_on_a_cpu_is_sdpa(phi3, options):
     if "packing" in options or options == BEYOND:
         assert chosen.reason.count("it needs a CUDA GPU") == 2 and "varlen cannot run" in chosen.reason
     else:
-        assert chosen.reason == "the fastest where it needs no mask"
+        assert chosen.reason == "it needs no mask here"
 
 
 def test_auto_takes_sdpa_where_it_needs_no_mask_else_a_kernel_that_needs_none(phi3, fake_gpu):
@@ -87,9 +87,9 @@ def test_auto_takes_sdpa_where_it_needs_no_mask_else_a_kernel_that_needs_none(ph
 
     fake_gpu((9, 0), installed=True)
     for options in ({}, {"max_length": 2048}):
-        assert chosen(**options) == ("sdpa", "the fastest where it needs no mask")
-    assert chosen(**PACKING) == ("flash_attention_2", "the fastest for packed rows")
-    assert chosen(**BEYOND) == ("flash_attention_2", "the fastest with a sliding window of 2047")
+        assert chosen(**options) == ("sdpa", "it needs no mask here")
+    assert chosen(**PACKING) == ("flash_attention_2", "rows are packed")
+    assert chosen(**BEYOND) == ("flash_attention_2", "a sliding window of 2047 is active")
     fake_gpu((9, 0), installed=False)
     assert chosen().implementation == "sdpa"
     for options in (PACKING, BEYOND, PACKING | BEYOND):
@@ -454,6 +454,7 @@ OTHERS = {
     "bamba": lambda: transformers.BambaConfig(
         **ONE_HEAD_SIZE, attn_layer_indices=[], mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8
     ),  # carries a state along the row
+    "starcoder2": lambda: transformers.Starcoder2Config(**SIZES, sliding_window=15),
     "gpt_oss": lambda: transformers.GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=2, sliding_window=8),
 }
 
@@ -472,6 +473,28 @@ def other(name: str, backend: str):
         pytest.skip(str(error))
     model.get_base_model = lambda: model  # as PEFT's models have it
     return model
+
+
+def test_a_window_that_changes_nothing_is_left_out_in_other_families_too(config):
+    model = other("starcoder2", "sdpa")
+    for max_length, window in ((16, None), (17, 15)):
+        short = dataclasses.replace(config, attn_implementation="sdpa", max_length=max_length)
+        with attention.for_training(model, short):
+            assert (model.config.sliding_window, model.config._attn_implementation) == (window, "sdpa")
+        assert model.config.sliding_window == 15
+
+
+def test_the_probe_for_packing_has_rows_and_padding_as_training_has_them(config, monkeypatch):
+    seen = []
+    monkeypatch.setattr(attention, "decoder_inputs", lambda batch, _: seen.append(batch) or {"input_ids": batch.input_ids})
+    model = adapted_model(config)
+    with (
+        pytest.raises(UserError, match="lets a sample see its neighbour"),
+        attention.for_training(model, dataclasses.replace(config, attn_implementation="sdpa", packing=True)),
+    ):
+        pytest.fail("it was not refused")
+    assert seen[0].input_ids.shape == (2, 9) and seen[0].cu_seqlens.tolist() == [0, 4, 9, 13, 16, 18]
+    assert model.training and model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])

@@ -13,6 +13,7 @@ from benchmarks import attention_kernels as kernels
 from tests.conftest import CPU
 
 ROOT = Path(__file__).parents[1]
+GRID = benchmark.grid_of(benchmark.Options(shape="tiny"), on_gpu=False)
 
 
 def run(out: Path, *arguments: str) -> list[dict]:
@@ -42,7 +43,7 @@ def test_one_cell_of_each_kind_runs_on_a_cpu_and_runs_merge(tmp_path):
     assert full["tokens"] == full["positions"] == 256 and full["step_ms"] > 0 and full["peak_gib"] > 0
     padded, packed = timed["step", "padded", "as trained"], timed["step", "packed", "as trained"]
     assert padded["tokens"] == packed["tokens"] < packed["positions"] < padded["positions"]
-    assert padded["loss"] == pytest.approx(packed["loss"], rel=0.01)  # of the second to fourth step, from the same start
+    assert padded["first_loss"] == pytest.approx(packed["first_loss"], rel=0.01)
 
     second = run(out, "--levels", "kernel", "parity", "--missing")
     assert [cell for cell in second if cell["level"] != "parity"] == first  # none was measured again
@@ -62,10 +63,14 @@ def test_a_file_of_another_machine_is_not_merged_into(tmp_path):
     environment = {"device": "NVIDIA H100 80GB HBM3", "packages": {"torch": "2"}}
     out.write_text(json.dumps({"environment": environment, "runs": [], "cells": []}))
     options = benchmark.Options(out=out)
-    assert benchmark.opened(options, environment)[1]["cells"] == []
+    assert benchmark.opened(options, environment, GRID)[1]["cells"] == []
     for other in ({**environment, "device": "x86_64 CPU"}, {**environment, "packages": {"torch": "3"}}):
         with pytest.raises(SystemExit, match="has another"):
-            benchmark.opened(options, other)
+            benchmark.opened(options, other, GRID)
+    runs = [{"shape": "tiny", "window": 5, "kernel_tokens": 256}]
+    out.write_text(json.dumps({"environment": environment, "runs": runs, "cells": []}))
+    with pytest.raises(SystemExit, match="another window: 5"):
+        benchmark.opened(options, environment, GRID)
 
 
 def test_a_cell_measured_again_replaces_the_old_one_and_a_failed_one_is_not_known():
@@ -73,18 +78,20 @@ def test_a_cell_measured_again_replaces_the_old_one_and_a_failed_one_is_not_know
     others = [{**cell, "length": 128}, {**cell, "layout": "packed"}]
     before = [others[0], {**cell, "step_ms": 1.0}, others[1]]
     assert benchmark.merged(before, [{**cell, "step_ms": 2.0}]) == [others[0], {**cell, "step_ms": 2.0}, others[1]]
-    assert benchmark.is_known({**cell, "rows": 4}, before) and not benchmark.is_known({**cell, "window": None}, before)
+    assert benchmark.is_known(cell, before)
+    assert not any(benchmark.is_known({**cell, **other}, before) for other in ({"rows": 4}, {"window": None}))
     assert not benchmark.is_known(cell, [{**cell, "failed": "NameError"}])
-    reference = {"level": "parity", "backend": "sdpa", "lengths": [62]}
-    assert benchmark.is_known(reference, [{"level": "parity", "backend": "sdpa", "length": 62, "layout": "packed"}])
+    whole = {"level": "parity", "backend": "sdpa", "lengths": [62]}
+    row = {"level": "parity", "backend": "sdpa", "length": 62, "layout": "packed"}
+    assert benchmark.is_known(whole, [row])
+    assert benchmark.merged([{**whole, "failed": "late"}], [row]) == [row]
 
 
 def test_a_cell_whose_process_dies_is_a_row_and_the_run_goes_on(tmp_path):
-    grid = benchmark.grid_of(benchmark.Options(shape="tiny"), on_gpu=False)
-    (row,) = benchmark.Started({"level": "kernel", "backend": "no such"}, grid, tmp_path).rows(60.0)
+    (row,) = benchmark.Started({"level": "kernel", "backend": "no such"}, GRID, tmp_path).rows(60.0)
     assert row["failed"].startswith("KeyError")
-    (row,) = benchmark.Started({"level": "environment", "backend": None}, grid, tmp_path).rows(0.0)
-    assert row["unavailable"] == "not done in 0 s"
+    (row,) = benchmark.Started({"level": "environment", "backend": None}, GRID, tmp_path).rows(0.0)
+    assert row["failed"] == "not done in 0 s"
 
 
 def test_no_kernel_is_timed_under_the_name_of_another():

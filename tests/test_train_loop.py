@@ -360,7 +360,7 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_p
     out = capsys.readouterr().out
     for words in (
         "Model: tiny-random (as asked",
-        "Attention: sdpa (the fastest where it needs no mask)",
+        "Attention: sdpa (it needs no mask here)",
         "columns instruction/response",
         "qkv_proj",
         "step 1/24",
