@@ -36,7 +36,8 @@ def source(name: str, record: dict[str, Any]) -> str:
     packages = ", ".join(
         f"{package} {environment['packages'][package]}" for package in ("torch", "transformers", "peft", "bitsandbytes")
     )
-    return f"`{name}`: {environment['device']}; {packages}; commit {environment['commit'][:9]}."
+    commits = {cell["commit"][:9]: None for cell in record.get("cells", []) if "commit" in cell}
+    return f"`{name}`: {environment['device']}; {packages}; commit {', '.join(commits) or environment['commit'][:9]}."
 
 
 def demo_summary() -> str:
@@ -160,8 +161,8 @@ def pivot(cells: list[Cell], labels: list[str], row: Callable[[Cell], tuple[Any,
         for backend in backends:
             found = [cell for cell in cells if row(cell) == key and cell["backend"] == backend]
             reason = found[0].get("unavailable", found[0].get("failed")) if found else None
-            if reason and reason != "out of memory" and (backend, reason) not in reasons:
-                reasons.append((backend, reason))
+            if reason and reason != "out of memory" and (backend, first := reason.split(". ")[0]) not in reasons:
+                reasons.append((backend, first))
             texts.append(
                 "not measured" if not found else (reason if reason == "out of memory" else "-") if reason else show(found[0])
             )
