@@ -123,15 +123,10 @@ def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torc
     loss_sum = functools.partial(token_loss_sum, head=head)
     decoder = model.get_decoder()
 
-    def forward() -> None:
-        batch = window[0].to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            decoder(**attention.decoder_inputs(batch, decoder.config), use_cache=False)
-
     take = functools.partial(train_step, decoder, optimizer, window, loss_sum, 5e-5, 1.0)
     ours = cell["window"] == "as trained"
     with attention.for_training(model, config) if ours else contextlib.nullcontext():
-        ran = verified(cell["backend"], forward, device)
+        ran = verified(cell["backend"], lambda: hidden_states(model, window[0].to(device)), device)
         first_loss = take()[0].item()
         step_ms = milliseconds(take, device, grid["timed_s"], LEAST_STEPS, grid["steps"], warm_up=0)
         loss, norm = take()

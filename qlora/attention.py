@@ -94,9 +94,11 @@ def _flash_obstacle(device: torch.device, skeleton: Any) -> str | None:
 def _varlen_obstacle(device: torch.device, skeleton: Any) -> str | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
+
+        known = "window_size" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.10
     except ImportError:
-        return f"it needs torch 2.11 or newer, this is {torch.__version__}"
-    if "window_size" not in inspect.signature(varlen_attn).parameters:  # torch 2.10
+        known = False
+    if not known:
         return f"it needs torch 2.11 or newer, this is {torch.__version__}"
     if obstacle := _cuda_obstacle(device):
         return obstacle
