@@ -139,6 +139,7 @@ def survival() -> str:
 
 
 Cell = dict[str, Any]
+LAYERS = {"phi3-mini": 32}
 
 
 def attention(pattern: str, level: str, **wanted: Any) -> tuple[str, dict[str, Any], list[Cell]]:
@@ -199,6 +200,89 @@ def attention_steps(pattern: str) -> str:
     text = (
         "Median (10th to 90th percentile) of 3 to 8 steps of one micro-batch; "
         f"beyond {window + 1:,} tokens the window of {window:,} acts. "
+    )
+    return f"{body}\n\n{text}{source(name, record)}"
+
+
+def attention_findings(pattern: str) -> str:
+    """What the steps say about the choice of a backend."""
+    _, _, cells = attention(pattern, "step", window="as trained", checkpointing="full")
+
+    def of(backend: str, layout: str, length: int = 2048, key: str = "step_ms") -> float:
+        found = [cell for cell in cells if (cell["backend"], cell["layout"], cell["length"]) == (backend, layout, length)]
+        return max(found, key=lambda cell: cell["rows"])[key]
+
+    longest = max(cell["length"] for cell in cells if cell["backend"] == "sdpa" and "step_ms" in cell)
+    packing = [
+        f"{of(backend, 'packed', key='tokens_per_s') / of(backend, 'padded', key='tokens_per_s'):.2f} times with `{backend}`"
+        for backend in ("flash_attention_2", "varlen", "sdpa", "eager")
+    ]
+    lost = min(cell["length"] for cell in cells if cell["backend"] == "eager" and "unavailable" in cell)
+    return "\n".join(
+        (
+            f"- One micro-batch of 2 x 2,048 tokens takes {of('eager', 'full') / of('sdpa', 'full'):.2f} times as long with "
+            "`eager` as with `sdpa`.",
+            f"- Where the window acts, at {longest:,} tokens, it takes "
+            f"{of('sdpa', 'full', longest) / of('flash_attention_2', 'full', longest):.2f} times as long with `sdpa` as with "
+            f"`flash_attention_2`, and {of('varlen', 'full', longest) / of('flash_attention_2', 'full', longest):.2f} times "
+            "with `varlen`.",
+            f"- `eager` runs out of memory at {lost:,} tokens.",
+            f"- Packed rows are worth, in tokens a second: {', '.join(packing)}.",
+            f"- Attention passes half of the step: {passes_half(attention_shares(pattern))}.",
+        )
+    )
+
+
+def attention_shares(pattern: str) -> list[tuple[Cell, float]]:
+    """The steps over full rows, each with the share of it that attention takes, from the kernel's time at that length."""
+    _, record, steps = attention(pattern, "step", layout="full", window="as trained")
+    shape, window = record["runs"][-1]["shape"], record["runs"][-1]["window"]
+    kernels = {
+        (cell["backend"], cell["length"], cell["window"]): (cell["forward_ms"], cell["backward_ms"])
+        for cell in record["cells"]
+        if cell["level"] == "kernel" and "forward_ms" in cell
+    }
+
+    def share(cell: Cell) -> float | None:
+        active = window if cell["length"] > window + 1 else None
+        found = kernels.get((cell["backend"], cell["length"], active))
+        if found is None or "step_ms" not in cell:
+            return None
+        forwards = 2 if cell["checkpointing"] == "full" else 1
+        rows_of_kernel = record["runs"][-1]["kernel_tokens"] / (cell["rows"] * cell["length"])
+        return LAYERS[shape] * (forwards * found[0] + found[1]) / rows_of_kernel / cell["step_ms"]
+
+    return [(cell, part) for cell in steps if (part := share(cell)) is not None]
+
+
+def passes_half(shares: list[tuple[Cell, float]]) -> str:
+    """For each backend the first length at which attention takes more than half of a step with full checkpointing."""
+    passes = []
+    for backend in COLOURS:
+        measured = sorted((cell["length"], part) for cell, part in shares
+                          if cell["backend"] == backend and cell["checkpointing"] == "full")  # fmt: skip
+        over = [length for length, part in measured if part > 0.5]
+        if over:
+            passes.append(f"`{backend}` at {over[0]:,} tokens")
+        elif measured:
+            passes.append(f"`{backend}` not up to {measured[-1][0]:,} ({measured[-1][1]:.0%} there)")
+    return ", ".join(passes)
+
+
+def attention_share(pattern: str) -> str:
+    """Attention's share of a step."""
+    name, record, _ = attention(pattern, "step")
+    shares = attention_shares(pattern)
+    body = pivot(
+        [cell for cell, _ in shares],
+        ["tokens", "rows", "gradient checkpointing"],
+        lambda cell: (cell["length"], cell["rows"], cell["checkpointing"]),
+        lambda cell: next(f"{part:.0%}" for known, part in shares if known is cell),
+    )
+    text = (
+        f"{LAYERS[record['runs'][-1]['shape']]} layers of the kernel measured alone, its forward twice where it is recomputed, "
+        "over the step. "
+        f"With full checkpointing attention passes half of the step: {passes_half(shares)}. "
     )
     return f"{body}\n\n{text}{source(name, record)}"
 
@@ -298,6 +382,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "attention-kernel-rate-h100": lambda: attention_kernels(H100, rate, RATE),
     "attention-kernel-gib-h100": lambda: attention_kernels(H100, lambda cell, _: f"{cell['peak_gib']:.2f}", "Peak GiB."),
     "attention-steps-h100": lambda: attention_steps(H100),
+    "attention-findings-h100": lambda: attention_findings(H100),
+    "attention-share-h100": lambda: attention_share(H100),
     "attention-packing-h100": lambda: attention_packing(H100),
     "attention-masks-h100": lambda: attention_masks(H100),
     "attention-parity-h100": lambda: attention_parity(H100),
@@ -358,7 +444,7 @@ def plot_attention(card: str) -> None:
             panels[1][column].plot(lengths, [cell["peak_gib"] for cell in found], **style)
         panels[0][column].set(title=title, ylabel="ms")
         panels[1][column].set(xlabel="tokens in a row", ylabel="peak GiB")
-        panels[0][column].legend(frameon=False, fontsize=8)
+        panels[1 - column][column].legend(frameon=False, fontsize=8, loc=("center right", "upper left")[column])
         for panel in panels[:, column]:
             panel.set(xscale="log", yscale="log")
             panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import attention as benchmark
 from benchmarks import attention_kernels as kernels
+from benchmarks import report
 from tests.conftest import CPU
 
 ROOT = Path(__file__).parents[1]
@@ -134,3 +135,23 @@ def test_what_cannot_run_or_runs_out_of_memory_is_a_row_and_a_mistake_is_not():
 def test_spread():
     assert kernels.spread("step_ms", [float(n) for n in range(11)]) == {"step_ms": 5.0, "step_ms_p10": 1.0, "step_ms_p90": 9.0}
     assert kernels.spread("step_ms", [3.0]) == {"step_ms": 3.0, "step_ms_p10": 3.0, "step_ms_p90": 3.0}
+
+
+def test_the_share_of_attention_counts_layers_and_a_recomputed_forward(tmp_path, monkeypatch):
+    step = {"level": "step", "layout": "full", "window": "as trained", "backend": "eager", "rows": 2}
+    kernel = {"level": "kernel", "backend": "eager", "forward_ms": 1.0, "backward_ms": 2.0}
+    cells = [
+        {**step, "length": 2048, "checkpointing": "full", "step_ms": 100.0},
+        {**step, "length": 2048, "checkpointing": "none", "step_ms": 100.0},
+        {**step, "length": 4096, "checkpointing": "full", "step_ms": 100.0},
+        {**kernel, "length": 2048, "window": None},
+        {**kernel, "length": 2048, "window": 2047, "forward_ms": 50.0},  # the window does not act in such a row
+        {**kernel, "length": 4096, "window": 2047},
+    ]
+    record = {"runs": [{"shape": "phi3-mini", "window": 2047, "kernel_tokens": 16384}], "cells": cells}
+    (tmp_path / "attention_x_202601.json").write_text(json.dumps(record))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    shares = report.attention_shares("attention_x_*.json")
+    quarter, half = 2 * 2048 / 16384, 2 * 4096 / 16384
+    assert [part for _, part in shares] == [32 * 4 * quarter / 100, 32 * 3 * quarter / 100, 32 * 4 * half / 100]
+    assert report.passes_half(shares) == "`eager` at 4,096 tokens"
