@@ -49,10 +49,10 @@ def read_head(model: Any) -> Head:
     training = model.training
     model.eval()
     with torch.no_grad(), torch.autocast(probe.device.type, torch.bfloat16):
-        output = model(input_ids=probe, use_cache=False, output_hidden_states=True)
-        ours = head.logits(output.hidden_states[-1]).float()  # [1, 8, V]
+        # Not `output_hidden_states`, whose hooks transformers leaves in the model, where no compiler can follow them.
+        ours = head.logits(model.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state).float()  # [1, 8, V]
+        theirs = model(input_ids=probe, use_cache=False).logits.float()  # [1, 8, V]
     model.train(training)
-    theirs = output.logits.float()  # [1, 8, V]
     if ours.shape != theirs.shape or not (ours - theirs).norm() < 0.01 * theirs.norm():  # bf16 rounds at 0.004
         raise UserError(
             ExitCode.CONFIGURATION,

@@ -1,0 +1,46 @@
+"""NF4 with double quantisation -> bf16 or fp32 in one launch, where bitsandbytes takes four.
+
+Imported on a CUDA GPU only: Triton comes with torch there. The arithmetic is bitsandbytes' own, rounding included.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_BYTES = 1024  # packed bytes a program; 2048 values, 32 scales
+
+
+@triton.jit
+def _dequantize(packed, scales, scale_of_scales, scale_code, scale_offset, levels, output, num_bytes, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = at < num_bytes
+    byte = tl.load(packed + at, mask=inside, other=0).to(tl.int32)  # [BLOCK]
+    block = at // 32  # a scale stands for 64 values, 32 bytes
+    code = tl.load(scales + block, mask=inside, other=0).to(tl.int32)  # [BLOCK]
+    scale = tl.load(scale_code + code) * tl.load(scale_of_scales + block // 256, mask=inside, other=0.0)  # [BLOCK]
+    scale += tl.load(scale_offset)  # [BLOCK]
+    first = tl.load(levels + (byte >> 4)) * scale  # [BLOCK]: the high half comes first
+    second = tl.load(levels + (byte & 15)) * scale  # [BLOCK]
+    values = tl.interleave(first, second).to(output.dtype.element_ty)  # [2 * BLOCK]
+    place = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)  # [2 * BLOCK]
+    tl.store(output + place, values, mask=place < 2 * num_bytes)
+
+
+def dequantize(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    scale_of_scales: torch.Tensor,
+    scale_code: torch.Tensor,
+    scale_offset: torch.Tensor,
+    levels: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """[N, K] on the GPU; the arguments as in qlora.nf4_linear.NF4Weight."""
+    output = torch.empty(shape, dtype=dtype, device=packed.device)  # [N, K]
+    grid = (triton.cdiv(packed.numel(), BLOCK_BYTES),)
+    _dequantize[grid](
+        packed, scales, scale_of_scales, scale_code, scale_offset, levels, output, packed.numel(), BLOCK_BYTES,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return output
