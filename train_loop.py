@@ -32,12 +32,12 @@ from qlora import attention, checkpoint, data, evaluate, tracking
 from qlora.config import TrainConfig
 from qlora.demo import model_source
 from qlora.guards import check_first_gradients, count_not_finite
+from qlora.layers import choose_layers, prepare_layers
 from qlora.loss import read_head, token_loss_sum
 from qlora.memory import estimated_memory_gib, explained, peak_memory_gib, probe_memory
 from qlora.model import (
     add_adapters,
     audit_targets,
-    enable_gradient_checkpointing,
     fingerprint,
     load_nf4_model,
     load_skeleton,
@@ -246,6 +246,7 @@ def main(config: TrainConfig, stop: Signals) -> None:
         stop.advice = run.advice
         columns = data.check_files(config)
         source = model_source(config.model)
+        config = run.as_before(config)
         skeleton = load_skeleton(source, config)
         attn = attention.choose_attention(config, device, skeleton)
         config = dataclasses.replace(config, attn_implementation=attn.implementation)
@@ -261,13 +262,15 @@ def main(config: TrainConfig, stop: Signals) -> None:
             "device": device.type,
             "environment": tracking.environment(device),
         }
+        longest = data.row_length(samples, data.longest_rows(samples, config)[-1])
+        config, line = choose_layers(config, skeleton, targets, longest, device)
         if not run.accept(config, facts, total_steps=count_steps(config, len(data.epoch_rows(samples, config, 1)))[1]):
             say(f"{run.folder} holds this very run, and it is complete. Nothing was done.")
             return
+        say(line)
         run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
         for note in run.notes:
             say(note)
-        longest = data.row_length(samples, data.longest_rows(samples, config)[-1])
         with explained(config, device, estimated_memory_gib(skeleton, targets, config, longest), longest):
             checkpoint.seed_generators(config.seed)
             model = load_nf4_model(source, config, attn.loaded_as, device)
@@ -288,8 +291,7 @@ def fine_tune(
 ) -> None:
     """Restore what there is, train, and leave the adapter, sample answers and, last of all, the mark of a finished run."""
     base = fingerprint(model)
-    if config.gradient_checkpointing == "full":
-        enable_gradient_checkpointing(model)
+    prepare_layers(model, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
@@ -301,10 +303,7 @@ def fine_tune(
     progress = run.restore(model, optimizer, base)
     run.take_over(config)
     with tracking.Tracker(run.folder, console, progress.step, held_out.sha256 if held_out else None) as tracker:
-        tracker.say(
-            f"Learning rate: {config.learning_rate:g}; gradient checkpointing: {config.gradient_checkpointing}; "
-            f"run folder: {run.folder}"
-        )
+        tracker.say(f"Learning rate: {config.learning_rate:g}; run folder: {run.folder}")
         with attention.for_training(model, config):
             result = train(config, model, optimizer, loss_sum, samples, held_out, progress, tracker, run, stop)
         checkpoint.write_folder(run.folder / "adapter", dict(checkpoint.adapter_files(model, form.tokenizer)))

@@ -24,9 +24,10 @@ from benchmarks.attention_kernels import LEAST_STEPS, Unavailable, matmul_tflops
 from benchmarks.train_step import write_random_model
 from qlora import attention, data
 from qlora.config import AttnImplementation, TrainConfig
+from qlora.layers import prepare_layers
 from qlora.loss import Head, read_head, token_loss_sum
 from qlora.memory import peak_memory_gib
-from qlora.model import add_adapters, audit_targets, enable_gradient_checkpointing, load_nf4_model, load_skeleton
+from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton
 from qlora.tracking import environment
 from train_loop import train_step
 
@@ -115,8 +116,7 @@ def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torc
     began = time.perf_counter()
     model, config = load(scratch / "model", cell["backend"], cell["length"], grid["window"], device)
     loaded_s = time.perf_counter() - began
-    if cell["checkpointing"] == "full":
-        enable_gradient_checkpointing(model)
+    prepare_layers(model, dataclasses.replace(config, gradient_checkpointing=cell["checkpointing"], compile="none"))
     head = read_head(model)
     window = micro_batches(cell, grid["samples"], len(head.weight), pin=device.type == "cuda")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
@@ -162,8 +162,9 @@ def parity(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: to
             parameter.data.normal_(std=0.02, generator=generator)
     if is_reference:
         dequantize(model)
-    if device.type == "cuda":
-        enable_gradient_checkpointing(model)
+    prepare_layers(
+        model, dataclasses.replace(config, gradient_checkpointing="full" if device.type == "cuda" else "none", compile="none")
+    )
     head, vocabulary = read_head(model), model.config.vocab_size
     for length in lengths:
         for layout, shares in LAYOUTS.items():

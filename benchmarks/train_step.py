@@ -83,9 +83,10 @@ def time_cell(options: Options) -> dict:
 
     from qlora import attention, data
     from qlora.config import TrainConfig
+    from qlora.layers import prepare_layers
     from qlora.loss import read_head, token_loss_sum
     from qlora.memory import peak_memory_gib
-    from qlora.model import add_adapters, audit_targets, enable_gradient_checkpointing, load_nf4_model, load_skeleton
+    from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton
     from train_loop import train_step
 
     folder, backend, checkpointing = options.cell
@@ -96,8 +97,7 @@ def time_cell(options: Options) -> dict:
     torch.manual_seed(0)
     model = load_nf4_model(folder, config, chosen.loaded_as, device)
     model = add_adapters(model, config, audit_targets(skeleton, config), folder).train()
-    if checkpointing == "full":
-        enable_gradient_checkpointing(model)
+    prepare_layers(model, dataclasses.replace(config, gradient_checkpointing=checkpointing, compile="none"))
     head = read_head(model)
     vocabulary = len(head.weight)
     rows = torch.randint(3, vocabulary, (options.accumulation * options.batch, options.length)).tolist()

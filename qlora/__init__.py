@@ -3,6 +3,9 @@
 config.py        options: flags, YAML, checks of values
 data.py          JSONL line -> Example -> Batch: formatting, masking, collation, seeded order
 model.py         tokenizer, NF4 loading, adapters, the audit of LoRA targets
+nf4_linear.py    an NF4 layer with its adapter, as one operator
+dequantize.py    NF4 to bf16 in one launch
+layers.py        what layers keep for backward and compute again, and whether they are compiled
 attention.py     which attention runs, why, and the sliding window
 loss.py          token_loss_sum: chunked head and cross-entropy over trained positions
 evaluate.py      held-out loss and perplexity, greedy samples

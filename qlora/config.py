@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal
 
 AttnImplementation = Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"]
 PromptFormat = Literal["plain", "chat"]
-GradientCheckpointing = Literal["none", "full", "auto"]
+GradientCheckpointing = Literal["auto", "none", "selective", "full"]
+Compile = Literal["auto", "none", "layers"]
 Overridable = Literal["learning_rate", "warmup_ratio", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm",
                       "lora_dropout", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-                      "attn_implementation", "deterministic", "eval_file", "model"]  # fmt: skip
+                      "attn_implementation", "compile", "deterministic", "eval_file", "model"]  # fmt: skip
 EMBEDDED = ("demo", "tiny-random")
 PHI3_MINI = "microsoft/Phi-3-mini-4k-instruct"
 DEMO_LEARNING_RATE = 4e-4
@@ -120,7 +121,9 @@ class TrainingOptions:
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm. None: never."""
     gradient_checkpointing: GradientCheckpointing = "auto"
-    """full keeps layer inputs only and recomputes the rest in backward. auto: full on a GPU, none on a CPU."""
+    """What is computed again in backward. none: no product. selective: the MLP. full: all. auto: the fastest that will fit."""
+    compile: Compile = "auto"
+    """layers: each decoder layer is compiled by torch.compile. none: it is run as written. auto: layers on a CUDA GPU."""
     seed: int = 42
     """Order of samples, start of adapters, dropout."""
     deterministic: bool = False
@@ -193,19 +196,17 @@ class TrainConfig(OutputOptions, TrainingOptions, LoraOptions, DataOptions, Mode
             on_gpu: whether there is a CUDA GPU.
 
         Returns:
-            A configuration in which only what is off is None (attn_implementation is resolved by attention.py), and a
-            line that says which model was chosen and why.
+            A configuration in which only what is off is None, and a line that says which model was chosen and why.
+            What else is auto needs more than flags: attention.py and layers.py resolve it.
         """
         model = self.model or (PHI3_MINI if on_gpu else "demo")
         where = "there is a CUDA GPU" if on_gpu else "there is no CUDA GPU"
-        checkpointing: GradientCheckpointing = "full" if on_gpu else "none"
         bundled = self.train_file is None
         data = self.train_file or "avro"
         chosen = dataclasses.replace(
             self,
             model=model,
             learning_rate=self.learning_rate or (DEMO_LEARNING_RATE if model == "demo" else 5e-5),
-            gradient_checkpointing=checkpointing if self.gradient_checkpointing == "auto" else self.gradient_checkpointing,
             train_file=str(BUNDLED_TRAIN) if bundled else self.train_file,
             eval_file=str(BUNDLED_EVAL) if bundled and self.eval_file is None else self.eval_file,
             output_dir=self.output_dir or self._resumed_folder() or Path("runs") / f"{_slug(model)}-{_slug(data)}",

@@ -11,13 +11,15 @@ BLOCK_BYTES = 1024  # packed bytes a program; 2048 values, 32 scales
 
 
 @triton.jit
-def _dequantize(packed, scales, scale_of_scales, scale_code, scale_offset, levels, output, num_bytes, BLOCK: tl.constexpr):
+def _dequantize(  # type: ignore[no-untyped-def]
+    packed, scales, scales_of_scales, scale_code, scale_offset, levels, output, num_bytes, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = at < num_bytes
     byte = tl.load(packed + at, mask=inside, other=0).to(tl.int32)  # [BLOCK]
     block = at // 32  # a scale stands for 64 values, 32 bytes
     code = tl.load(scales + block, mask=inside, other=0).to(tl.int32)  # [BLOCK]
-    scale = tl.load(scale_code + code) * tl.load(scale_of_scales + block // 256, mask=inside, other=0.0)  # [BLOCK]
+    scale = tl.load(scale_code + code) * tl.load(scales_of_scales + block // 256, mask=inside, other=0.0)  # [BLOCK]
     scale += tl.load(scale_offset)  # [BLOCK]
     first = tl.load(levels + (byte >> 4)) * scale  # [BLOCK]: the high half comes first
     second = tl.load(levels + (byte & 15)) * scale  # [BLOCK]
@@ -29,7 +31,7 @@ def _dequantize(packed, scales, scale_of_scales, scale_code, scale_offset, level
 def dequantize(
     packed: torch.Tensor,
     scales: torch.Tensor,
-    scale_of_scales: torch.Tensor,
+    scales_of_scales: torch.Tensor,
     scale_code: torch.Tensor,
     scale_offset: torch.Tensor,
     levels: torch.Tensor,
@@ -40,7 +42,7 @@ def dequantize(
     output = torch.empty(shape, dtype=dtype, device=packed.device)  # [N, K]
     grid = (triton.cdiv(packed.numel(), BLOCK_BYTES),)
     _dequantize[grid](
-        packed, scales, scale_of_scales, scale_code, scale_offset, levels, output, packed.numel(), BLOCK_BYTES,
+        packed, scales, scales_of_scales, scale_code, scale_offset, levels, output, packed.numel(), BLOCK_BYTES,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return output

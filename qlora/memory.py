@@ -17,6 +17,7 @@ from qlora.loss import CHUNK_TOKENS
 if TYPE_CHECKING:
     from qlora.model import Target
 
+ATTENTION_INPUTS = ("qkv_proj", "q_proj", "k_proj", "v_proj")  # layers whose output attention reads
 NF4_BYTES = 4.127 / 8  # of a parameter, scales in double quantisation included
 
 
@@ -31,13 +32,13 @@ def peak_memory_gib(device: torch.device) -> float:
 def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfig, longest: int) -> float:
     """Peak of a step's tensors on a GPU, in GiB, from the shape alone.
 
-    Within 4 % of the peaks of Phi-3-mini in benchmarks/results/train_step_h100_202611.json, which the constants of
-    activations were fitted to; other models and lengths are further off.
+    Within 4 % of the peaks of Phi-3-mini in benchmarks/results/train_step_h100_202611.json and, compiled, in
+    first_ladder_h100_202611.json, which the constants of activations were fitted to; other models are further off.
 
     Args:
         model: the base model or its skeleton.
         targets: from audit_targets.
-        config: resolved.
+        config: resolved, but that compile and gradient_checkpointing may be anything but auto.
         longest: tokens of the longest row.
     """
     shape = model.config.get_text_config()
@@ -47,11 +48,19 @@ def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfi
     adapters = 16 * sum(target.adapter_parameters for target in targets)  # fp32: weight, gradient, AdamW's two moments
     tokens = config.per_device_train_batch_size * longest
     scores = shape.num_attention_heads * tokens * longest if config.attn_implementation == "eager" else 0
-    layer = tokens * (30 * hidden + 9 * getattr(shape, "intermediate_size", 4 * hidden))  # what a layer keeps for backward
-    if config.gradient_checkpointing == "full":
-        activations = layers * tokens * hidden * 2 + layer + 13 * scores
-    else:
-        activations = layers * (layer + 6 * scores)
+    inner, heads = getattr(shape, "intermediate_size", 4 * hidden), shape.num_attention_heads
+    attention_inputs = sum(target.shapes[0][0] for target in targets if target.name in ATTENTION_INPUTS) or 3 * hidden
+    kept = {"full": 2 * hidden}  # bytes of a layer and token that stay until backward
+    kept["selective"] = kept["full"] + 2 * hidden + 4 * heads + 2 * attention_inputs
+    kept["none"] = kept["selective"] + 2 * hidden + 4 * inner
+    at_work = 30 * hidden + 9 * inner  # bytes of a token in the layer whose backward runs
+    if config.compile == "layers":
+        at_work = 2 * hidden + 6 * inner + (2 * attention_inputs if config.gradient_checkpointing == "full" else 0)
+    elif config.gradient_checkpointing == "none":
+        kept["none"] = at_work
+    rest = 0 if config.gradient_checkpointing == "none" and config.compile == "none" else at_work
+    score_copies = 6 * layers if config.gradient_checkpointing == "none" else 13
+    activations = tokens * (layers * kept[config.gradient_checkpointing] + rest) + score_copies * scores
     logits = 3 * 4 * min(CHUNK_TOKENS, tokens) * shape.vocab_size
     scratch = 2 * max((rows * columns for target in targets for rows, columns in target.shapes), default=0)
     return (base + adapters + activations + logits + scratch) / 2**30
@@ -61,7 +70,7 @@ def settings_to_try(config: TrainConfig, longest: int) -> list[str]:
     """Flags that need less memory, those first that change nothing but speed."""
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     found = []
-    if config.gradient_checkpointing == "none":
+    if config.gradient_checkpointing != "full":
         found.append("--gradient-checkpointing full")
     if config.attn_implementation == "eager":
         found.append("--attn-implementation sdpa")

@@ -340,14 +340,3 @@ def _check_adapter(folder: Path, model: Any, targets: list[Target], rank: int) -
         side = "only in the file" if (name, *shape) in stored else "not in the file"
         text = f"--init-adapter {folder} does not fit the model: {name} of shape {shape} is {side}."
         raise UserError(ExitCode.CONFIGURATION, text)
-
-
-def enable_gradient_checkpointing(model: Any) -> None:
-    """Keep only the input of each layer and recompute the rest in backward (Chen et al., 2016, arXiv 1604.06174).
-
-    Non-reentrant, so inputs need no gradient of their own; transformers switches that on anyway, at the price of a
-    product in the first layer.
-    """
-    base = model.get_base_model()
-    base.activation_checkpointing_enable({"use_reentrant": False})
-    base.disable_input_require_grads()

@@ -24,6 +24,7 @@ LOCK, RUN, FINISHED, METRICS = "run.lock", "run.json", "finished.json", "metrics
 FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save_total_limit", "skip_nonfinite", "debug",
         "trust_remote_code", "target_modules", "eval_file"}  # fmt: skip
 OF_THE_DATA = {"train_file", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop"}
+RESOLVED = ("attn_implementation", "compile", "gradient_checkpointing")  # from auto, by what the machine has
 OF_A_WINDOW = ("per_device_train_batch_size", "gradient_accumulation_steps")
 SAVED_BYTES = 3 * 4  # of a trained parameter in a checkpoint: itself and AdamW's two moments, in fp32
 
@@ -108,6 +109,13 @@ class RunFolder:
         if checkpoints.resolve() == self.checkpoints.resolve():
             self._damaged = list(skipped)
         return found
+
+    def as_before(self, config: TrainConfig) -> TrainConfig:
+        """The configuration with what this run resolved `auto` to, if it has begun."""
+        known = self._known["config"] if self._known and (self.checkpoint or self._finished) else {}
+        autos = [name for name in RESOLVED if getattr(config, name) == "auto" and name in known]
+        resolved: dict[str, Any] = {name: known[name] for name in autos}
+        return dataclasses.replace(config, **resolved)
 
     def accept(self, config: TrainConfig, facts: dict[str, Any], total_steps: int) -> bool:
         """Compare this run with the one that the folder holds. Nothing is touched yet; see take_over.

@@ -1,5 +1,6 @@
 """Fixtures: the tiny random Phi-3 in real NF4, built in a temporary cache; no network, one thread."""
 
+import dataclasses
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; a test that reaches out fails at once
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from qlora import data, demo
 from qlora.config import BUNDLED_TRAIN, TrainConfig
+from qlora.layers import prepare_layers
 from qlora.loss import Head, read_head
 from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton, load_tokenizer, with_init_adapter
 
@@ -64,9 +67,25 @@ def adapted_model(config: TrainConfig, attn_implementation: str = "sdpa"):
     return model.train()
 
 
+def prepared(model, config: TrainConfig, policy: str, compile: str = "none"):
+    """The model with its layers as training runs them; compiled without a C compiler, so that no bit differs."""
+    torch._dynamo.reset()  # each model of the session is new to it
+    settings: dict = {"gradient_checkpointing": policy, "compile": compile}
+    prepare_layers(model, dataclasses.replace(config, **settings), backend="aot_eager_decomp_partition")
+    return model
+
+
 @pytest.fixture
 def model(config):
     return adapted_model(config)
+
+
+@pytest.fixture(scope="session")
+def phi3():
+    """Phi-3-mini's shape without weights."""
+    with torch.device("meta"):
+        settings = transformers.Phi3Config(pad_token_id=0)
+        return transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16, attn_implementation="eager")
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from qlora import attention, data
 from qlora.config import AttnImplementation, ExitCode, TrainConfig, UserError
 from qlora.data import IGNORED, Encoded
 from qlora.loss import read_head, token_loss_sum
-from qlora.model import add_adapters, audit_targets, enable_gradient_checkpointing
-from tests.conftest import CPU, adapted_model, gradients, relative_error, wake_adapters
+from qlora.model import add_adapters, audit_targets
+from tests.conftest import CPU, adapted_model, gradients, prepared, relative_error, wake_adapters
 from tests.test_loss import SIZES
 from tests.test_model import to_fp32
 from train_loop import train_step
@@ -380,10 +380,10 @@ def test_a_step_over_packed_rows_is_the_step_over_their_samples(config, monkeypa
     assert relative_error(ours, padded) < 1e-5 and losses[0][0][1] > 0.7  # clipped
 
 
+@pytest.mark.parametrize("policy", ["selective", "full"])
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "varlen", "flash_attention_2"])
-def test_checkpointing_recomputes_packed_rows_as_they_were(config, slow_kernels, backend):
-    straight, again = awake(config), awake(config)
-    enable_gradient_checkpointing(again)
+def test_checkpointing_recomputes_packed_rows_as_they_were(config, slow_kernels, backend, policy):
+    straight, again = prepared(awake(config), config, "none"), prepared(awake(config), config, policy)
     batch = packed(random_samples(*LENGTHS))
     hidden, loss, expected = results(straight, batch, attend(straight, backend, 8), autocast=False)
     same, other, found = results(again, batch, attend(again, backend, 8), autocast=False)

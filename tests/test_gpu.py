@@ -17,8 +17,9 @@ import torch
 from qlora import attention, data
 from qlora.__main__ import train as command_line
 from qlora.config import ExitCode, TrainConfig
+from qlora.layers import prepare_layers
 from qlora.loss import read_head, token_loss_sum
-from qlora.model import add_adapters, audit_targets, enable_gradient_checkpointing, load_nf4_model
+from qlora.model import add_adapters, audit_targets, load_nf4_model
 from tests.conftest import adapted_model, gradients, relative_error, wake_adapters
 from tests.faults.harness import rows as metrics
 from tests.faults.harness import tensors
@@ -49,15 +50,29 @@ def gpu_model(config, backend: str):
     return model
 
 
+def run_layers(model, config, policy: str, compile: str) -> None:
+    torch._dynamo.reset()
+    settings: dict = {"gradient_checkpointing": policy, "compile": compile}
+    prepare_layers(model, dataclasses.replace(config, **settings))
+
+
 ROWS = [[0, 2], [1], [3, 4, 5]]  # of the samples: two side by side, one alone, and three
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("packing", "window", "checkpointing"),
-    [(False, None, False), (False, None, True), (False, 64, False), (True, None, False), (True, 64, True)],
+    ("packing", "window", "policy", "compile"),
+    [
+        (False, None, "none", "none"),
+        (False, None, "full", "none"),
+        (True, None, "selective", "none"),
+        (False, None, "none", "layers"),
+        (False, 64, "selective", "layers"),
+        (True, None, "none", "layers"),
+        (True, 64, "full", "layers"),
+    ],
 )
-def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backend, packing, window, checkpointing):
+def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backend, packing, window, policy, compile):
     """Of padded rows, with transformers' own masks: samples have 145 to 228 tokens, a window of 64 is active in each."""
     cpu = adapted_model(config)
     wake_adapters(cpu)
@@ -67,8 +82,8 @@ def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backen
     model = gpu_model(config, backend)
     model.config.sliding_window = window
     head = read_head(model)
-    if checkpointing:
-        enable_gradient_checkpointing(model)
+    config = dataclasses.replace(config, per_device_train_batch_size=len(ROWS) if packing else 6)
+    run_layers(model, config, policy, compile)
     moved = next(data.micro_batches(samples, ROWS if packing else range(6), 6)).to(GPU)
     trained = dataclasses.replace(config, attn_implementation=backend)
     with attention.for_training(model, trained), torch.autocast("cuda", torch.bfloat16):
@@ -83,10 +98,10 @@ def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing):
+@pytest.mark.parametrize(("packing", "compile"), [(False, "none"), (True, "none"), (False, "layers"), (True, "layers")])
+def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, compile):
     model = gpu_model(config, backend)
-    enable_gradient_checkpointing(model)
+    run_layers(model, config, "full", compile)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     window = list(data.micro_batches(samples, [*ROWS, [6]] if packing else range(4), 2, pin=True))
@@ -116,7 +131,10 @@ def test_the_command_line_trains_on_the_gpu(tiny, tmp_path, capsys, backend):
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.2
     assert 0 < rows[-2]["peak_memory_gib"] < 1
     out = capsys.readouterr().out
-    assert "gradient checkpointing: full" in out and "Memory: the longest batch peaks at 0." in out
+    assert (
+        "Layers: compiled; gradient checkpointing: none (the fastest that fits: 0." in out
+        and "Memory: the longest batch peaks at 0." in out
+    )
     chosen = attention.choose_attention(TrainConfig(packing=True), GPU).implementation if backend == "auto" else backend
     assert f"Attention: {chosen} (" in out
 

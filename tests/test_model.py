@@ -22,13 +22,12 @@ from qlora.loss import Head, read_head, token_loss_sum
 from qlora.model import (
     add_adapters,
     audit_targets,
-    enable_gradient_checkpointing,
     load_nf4_model,
     load_skeleton,
     load_tokenizer,
     with_init_adapter,
 )
-from tests.conftest import CPU, adapted_model, gradients, relative_error, wake_adapters
+from tests.conftest import CPU, adapted_model, gradients, prepared, relative_error, wake_adapters
 
 LLAMA_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -312,12 +311,11 @@ def test_gradients_in_fp32_compute_equal_those_of_the_fp32_twin(reference):
 
 
 @pytest.mark.parametrize("disturbance", ["none", "evaluation", "generation"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_in_bf16_are_close_also_after_evaluation_and_generation(reference, form, disturbance, checkpointing):
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_gradients_in_bf16_are_close_also_after_evaluation_and_generation(reference, config, form, disturbance, policy):
     model, batch, loss, expected = reference
     head = read_head(model)
-    if checkpointing:
-        enable_gradient_checkpointing(model)
+    prepared(model, config, policy)
     if disturbance == "evaluation":
         evaluate.evaluate_loss(model, [batch], lambda hidden, batch: token_loss_sum(hidden, batch, head))
     elif disturbance == "generation":
@@ -337,42 +335,6 @@ def test_the_trap_that_loading_disarms(reference):
     head = read_head(model.train())  # an eval forward
     _, found = adapter_gradients(model, batch, head, autocast=True)
     assert relative_error(found, expected) > 0.5
-
-
-def test_checkpointing_changes_no_bit_with_dropout_on(config, samples):
-    config = dataclasses.replace(config, lora_dropout=0.1)
-    found = []
-    for checkpointing in (False, True):
-        model = adapted_model(config)
-        wake_adapters(model)
-        head = read_head(model)
-        if checkpointing:
-            enable_gradient_checkpointing(model)
-            assert model.get_base_model().is_activation_checkpointing
-        torch.manual_seed(3)
-        found.append(adapter_gradients(model, data.collate(samples[:2]), head, autocast=True))
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
-
-
-def test_checkpointing_keeps_less(config, samples):
-    saved = []
-    for checkpointing in (False, True):
-        model = adapted_model(config)
-        if checkpointing:
-            enable_gradient_checkpointing(model)
-        sizes: list[int] = []
-        batch = data.collate(samples[:2])
-        with (
-            torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t),
-            torch.autocast("cpu", torch.bfloat16),
-        ):
-            model.get_decoder()(input_ids=batch.input_ids, use_cache=False)
-        saved.append(sum(sizes))
-    assert saved[1] < saved[0] / 4
-
-
-# -- adapters --------------------------------------------------------------------------------------------------------
 
 
 def test_a_fresh_adapter_changes_nothing(config, model):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 
 import train_loop
-from qlora import data
+from qlora import data, layers
 from qlora.__main__ import train as command_line
 from qlora.config import BUNDLED_TRAIN, ExitCode, UserError, parse
 from qlora.data import IGNORED
@@ -451,20 +451,24 @@ def test_max_steps_may_end_within_an_epoch_and_go_beyond_the_epochs(tiny, tmp_pa
 
 @pytest.mark.parametrize(("flag", "window"), [("2048", None), ("2049", 2047)])
 def test_training_leaves_the_window_out_where_it_may_and_checkpoints_where_it_should(tiny, tmp_path, monkeypatch, flag, window):
-    seen = []
-    original = train_loop.train_step
+    seen, checkpointed = [], []
+    original, checkpoint = train_loop.train_step, layers.checkpoint
 
     def spy(decoder, *args, **kwargs):
-        layer = decoder.layers[0]
-        seen.append(
-            (decoder.config.sliding_window, layer.gradient_checkpointing, decoder.config._attn_implementation, decoder.training)
-        )
+        seen.append((decoder.config.sliding_window, decoder.config._attn_implementation, decoder.training))
         return original(decoder, *args, **kwargs)
+
+    def counted(function, layer, *args, **kwargs):
+        checkpointed.append(layer)
+        return checkpoint(function, layer, *args, **kwargs)
+
+    monkeypatch.setattr(layers, "checkpoint", counted)
 
     monkeypatch.setattr(train_loop, "train_step", spy)
     flags = ["--max-length", flag, "--gradient-checkpointing", "full", "--attn-implementation", "eager", "--max-steps", "2"]
     assert run(tmp_path, *flags)[0] == 0
-    assert seen == [(window, True, "training_eager", True)] * 2
+    assert seen == [(window, "training_eager", True)] * 2
+    assert len(checkpointed) == 2 * 2 * 2  # layers, micro-batches, steps
 
 
 def test_no_mask_is_made_for_padding(tiny, tmp_path, monkeypatch):

@@ -1,0 +1,169 @@
+"""How decoder layers run in training: what each keeps for backward, what is computed again, and whether they are compiled.
+
+Three policies, from fast to small; none changes a result but by rounding:
+
+- none: all matrix products and attention are kept. Compiled, what is cheap (norms, activations, rotations) is computed again.
+- selective: attention and what it needs (its inputs' product) are kept; the products of the MLP, the largest, are not.
+- full: only the layer's input is kept (Chen et al., 2016, arXiv 1604.06174).
+
+Each layer is compiled by itself, so that all share one piece of code: compilation takes seconds, whatever the depth.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qlora import nf4_linear
+from qlora.attention import FAMILIES
+from qlora.config import ExitCode, GradientCheckpointing, TrainConfig, UserError
+from qlora.memory import ATTENTION_INPUTS, estimated_memory_gib
+from qlora.model import Target
+
+# torch warns of in-place operators in what is computed again; there are none in a layer.
+logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in str(record.msg))
+# Operators that attend; what each returns is as large as its queries, and dear to compute.
+ATTENTION = {
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "torch_attn::_varlen_attn",
+}
+PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "qlora::nf4_linear", "bitsandbytes::gemm_4bit"}
+
+
+def _keep_products(context: Any, operator: Any, *args: Any, **_: Any) -> CheckpointPolicy:
+    kept = operator.name().partition(".")[0] in ATTENTION | PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_attention(context: Any, operator: Any, *args: Any, **_: Any) -> CheckpointPolicy:
+    name = operator.name().partition(".")[0]
+    kept = name in ATTENTION or name == "aten::mm" or (name == "qlora::nf4_linear" and args[-1] in ATTENTION_INPUTS)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+MARGIN = 0.9  # of the memory that is free: predictions are good to a tenth, and fragments take room
+
+
+def choose_layers(
+    config: TrainConfig, skeleton: Any, targets: list[Target], longest: int, device: torch.device
+) -> tuple[TrainConfig, str]:
+    """Resolve `compile` and `gradient_checkpointing`, if they are auto.
+
+    Args:
+        config: resolved otherwise.
+        skeleton: the base model without weights.
+        targets: of the adapters.
+        longest: tokens of the longest row.
+        device: where the model is to be.
+
+    Returns:
+        The configuration, and a line for the log: what was chosen and why, with the memory that is predicted.
+    """
+    obstacle = compile_obstacle(skeleton.config.model_type, device)
+    if config.compile == "auto":
+        config = dataclasses.replace(config, compile="none" if obstacle else "layers")
+        how = f"as written ({obstacle})" if obstacle else "compiled"
+    else:
+        how = f"{'compiled' if config.compile == 'layers' else 'as written'} (as asked)"
+    if device.type != "cuda":
+        if config.gradient_checkpointing == "auto":
+            config = dataclasses.replace(config, gradient_checkpointing="none")
+        return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing}"
+    free_gib = torch.cuda.mem_get_info(device)[0] / 2**30
+    policies: tuple[GradientCheckpointing, ...] = ("none", "selective", "full")
+    tried = policies if config.gradient_checkpointing == "auto" else (config.gradient_checkpointing,)
+    for policy in tried:
+        config = dataclasses.replace(config, gradient_checkpointing=policy)
+        predicted_gib = estimated_memory_gib(skeleton, targets, config, longest)
+        if predicted_gib < MARGIN * free_gib:
+            break
+    why = "the fastest that fits" if len(tried) > 1 else "as asked"
+    memory = f"{predicted_gib:.2f} GiB predicted, {free_gib:.1f} free"
+    return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({why}: {memory})"
+
+
+def compile_obstacle(model_type: str, device: torch.device) -> str | None:
+    """Why layers are not compiled unless it is asked for, or None.
+
+    Args:
+        model_type: of the model's configuration.
+        device: where the model is to be.
+    """
+    if device.type != "cuda":
+        return "there is no CUDA GPU"
+    if model_type not in FAMILIES:
+        return f"it was tried with {', '.join(FAMILIES)} only, this is {model_type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU with bf16 (compute capability 8.0)"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "it needs a C compiler, and there is none"
+    return None
+
+
+def prepare_layers(model: Any, config: TrainConfig, backend: str = "inductor") -> None:
+    """Make a model's decoder layers run as the configuration says while they train; evaluation stays as it was.
+
+    Args:
+        model: with adapters; changed in place.
+        config: resolved; gradient_checkpointing, compile, lora_dropout, batch size and max_length are read.
+        backend: of torch.compile; a test may take one that needs no C compiler.
+    """
+    nf4_linear.install(model)
+    run = _policy(config)
+    compiled = torch.compile(run, fullgraph=True, backend=backend) if config.compile == "layers" else None
+    for layer in model.get_decoder().modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = functools.partial(_forward, layer, run, compiled, config)
+
+
+def _policy(config: TrainConfig) -> Callable[..., torch.Tensor]:
+    """(layer, *its arguments) -> its output, keeping for backward what the policy says."""
+    if config.gradient_checkpointing == "none" and config.compile == "none":
+        return lambda layer, *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
+    keep = {"none": _keep_products, "selective": _keep_attention, "full": None}[config.gradient_checkpointing]
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": config.lora_dropout > 0}
+    if keep is not None:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)
+    return lambda layer, *args, **kwargs: checkpoint(type(layer).forward, layer, *args, **options, **kwargs)
+
+
+def _forward(
+    layer: Any,
+    run: Callable[..., torch.Tensor],
+    compiled: Callable[..., torch.Tensor] | None,
+    config: TrainConfig,
+    hidden: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """[B, T, D] -> [B, T, D]. The last micro-batch of an epoch, if it is smaller, is not worth compiling for."""
+    if not layer.training:
+        return type(layer).forward(layer, hidden, *args, **kwargs)
+    if compiled is None or len(hidden) != config.per_device_train_batch_size:
+        return run(layer, hidden, *args, **kwargs)
+    # One compilation for all lengths: without a word here, each new one would begin another.
+    for tensor in (hidden, kwargs.get("position_ids"), *kwargs.get("position_embeddings", ())):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)  # T of [B, T, ...]
+    if kwargs.get("attention_mask") is not None:
+        torch._dynamo.maybe_mark_dynamic(kwargs["attention_mask"], (2, 3))  # T and T of [B, 1, T, T]
+    if kwargs.get("cu_seq_lens_q") is not None:
+        torch._dynamo.maybe_mark_dynamic(kwargs["cu_seq_lens_q"], 0)  # S + 1
+        kwargs |= {"max_length_q": config.max_length, "max_length_k": config.max_length}  # a bound does, and stays the same
+    try:
+        return compiled(layer, hidden, *args, **kwargs)
+    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        text = f"{type(layer).__name__} could not be compiled. Pass --compile none, which runs it as it is written, but slower."
+        raise UserError(ExitCode.ENVIRONMENT, f"{text} ({' '.join(str(error).split())[:300]})") from error

@@ -1,0 +1,256 @@
+"""What layers keep and compute again: every policy, compiled or not, against the model as transformers and PEFT run it."""
+
+import dataclasses
+import functools
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch._dynamo.utils
+from torch._dynamo.exc import TorchDynamoException
+
+from qlora import attention, data, layers, nf4_linear
+from qlora.config import ExitCode, TrainConfig, UserError
+from qlora.evaluate import evaluate_loss
+from qlora.loss import read_head, token_loss_sum
+from qlora.model import audit_targets
+from tests.conftest import CPU, adapted_model, gradients, prepared, relative_error, wake_adapters
+from train_loop import train_step
+
+POLICIES = ("none", "selective", "full")
+GPU = torch.device("cuda", 0)
+
+
+def step(model, config, window, dropout_seed: int | None = None) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Loss, norm and gradients of one train_step at rate 0, as the loop takes it."""
+    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    torch.manual_seed(dropout_seed or 0)
+    with attention.for_training(model.train(), config):
+        loss, norm = train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)
+    return loss.item(), norm.item(), gradients(model)
+
+
+def same(one, other) -> bool:
+    return one[:2] == other[:2] and all(torch.equal(gradient, other[2][name]) for name, gradient in one[2].items())
+
+
+@pytest.fixture
+def awake(config):
+    def build(**changes):
+        changed = dataclasses.replace(config, attn_implementation="sdpa", **changes)
+        model = adapted_model(changed)
+        wake_adapters(model)
+        return model, changed
+
+    return build
+
+
+@pytest.fixture
+def window(samples):
+    """Three micro-batches of different lengths, the last of one row."""
+    return list(data.micro_batches(samples, range(5), 2))
+
+
+@pytest.mark.parametrize("compile", ["none", "layers"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_policy_changes_a_bit_and_peft_s_model_is_near(awake, window, policy, compile):
+    model, config = awake()
+    theirs = step(model, config, window)
+    plain = step(prepared(awake()[0], config, "none"), config, window)
+    ours = step(prepared(awake()[0], config, policy, compile), config, window)
+    assert same(ours, plain)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-3) and 0 < relative_error(ours[2], theirs[2]) < 0.02
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_dropout_is_drawn_again_as_it_was(awake, window, policy):
+    model, config = awake(lora_dropout=0.3)
+    plain = step(prepared(model, config, "none"), config, window, dropout_seed=7)
+    ours = step(prepared(awake(lora_dropout=0.3)[0], config, policy), config, window, dropout_seed=7)
+    other = step(prepared(awake(lora_dropout=0.3)[0], config, policy), config, window, dropout_seed=8)
+    assert same(ours, plain) and not same(other, plain)
+
+
+def test_dropout_is_drawn_again_as_it_was_in_compiled_layers(awake, window):
+    found = []
+    for policy in POLICIES:
+        model, config = awake(lora_dropout=0.3)
+        found.append(step(prepared(model, config, policy, "layers"), config, window, dropout_seed=7))
+    assert same(found[0], found[1]) and same(found[0], found[2])
+    assert found[0][0] != step(prepared(awake()[0], config, "none"), config, window)[0]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Names of the layers whose weights were dequantised, in order."""
+    names = []
+    original = nf4_linear.dequantized
+
+    def spy(weight, dtype):
+        names.append((weight.outputs, weight.inputs))
+        return original(weight, dtype)
+
+    monkeypatch.setattr(nf4_linear, "dequantized", spy)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("policy", "compile", "again"),
+    [("none", "none", ()), ("selective", "none", ("o_proj", "gate_up_proj")),
+     ("full", "none", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+     ("none", "layers", ()), ("selective", "layers", ("o_proj", "gate_up_proj")),
+     ("full", "layers", ("qkv_proj", "o_proj", "gate_up_proj"))],
+)  # fmt: skip
+def test_what_is_multiplied_again_is_what_the_policy_says(awake, window, counted, policy, compile, again):
+    """Forward and backward of each layer, and what is computed again; compiled, the last product of a layer never is."""
+    model, config = awake()
+    prepared(model, config, policy, compile)
+    shapes = {m.name: tuple(m.frozen[-2:]) for m in model.modules() if isinstance(m, nf4_linear.LoRALinear)}
+    step(model, config, window[:1])
+    depth = len(model.get_decoder().layers)
+    expected = {name: depth * (2 + (name in again)) for name in shapes}
+    if compile == "none" and policy == "selective":  # without a compiler a layer is followed to its last kept tensor
+        expected["down_proj"] += depth
+    assert {name: counted.count(shape) for name, shape in shapes.items()} == expected
+
+
+@pytest.mark.parametrize("compile", ["none", "layers"])
+def test_what_is_kept_falls_from_policy_to_policy(awake, window, compile):
+    kept = []
+    for policy in POLICIES:
+        model, config = awake()
+        prepared(model, config, policy, compile)
+        frozen = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+        frozen |= {t.untyped_storage().data_ptr() for m in model.modules() if hasattr(m, "frozen") for t in m.frozen[:6]}
+        sizes: dict[int, int] = {}
+
+        def keep(tensor, sizes=sizes, frozen=frozen):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in frozen:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            attention.for_training(model.train(), config),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            model.get_decoder()(input_ids=window[0].input_ids, use_cache=False)
+        kept.append(sum(sizes.values()))
+    if compile == "layers":  # without, what selective keeps is not in autograd's hands
+        assert kept[1] < 0.75 * kept[0] and kept[2] < 0.5 * kept[1]
+    assert kept[2] < kept[0] / 3
+
+
+def test_all_lengths_and_layers_share_one_compilation(awake, samples):
+    """Two graphs: the first layer's input needs no gradient. A smaller last micro-batch is not compiled for."""
+    model, config = awake()
+    prepared(model, config, "full", "layers")
+    torch._dynamo.utils.counters.clear()
+    windows = [list(data.micro_batches(samples, rows, 2)) for rows in ([0, 1], [2, 3], [4, 5], [6], [7, 8])]
+    assert len({batch.input_ids.shape for (batch,) in windows}) >= 4
+    for one in windows:
+        step(model, config, one)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    packed = dataclasses.replace(config, packing=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for rows in ([[0, 1], [2]], [[3], [4, 5, 6]], [[1, 2], [7, 8]]):
+        step(model, packed, list(data.micro_batches(samples, rows, 2)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_for_real_it_stays_near(awake, window):
+    model, config = awake()
+    plain = step(prepared(model, config, "none"), config, window)
+    real, config = awake(gradient_checkpointing="selective", compile="layers")
+    layers.prepare_layers(real, config)
+    ours = step(real, config, window)
+    assert ours[0] == pytest.approx(plain[0], rel=1e-3) and relative_error(ours[2], plain[2]) < 0.02
+
+
+def test_fifty_steps_follow_the_slow_path_s_curve(awake, samples):
+    """PEFT's layers as transformers runs them, and ours compiled and recomputed: the same losses within what bf16 rounds."""
+    curves = []
+    for ours in (False, True):
+        model, config = awake()
+        if ours:
+            prepared(model, config, "selective", "layers")
+        loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
+        curve = []
+        with attention.for_training(model.train(), config):
+            for at in range(50):
+                rows = [(4 * at + k) % 20 for k in range(4)]
+                window = list(data.micro_batches(samples, rows, 2))
+                curve.append(train_step(model.get_decoder(), optimizer, window, loss_sum, 2e-3, 1.0)[0].item())
+        curves.append(curve)
+    assert curves[0][-1] < curves[0][0] - 1.0  # it learns
+    assert max(abs(one - other) for one, other in zip(*curves, strict=True)) < 0.02
+
+
+def test_evaluation_runs_the_layer_as_it_is_written(awake, window, monkeypatch):
+    model, config = awake()
+    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+    before = evaluate_loss(model, window, loss_sum)
+    prepared(model, config, "full", "layers")
+    monkeypatch.setattr(layers, "checkpoint", None)  # calling it would fail
+    assert evaluate_loss(model, window, loss_sum) == before
+
+
+def test_what_cannot_be_compiled_says_how_to_do_without(awake, window):
+    def broken(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    model, config = awake(gradient_checkpointing="full", compile="layers")
+    torch._dynamo.reset()
+    layers.prepare_layers(model, config, backend=broken)
+    with pytest.raises(UserError, match=r"could not be compiled\. Pass --compile none") as refused:
+        step(model, config, window)
+    assert refused.value.exit_code == ExitCode.ENVIRONMENT and isinstance(refused.value.__cause__, TorchDynamoException)
+
+
+def test_on_a_cpu_auto_is_as_written_and_keeps_all(model, config):
+    chosen, line = layers.choose_layers(config, model, audit_targets(model, config), 100, CPU)
+    assert (chosen.compile, chosen.gradient_checkpointing) == ("none", "none")
+    assert line == "Layers: as written (there is no CUDA GPU); gradient checkpointing: none"
+    asked = dataclasses.replace(config, compile="layers", gradient_checkpointing="selective")
+    chosen, line = layers.choose_layers(asked, model, audit_targets(model, config), 100, CPU)
+    assert chosen == asked and line == "Layers: compiled (as asked); gradient checkpointing: selective"
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU of a given compute capability with so much free memory."""
+
+    def put(free_gib: float, capability: tuple[int, int] = (9, 0)) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free_gib * 2**30), 80 * 2**30))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+
+    return put
+
+
+@pytest.mark.parametrize(("free", "policy"), [(80, "none"), (14, "none"), (13, "selective"), (8, "full"), (2, "full")])
+def test_on_a_gpu_auto_is_the_fastest_that_is_predicted_to_fit(card, phi3, free, policy):
+    card(free)
+    config = TrainConfig(attn_implementation="sdpa")
+    chosen, line = layers.choose_layers(config, phi3, audit_targets(phi3, config), 2048, GPU)
+    assert (chosen.compile, chosen.gradient_checkpointing) == ("layers", policy)
+    assert line.startswith(f"Layers: compiled; gradient checkpointing: {policy} (the fastest that fits: ")
+    assert line.endswith(f" GiB predicted, {free:.1f} free)")
+    asked = dataclasses.replace(config, gradient_checkpointing="selective", compile="none")
+    chosen, line = layers.choose_layers(asked, phi3, audit_targets(phi3, config), 2048, GPU)
+    assert chosen == asked and "as written (as asked); gradient checkpointing: selective (as asked: " in line
+
+
+def test_where_nobody_tried_it_layers_run_as_written(card, monkeypatch):
+    card(80, capability=(7, 5))
+    assert "compute capability 8.0" in str(layers.compile_obstacle("phi3", GPU))
+    card(80)
+    assert layers.compile_obstacle("phi3", GPU) is None
+    assert "phi3, llama, mistral only, this is gemma2" in str(layers.compile_obstacle("gemma2", GPU))
+    monkeypatch.setattr(layers, "shutil", SimpleNamespace(which=lambda _: None))
+    assert "C compiler" in str(layers.compile_obstacle("phi3", GPU))

@@ -1,0 +1,137 @@
+"""The operator for an NF4 layer with LoRA, against PEFT's layer and against dense fp32 arithmetic."""
+
+import bitsandbytes
+import pytest
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.bnb import Linear4bit
+from torch.utils.flop_counter import FlopCounterMode
+
+from qlora import data, nf4_linear
+from qlora.loss import read_head
+from tests.conftest import adapted_model, gradients, relative_error, wake_adapters
+from tests.test_model import adapter_gradients, fp32_twin, to_fp32
+
+
+def first_layer(model, name: str = "gate_up_proj") -> nf4_linear.LoRALinear:
+    return next(module for path, module in model.named_modules() if path.endswith(name) and isinstance(module, Linear4bit))
+
+
+@pytest.fixture
+def installed(model):
+    wake_adapters(model)
+    nf4_linear.install(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_weight_is_that_of_bitsandbytes_bit_for_bit(installed, dtype):
+    layer = first_layer(installed)
+    state = layer.base_layer.weight.quant_state
+    state.dtype = dtype
+    theirs = bitsandbytes.functional.dequantize_4bit(layer.base_layer.weight.data, state)  # [N, K]
+    ours = nf4_linear.dequantized(layer.frozen, dtype)  # [N, K]
+    assert ours.shape == (layer.frozen.outputs, layer.frozen.inputs) and torch.equal(ours, theirs)
+    assert layer.frozen.packed.data_ptr() == layer.base_layer.weight.data_ptr()  # no copy
+
+
+def test_the_operator_is_dense_arithmetic_forward_and_backward(installed):
+    layer = first_layer(to_fp32(installed), "down_proj")
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(2, 7, layer.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()  # [2, 7, K]
+    dense = nf4_linear.dequantized(layer.frozen, torch.float32).double()  # [N, K]
+    weight = torch.randn(2, 7, layer.out_features, generator=torch.Generator().manual_seed(1))  # [2, 7, N]
+    output = layer(x)
+    (output * weight).sum().backward()
+    found = [output.detach(), x.grad, a.grad, b.grad]
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (x, a, b)]
+    wanted = leaves[0] @ dense.T + layer.scaling["default"] * (leaves[0] @ leaves[1].T) @ leaves[2].T  # [2, 7, N]
+    (wanted * weight).sum().backward()
+    for ours, theirs in zip(found, [wanted.detach(), *(leaf.grad for leaf in leaves)], strict=True):
+        assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+
+
+def test_the_operator_passes_torch_s_own_checks_of_one(installed):
+    layer = first_layer(installed, "o_proj")
+    x, b = torch.randn(5, layer.in_features), layer.lora_B["default"].weight.detach().clone().requires_grad_()  # [5, K], [N, r]
+    reduced = torch.randn(5, b.shape[1]).requires_grad_()  # [5, r]
+    arguments = (x.requires_grad_(), reduced, b, *layer.frozen, "o_proj")
+    assert set(torch.library.opcheck(torch.ops.qlora.nf4_linear.default, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_it_agrees_with_peft_s_layer_whose_dropout_it_draws(config, samples, dropout):
+    """fp32 throughout, so that only the order of additions differs."""
+    batch, found = data.collate(samples[:3]), []
+    for ours in (False, True):
+        model = to_fp32(adapted_model(config))
+        wake_adapters(model)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.lora_dropout["default"] = torch.nn.Dropout(dropout)
+        if ours:
+            nf4_linear.install(model)
+        torch.manual_seed(5)
+        found.append(adapter_gradients(model, batch, read_head(model), autocast=False))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert relative_error(found[1][1], found[0][1]) < 1e-5
+    assert (relative_error(found[1][1], found[0][1]) > 0) and torch.are_deterministic_algorithms_enabled() is False
+
+
+def test_in_bf16_it_is_at_least_as_near_to_fp32_as_peft_s_layer(model, config, samples):
+    wake_adapters(model)
+    batch, twin = data.collate(samples[:4]), fp32_twin(model, config)
+    loss, expected = adapter_gradients(twin, batch, read_head(twin), autocast=False)
+    head = read_head(model)
+    _, plain = adapter_gradients(model, batch, head, autocast=True)
+    nf4_linear.install(model)
+    model.zero_grad()
+    ours, found = adapter_gradients(model, batch, head, autocast=True)
+    assert ours == pytest.approx(loss, rel=1e-2)
+    assert relative_error(found, expected) < 1.2 * relative_error(plain, expected)
+
+
+def test_evaluation_and_a_disabled_adapter_take_peft_s_way(installed, monkeypatch):
+    layer = first_layer(installed)
+    x = torch.randn(3, layer.in_features, dtype=torch.bfloat16)  # [3, K]
+    with monkeypatch.context() as patched:
+        patched.setattr(nf4_linear, "nf4_linear", None)  # calling it would fail
+        evaluated = layer.eval()(x)
+        with installed.disable_adapter():
+            bare = layer.train()(x)
+    assert (layer(x) - evaluated).norm() < 0.02 * evaluated.norm()
+    assert torch.equal(bare, F.linear(x, nf4_linear.dequantized(layer.frozen, torch.bfloat16)))
+
+
+def test_a_bias_of_the_base_layer_is_added(installed):
+    layer = first_layer(installed)
+    x = torch.randn(3, layer.in_features)  # [3, K]
+    before = layer(x)
+    bias = torch.randn(layer.out_features)  # [N]
+    layer.base_layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+    assert torch.allclose(layer(x), before + bias, rtol=0, atol=1e-6)
+
+
+def test_names_in_a_checkpoint_stay_and_only_adapters_are_trained(model):
+    names, trained = list(model.state_dict()), set(gradient_names(model))
+    nf4_linear.install(model)
+    assert list(model.state_dict()) == names and set(gradient_names(model)) == trained
+
+
+def gradient_names(model) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_products_are_counted_for_who_weighs_memory_against_time(installed):
+    layer, positions, rank = first_layer(installed), 6, 4
+    x = torch.randn(positions, layer.in_features)  # [M, K]
+    with FlopCounterMode(display=False) as counted:
+        layer(x).sum().backward()
+    large, a, b = layer.in_features * layer.out_features, rank * layer.in_features, rank * layer.out_features
+    # forward: W, B, A; backward: W and B for the inputs, B and A for themselves (x needs no gradient here, but W has it made)
+    assert counted.get_total_flops() == 2 * positions * (2 * large + 3 * b + 2 * a)
+
+
+def test_gradients_reach_every_adapter(installed, samples):
+    adapter_gradients(installed, data.collate(samples[:2]), read_head(installed), autocast=True)
+    assert all(torch.isfinite(gradient).all() and gradient.any() for gradient in gradients(installed).values())
