@@ -44,6 +44,7 @@ from qlora.model import (
     load_tokenizer,
     with_init_adapter,
 )
+from qlora.optimizer import build_optimizer
 from qlora.run_folder import RunFolder
 from qlora.signals import Signals
 
@@ -294,7 +295,7 @@ def fine_tune(
     prepare_layers(model, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
+    optimizer = build_optimizer(parameters, config)
     if model.device.type == "cuda":  # what does not fit shall not fit now, not in hour three
         step = functools.partial(train_step, model.get_decoder(), loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
         with attention.for_training(model.train(), config):

@@ -9,6 +9,7 @@ layers.py        what layers keep for backward and compute again, and whether th
 attention.py     which attention runs, why, and the sliding window
 loss.py          token_loss_sum: chunked head and cross-entropy over trained positions
 evaluate.py      held-out loss and perplexity, greedy samples
+optimizer.py     AdamW, with moments in fp32 or in 8 bits
 guards.py        what ends a run: no first gradient, a loss that is not finite
 checkpoint.py    files and folders that are whole or not there; the state of a run in them
 run_folder.py    one process at a time, what it goes on from, and whether it may

@@ -18,6 +18,7 @@ AttnImplementation = Literal["auto", "flash_attention_2", "varlen", "sdpa", "eag
 PromptFormat = Literal["plain", "chat"]
 GradientCheckpointing = Literal["auto", "none", "selective", "full"]
 Compile = Literal["auto", "none", "layers"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 Overridable = Literal["learning_rate", "warmup_ratio", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm",
                       "lora_dropout", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
                       "attn_implementation", "compile", "deterministic", "eval_file", "model"]  # fmt: skip
@@ -116,6 +117,9 @@ class TrainingOptions:
     """Passes over the training data."""
     max_steps: int | None = None
     """Optimizer steps in all; replaces num_train_epochs."""
+    optimizer: Optimizer = "adamw"
+    """adamw_8bit: moments in 8 bits, block by block (arXiv 2110.02861): 6 bytes less a trained parameter, and other numbers.
+    paged_adamw_8bit: these in pages that move to host memory when the GPU is full; needs a CUDA GPU."""
     weight_decay: float = 0.01
     """AdamW's decoupled decay, on adapters only."""
     max_grad_norm: float | None = 1.0
@@ -198,7 +202,12 @@ class TrainConfig(OutputOptions, TrainingOptions, LoraOptions, DataOptions, Mode
         Returns:
             A configuration in which only what is off is None, and a line that says which model was chosen and why.
             What else is auto needs more than flags: attention.py and layers.py resolve it.
+
+        Raises:
+            UserError: exit 2 for what this machine cannot do.
         """
+        if self.optimizer == "paged_adamw_8bit" and not on_gpu:
+            raise _refused("optimizer", self.optimizer, "adamw or adamw_8bit, as there is no CUDA GPU to page for")
         model = self.model or (PHI3_MINI if on_gpu else "demo")
         where = "there is a CUDA GPU" if on_gpu else "there is no CUDA GPU"
         bundled = self.train_file is None

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 
+import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,13 +172,18 @@ def test_padding_and_batch_mates_change_nothing(config, samples):
 # -- what is not finite ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("make", [
+    functools.partial(torch.optim.AdamW, fused=True), functools.partial(torch.optim.AdamW, fused=False),
+    bitsandbytes.optim.AdamW8bit,
+], ids=["fused", "plain", "8bit"])  # fmt: skip
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_what_is_not_finite_never_reaches_weights_or_moments(config, samples, model, head, fused, bad):
+def test_what_is_not_finite_never_reaches_weights_or_moments(config, samples, make, bad):
     """On the device, where the optimizer can: and the next step is the one that would have come without it."""
+    model = adapted_model(dataclasses.replace(config, lora_r=16))
+    head = read_head(model)
     wake_adapters(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.01, fused=fused)
+    optimizer = make(parameters, lr=0.0, weight_decay=0.01)
     good = functools.partial(token_loss_sum, head=head)
 
     def broken(hidden, batch):
@@ -187,8 +193,9 @@ def test_what_is_not_finite_never_reaches_weights_or_moments(config, samples, mo
         return good(hidden, batch)
 
     def state():
-        moments = {kind: [optimizer.state[p][kind].clone() for p in parameters] for kind in ("step", "exp_avg", "exp_avg_sq")}
-        return [[p.detach().clone() for p in parameters], *moments.values()]
+        values = [optimizer.state[p][kind] for p in parameters for kind in optimizer.state[p] if kind != "step"]
+        steps = [torch.as_tensor(optimizer.state[p]["step"]).clone() for p in parameters]  # a number in bitsandbytes' state
+        return [[p.detach().clone() for p in parameters], steps, [value.clone() for value in values]]
 
     step = functools.partial(train_step, model.get_decoder(), optimizer, learning_rate=1e-3, max_grad_norm=1.0)
     first, second = [data.collate(samples[:2])], [data.collate(samples[2:4])]
@@ -396,6 +403,21 @@ def test_a_packed_run_sees_every_sample_once_in_each_epoch(samples, tiny, tmp_pa
     assert len(evaluations) == 4 and evaluations[-1] < evaluations[0] - 0.1
 
 
+def test_a_run_with_8_bit_moments_learns_as_one_with_fp32_moments(tiny, tmp_path):
+    losses = {}
+    for name in ("adamw", "adamw_8bit"):
+        code, rows = run(tmp_path / name, "--optimizer", name, "--lora-r", "16", "--max-steps", "20")
+        assert code == 0
+        losses[name] = (
+            [row["loss"] for row in rows if row["event"] == "step"],
+            [row["eval_loss"] for row in rows if row["event"] == "eval"],
+        )
+    (steps, evaluations), (eight_bit_steps, eight_bit_evaluations) = losses.values()
+    assert eight_bit_steps[0] == steps[0] and eight_bit_steps[2:] != steps[2:]  # other numbers, as --help says
+    assert evaluations[-1] < evaluations[0] - 0.4 and eight_bit_evaluations[-1] < eight_bit_evaluations[0] - 0.4
+    assert eight_bit_evaluations == pytest.approx(evaluations, rel=0.05)
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_path):
     losses = []
     for name, flags in (("a", []), ("b", ["--logging-steps", "1"]), ("c", ["--seed", "7"])):
@@ -523,6 +545,7 @@ def test_init_adapter_goes_on_where_the_first_run_ended(tiny, tmp_path):
         ("--attn-implementation varlen --packing", 7, "varlen cannot run here: it needs a CUDA GPU"),
         ("--output-dir file/run", 4, "cannot be written"),
         ("--max-length 0", 2, "--max-length 0 cannot be used"),
+        ("--optimizer paged_adamw_8bit --model ./nowhere", 2, "it must be adamw or adamw_8bit, as there is no CUDA GPU"),
     ],
 )
 def test_bad_input_is_one_paragraph_with_its_exit_code(tiny, tmp_path, monkeypatch, capsys, flags, code, words):
