@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from qlora.config import ExitCode, UserError
+from qlora.optimizer import begin_state
 
 MANIFEST = "MANIFEST.json"
 ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safetensors", "state.json"
@@ -292,13 +293,15 @@ def adapter_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, byte
 def trainer_state(model: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Optimizer state as KIND.PARAMETER -> tensor, with the generators' as rng.NAME; and the part that is no tensor."""
     tensors = {f"rng.{name}": value for name, value in random_state().items()}
-    plain = {}
+    plain, storages = {}, set()
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{kind}.{name}"] = value.contiguous()
-            else:
+            if not isinstance(value, torch.Tensor):
                 plain[f"{kind}.{name}"] = value
+                continue
+            storage = value.untyped_storage().data_ptr()  # safetensors refuses one tensor by two names: bitsandbytes' maps
+            tensors[f"{kind}.{name}"] = value.clone() if storage in storages else value.contiguous()
+            storages.add(storage)
     return tensors, plain
 
 
@@ -324,8 +327,8 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Progr
         raise UserError(ExitCode.CHECKPOINT, f"{folder} does not hold tensors as it should: {error}.") from None
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved_as = {name.replace(".default.", "."): parameter for name, parameter in named.items()}
-    form = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in adapter.items()}
-    wanted = {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in saved_as.items()}
+    form = {name: _form(tensor) for name, tensor in adapter.items()}
+    wanted = {name: _form(parameter) for name, parameter in saved_as.items()}
     if form != wanted:
         name = min(name for name in form.keys() | wanted.keys() if form.get(name) != wanted.get(name))
         text = f"{folder} does not fit the model: {name} is {form.get(name)} there, {wanted.get(name)} here."
@@ -334,17 +337,45 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Progr
     with torch.no_grad():
         for name, parameter in saved_as.items():
             parameter.copy_(adapter[name])
-    optimizer.state.clear()
-    # Not optimizer.load_state_dict: it casts to the parameter's dtype, and what was saved is to come back as it was.
-    for key, value in [*tensors.items(), *state["optimizer"].items()]:
+    _restore_optimizer(folder, optimizer, named, {**tensors, **state["optimizer"]})
+    return Progress(*(state[field] for field in Progress._fields))
+
+
+def _restore_optimizer(
+    folder: Path, optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter], saved: dict[str, Any]
+) -> None:
+    """Put back KIND.PARAMETER -> value, as trainer_state gave them; `folder` is named in errors.
+
+    Not by optimizer.load_state_dict: it casts to the parameter's dtype, and what was saved is to come back as it was. State
+    that the optimizer makes by itself is written into, as it may lie in pages of managed memory or be shared.
+    """
+    found: dict[str, dict[str, Any]] = {name: {} for name in named}
+    for key, value in saved.items():
         kind, _, name = key.partition(".")
         if name not in named:
             raise UserError(ExitCode.CHECKPOINT, f"{folder} has optimizer state for {name}, which is not trained here.")
-        device = named[name].device
-        optimizer.state[named[name]][kind] = value.to(device) if isinstance(value, torch.Tensor) else value
-    if len({frozenset(optimizer.state[parameter]) for parameter in named.values()}) > 1:
-        raise UserError(ExitCode.CHECKPOINT, f"{folder} has optimizer state for some of the trained tensors only.")
-    return Progress(*(state[field] for field in Progress._fields))
+        found[name][kind] = value
+    optimizer.state.clear()
+    begin_state(optimizer)
+    first = next(iter(found.values()), {})
+    for name, parameter in named.items():
+        state = optimizer.state[parameter]
+        if found[name].keys() != (state or first).keys():  # 8-bit moments have maps and scales, small tensors' have none
+            text = f"{folder} has optimizer state for some of the trained tensors only: {name} lacks it, or has other state."
+            raise UserError(ExitCode.CHECKPOINT, text)
+        for kind, value in found[name].items():
+            begun = state.get(kind, value)
+            if _form(value) != _form(begun):
+                text = f"{folder} does not fit the optimizer: {kind} of {name} is {_form(value)} there, {_form(begun)} here."
+                raise UserError(ExitCode.CHECKPOINT, text)
+            if kind in state and isinstance(value, torch.Tensor):
+                begun.copy_(value)
+            else:
+                state[kind] = value.to(parameter.device) if isinstance(value, torch.Tensor) else value
+
+
+def _form(value: Any) -> Any:
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value)
 
 
 def seed_generators(seed: int) -> None:

@@ -26,7 +26,7 @@ FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save
 OF_THE_DATA = {"train_file", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop"}
 RESOLVED = ("attn_implementation", "compile", "gradient_checkpointing")  # from auto, by what the machine has
 OF_A_WINDOW = ("per_device_train_batch_size", "gradient_accumulation_steps")
-SAVED_BYTES = 3 * 4  # of a trained parameter in a checkpoint: itself and AdamW's two moments, in fp32
+SAVED_BYTES = 3 * 4  # of a trained parameter in a checkpoint: itself and AdamW's two moments, in fp32; less with 8 bits
 
 
 class RunFolder:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bitsandbytes
 import numpy
 import peft
 import pytest
@@ -67,10 +68,11 @@ def test_a_checkpoint_holds_adapter_moments_generators_and_place(trained, tmp_pa
 @pytest.mark.parametrize("make", [
     lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
     lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
-], ids=["AdamW", "SGD"])  # fmt: skip
+    lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3),  # of tensors of 3,072 to 8,192 elements: the smallest keep fp32
+], ids=["AdamW", "SGD", "AdamW8bit"])  # fmt: skip
 def test_what_is_restored_goes_on_bit_for_bit(config, samples, tmp_path, make):
     """Adapter, moments and generators into a model and optimizer that have other values, dropout on."""
-    config = dataclasses.replace(config, lora_dropout=0.1)
+    config = dataclasses.replace(config, lora_dropout=0.1, lora_r=16)
 
     def start():
         model = adapted_model(config)
@@ -96,7 +98,9 @@ def test_what_is_restored_goes_on_bit_for_bit(config, samples, tmp_path, make):
         assert torch.equal(ours, theirs), name
         ours_state, theirs_state = optimizer.state.get(ours, {}), other.state.get(theirs, {})
         assert ours_state.keys() == theirs_state.keys()
-        assert all(torch.equal(ours_state[kind], theirs_state[kind]) for kind in ours_state)
+        for kind, value in ours_state.items():  # a step is a number in bitsandbytes' state
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs_state[kind]))
+            assert checkpoint._form(value) == checkpoint._form(theirs_state[kind])
 
 
 def test_every_generator_is_kept_gaussian_leftovers_included():
@@ -122,6 +126,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(config, trained, tmp_path):
     for other, kind, code, words in (
         (larger, torch.optim.AdamW, ExitCode.CHECKPOINT, r"lora_A.weight is \(\(4, \d+\), torch.float32\) there"),
         (model, torch.optim.SGD, ExitCode.CONFIGURATION, "was saved with AdamW, this loop has SGD"),
+        (model, bitsandbytes.optim.AdamW8bit, ExitCode.CONFIGURATION, "was saved with AdamW, this loop has AdamW8bit"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             checkpoint.restore(folder, other, kind([p for p in other.parameters() if p.requires_grad], lr=1.0))
@@ -201,6 +206,65 @@ def test_optimizer_state_for_some_tensors_only_is_refused(trained, tmp_path):
     del optimizer.state[first]["exp_avg"]
     folder = save(tmp_path, trained, 1)
     with pytest.raises(UserError, match="optimizer state for some of the trained tensors only") as caught:
+        checkpoint.restore(folder, model, optimizer)
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
+
+
+@pytest.fixture
+def trained_8bit(config, samples):
+    """As `trained`, with 8-bit moments for all but the smallest tensors."""
+    model = adapted_model(dataclasses.replace(config, lora_r=16))
+    head = read_head(model)
+    optimizer = bitsandbytes.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad])
+    train_step(model.get_decoder(), optimizer, [data.collate(samples[:2])], lambda h, b: token_loss_sum(h, b, head), 1e-3, 1.0)
+    return model, optimizer
+
+
+def test_8_bit_moments_their_scales_maps_and_steps_are_kept_bit_for_bit(trained_8bit, tmp_path):
+    model, optimizer = trained_8bit
+    folder = save(tmp_path, trained_8bit, 1)
+    stored, steps = load_file(folder / "trainer_state.safetensors"), checkpoint.read_state(folder)["optimizer"]
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before = {name: dict(optimizer.state[parameter]) for name, parameter in named.items()}
+    assert {tuple(state) for state in before.values()} == {
+        ("step", "state1", "state2"),
+        ("step", "state1", "qmap1", "state2", "qmap2", "absmax1", "absmax2"),
+    }
+    assert steps == {f"step.{name}": 1 for name in named}
+    again = bitsandbytes.optim.AdamW8bit(list(named.values()))
+    checkpoint.restore(folder, model, again)
+    for name, parameter in named.items():
+        assert list(again.state[parameter]) == list(before[name]) and again.state[parameter]["step"] == 1
+        for kind in before[name].keys() - {"step"}:
+            ours, kept, restored = before[name][kind], stored[f"{kind}.{name}"], again.state[parameter][kind]
+            assert torch.equal(ours, kept) and torch.equal(ours, restored) and ours.dtype == kept.dtype == restored.dtype
+    eight_bit = [state for state in again.state.values() if "qmap1" in state]
+    assert len({id(state["qmap1"]) for state in eight_bit}) == 1 and eight_bit[0]["qmap1"] is again.name2qmap["dynamic"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda state: state.pop("absmax1"), "trained tensors only: .*1.mlp.gate_up_proj.lora_B.default.weight lacks it"),
+        (lambda state: state.clear(), "for some of the trained tensors only"),
+        (lambda state: state.update(more=torch.zeros(1)), "for some of the trained tensors only"),
+        (
+            lambda state: state.update(absmax1=torch.zeros(2)),
+            r"absmax1 of .* is \(\(2,\), torch.float32\) there, \(\(32,\), torch.f",
+        ),
+        (
+            lambda state: state.update(state1=state["state1"].float()),
+            r"\(512, 16\), torch.float32\) there, .*, torch.uint8\) here",
+        ),
+    ],
+)
+def test_8_bit_state_that_is_not_what_the_optimizer_makes_is_refused(trained_8bit, tmp_path, damage, words):
+    """Each parameter must have its own set: it is not the same for all."""
+    model, optimizer = trained_8bit
+    (one,) = (p for name, p in model.named_parameters() if "1.mlp.gate_up_proj.lora_B" in name)
+    damage(optimizer.state[one])
+    folder = save(tmp_path, trained_8bit, 1)
+    with pytest.raises(UserError, match=words) as caught:
         checkpoint.restore(folder, model, optimizer)
     assert caught.value.exit_code == ExitCode.CHECKPOINT
 

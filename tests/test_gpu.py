@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora import attention, data
+from qlora import attention, checkpoint, data
 from qlora.__main__ import train as command_line
 from qlora.config import ExitCode, TrainConfig
 from qlora.layers import prepare_layers
 from qlora.loss import read_head, token_loss_sum
 from qlora.model import add_adapters, audit_targets, load_nf4_model
+from qlora.optimizer import build_optimizer
 from tests.conftest import adapted_model, gradients, relative_error, wake_adapters
 from tests.faults.harness import rows as metrics
 from tests.faults.harness import tensors
@@ -160,6 +161,50 @@ def test_a_killed_run_goes_on_bit_for_bit_with_the_deterministic_flag(tiny, tmp_
     last = "checkpoints/step-000009"
     assert tensors(tmp_path / "killed" / last) == tensors(tmp_path / "straight" / last)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_8_bit_moments_come_back_where_they_lay_and_go_on_bit_for_bit(config, tmp_path, name):
+    """In managed memory where they are paged: tensors of 100,000 elements and more are. Gradients are made up."""
+    config = dataclasses.replace(config, lora_r=256, optimizer=name)
+    model = gpu_model(config, "sdpa")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step(optimizer, seed):
+        generator = torch.Generator(GPU).manual_seed(seed)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator, device=GPU)
+        optimizer.param_groups[0]["lr"] = 1e-3
+        optimizer.step()
+
+    def state(optimizer):
+        values = {(i, kind): value for i, p in enumerate(parameters) for kind, value in optimizer.state[p].items()}
+        paged = {key for key, value in values.items() if getattr(value, "is_paged", False)}
+        return {key: torch.as_tensor(value).cpu().clone() for key, value in values.items()}, paged
+
+    optimizer = build_optimizer(parameters, config)
+    step(optimizer, 1)
+    folder = checkpoint.save(tmp_path, model, optimizer, checkpoint.Progress(step=1), {})
+    saved, paged = state(optimizer)
+    assert bool(paged) == (name == "paged_adamw_8bit") and {kind for _, kind in paged} <= {"state1", "state2"}
+    step(optimizer, 2)
+    weights, (moments, _) = [p.detach().clone() for p in parameters], state(optimizer)
+    again = build_optimizer(parameters, config)
+    checkpoint.restore(folder, model, again)
+    restored, where = state(again)
+    assert where == paged and all(torch.equal(value, restored[key]) for key, value in saved.items())
+    step(again, 2)
+    assert all(torch.equal(p, weight) for p, weight in zip(parameters, weights, strict=True))
+    assert all(torch.equal(value, moments[key]) for key, value in state(again)[0].items())
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_a_run_with_8_bit_moments_learns_on_the_gpu(tiny, tmp_path, name):
+    """Through the probe, which steps with another optimizer of its kind."""
+    flags = ["--model", "tiny-random", "--lora-r", "256", "--learning-rate", "2e-3", "--max-steps", "18"]
+    assert command_line([*flags, "--optimizer", name, "--output-dir", str(tmp_path / "run")]) == 0
+    evaluations = [row["eval_loss"] for row in metrics(tmp_path / "run") if row["event"] == "eval"]
+    assert evaluations[-1] < evaluations[0] - 0.2
 
 
 def test_without_that_flag_the_state_comes_back_and_the_log_says_what_to_expect(tiny, tmp_path, capsys):

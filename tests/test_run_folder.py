@@ -71,6 +71,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_step(straight, tmp_path, capsys, ste
         "--gradient-checkpointing full --lora-dropout 0.3",
         "--attn-implementation eager --seed 7",
         "--packing --max-length 500",  # 3 steps an epoch: it stops and goes on in the midst of one
+        "--optimizer adamw_8bit --lora-r 16",  # moments in 8 bits for some tensors, in fp32 for others
     ],
 )
 def test_other_settings_go_on_bit_for_bit_too(tiny, tmp_path, monkeypatch, flags):
@@ -160,6 +161,7 @@ def test_on_a_gpu_only_the_deterministic_flag_promises_bits():
         ("--lora-r 8 --override learning_rate", ["lora_r"]),
         ("--gradient-checkpointing full", ["gradient_checkpointing", "none", "full"]),
         ("--packing", ["packing", "False", "True"]),
+        ("--optimizer adamw_8bit", ["optimizer  ", "adamw  ", "adamw_8bit"]),
     ],
 )
 def test_another_run_is_refused_with_a_table_and_nothing_changes(stopped, monkeypatch, capsys, flags, words):
@@ -200,21 +202,24 @@ def test_with_packing_the_length_of_a_row_is_the_runs_own(tiny, tmp_path, monkey
     assert run(folder, *flags) == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "default", "flags"), [("packing", False, ["--packing"]), ("optimizer", "adamw", ["--optimizer", "adamw_8bit"])]
+)
 @pytest.mark.parametrize("name", ["run.json", "state.json"])
-def test_a_run_from_before_there_was_packing_goes_on(stopped, straight, name, capsys):
+def test_a_run_from_before_there_was_an_option_goes_on(stopped, straight, name, option, default, flags, capsys):
     path = stopped / "checkpoints" / "step-000004"
     if name == "run.json":
         facts = json.loads((stopped / name).read_text())
-        assert facts["config"].pop("packing") is False
+        assert facts["config"].pop(option) == default
         (stopped / name).write_text(json.dumps(facts))
     else:
         (stopped / "run.json").unlink()  # as it was before there was that file, or when it was removed
         state = checkpoint.read_state(path)
-        assert state["config"].pop("packing") is False
+        assert state["config"].pop(option) == default
         files = {n: (path / n).read_bytes() for n in json.loads((path / "MANIFEST.json").read_text())["files"]}
         checkpoint.write_folder(path, files | {"state.json": json.dumps(state).encode()})
-    assert run(stopped, "--max-steps", "8", "--packing") == ExitCode.CONFIGURATION
-    assert "packing" in capsys.readouterr().err
+    assert run(stopped, "--max-steps", "8", *flags) == ExitCode.CONFIGURATION
+    assert option in capsys.readouterr().err
     assert run(stopped, "--max-steps", "8") == 0
     assert tensors(stopped / "checkpoints" / "step-000008") == tensors(straight / "checkpoints" / "step-000008")
 

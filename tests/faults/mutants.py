@@ -212,8 +212,8 @@ MUTANTS = [
         "moments-not-restored",
         CHECKPOINT,
         f"{SIGNALS}::test_one_signal[step]",
-        'in [*tensors.items(), *state["optimizer"].items()]:',
-        'in [*state["optimizer"].items()]:',
+        '{**tensors, **state["optimizer"]}',
+        'dict(state["optimizer"])',
     ),
     mutant(
         "epoch-starts-again",
@@ -421,7 +421,7 @@ MUTANTS = [
     mutant(
         "runs-before-packing-refused",
         RUN_FOLDER,
-        "test_run_folder.py::test_a_run_from_before_there_was_packing_goes_on",
+        "test_run_folder.py::test_a_run_from_before_there_was_an_option_goes_on",
         'TrainConfig().plain() | before["config"]',
         '{"packing": None} | before["config"]',
     ),
