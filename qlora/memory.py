@@ -45,7 +45,8 @@ def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfi
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
     linear = sum(module.weight.numel() for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear))
     base = NF4_BYTES * linear + 2 * (model.num_parameters() - linear)
-    adapters = 16 * sum(target.adapter_parameters for target in targets)  # fp32: weight, gradient, AdamW's two moments
+    moment = 4 if config.optimizer == "adamw" else 1 + 4 / 256  # bytes: fp32, or 8 bits and an fp32 scale for each 256
+    adapters = (4 + 4 + 2 * moment) * sum(target.adapter_parameters for target in targets)  # weight and gradient in fp32
     tokens = config.per_device_train_batch_size * longest
     scores = shape.num_attention_heads * tokens * longest if config.attn_implementation == "eager" else 0
     inner, heads = getattr(shape, "intermediate_size", 4 * hidden), shape.num_attention_heads
@@ -79,6 +80,8 @@ def settings_to_try(config: TrainConfig, longest: int) -> list[str]:
         more = accumulation * batch // smaller
         found.append(f"--per-device-train-batch-size {smaller} --gradient-accumulation-steps {more} (the same step)")
     found.append(f"--max-length {max(longest // 2, 1)} (the longest row has {longest} tokens)")
+    if config.optimizer == "adamw":
+        found.append("--optimizer adamw_8bit (6 bytes less for each trained parameter)")
     if config.lora_r > 1:
         found.append(f"--lora-r {config.lora_r // 2}")
     found.append("--target-modules with fewer names")
@@ -119,6 +122,7 @@ def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, sam
     """
     batch = next(micro_batches(samples, longest_rows(samples, config), config.per_device_train_batch_size))
     before = random_state()
+    # bitsandbytes never frees pages: those of a paged `scratch`, 2 bytes a parameter, move to the host when room is needed.
     same_kind: Any = type(optimizer)
     scratch = same_kind([dict(group) for group in optimizer.param_groups])
     for _ in range(2):  # the first makes the moments, which lie in memory beside the activations ever after

@@ -13,9 +13,10 @@ import train_loop
 from qlora import checkpoint, data, memory
 from qlora.__main__ import train as command_line
 from qlora.config import ExitCode, TrainConfig
-from qlora.loss import token_loss_sum
+from qlora.loss import read_head, token_loss_sum
 from qlora.model import audit_targets
-from tests.conftest import CPU, wake_adapters
+from qlora.optimizer import build_optimizer
+from tests.conftest import CPU, adapted_model, wake_adapters
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -45,21 +46,46 @@ def test_the_estimate_is_near_what_was_measured_on_a_gpu(phi3):
         assert estimate == pytest.approx(cell["peak_gib"], rel=0.04), cell
 
 
+def test_the_estimate_counts_the_moments_of_the_optimizer(config, model):
+    """One that has stepped is asked for the bytes of its moments; its maps are the same few for any size."""
+    config = dataclasses.replace(config, lora_r=64)  # so that each tensor has 4,096 elements and more
+    targets = audit_targets(model.get_base_model(), config)
+    size = sum(target.adapter_parameters for target in targets)
+    parameters = [torch.nn.Parameter(torch.ones(size))]
+    estimates, moments = {}, {}
+    for name in ("adamw", "adamw_8bit"):
+        changed = dataclasses.replace(config, optimizer=name)
+        estimates[name] = memory.estimated_memory_gib(model, targets, changed, 100) * 2**30
+        optimizer = build_optimizer(parameters, changed)
+        parameters[0].grad = torch.ones(size)
+        optimizer.step()
+        state = optimizer.state[parameters[0]]
+        moments[name] = sum(value.nbytes for kind, value in state.items() if kind != "step" and "qmap" not in kind)
+    saved = estimates["adamw"] - estimates["adamw_8bit"]
+    assert saved == pytest.approx(moments["adamw"] - moments["adamw_8bit"], rel=1e-3) and saved / size == pytest.approx(6, 0.01)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize(("woken", "packing"), [(False, False), (True, False), (True, True)])
-def test_the_probe_leaves_nothing_behind(config, samples, model, head, woken, packing):
+def test_the_probe_leaves_nothing_behind(config, samples, woken, packing, optimizer):
+    config = dataclasses.replace(config, lora_dropout=0.1, packing=packing, max_length=500, lora_r=16, optimizer=optimizer)
+    model = adapted_model(config)
+    head = read_head(model)
     if woken:
         wake_adapters(model)
-    config = dataclasses.replace(config, lora_dropout=0.1, packing=packing, max_length=500)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1  # so that it draws
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.01, fused=True)
+    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    generators, groups = checkpoint.random_state(), [dict(group) for group in optimizer.param_groups]
-    batches = []
+    kind, groups = type(optimizer), [dict(group) for group in optimizer.param_groups]
+    generators = checkpoint.random_state()
+    batches, kinds = [], []
 
     def step(optimizer, window):
         batches.append(window)
+        kinds.append({state["state1"].dtype for state in optimizer.state.values() if "state1" in state})
+        assert type(optimizer) is kind and optimizer.param_groups == groups
         loss_sum = functools.partial(token_loss_sum, head=head)
         return train_loop.train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)
 
@@ -70,6 +96,7 @@ def test_the_probe_leaves_nothing_behind(config, samples, model, head, woken, pa
     assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in model.named_parameters())
     assert all(torch.equal(value, generators[name]) for name, value in checkpoint.random_state().items())
     assert not optimizer.state and optimizer.param_groups == groups
+    assert kinds == [set(), {torch.uint8, torch.float32} if config.optimizer == "adamw_8bit" else set()]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no"),
@@ -111,6 +138,9 @@ def test_three_settings_are_named_whatever_has_been_tried_already():
     small = TrainConfig(gradient_checkpointing="full", attn_implementation="sdpa", per_device_train_batch_size=1, lora_r=1)
     assert len(memory.settings_to_try(dataclasses.replace(small, lora_r=8), 100)) == 3
     shorter = "--max-length 1 (the longest row has 1 tokens)"
+    eight_bit = "--optimizer adamw_8bit (6 bytes less for each trained parameter)"
+    assert memory.settings_to_try(small, 1) == [shorter, eight_bit, "--target-modules with fewer names"]
+    small = dataclasses.replace(small, optimizer="adamw_8bit")
     assert memory.settings_to_try(small, 1) == [shorter, "--target-modules with fewer names"]
     odd = dataclasses.replace(small, per_device_train_batch_size=9, attn_implementation="eager")
     assert memory.settings_to_try(odd, 100)[:2] == [
