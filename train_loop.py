@@ -272,11 +272,12 @@ def main(config: TrainConfig, stop: Signals) -> None:
         run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
         for note in run.notes:
             say(note)
-        with explained(config, device, estimated_memory_gib(skeleton, targets, config, longest), longest):
+        predicted_gib = estimated_memory_gib(skeleton, targets, config, longest)
+        with explained(config, device, predicted_gib, longest):
             checkpoint.seed_generators(config.seed)
             model = load_nf4_model(source, config, attn.loaded_as, device)
             model = add_adapters(model, config, targets, source)
-            fine_tune(config, model, form, samples, held_out, console, run, stop)
+            fine_tune(config, model, form, samples, held_out, console, run, stop, predicted_gib)
         say(tracking.closing_words(run.folder))
 
 
@@ -289,6 +290,7 @@ def fine_tune(
     console: Console,
     run: RunFolder,
     stop: Signals,
+    predicted_gib: float,
 ) -> None:
     """Restore what there is, train, and leave the adapter, sample answers and, last of all, the mark of a finished run."""
     base = fingerprint(model)
@@ -300,7 +302,8 @@ def fine_tune(
         step = functools.partial(train_step, model.get_decoder(), loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
         with attention.for_training(model.train(), config):
             probe_memory(step, optimizer, samples, config)
-        tracking.say(console, f"Memory: the longest batch peaks at {peak_memory_gib(model.device):.2f} GiB")
+        peak_gib = peak_memory_gib(model.device)
+        tracking.say(console, f"Memory: the longest batch peaks at {peak_gib:.2f} GiB, {predicted_gib:.2f} were predicted")
     progress = run.restore(model, optimizer, base)
     run.take_over(config)
     with tracking.Tracker(run.folder, console, progress.step, held_out.sha256 if held_out else None) as tracker:

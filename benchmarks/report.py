@@ -113,6 +113,47 @@ def train_step(pattern: str) -> str:
     return table(headers, rows) + "\n\n" + what + source(name, record)
 
 
+def first_ladder() -> str:
+    """The means of speed, tried one by one before they were built in."""
+    name, record = load("first_ladder_*.json")
+    rows = []
+    for cell in record["cells"]:
+        micro_batches = f"{cell['gradient_accumulation_steps']} x {cell['per_device_train_batch_size']} x {cell['length']:,}"
+        how = "compiled" if cell["compile"] == "layers" else "as written"
+        how += f", T dynamic ({cell['step_ms_min_max'][0]:.0f} ms at best)" if cell.get("dynamic") else ""
+        how += f", kept {cell['kept']}" if "kept" in cell else ""
+        how += f", weights {cell['weights']}" if "weights" in cell else ""
+        rows.append(
+            [
+                f"{cell['linear']}, {how}",
+                cell["gradient_checkpointing"],
+                f"{cell['lora_dropout']:g}",
+                micro_batches,
+                f"{cell['step_ms']:.0f}",
+                f"{cell['tokens_per_s']:,.0f}",
+                f"{cell['peak_gib']:.2f}",
+                f"{cell['first_step_s']:.0f}",
+            ]
+        )
+    headers = ["layers", "gradient checkpointing", "dropout", "tokens in a step", "ms a step", "tokens/s", "peak GiB",
+               "first step, s"]  # fmt: skip
+    return table(headers, rows) + f"\n\n{record['what'][0].upper()}{record['what'][1:]}. {source(name, record)}"
+
+
+def policies() -> str:
+    """Speed and memory of the three policies of --gradient-checkpointing, from that trial."""
+    name, record = load("first_ladder_*.json")
+    wanted = {"none": "`none`", "selective": "`selective`", "full": "`full`"}
+    cells = {cell["gradient_checkpointing"]: cell for cell in record["cells"] if cell["name"] in ("none", "sel_qkv", "full")}
+    rows = [
+        [label, f"{cells[policy]['tokens_per_s']:,.0f}", f"{cells[policy]['peak_gib']:.2f}"] for policy, label in wanted.items()
+    ]
+    plain = next(cell for cell in record["cells"] if cell["name"] == "peft_none")
+    rows.append(["none, PEFT's layers as written", f"{plain['tokens_per_s']:,.0f}", f"{plain['peak_gib']:.2f}"])
+    what = "Phi-3-mini's shape, random weights, 2 micro-batches of 2 x 2,048 tokens, no dropout, sdpa, compiled. "
+    return table(["`--gradient-checkpointing`", "tokens/s", "peak GiB"], rows) + "\n\n" + what + source(name, record)
+
+
 def survival() -> str:
     """What was done to runs and checkpoints, how often, and how much of it was survived."""
     name, record = load("survival_cpu_*.json")
@@ -396,6 +437,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo-output": demo_output,
     "demo-sweep": lambda: sweep("demo_cpu_*.json"),
     "demo-repeated-names": lambda: sweep("demo_repeated_names_*.json"),
+    "policies": policies,
+    "first-ladder": first_ladder,
     "train-step": lambda: train_step("train_step_*.json"),
     "train-step-first": lambda: train_step("first_train_step_*.json"),
 }

@@ -125,7 +125,7 @@ class TrainingOptions:
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm. None: never."""
     gradient_checkpointing: GradientCheckpointing = "auto"
-    """What is computed again in backward. none: no product. selective: the MLP. full: all. auto: the fastest that will fit."""
+    """Products computed again in backward. none; selective: those behind attention; full: all; auto: the fewest that fit."""
     compile: Compile = "auto"
     """layers: each decoder layer is compiled by torch.compile. none: it is run as written. auto: layers on a CUDA GPU."""
     seed: int = 42

@@ -3,7 +3,7 @@
 Three policies, from fast to small; none changes a result but by rounding:
 
 - none: all matrix products and attention are kept. Compiled, what is cheap (norms, activations, rotations) is computed again.
-- selective: attention and what it needs (its inputs' product) are kept; the products of the MLP, the largest, are not.
+- selective: attention and the product that it reads are kept; those behind it, the MLP's being the largest, are not.
 - full: only the layer's input is kept (Chen et al., 2016, arXiv 1604.06174).
 
 Each layer is compiled by itself, so that all share one piece of code: compilation takes seconds, whatever the depth.

@@ -24,6 +24,7 @@ LOCK, RUN, FINISHED, METRICS = "run.lock", "run.json", "finished.json", "metrics
 FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save_total_limit", "skip_nonfinite", "debug",
         "trust_remote_code", "target_modules", "eval_file"}  # fmt: skip
 OF_THE_DATA = {"train_file", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop"}
+EARLIER = TrainConfig(compile="none").plain()  # what an option was before there was that option
 RESOLVED = ("attn_implementation", "compile", "gradient_checkpointing")  # from auto, by what the machine has
 OF_A_WINDOW = ("per_device_train_batch_size", "gradient_accumulation_steps")
 SAVED_BYTES = 3 * 4  # of a trained parameter in a checkpoint: itself and AdamW's two moments, in fp32; less with 8 bits
@@ -112,9 +113,12 @@ class RunFolder:
 
     def as_before(self, config: TrainConfig) -> TrainConfig:
         """The configuration with what this run resolved `auto` to, if it has begun."""
-        known = self._known["config"] if self._known and (self.checkpoint or self._finished) else {}
-        autos = [name for name in RESOLVED if getattr(config, name) == "auto" and name in known]
-        resolved: dict[str, Any] = {name: known[name] for name in autos}
+        there = checkpoint.read_state(self.checkpoint) if self.checkpoint else None
+        before = self._known if self._known and (there or self._finished) else there
+        if before is None:
+            return config
+        known = EARLIER | before["config"]
+        resolved: dict[str, Any] = {name: known[name] for name in RESOLVED if getattr(config, name) == "auto"}
         return dataclasses.replace(config, **resolved)
 
     def accept(self, config: TrainConfig, facts: dict[str, Any], total_steps: int) -> bool:
@@ -285,7 +289,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _differences(before: dict[str, Any], now: dict[str, Any], config: TrainConfig, at: Any) -> dict[str, list[Any]]:
     """Option -> [old, new] of what differs and was permitted to."""
-    old, new = TrainConfig().plain() | before["config"], now["config"]  # an option that came later was at its default
+    old, new = EARLIER | before["config"], now["config"]
     unused = FREE | (OF_THE_DATA if before["data"] == now["data"] else set())
     if new["packing"]:
         unused -= {"max_length"}  # the budget of a row

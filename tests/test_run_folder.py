@@ -1,5 +1,6 @@
 """What a run goes on from, and when it may not; through the command line, on the tiny model."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -203,7 +204,12 @@ def test_with_packing_the_length_of_a_row_is_the_runs_own(tiny, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("option", "default", "flags"), [("packing", False, ["--packing"]), ("optimizer", "adamw", ["--optimizer", "adamw_8bit"])]
+    ("option", "default", "flags"),
+    [
+        ("packing", False, ["--packing"]),
+        ("optimizer", "adamw", ["--optimizer", "adamw_8bit"]),
+        ("compile", "none", ["--compile", "layers"]),
+    ],
 )
 @pytest.mark.parametrize("name", ["run.json", "state.json"])
 def test_a_run_from_before_there_was_an_option_goes_on(stopped, straight, name, option, default, flags, capsys):
@@ -421,3 +427,24 @@ def test_no_room_is_told_before_training(tiny, tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "run", "--max-steps", "1") == ExitCode.CHECKPOINT
     needed = 16_896 * (12 * 4 + 4)  # parameters, in three checkpoints and one being written, and the adapter
     assert f"has 100,000 bytes free, and {needed:,} are needed" in capsys.readouterr().err
+
+
+def test_what_auto_was_resolved_to_stays_the_runs_own(stopped, straight, monkeypatch, capsys):
+    """The machine has changed: auto would be something else by now, and the run goes on as it began, bit for bit."""
+    known = json.loads((stopped / "run.json").read_text())["config"]
+    assert (known["gradient_checkpointing"], known["compile"], known["attn_implementation"]) == ("none", "none", "sdpa")
+    original = train_loop.choose_layers
+
+    def elsewhere(config, *arguments):
+        other = {"gradient_checkpointing": "full"} if config.gradient_checkpointing == "auto" else {}
+        return original(dataclasses.replace(config, **other), *arguments)
+
+    monkeypatch.setattr(train_loop, "choose_layers", elsewhere)
+    assert run(stopped, "--max-steps", "8") == 0
+    assert "gradient checkpointing: none" in capsys.readouterr().out
+    assert contents(stopped / "adapter") == contents(straight / "adapter")
+    fresh = stopped.parent / "fresh"
+    assert (
+        run(fresh, "--max-steps", "1") == 0
+        and json.loads((fresh / "run.json").read_text())["config"]["gradient_checkpointing"] == "full"
+    )
