@@ -228,19 +228,29 @@ def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dic
 
 def opened(options: Options, environment: dict[str, Any], grid: Grid) -> tuple[Path, dict[str, Any]]:
     """The file and what it holds already; one of another machine, other versions, shape or window is refused."""
+    path = options.out or result_file("attention", environment)
+    return path, reopened(path, environment, {name: getattr(grid, name) for name in ("shape", "window", "kernel_tokens")})
+
+
+def result_file(benchmark: str, environment: dict[str, Any]) -> Path:
+    """benchmarks/results/BENCHMARK_CARD_YYYYMM.json."""
     card = re.search(r"[HABLV]\d{2,3}|CPU", environment["device"])
-    name = f"attention_{card[0].lower() if card else 'gpu'}_{datetime.date.today():%Y%m}.json"
-    path = options.out or ROOT / "benchmarks" / "results" / name
+    name = f"{benchmark}_{card[0].lower() if card else 'gpu'}_{datetime.date.today():%Y%m}.json"
+    return ROOT / "benchmarks" / "results" / name
+
+
+def reopened(path: Path, environment: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds already; one of another machine or other versions, or whose runs differ in `fixed`, is refused."""
     if not path.exists():
-        return path, {"environment": environment, "runs": [], "cells": []}
+        return {"environment": environment, "runs": [], "cells": []}
     record = json.loads(path.read_text())
     for name in ("device", "packages"):
         if record["environment"][name] != environment[name]:
             raise SystemExit(f"{path} has another {name}: {record['environment'][name]}. Give another --out.")
-    for name in ("shape", "window", "kernel_tokens"):
-        if any(run[name] != getattr(grid, name) for run in record["runs"]):
+    for name, value in fixed.items():
+        if any(run[name] != value for run in record["runs"]):
             raise SystemExit(f"{path} has another {name}: {record['runs'][0][name]}. Give another --out.")
-    return path, record
+    return record
 
 
 def main(options: Options) -> None:

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from benchmarks.attention_kernels import LEAST_STEPS, Unavailable, matmul_tflops, milliseconds, spread, verified
-from benchmarks.train_step import write_random_model
+from benchmarks.attention_kernels import LEAST_STEPS, Unavailable, matmul_tflops, milliseconds, verified
+from benchmarks.train_step import spread, write_random_model
 from qlora import attention, data
 from qlora.config import AttnImplementation, TrainConfig
 from qlora.layers import prepare_layers

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.train_step import spread
 from qlora import attention, data
 from qlora.config import TrainConfig, UserError
 from qlora.guards import is_out_of_memory
@@ -84,12 +85,6 @@ def milliseconds(
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in events]
-
-
-def spread(name: str, times: list[float]) -> dict[str, float]:
-    """Median, and the 10th and 90th percentile, under names with their unit."""
-    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
-    return {name: round(statistics.median(times), 4), f"{name}_p10": round(tenths[0], 4), f"{name}_p90": round(tenths[8], 4)}
 
 
 def matmul_tflops(device: torch.device) -> float:

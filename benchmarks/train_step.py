@@ -150,6 +150,12 @@ def timed(step, clock) -> tuple[float, float]:
     return start.elapsed_time(end) / 1000, loss.item()
 
 
+def spread(name: str, times: list[float]) -> dict[str, float]:
+    """Median, and the 10th and 90th percentile, under names with their unit."""
+    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
+    return {name: round(statistics.median(times), 4), f"{name}_p10": round(tenths[0], 4), f"{name}_p90": round(tenths[8], 4)}
+
+
 def run_cell(options: Options, folder: str, backend: str, checkpointing: str) -> dict:
     """The row of a cell from a process of its own; a cell that cannot run is a row with the reason."""
     arguments = [
