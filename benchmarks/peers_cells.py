@@ -1,0 +1,387 @@
+"""One cell of peers.py: a contender trains a shape for a few steps, in a process of its own.
+
+    python benchmarks/peers_cells.py JOB.json          # as peers.py starts it
+
+All contenders read the same model, adapters on all linear layers, samples in the same order, fused AdamW, clipping at 1. What
+they do with them is their own. unsloth has to be imported before transformers, so imports stand where they are needed.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script, Python has only this file's folder there
+
+from benchmarks.peers_work import RANK, Work, draw, flops_per_token, write_models  # noqa: E402
+from benchmarks.train_step import spread  # noqa: E402
+
+PEAK_FLOPS = 790e12  # bf16 on an H100, as large products reach there
+ALPHA, RATE, CLIP = 64, 5e-5, 1.0
+PACKAGES = ("trl", "unsloth", "transformers", "torch", "peft", "bitsandbytes", "flash-attn", "liger-kernel")
+SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+TRL: dict[str, dict[str, Any]] = {  # what a user sets beside QLoRA and the shape: nothing, or what TRL's own pages advise
+    "trl": {},
+    "trl_best": {"tuned": True},
+    "trl_selective": {"tuned": True, "gradient_checkpointing_kwargs": {"selective": True}},
+    "trl_no_checkpointing": {"tuned": True, "gradient_checkpointing": False},
+    "trl_liger": {"tuned": True, "use_liger_kernel": True},
+    "trl_liger_no_checkpointing": {"tuned": True, "use_liger_kernel": True, "gradient_checkpointing": False},
+}
+UNSLOTH: dict[str, str | bool] = {"unsloth_offload": "unsloth", "unsloth_checkpointing": True, "unsloth_none": False}
+OURS = {"ours_none": "none", "ours_selective": "selective", "ours_full": "full"}  # --gradient-checkpointing
+CONTENDERS = (*TRL, *UNSLOTH, *OURS, "naive")
+
+
+class Clock:
+    """When steps begin and end: CUDA events on a GPU, which do not wait for it; and memory, the warm-up's apart."""
+
+    def __init__(self, warm_up: int):
+        import torch
+
+        self.torch, self.on_gpu, self.warm_up = torch, torch.cuda.is_available(), warm_up
+        self.device = torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
+        self.created = time.perf_counter()
+        self.load_s = self.first_step_s = self.cold_peak_gib = self.window_began = math.nan
+        self.steps: list[tuple[Any, Any]] = []  # begin and end of each
+        self.losses: list[float] = []  # the first step's alone
+
+    def now(self, wait: bool = False) -> float:
+        """Seconds; with `wait` when the device has done all that it was given."""
+        if wait and self.on_gpu:
+            self.torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def mark(self) -> Any:
+        """Now, on the device."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = self.torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def loaded(self) -> None:
+        """All that comes before the first step is done."""
+        self.load_s = self.now(wait=True) - self.created
+
+    def begin(self) -> None:
+        """A step begins."""
+        if len(self.steps) == self.warm_up:
+            self.window_began = self.now(wait=True)
+            self.cold_peak_gib = self.peak_gib()
+            if self.on_gpu:
+                self.torch.cuda.reset_peak_memory_stats()
+        began = self.mark()
+        self.steps.append((began, began))
+
+    def end(self) -> None:
+        """It has ended."""
+        self.steps[-1] = (self.steps[-1][0], self.mark())
+        if len(self.steps) == 1:
+            self.now(wait=True)
+            self.first_step_s = self.milliseconds(self.steps)[0] / 1000
+
+    def peak_gib(self) -> float:
+        """Allocated on the GPU, or resident in the process where there is none."""
+        from qlora.memory import peak_memory_gib
+
+        return peak_memory_gib(self.device)
+
+    def milliseconds(self, steps: list[tuple[Any, Any]]) -> list[float]:
+        """How long each took."""
+        return [began.elapsed_time(ended) if self.on_gpu else 1000 * (ended - began) for began, ended in steps]
+
+
+# -- contenders: each trains, tells the clock, and gives back the model ------------------------------------------------
+
+
+def dataset(work: Work) -> Any:
+    """The samples as a Trainer takes them: those of all steps one after the other or, to be packed, once."""
+    import datasets
+
+    order = range(len(work.input_ids)) if work.packing else [index for step in work.samples_of_steps for index in step]
+    columns = {"input_ids": work.input_ids, "labels": work.labels}
+    return datasets.Dataset.from_dict({name: [values[index] for index in order] for name, values in columns.items()})
+
+
+def trainer_arguments(work: Work, on_gpu: bool, **chosen: Any) -> dict[str, Any]:
+    """What is the same for all who use a Trainer: the shape, the optimizer, and nothing written, evaluated or shuffled."""
+    return {
+        "output_dir": "trainer",
+        "use_cpu": not on_gpu,
+        "per_device_train_batch_size": work.batch,
+        "gradient_accumulation_steps": work.accumulation,
+        "max_steps": work.warm_up + work.steps,
+        "max_length": work.max_length,
+        "packing": work.packing,
+        "learning_rate": RATE,
+        "max_grad_norm": CLIP,
+        "optim": "adamw_torch_fused",
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 10**6,
+        "logging_first_step": True,  # in the warm-up
+        "disable_tqdm": True,
+        **chosen,
+    }
+
+
+def train_with(trainer: Any, work: Work, clock: Clock) -> Any:
+    """Run a Trainer from its first step to its last."""
+    import datasets
+    import transformers
+
+    class Steps(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            clock.begin()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            clock.end()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            clock.losses += [logs["loss"]] if "loss" in logs else []
+
+    if work.packing:  # packed once; an epoch for each step would be timed with it
+        rows = trainer.train_dataset
+        if len(rows) != work.batch * work.accumulation:
+            raise SystemExit(f"packed into {len(rows)} rows, not {work.batch * work.accumulation}")
+        trainer.train_dataset = datasets.concatenate_datasets([rows] * (work.warm_up + work.steps))
+    trainer.add_callback(Steps())
+    clock.loaded()
+    trainer.train()
+    return trainer.model
+
+
+def quantization() -> Any:
+    """NF4 with double quantisation, computed in bf16: as the loop loads it."""
+    import torch
+    import transformers
+
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+
+
+def adapters(dropout: float) -> Any:
+    """LoRA on all linear layers but the head."""
+    import peft
+
+    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def trl(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
+    """SFTTrainer as its documentation has it: the model's path, the quantisation, the adapters."""
+    import trl as library
+    from transformers.utils import is_flash_attn_2_available
+
+    chosen = dict(TRL[contender])
+    if chosen.pop("tuned", False):  # its default loads fp32, so that what is not quantised is computed in fp32
+        attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+        chosen["model_init_kwargs"] = {"dtype": "bfloat16", "attn_implementation": attention}
+    trainer = library.SFTTrainer(
+        model=str(folder / "fused"),
+        args=library.SFTConfig(**trainer_arguments(work, clock.on_gpu, **chosen)),
+        train_dataset=dataset(work),
+        quantization_config=quantization(),
+        peft_config=adapters(dropout),
+    )
+    if contender == "trl_selective":  # transformers from 5.23 on calls another name than the one that TRL 1.16 wraps
+        model = trainer.model
+        model.activation_checkpointing_enable = lambda chosen, **more: model.gradient_checkpointing_enable(chosen, **more)
+    return train_with(trainer, work, clock)
+
+
+def unsloth(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
+    """FastLanguageModel and SFTTrainer as its notebooks have them."""
+    import unsloth as library  # noqa: I001  before trl, which it patches
+    import trl as patched
+
+    checkpointing = UNSLOTH[contender]
+    model, tokenizer = library.FastLanguageModel.from_pretrained(
+        str(folder / "split"), max_seq_length=work.max_length, load_in_4bit=True, use_gradient_checkpointing=checkpointing
+    )
+    model = library.FastLanguageModel.get_peft_model(
+        model,
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=dropout,
+        target_modules=list(SPLIT),
+        use_gradient_checkpointing=checkpointing,
+    )
+    chosen = {} if checkpointing else {"gradient_checkpointing": False}
+    args = patched.SFTConfig(**trainer_arguments(work, clock.on_gpu, **chosen))
+    trainer = patched.SFTTrainer(model=model, processing_class=tokenizer, args=args, train_dataset=dataset(work))
+    return train_with(trainer, work, clock)
+
+
+def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
+    """What train_loop.main and train do, from the model to the step."""
+    import torch
+
+    import train_loop
+    from qlora import attention, checkpoint
+    from qlora import model as room
+    from qlora.config import TrainConfig
+    from qlora.loss import read_head, token_loss_sum
+
+    source, policy = str((folder / "fused").resolve()), OURS[contender]
+    config = TrainConfig(
+        model=source, lora_r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, max_length=work.max_length, packing=work.packing
+    )
+    skeleton = room.load_skeleton(source, config)
+    attn = attention.choose_attention(config, clock.device, skeleton)
+    config = dataclasses.replace(config, attn_implementation=attn.implementation)
+    checkpoint.seed_generators(config.seed)
+    model = room.load_nf4_model(source, config, attn.loaded_as, clock.device)
+    model = room.add_adapters(model, config, room.audit_targets(skeleton, config), source)
+    if policy == "full":
+        room.enable_gradient_checkpointing(model)
+    elif policy != "none":
+        raise SystemExit(f"--gradient-checkpointing {policy} is not there yet")
+    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
+    step = functools.partial(train_loop.train_step, model.get_decoder(), optimizer, loss_sum=loss_sum)
+    with attention.for_training(model.train(), config):
+        clock.loaded()
+        for window in windows(work, pin=clock.on_gpu):
+            clock.begin()
+            loss, _ = step(window=window, learning_rate=RATE, max_grad_norm=CLIP)
+            clock.end()
+            clock.losses += [] if clock.losses else [loss.item()]
+    return model
+
+
+def windows(work: Work, pin: bool) -> Iterator[list[Any]]:
+    """The micro-batches of each step, collated when they are asked for, as the loop does."""
+    from qlora import data
+
+    lines = enumerate(zip(work.input_ids, work.labels, strict=True), start=1)
+    samples = [data.Encoded(ids, labels, line) for line, (ids, labels) in lines]
+    lengths = [len(ids) for ids in work.input_ids]
+    rows: list[Any] = []
+    for step in work.samples_of_steps:
+        rows += data.pack(lengths, step, work.max_length) if work.packing else step
+    yield from data.windows(data.micro_batches(samples, rows, work.batch, pin), work.accumulation)
+
+
+def naive(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
+    """What one writes who puts PEFT's and transformers' examples together."""
+    import peft
+    import torch
+    import transformers
+
+    if work.packing:
+        raise SystemExit("such a loop packs nothing")
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(folder / "fused", quantization_config=quantization(), dtype=torch.bfloat16, device_map={"": clock.device})
+    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), adapters(dropout)).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adamw = torch.optim.AdamW(parameters, lr=RATE, fused=True)
+    clock.loaded()
+    for window in windows(work, pin=clock.on_gpu):
+        clock.begin()
+        total = 0.0
+        for micro_batch in window:
+            batch = micro_batch.to(clock.device)
+            lengths = torch.tensor([len(work.input_ids[line - 1]) for line in batch.lines])[:, None]  # [B, 1]
+            mask = (torch.arange(batch.input_ids.shape[1]) < lengths).to(clock.device)  # [B, T]
+            with torch.autocast(clock.device.type, torch.bfloat16):
+                loss = model(input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels).loss / len(window)  # []
+            loss.backward()
+            total += loss.item()  # such loops do wait
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        adamw.step()
+        adamw.zero_grad()
+        clock.end()
+        clock.losses += [] if clock.losses else [total]
+    return model
+
+
+# -- a cell ----------------------------------------------------------------------------------------------------------
+
+
+def run_of(contender: str) -> Callable[..., Any]:
+    """The function that trains it."""
+    return {"trl": trl, "unsloth": unsloth, "ours": ours, "naive": naive}[contender.partition("_")[0]]
+
+
+def measure(contender: str, work: Work, folder: Path, dropout: float) -> dict[str, Any]:
+    """Train, and say how long it took, what it needed, and what was trained."""
+    if contender in UNSLOTH:
+        import unsloth  # noqa: F401
+    import torch
+
+    clock = Clock(work.warm_up)
+    model = run_of(contender)(contender, work, folder, dropout, clock)
+    window_s = clock.now(wait=True) - clock.window_began
+    step_ms = clock.milliseconds(clock.steps)[work.warm_up :]
+    tokens = work.tokens_of_steps[work.warm_up :]
+    assert len(step_ms) == work.steps, f"{len(step_ms)} steps"
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    shape = json.loads((folder / "fused" / "config.json").read_text())
+    rate = statistics.median(1000 * count / taken for count, taken in zip(tokens, step_ms, strict=True))
+    flops = flops_per_token(shape, map(len, work.input_ids), sum(parameter.numel() for parameter in trained))
+    return {
+        "tokens_per_s": round(rate, 1),
+        "tokens_per_s_of_window": round(sum(tokens) / window_s, 1),
+        **spread("step_ms", step_ms),
+        "peak_gib": round(clock.peak_gib(), 3),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3) if clock.on_gpu else None,
+        "cold_peak_gib": round(clock.cold_peak_gib, 3),
+        "mfu": round(flops * rate / PEAK_FLOPS, 4) if clock.on_gpu else None,
+        "gflop_per_token": round(flops / 1e9, 3),
+        "adapter_dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})),
+        "adapter_parameters": sum(parameter.numel() for parameter in trained),
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "first_loss": clock.losses[0],
+        "first_step_s": round(clock.first_step_s, 2),
+        "load_s": round(clock.load_s, 2),
+        "tokens": sum(tokens),
+        "versions": {name: version for name in PACKAGES if (version := version_of(name))},
+    }
+
+
+def version_of(package: str) -> str | None:
+    """As installed; None if it is not."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    """What peers.py asks for: a description of the machine, the models, the samples of a shape, or a cell."""
+    folder = Path(job["folder"])
+    match job["task"]:
+        case "environment":
+            import torch
+
+            from qlora.tracking import environment
+
+            device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+            return {"environment": environment(device), "on_gpu": device.type == "cuda"}
+        case "models":
+            write_models(job["shape_of_model"], folder, job["split"])
+        case "work":
+            work = draw(job["shape"], folder / "fused", job["seed"], job["warm_up"], job["steps"])
+            (folder / f"{job['shape']}.json").write_text(json.dumps(dataclasses.asdict(work)))
+        case "cell":
+            work = Work(**json.loads((folder / f"{job['shape']}.json").read_text()))
+            return measure(job["contender"], work, folder, job["dropout"])
+    return {}
+
+
+if __name__ == "__main__":
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    Path(asked["result"]).write_text(json.dumps(main(asked)))
