@@ -197,8 +197,10 @@ def trl(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) 
         peft_config=adapters(dropout),
     )
     if contender == "trl_selective":  # transformers from 5.23 on calls another name than the one that TRL 1.16 wraps
-        model = trainer.model
-        model.activation_checkpointing_enable = lambda chosen, **more: model.gradient_checkpointing_enable(chosen, **more)
+        enable = trainer.model.gradient_checkpointing_enable
+        trainer.model.activation_checkpointing_enable = lambda activation_checkpointing_kwargs, **more: enable(
+            gradient_checkpointing_kwargs=activation_checkpointing_kwargs, **more
+        )
     return train_with(trainer, work, clock)
 
 

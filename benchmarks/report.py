@@ -16,6 +16,10 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by th
 COLOURS = {"eager": "#000000", "sdpa": BLUE, "sdpa_cudnn": "#332288", "sdpa_flash": "#56B4E9", "sdpa_efficient": "#CC79A7",
            "sdpa_math": "#999999", "flash_attention_2": ORANGE, "varlen": "#009E73", "flex_attention": "#E69F00",
            "flash_attention_4": "#882255"}  # fmt: skip
+FAMILIES = {"trl": BLUE, "unsloth": ORANGE, "naive": "#000000", "ours": "#009E73"}  # contenders of peers.py
+MARKS = {"trl": "o", "trl_best": "s", "trl_selective": "D", "trl_no_checkpointing": "^", "trl_liger": "P", "naive": "v",
+         "trl_liger_no_checkpointing": "X", "unsloth_offload": "s", "unsloth_checkpointing": "o",
+         "unsloth_none": "^"}  # fmt: skip
 
 
 def load(pattern: str) -> tuple[str, dict[str, Any]]:
@@ -181,6 +185,54 @@ def survival() -> str:
 
 Cell = dict[str, Any]
 LAYERS = {"phi3-mini": 32}
+
+
+def peers(pattern: str, card: str) -> str:
+    """TRL, unsloth and this loop: a table for each shape, the fastest first, and the plot."""
+    if not any(RESULTS.glob(pattern)):
+        return "Not measured yet."
+    name, record = load(pattern)
+    headers = ["contender", "version", "adapters", "tokens/s", "ms a step", "x TRL", "peak GB", "peak GiB", "MFU", "first loss"]
+    parts = []
+    for shape in dict.fromkeys(cell["shape"] for cell in record["cells"]):
+        cells = newest_peers(record, shape)
+        rows = [peer_row(cell) for cell in sorted(cells, key=lambda cell: -cell.get("tokens_per_s", 0.0))]
+        parts.append(f"`{shape}`:\n\n{table(headers, rows)}")
+    flags = record["runs"][-1]
+    if (RESULTS / f"peers_{card}.png").exists():
+        parts.append(f"![Tokens a second over peak memory, one point a contender](results/peers_{card}.png)")
+    counted = "allocated on the GPU" if record["cells"][0].get("reserved_gib") else "of the process"
+    dropout = " and ".join(sorted({f"{cell['dropout']:g}" for cell in record["cells"]}))
+    parts.append(
+        f"{flags['shape_of_model']}, LoRA dropout {dropout}; tokens without padding, the median of {flags['steps']} steps "
+        f"(10th to 90th percentile) after {flags['warm_up']}; x TRL: against `trl` in the same run; peak {counted}, GB of 1e9 "
+        f"bytes. {source(name, record)}"
+    )
+    return "\n\n".join(parts)
+
+
+def newest_peers(record: dict[str, Any], shape: str) -> list[Cell]:
+    """One cell for each contender and dropout: the file keeps each `trl` that another cell was compared with."""
+    return list({(cell["contender"], cell["dropout"]): cell for cell in record["cells"] if cell["shape"] == shape}.values())
+
+
+def peer_row(cell: Cell) -> list[str]:
+    """A contender's row of the table, or why it has none."""
+    if "failed" in cell:
+        return [f"`{cell['contender']}`", "", "", cell["failed"].replace("|", "/"), *[""] * 6]
+    ratio = "" if cell["ratio_to_trl"] is None else f"{cell['ratio_to_trl']:.2f}"
+    return [
+        f"`{cell['contender']}`",
+        cell["version"],
+        cell["adapter_dtype"],
+        f"{cell['tokens_per_s']:,.0f}",
+        f"{cell['step_ms']:,.0f} ({cell['step_ms_p10']:,.0f}-{cell['step_ms_p90']:,.0f})",
+        ratio,
+        f"{cell['peak_gib'] * 2**30 / 1e9:.2f}",
+        f"{cell['peak_gib']:.2f}",
+        "" if cell["mfu"] is None else f"{cell['mfu']:.1%}",
+        f"{cell['first_loss']:.3f}",
+    ]
 
 
 def attention(pattern: str, level: str, **wanted: Any) -> tuple[str, dict[str, Any], list[Cell]]:
@@ -432,6 +484,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "attention-steps-cpu": lambda: attention_steps(CPU),
     "attention-packing-cpu": lambda: attention_packing(CPU),
     "attention-parity-cpu": lambda: attention_parity(CPU),
+    "peers-h100": lambda: peers("peers_h100_*.json", "h100"),
+    "peers-cpu": lambda: peers("peers_cpu_*.json", "cpu"),
     "survival": survival,
     "demo-summary": demo_summary,
     "demo-output": demo_output,
@@ -510,6 +564,47 @@ def plot_attention(card: str) -> None:
     plt.close(figure)
 
 
+def plot_peers(card: str) -> None:
+    """Tokens a second over peak memory, a panel for each shape; what none beats in both is joined by a line."""
+    import matplotlib.pyplot as plt
+    import matplotlib.ticker
+
+    if not any(RESULTS.glob(f"peers_{card}_*.json")):
+        return
+    name, record = load(f"peers_{card}_*.json")
+    shapes = list(dict.fromkeys(cell["shape"] for cell in record["cells"] if "tokens_per_s" in cell))
+    columns = min(3, len(shapes))
+    rows = -(-len(shapes) // columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.8 * rows), layout="constrained", squeeze=False)
+    for panel in panels.flat[len(shapes) :]:
+        panel.set_axis_off()
+    for panel, shape in zip(panels.flat, shapes, strict=False):
+        cells = sorted((c for c in newest_peers(record, shape) if "tokens_per_s" in c), key=lambda cell: cell["peak_gib"])
+        best = [c for i, c in enumerate(cells) if all(c["tokens_per_s"] > other["tokens_per_s"] for other in cells[:i])]
+        panel.plot([c["peak_gib"] for c in best], [c["tokens_per_s"] for c in best], color="0.7", linewidth=1, zorder=1)
+        for cell in cells:
+            contender, at = cell["contender"], (cell["peak_gib"], cell["tokens_per_s"])
+            colour, mark = FAMILIES[contender.partition("_")[0]], MARKS.get(contender, "*")
+            panel.scatter(*at, color=colour, marker=mark, s=110 if mark == "*" else 30, label=contender, zorder=2)
+            if mark == "*":
+                panel.annotate(contender, at, xytext=(-6, 5), textcoords="offset points", fontsize=8, ha="right", color=colour)
+        panel.set(title=shape, xlabel="peak GiB", ylabel="tokens/s", xscale="log")
+        panel.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
+        panel.margins(x=0.25)
+        panel.set_ylim(0, 1.15 * max(cell["tokens_per_s"] for cell in cells))
+        panel.grid(alpha=0.3)
+    marks = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    names = [contender for contender in MARKS if contender in marks]
+    handles = [marks[contender] for contender in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    told = f"{name}: {record['environment']['device']}. Stars: this loop. Line: what none beats in both."
+    figure.suptitle(told, x=0.01, ha="left", fontsize=8, color="0.4")
+    save(figure, f"peers_{card}")
+    plt.close(figure)
+
+
 def save(figure: Any, name: str) -> None:
     """As PNG and SVG, the same bytes each time."""
     for suffix in ("png", "svg"):
@@ -542,6 +637,7 @@ def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "qlora"  # the same ids each time it is drawn
     plot_demo()
     plot_attention("h100")
+    plot_peers("h100")
     for document in DOCUMENTS:
         document.write_text(rendered(document.read_text()))
 
