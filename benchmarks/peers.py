@@ -173,10 +173,15 @@ def resolved(options: Options, on_gpu: bool) -> Options:
     contenders = options.contenders or (every if on_gpu else ON_A_CPU)
     if unknown := set(contenders) - set(CONTENDERS):
         raise SystemExit(f"There is no contender {', '.join(sorted(unknown))}. There are {', '.join(CONTENDERS)}.")
+    shapes = options.shapes or (SHAPES if on_gpu else ("avro",))
+    if unknown := [shape for shape in shapes if not re.fullmatch(r"\d+x\d+x\d+|mixed|mixed_packed|avro", shape)]:
+        raise SystemExit(
+            f"There is no shape {', '.join(unknown)}. It is ROWSxLENGTHxACCUMULATION, mixed, mixed_packed or avro."
+        )
     return dataclasses.replace(
         options,
         contenders=contenders,
-        shapes=options.shapes or (SHAPES if on_gpu else ("avro",)),
+        shapes=shapes,
         shape_of_model=options.shape_of_model or ("phi3-mini" if on_gpu else "demo"),
         dropout=(0.0 if on_gpu else 0.1) if options.dropout is None else options.dropout,
     )
@@ -185,7 +190,7 @@ def resolved(options: Options, on_gpu: bool) -> Options:
 def version(contender: str, row: Row, commit: str) -> str:
     """What was measured, in a few words."""
     if contender.startswith("ours"):
-        return commit[:9]
+        return f"commit {commit[:9]}"
     library = {"trl": "trl", "unsloth": "unsloth"}.get(contender.partition("_")[0], "peft")
     return f"{library} {row['versions'][library]}"
 

@@ -347,7 +347,7 @@ def measure(contender: str, work: Work, folder: Path, dropout: float) -> dict[st
         "adapter_dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})),
         "adapter_parameters": sum(parameter.numel() for parameter in trained),
         "attention": getattr(model.config, "_attn_implementation", None),
-        "first_loss": clock.losses[0],
+        "first_loss": clock.losses[0] if clock.losses else None,
         "first_step_s": round(clock.first_step_s, 2),
         "load_s": round(clock.load_s, 2),
         "tokens": sum(tokens),

@@ -231,7 +231,7 @@ def peer_row(cell: Cell) -> list[str]:
         f"{cell['peak_gib'] * 2**30 / 1e9:.2f}",
         f"{cell['peak_gib']:.2f}",
         "" if cell["mfu"] is None else f"{cell['mfu']:.1%}",
-        f"{cell['first_loss']:.3f}",
+        "" if cell["first_loss"] is None else f"{cell['first_loss']:.3f}",
     ]
 
 

@@ -86,7 +86,7 @@ def test_contenders_train_the_same_and_one_that_fails_is_a_row(tmp_path):
     assert none["first_loss"] == pytest.approx(full["first_loss"], abs=1e-2)
     assert none["tokens"] == full["tokens"] == 2 * 4 * 32 and none["adapter_dtype"] == "float32"
     assert none["step_ms_p10"] <= none["step_ms"] <= none["step_ms_p90"] and none["peak_gib"] > 0
-    assert none["mfu"] is None and none["version"] == record["environment"]["commit"][:9]
+    assert none["mfu"] is None and none["version"] == f"commit {record['environment']['commit'][:9]}"
     assert "/tmp" not in json.dumps(record["cells"])
 
 
@@ -134,6 +134,18 @@ def test_missing_cells_bring_their_baseline_and_the_order_turns():
     assert benchmark.planned(contenders, ("a",), 0.1, known) == {"a": list(contenders)}
     known = benchmark.with_ratios([row("trl", 0, 1.0, "b"), row("ours_none", 1, 2.0, "b")])
     assert benchmark.planned(contenders, ("b",), 0.0, known) == {"b": ["trl", "ours_none", "ours_full"]}
+
+
+def test_what_is_not_there_is_refused_and_unset_options_follow_the_machine():
+    gpu, cpu = (benchmark.resolved(benchmark.Options(), on_gpu) for on_gpu in (True, False))
+    assert gpu.contenders == tuple(name for name in benchmark.CONTENDERS if not name.startswith("unsloth"))
+    assert (gpu.shapes, gpu.shape_of_model, gpu.dropout) == (benchmark.SHAPES, "phi3-mini", 0.0)
+    assert (cpu.contenders, cpu.shapes, cpu.shape_of_model, cpu.dropout) == (benchmark.ON_A_CPU, ("avro",), "demo", 0.1)
+    with_unsloth = benchmark.resolved(benchmark.Options(unsloth_site=ROOT), on_gpu=True)
+    assert with_unsloth.contenders == benchmark.CONTENDERS
+    for options in (benchmark.Options(contenders=("axolotl",)), benchmark.Options(shapes=("2x2048",))):
+        with pytest.raises(SystemExit, match="There is no"):
+            benchmark.resolved(options, on_gpu=True)
 
 
 def test_a_reason_names_no_folder_of_this_machine():
