@@ -232,25 +232,29 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
     import torch
 
     import train_loop
-    from qlora import attention, checkpoint
+    from qlora import attention, checkpoint, layers
     from qlora import model as room
     from qlora.config import TrainConfig
     from qlora.loss import read_head, token_loss_sum
 
     source, policy = str((folder / "fused").resolve()), OURS[contender]
     config = TrainConfig(
-        model=source, lora_r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, max_length=work.max_length, packing=work.packing
+        model=source,
+        lora_r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=dropout,
+        max_length=work.max_length,
+        packing=work.packing,
+        per_device_train_batch_size=work.batch,
     )
     skeleton = room.load_skeleton(source, config)
     attn = attention.choose_attention(config, clock.device, skeleton)
-    config = dataclasses.replace(config, attn_implementation=attn.implementation)
+    config = dataclasses.replace(config, attn_implementation=attn.implementation, gradient_checkpointing=policy)
+    config, _ = layers.choose_layers(config, skeleton, room.audit_targets(skeleton, config), work.max_length, clock.device)
     checkpoint.seed_generators(config.seed)
     model = room.load_nf4_model(source, config, attn.loaded_as, clock.device)
     model = room.add_adapters(model, config, room.audit_targets(skeleton, config), source)
-    if policy == "full":
-        room.enable_gradient_checkpointing(model)
-    elif policy != "none":
-        raise SystemExit(f"--gradient-checkpointing {policy} is not there yet")
+    layers.prepare_layers(model, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
