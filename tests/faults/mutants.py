@@ -46,6 +46,7 @@ def mutant(name: str, file: str, test: str, *texts: str) -> Mutant:
 
 
 DAMAGE, SIGNALS = "faults/test_damage.py", "faults/test_signals.py"
+LAYERS, NF4_LINEAR = "qlora/layers.py", "qlora/nf4_linear.py"
 ATTENTION, CHECKPOINT, RUN_FOLDER, TRACKING, DATA, LOOP = (
     "qlora/attention.py",
     "qlora/checkpoint.py",
@@ -422,8 +423,8 @@ MUTANTS = [
         "runs-before-packing-refused",
         RUN_FOLDER,
         "test_run_folder.py::test_a_run_from_before_there_was_an_option_goes_on",
-        'TrainConfig().plain() | before["config"]',
-        '{"packing": None} | before["config"]',
+        'old, new = EARLIER | before["config"]',
+        'old, new = {"packing": None} | before["config"]',
     ),
     # -- attention
     mutant(
@@ -481,6 +482,84 @@ MUTANTS = [
         "test_attention.py::test_what_for_training_changes_is_put_back",
         "        if before[1] is not None:\n",
         "        if False:\n",
+    ),
+    # -- layers
+    mutant(
+        "auto-resolved-anew",
+        RUN_FOLDER,
+        "test_run_folder.py::test_what_auto_was_resolved_to_stays_the_runs_own",
+        "return dataclasses.replace(config, **resolved)",
+        "return config",
+    ),
+    mutant(
+        "memory-not-asked",
+        LAYERS,
+        "test_layers.py::test_on_a_gpu_auto_is_the_fastest_that_is_predicted_to_fit",
+        "if predicted_gib < MARGIN * free_gib:",
+        "if True:",
+    ),
+    mutant(
+        "dropout-drawn-anew",
+        LAYERS,
+        "test_layers.py::test_dropout_is_drawn_again_as_it_was",
+        '"preserve_rng_state": config.lora_dropout > 0',
+        '"preserve_rng_state": False',
+    ),
+    mutant(
+        "products-computed-again",
+        LAYERS,
+        "test_layers.py::test_what_is_multiplied_again_is_what_the_policy_says",
+        "in ATTENTION | PRODUCTS",
+        "in ATTENTION",
+    ),
+    mutant(
+        "selective-keeps-less",
+        LAYERS,
+        "test_layers.py::test_what_is_multiplied_again_is_what_the_policy_says",
+        "args[-1] in ATTENTION_INPUTS",
+        "args[-1] in ()",
+    ),
+    mutant(
+        "each-length-compiled",
+        LAYERS,
+        "test_layers.py::test_all_lengths_and_layers_share_one_compilation",
+        "            torch._dynamo.maybe_mark_dynamic(tensor, 1)",
+        "            pass",
+    ),
+    mutant(
+        "smaller-batch-compiled",
+        LAYERS,
+        "test_layers.py::test_all_lengths_and_layers_share_one_compilation",
+        "compiled is None or len(hidden) != config.per_device_train_batch_size",
+        "compiled is None",
+    ),
+    mutant(
+        "evaluation-recomputed",
+        LAYERS,
+        "test_layers.py::test_evaluation_runs_the_layer_as_it_is_written",
+        "if not layer.training:",
+        "if False:",
+    ),
+    mutant(
+        "scale-of-the-update-forgotten",
+        NF4_LINEAR,
+        "test_nf4_linear.py::test_the_operator_is_dense_arithmetic_forward_and_backward",
+        ' @ a.T * self.scaling["default"]',
+        " @ a.T",
+    ),
+    mutant(
+        "gradient-of-b-without-its-input",
+        NF4_LINEAR,
+        "test_nf4_linear.py::test_the_operator_is_dense_arithmetic_forward_and_backward",
+        "d_output.T @ reduced",
+        "d_output.T @ reduced.abs()",
+    ),
+    mutant(
+        "offset-of-scales-forgotten",
+        NF4_LINEAR,
+        "test_nf4_linear.py::test_the_weight_is_that_of_bitsandbytes_bit_for_bit",
+        "    scales += weight.scale_offset\n",
+        "",
     ),
 ]
 
