@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,8 @@ from qlora.model import Target
 
 # torch warns of in-place operators in what is computed again; there are none in a layer.
 logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in str(record.msg))
+# And of products in fp32 that could be less precise; there are none but where they are wanted so.
+warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
 # Operators that attend; what each returns is as large as its queries, and dear to compute.
 ATTENTION = {
     "aten::_scaled_dot_product_cudnn_attention",
@@ -89,7 +92,8 @@ def choose_layers(
         predicted_gib = estimated_memory_gib(skeleton, targets, config, longest)
         if predicted_gib < MARGIN * free_gib:
             break
-    why = "the fastest that fits" if len(tried) > 1 else "as asked"
+    fits = "the fastest that fits" if predicted_gib < MARGIN * free_gib else "the smallest, which may not fit"
+    why = fits if len(tried) > 1 else "as asked"
     memory = f"{predicted_gib:.2f} GiB predicted, {free_gib:.1f} free"
     return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({why}: {memory})"
 
