@@ -111,10 +111,14 @@ class RunFolder:
             self._damaged = list(skipped)
         return found
 
+    def _begun(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """The state of the checkpoint, and the facts of the run that the folder holds; None where there is none."""
+        there = checkpoint.read_state(self.checkpoint) if self.checkpoint else None
+        return there, self._known if self._known and (there or self._finished) else there
+
     def as_before(self, config: TrainConfig) -> TrainConfig:
         """The configuration with what this run resolved `auto` to, if it has begun."""
-        there = checkpoint.read_state(self.checkpoint) if self.checkpoint else None
-        before = self._known if self._known and (there or self._finished) else there
+        _, before = self._begun()
         if before is None:
             return config
         known = EARLIER | before["config"]
@@ -136,8 +140,7 @@ class RunFolder:
             UserError: exit 2 with a table of what differs and was not named in `--override`.
         """
         self.facts = {"config": config.plain(), **facts, "history": [], "origin": None}
-        there = checkpoint.read_state(self.checkpoint) if self.checkpoint else None
-        before = self._known if self._known and (there or self._finished) else there
+        there, before = self._begun()
         if before is None and not self._finished:
             return True
         overrides = _differences(before, self.facts, config, there or self._finished) if before else {}
