@@ -6,8 +6,10 @@ model.py         tokenizer, NF4 loading, adapters, the audit of LoRA targets
 nf4_linear.py    an NF4 layer with its adapter, as one operator
 dequantize.py    NF4 to bf16 in one launch
 layers.py        what layers keep for backward and compute again, and whether they are compiled
+graphs.py        the decoder's forward and backward, recorded once and replayed as CUDA graphs
 attention.py     which attention runs, why, and the sliding window
 loss.py          token_loss_sum: chunked head and cross-entropy over trained positions
+cross_entropy.py cross-entropy and its gradient in one launch
 evaluate.py      held-out loss and perplexity, greedy samples
 optimizer.py     AdamW, with moments in fp32 or in 8 bits
 guards.py        what ends a run: no first gradient, a loss that is not finite

@@ -701,9 +701,14 @@ def kept_examples(examples: Iterable[Example], samples: Sequence[Encoded], count
 # -- collation and order ---------------------------------------------------------------------------------------------
 
 
-def collate(samples: Sequence[Encoded]) -> Batch:
-    """Pad on the right to the longest sample, with id 0: any would do, as padding is told by length, never by its id."""
-    longest = max(len(sample.input_ids) for sample in samples)
+def collate(samples: Sequence[Encoded], multiple: int = 1) -> Batch:
+    """Pad on the right with id 0: any would do, as padding is told by length, never by its id.
+
+    Args:
+        samples: of the rows.
+        multiple: of which T is the smallest that the longest sample fits into.
+    """
+    longest = _rounded(max(len(sample.input_ids) for sample in samples), multiple)
     input_ids = torch.zeros((len(samples), longest), dtype=torch.int64)  # [B, T]
     labels = torch.full((len(samples), longest), IGNORED)  # [B, T]
     for row, sample in enumerate(samples):
@@ -715,20 +720,29 @@ def collate(samples: Sequence[Encoded]) -> Batch:
     return Batch(input_ids, labels, positions, len(positions), num_input_tokens, lines)
 
 
-def collate_packed(rows: Sequence[Sequence[Encoded]]) -> Batch:
-    """Put the samples of a row one behind the other: positions start anew in each, and no label is predicted across."""
-    batch = collate([_joined(samples) for samples in rows])
+def collate_packed(rows: Sequence[Sequence[Encoded]], multiple: int = 1) -> Batch:
+    """Put the samples of a row one behind the other: positions start anew in each, and no label is predicted across.
+
+    What pads a row is a sample too; samples without a token make their number, and that of the ends, a multiple.
+    """
+    batch = collate([_joined(samples) for samples in rows], multiple)
     width = batch.input_ids.shape[1]
     lengths: list[int] = []  # of samples, and of the padding behind them
     for samples in rows:
         own = [len(sample.input_ids) for sample in samples]
         lengths += own if sum(own) == width else [*own, width - sum(own)]
+    ends = [0, *itertools.accumulate(lengths)]
+    ends += [ends[-1]] * (_rounded(len(ends), multiple) - len(ends))
     return batch._replace(
         lines=tuple(sample.line for samples in rows for sample in samples),
         position_ids=torch.cat([torch.arange(length) for length in lengths]).view_as(batch.input_ids),  # [B, T]
-        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),  # [S + 1]
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32),  # [S + 1]
         max_seqlen=max(lengths),
     )
+
+
+def _rounded(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _joined(samples: Sequence[Encoded]) -> Encoded:
@@ -798,11 +812,16 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(num_samples, generator=generator).tolist()
 
 
-def micro_batches(samples: Sequence[Encoded], rows: Iterable[Row], batch_size: int, pin: bool = False) -> Iterator[Batch]:
+def micro_batches(
+    samples: Sequence[Encoded], rows: Iterable[Row], batch_size: int, pin: bool = False, multiple: int = 1
+) -> Iterator[Batch]:
     """Collate `batch_size` rows at a time in the given order; the last batch may be smaller."""
     for group in windows(rows, batch_size):
         packed = [[samples[index] for index in row] for row in group if isinstance(row, list)]
-        batch = collate_packed(packed) if packed else collate([samples[row] for row in group if isinstance(row, int)])
+        if packed:
+            batch = collate_packed(packed, multiple)
+        else:
+            batch = collate([samples[row] for row in group if isinstance(row, int)], multiple)
         yield batch.pin() if pin else batch
 
 

@@ -3,9 +3,14 @@
 Imported on a CUDA GPU only: Triton comes with torch there. The arithmetic is bitsandbytes' own, rounding included.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
+
+if TYPE_CHECKING:
+    from qlora.nf4_linear import NF4Weight
 
 BLOCK_BYTES = 1024  # packed bytes a program; 2048 values, 32 scales
 
@@ -28,21 +33,10 @@ def _dequantize(  # type: ignore[no-untyped-def]
     tl.store(output + place, values, mask=place < 2 * num_bytes)
 
 
-def dequantize(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    scales_of_scales: torch.Tensor,
-    scale_code: torch.Tensor,
-    scale_offset: torch.Tensor,
-    levels: torch.Tensor,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """[N, K] on the GPU; the arguments as in qlora.nf4_linear.NF4Weight."""
-    output = torch.empty(shape, dtype=dtype, device=packed.device)  # [N, K]
-    grid = (triton.cdiv(packed.numel(), BLOCK_BYTES),)
-    _dequantize[grid](
-        packed, scales, scales_of_scales, scale_code, scale_offset, levels, output, packed.numel(), BLOCK_BYTES,
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+def dequantize(weight: "NF4Weight", shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """[N, K] on the GPU."""
+    output = torch.empty(shape, dtype=dtype, device=weight.packed.device)  # [N, K]
+    num_bytes = weight.packed.numel()
+    grid = (triton.cdiv(num_bytes, BLOCK_BYTES),)
+    _dequantize[grid](*weight, output, num_bytes, BLOCK_BYTES, num_warps=4, enable_fp_fusion=False)
     return output

@@ -6,7 +6,8 @@ Three policies, from fast to small; none changes a result but by rounding:
 - selective: attention and the product that it reads are kept; those behind it, the MLP's being the largest, are not.
 - full: only the layer's input is kept (Chen et al., 2016, arXiv 1604.06174).
 
-Each layer is compiled by itself, so that all share one piece of code: compilation takes seconds, whatever the depth.
+Each layer is compiled by itself, so that all share one piece of code: compilation takes seconds, whatever the depth. CUDA
+graphs then launch all of them at once.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora import nf4_linear
 from qlora.attention import FAMILIES
 from qlora.config import ExitCode, GradientCheckpointing, TrainConfig, UserError
+from qlora.graphs import Graphs, graph_obstacle
 from qlora.memory import ATTENTION_INPUTS, estimated_memory_gib
 from qlora.model import Target
 
@@ -56,6 +58,7 @@ def _keep_attention(context: Any, operator: Any, *args: Any, **_: Any) -> Checkp
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+HOW = {"none": "as written", "layers": "compiled", "graphs": "compiled, replayed as CUDA graphs"}
 MARGIN = 0.9  # of the memory that is free: predictions are good to a tenth, and fragments take room
 
 
@@ -76,10 +79,11 @@ def choose_layers(
     """
     obstacle = compile_obstacle(skeleton.config.model_type, device)
     if config.compile == "auto":
-        config = dataclasses.replace(config, compile="none" if obstacle else "layers")
-        how = f"as written ({obstacle})" if obstacle else "compiled"
+        unrecorded = obstacle or graph_obstacle(skeleton.config)
+        config = dataclasses.replace(config, compile="none" if obstacle else "layers" if unrecorded else "graphs")
+        how = HOW[config.compile] + (f" ({unrecorded})" if unrecorded else "")
     else:
-        how = f"{'compiled' if config.compile == 'layers' else 'as written'} (as asked)"
+        how = f"{HOW[config.compile]} (as asked)"
     if device.type != "cuda":
         if config.gradient_checkpointing == "auto":
             config = dataclasses.replace(config, gradient_checkpointing="none")
@@ -124,12 +128,23 @@ def prepare_layers(model: Any, config: TrainConfig, backend: str = "inductor") -
         config: resolved; gradient_checkpointing, compile, lora_dropout, batch size and max_length are read.
         backend: of torch.compile; a test may take one that needs no C compiler.
     """
-    nf4_linear.install(model)
+    decoder = model.get_decoder()
+    cache = torch.bfloat16 if config.cache_dequantized else None
+    seeded = config.compile != "none" and config.lora_dropout > 0
+    decoder.forward = functools.partial(_decoder_forward, decoder, nf4_linear.install(model, cache), seeded)
     run = _policy(config)
-    compiled = torch.compile(run, fullgraph=True, backend=backend) if config.compile == "layers" else None
-    for layer in model.get_decoder().modules():
+    compiled = torch.compile(run, fullgraph=True, backend=backend) if config.compile != "none" else None
+    for layer in decoder.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = functools.partial(_forward, layer, run, compiled, config)
+    if config.compile == "graphs":
+        Graphs(decoder, config.per_device_train_batch_size)
+
+
+def _decoder_forward(decoder: Any, adapted: list[nf4_linear.LoRALinear], seeded: bool, **inputs: Any) -> Any:
+    if decoder.training and adapted:
+        nf4_linear.copy_adapters(adapted, seeded)
+    return type(decoder).forward(decoder, **inputs)
 
 
 def _policy(config: TrainConfig) -> Callable[..., torch.Tensor]:
@@ -137,7 +152,8 @@ def _policy(config: TrainConfig) -> Callable[..., torch.Tensor]:
     if config.gradient_checkpointing == "none" and config.compile == "none":
         return lambda layer, *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
     keep = {"none": _keep_products, "selective": _keep_attention, "full": None}[config.gradient_checkpointing]
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": config.lora_dropout > 0}
+    drawn = config.lora_dropout > 0 and config.compile == "none"  # dropout, from torch's generator
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": drawn}
     if keep is not None:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)
     return lambda layer, *args, **kwargs: checkpoint(type(layer).forward, layer, *args, **options, **kwargs)
@@ -165,7 +181,8 @@ def _forward(
         torch._dynamo.maybe_mark_dynamic(kwargs["attention_mask"], (2, 3))  # T and T of [B, 1, T, T]
     if kwargs.get("cu_seq_lens_q") is not None:
         torch._dynamo.maybe_mark_dynamic(kwargs["cu_seq_lens_q"], 0)  # S + 1
-        kwargs |= {"max_length_q": config.max_length, "max_length_k": config.max_length}  # a bound does, and stays the same
+        bound = config.max_length + config.length_multiple  # does as well, and stays the same
+        kwargs |= {"max_length_q": bound, "max_length_k": bound}
     try:
         return compiled(layer, hidden, *args, **kwargs)
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:

@@ -81,6 +81,19 @@ def token_loss_sum(hidden: torch.Tensor, batch: Batch, head: Head, chunk_tokens:
     return _ChunkedCrossEntropy.apply(rows, targets, head, chunk_tokens)
 
 
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[C, V], [C] -> losses [C] fp32, and the gradient of their sum [C, V], softmax - one-hot, perhaps in the logits."""
+    if logits.is_cuda:
+        from qlora.cross_entropy import cross_entropy_  # here, as it needs Triton
+
+        return cross_entropy_(logits, targets), logits
+    logits, wanted = logits.float(), targets[:, None]  # [C, V], [C, 1]
+    log_normalizer = logits.logsumexp(dim=-1, keepdim=True)  # [C, 1]
+    losses = (log_normalizer - logits.gather(1, wanted))[:, 0]  # [C]
+    softmax = logits.sub_(log_normalizer).exp_()  # [C, V]
+    return losses, softmax.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=softmax.dtype))
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """rows [N, D], targets [N] -> fp32 sum. The head is frozen, so the one gradient is that of rows."""
 
@@ -91,14 +104,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss_sum = torch.zeros((), device=rows.device)  # []
         for start in range(0, len(rows), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits = head.logits(rows[chunk]).float()  # [C, V]
-            log_normalizer = logits.logsumexp(dim=-1, keepdim=True)  # [C, 1]
-            wanted = targets[chunk, None]  # [C, 1]
-            loss_sum += (log_normalizer - logits.gather(1, wanted)).sum()
+            logits = head.logits(rows[chunk])  # [C, V]
+            slope = None if head.softcap is None else 1 - (logits.float() / head.softcap).square()  # [C, V]
+            losses, d_logits = _cross_entropy(logits, targets[chunk])  # [C], [C, V]; the logits are gone
+            loss_sum += losses.sum()
             if gradient is not None:
-                slope = None if head.softcap is None else 1 - (logits / head.softcap).square()  # [C, V]
-                d_logits = logits.sub_(log_normalizer).exp_()  # [C, V]: softmax, in the memory of the logits
-                d_logits.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=d_logits.dtype))  # [C, V]
                 if slope is not None:
                     d_logits *= slope
                 if head.scale != 1.0:

@@ -22,9 +22,14 @@ NF4_BYTES = 4.127 / 8  # of a parameter, scales in double quantisation included
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Highest memory so far, in GiB: allocated on the GPU, or resident in the process where there is none."""
+    """Highest memory so far, in GiB: allocated on the GPU, or resident in the process where there is none.
+
+    What CUDA graphs write to when they are replayed counts as a whole, though the allocator holds most of it to be free.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        pools = [part for part in torch.cuda.memory_snapshot() if part["segment_pool_id"] != (0, 0)]
+        held = sum(part["total_size"] - part["allocated_size"] for part in pools)
+        return (torch.cuda.max_memory_allocated(device) + held) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -44,9 +49,11 @@ def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfi
     shape = model.config.get_text_config()
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
     linear = sum(module.weight.numel() for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear))
-    base = NF4_BYTES * linear + 2 * (model.num_parameters() - linear)
+    base = (NF4_BYTES + 2 * config.cache_dequantized) * linear + 2 * (model.num_parameters() - linear)
     moment = 4 if config.optimizer == "adamw" else 1 + 4 / 256  # bytes: fp32, or 8 bits and an fp32 scale for each 256
-    adapters = (4 + 4 + 2 * moment) * sum(target.adapter_parameters for target in targets)  # weight and gradient in fp32
+    adapters = (4 + 4 + 2 * moment + 2) * sum(
+        target.adapter_parameters for target in targets
+    )  # weight and gradient in fp32, a bf16 copy
     tokens = config.per_device_train_batch_size * longest
     scores = shape.num_attention_heads * tokens * longest if config.attn_implementation == "eager" else 0
     inner, heads = getattr(shape, "intermediate_size", 4 * hidden), shape.num_attention_heads
@@ -55,16 +62,18 @@ def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfi
     kept["selective"] = kept["full"] + 2 * hidden + 4 * heads + 2 * attention_inputs
     kept["none"] = kept["selective"] + 2 * hidden + 4 * inner
     at_work = 30 * hidden + 9 * inner  # bytes of a token in the layer whose backward runs
-    if config.compile == "layers":
+    if config.compile != "none":
         at_work = 2 * hidden + 6 * inner + (2 * attention_inputs if config.gradient_checkpointing == "full" else 0)
     elif config.gradient_checkpointing == "none":
         kept["none"] = at_work
     rest = 0 if config.gradient_checkpointing == "none" and config.compile == "none" else at_work
     score_copies = 6 * layers if config.gradient_checkpointing == "none" else 13
     activations = tokens * (layers * kept[config.gradient_checkpointing] + rest) + score_copies * scores
-    logits = 3 * 4 * min(CHUNK_TOKENS, tokens) * shape.vocab_size
+    if config.compile == "graphs":  # lies in memory of its own, where gaps stay
+        activations += 0.06 * activations + 1.3 * tokens * rest
+    head = 2 * min(CHUNK_TOKENS, tokens) * shape.vocab_size + 12 * tokens * hidden
     scratch = 2 * max((rows * columns for target in targets for rows, columns in target.shapes), default=0)
-    return (base + adapters + activations + logits + scratch) / 2**30
+    return (base + adapters + activations + head + scratch) / 2**30
 
 
 def settings_to_try(config: TrainConfig, longest: int) -> list[str]:
@@ -120,12 +129,13 @@ def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, sam
         samples: all of the training data.
         config: batch size and accumulation are read.
     """
-    batch = next(micro_batches(samples, longest_rows(samples, config), config.per_device_train_batch_size))
+    rows, size = longest_rows(samples, config), config.per_device_train_batch_size
+    batch = next(micro_batches(samples, rows, size, multiple=config.length_multiple))
     before = random_state()
     # bitsandbytes never frees pages: those of a paged `scratch`, 2 bytes a parameter, move to the host when room is needed.
     same_kind: Any = type(optimizer)
     scratch = same_kind([dict(group) for group in optimizer.param_groups])
     for _ in range(2):  # the first makes the moments, which lie in memory beside the activations ever after
         step(optimizer=scratch, window=[batch] * min(2, config.gradient_accumulation_steps))
-    scratch.zero_grad(set_to_none=True)
+    scratch.zero_grad(set_to_none=True)  # the parameters' own
     set_random_state(before)

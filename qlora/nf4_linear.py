@@ -8,6 +8,8 @@ generation take PEFT's way.
 Shapes: M positions, K inputs, N outputs, r the rank.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import bitsandbytes
@@ -25,22 +27,26 @@ class NF4Weight(NamedTuple):
     scale_code: torch.Tensor  # [256] fp32, what a uint8 scale stands for
     scale_offset: torch.Tensor  # [] fp32
     levels: torch.Tensor  # [16] fp32, what four bits stand for
-    outputs: int  # N
-    inputs: int  # K
 
 
-def dequantized(weight: NF4Weight, dtype: torch.dtype) -> torch.Tensor:
+def dequantized(weight: NF4Weight, outputs: int, dtype: torch.dtype) -> torch.Tensor:
     """[N, K]: in one launch on a CUDA GPU, by bitsandbytes' two operators elsewhere; the same bits."""
+    shape = (outputs, 2 * weight.packed.numel() // outputs)  # N, K
     if weight.packed.is_cuda:
         from qlora.dequantize import dequantize  # here, as it needs Triton
 
-        return dequantize(*weight[:6], (weight.outputs, weight.inputs), dtype)
+        return dequantize(weight, shape, dtype)
     operators = torch.ops.bitsandbytes
     scales = operators.dequantize_blockwise(
         weight.scales, weight.scales_of_scales, weight.scale_code, 256, torch.float32
     )  # [N * K / 64]
     scales += weight.scale_offset
-    return operators.dequantize_4bit(weight.packed, scales, 64, "nf4", [weight.outputs, weight.inputs], dtype)  # [N, K]
+    return operators.dequantize_4bit(weight.packed, scales, 64, "nf4", list(shape), dtype)  # [N, K]
+
+
+def _dense(weight: Sequence[torch.Tensor], outputs: int, dtype: torch.dtype) -> torch.Tensor:
+    """[N, K]: dequantised from the tensors of an NF4Weight, or the one that is cached."""
+    return weight[0].to(dtype) if len(weight) == 1 else dequantized(NF4Weight(*weight), outputs, dtype)
 
 
 # -- the operator ------------------------------------------------------------------------------------------------------
@@ -53,25 +59,22 @@ def dequantized(weight: NF4Weight, dtype: torch.dtype) -> torch.Tensor:
 def nf4_linear(
     x: torch.Tensor,
     reduced: torch.Tensor,
+    a: torch.Tensor | None,
     b: torch.Tensor,
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    scales_of_scales: torch.Tensor,
-    scale_code: torch.Tensor,
-    scale_offset: torch.Tensor,
-    levels: torch.Tensor,
-    outputs: int,
-    inputs: int,
+    weight: Sequence[torch.Tensor],
     name: str,
 ) -> torch.Tensor:
-    """x [M, K], reduced [M, r], b [N, r] -> x W^T + reduced b^T [M, N], all in the dtype of x."""
-    weight = NF4Weight(packed, scales, scales_of_scales, scale_code, scale_offset, levels, outputs, inputs)
+    """x [M, K], reduced [M, r], b [N, r] -> x W^T + reduced b^T [M, N], all in the dtype of x.
+
+    `reduced` is x a^T, without its gradient to x, if a [r, K] is given: backward then adds that to the one through W while it
+    is computed. With dropout before a, `reduced` brings its own.
+    """
     output = reduced @ b.T  # [M, N]
-    return output.addmm_(x, dequantized(weight, x.dtype).T)  # [M, N]
+    return output.addmm_(x, _dense(weight, len(b), x.dtype).T)  # [M, N]
 
 
 @nf4_linear.register_fake
-def _nf4_linear_shape(x: torch.Tensor, reduced: torch.Tensor, b: torch.Tensor, *weight_and_name: Any) -> torch.Tensor:
+def _nf4_linear_shape(x: torch.Tensor, reduced: torch.Tensor, a: Any, b: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], b.shape[0])  # [M, N]
 
 
@@ -79,49 +82,52 @@ def _nf4_linear_shape(x: torch.Tensor, reduced: torch.Tensor, b: torch.Tensor, *
 def nf4_linear_backward(
     d_output: torch.Tensor,
     reduced: torch.Tensor,
+    a: torch.Tensor | None,
     b: torch.Tensor,
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    scales_of_scales: torch.Tensor,
-    scale_code: torch.Tensor,
-    scale_offset: torch.Tensor,
-    levels: torch.Tensor,
-    outputs: int,
-    inputs: int,
+    weight: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """d_output [M, N] -> the gradients of x [M, K], reduced [M, r] and b [N, r]."""
-    weight = NF4Weight(packed, scales, scales_of_scales, scale_code, scale_offset, levels, outputs, inputs)
-    return d_output @ dequantized(weight, d_output.dtype), d_output @ b, d_output.T @ reduced
+    d_reduced = d_output @ b  # [M, r]
+    d_x = d_output @ _dense(weight, len(b), d_output.dtype)  # [M, K]
+    if a is not None:
+        d_x.addmm_(d_reduced, a)  # [M, K]
+    return d_x, d_reduced, d_output.T @ reduced
 
 
 @nf4_linear_backward.register_fake
 def _nf4_linear_backward_shapes(
-    d_output: torch.Tensor, reduced: torch.Tensor, b: torch.Tensor, *weight: Any
+    d_output: torch.Tensor, reduced: torch.Tensor, a: Any, b: torch.Tensor, weight: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return d_output.new_empty(d_output.shape[0], weight[-1]), torch.empty_like(reduced), torch.empty_like(b)
+    inputs = (1 if len(weight) == 1 else 2) * weight[0].numel() // b.shape[0]
+    d_x = d_output.new_empty(d_output.shape[0], inputs)  # [M, K]
+    return d_x, torch.empty_like(reduced), torch.empty_like(b)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _, *tensors, ctx.outputs, ctx.inputs, _ = inputs
-    ctx.save_for_backward(*tensors)  # not x: W is frozen
+    _, reduced, a, b, weight, _ = inputs
+    ctx.save_for_backward(reduced, a, b, *weight)  # not x: W is frozen
 
 
-def _differentiate(ctx: Any, d_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    gradients = torch.ops.qlora.nf4_linear_backward(d_output, *ctx.saved_tensors, ctx.outputs, ctx.inputs)
-    return *gradients, *[None] * 9
+def _differentiate(ctx: Any, d_output: torch.Tensor) -> tuple[Any, ...]:
+    reduced, a, b, *weight = ctx.saved_tensors
+    d_x, d_reduced, d_b = torch.ops.qlora.nf4_linear_backward(d_output, reduced, a, b, weight)
+    return d_x, d_reduced, None, d_b, [None] * len(weight), None
 
 
 nf4_linear.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
 @register_flop_formula(torch.ops.qlora.nf4_linear)
-def _forward_flops(x: list[int], reduced: list[int], b: list[int], *weight: Any, **_: Any) -> int:
+def _forward_flops(x: list[int], reduced: list[int], a: Any, b: list[int], *weight_and_name: Any, **_: Any) -> int:
     return 2 * x[0] * b[0] * (x[1] + b[1])
 
 
 @register_flop_formula(torch.ops.qlora.nf4_linear_backward)
-def _backward_flops(d_output: list[int], reduced: list[int], b: list[int], *weight: Any, **_: Any) -> int:
-    return 2 * d_output[0] * b[0] * (weight[-1] + 2 * b[1])
+def _backward_flops(
+    d_output: list[int], reduced: list[int], a: list[int] | None, b: list[int], weight: list[Any], **_: Any
+) -> int:
+    inputs = (1 if len(weight) == 1 else 2) * math.prod(weight[0]) // b[0]
+    return 2 * d_output[0] * (b[0] * (inputs + 2 * b[1]) + (b[1] * inputs if a else 0))
 
 
 # -- the layer ---------------------------------------------------------------------------------------------------------
@@ -130,8 +136,10 @@ def _backward_flops(d_output: list[int], reduced: list[int], b: list[int], *weig
 class LoRALinear(Linear4bit):
     """PEFT's adapted NF4 layer, with the operator above as its forward in training."""
 
-    frozen: NF4Weight
+    frozen: list[torch.Tensor]  # the fields of an NF4Weight, or W [N, K] itself if it is cached
     name: str
+    copies: tuple[torch.Tensor, torch.Tensor] | None = None  # of A [r, K] and scaling * B [N, r], as copy_adapters made them
+    seed: torch.Tensor | None = None  # [] int32 of this pass's dropout; None: PEFT's, which draws from torch's generator
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., K] -> [..., N], in autocast's dtype if there is one, else in that of x."""
@@ -139,24 +147,118 @@ class LoRALinear(Linear4bit):
             return super().forward(x, *args, **kwargs)
         autocast, device = torch.is_autocast_enabled(x.device.type), x.device.type
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        a, b = self.lora_A["default"].weight.to(dtype), self.lora_B["default"].weight.to(dtype)  # [r, K], [N, r]
+        if self.copies is not None and self.copies[0].dtype == dtype:
+            a, b = self.copies  # [r, K], [N, r]
+        else:
+            a, b = (weight.to(dtype) for weight in self.adapter)  # [r, K], [N, r]
+            b = b * self.scaling["default"]  # [N, r]
         rows = x.to(dtype).flatten(0, -2)  # [M, K]
-        reduced = self.lora_dropout["default"](rows) @ a.T * self.scaling["default"]  # [M, r]
-        output = nf4_linear(rows, reduced, b, *self.frozen, self.name)  # [M, N]
+        dropout: Any = self.lora_dropout["default"]
+        drops = isinstance(dropout, torch.nn.Dropout)  # at a rate of 0 PEFT puts an Identity there
+        if not drops:
+            dropped = rows.detach()  # [M, K]: the operator differentiates
+        else:
+            dropped = dropout(rows) if self.seed is None else seeded_dropout(rows, dropout.p, self.seed)  # [M, K]
+        reduced = dropped @ a.T  # [M, r]
+        output = nf4_linear(rows, reduced, None if drops else a.detach(), b, self.frozen, self.name)  # [M, N]
         if self.base_layer.bias is not None:
             output = output + self.base_layer.bias.to(dtype)  # [M, N]
         return output.view(*x.shape[:-1], -1)  # [..., N]
 
+    @property
+    def adapter(self) -> tuple[Any, Any]:
+        """A [r, K] and B [N, r]."""
+        return self.lora_A["default"].weight, self.lora_B["default"].weight
 
-def install(model: Any) -> None:
-    """Make every adapted NF4 layer of a model a LoRALinear, in place: same weights, same names."""
+
+def seeded_dropout(x: torch.Tensor, rate: float, seed: torch.Tensor) -> torch.Tensor:
+    """Dropout of x [M, K] whose mask is a function of the seed [], so that it needs no memory and is the same again.
+
+    torch 2.11 cannot compile a layer that computes torch's own dropout again in backward, if lengths are dynamic.
+    """
+    rows, columns = (torch.arange(size, dtype=torch.int32, device=x.device) for size in x.shape)  # [M], [K]
+    bits = _mixed((_mixed(rows) ^ seed)[:, None] + columns * 0x9E3779B)  # [M, K]
+    return torch.where((bits & 0xFFFFFF) >= round(rate * 2**24), x / (1.0 - rate), 0.0)  # [M, K]
+
+
+def _mixed(bits: torch.Tensor) -> torch.Tensor:
+    """int32, each bit of the result depending on all: the finalizer of MurmurHash3 (Appleby, public domain)."""
+    bits = (bits ^ (bits >> 16 & 0xFFFF)) * -0x7A143595  # the shifts bring in zeros
+    bits = (bits ^ (bits >> 13 & 0x7FFFF)) * -0x3D4D51CB
+    return bits ^ (bits >> 16 & 0xFFFF)
+
+
+class _Copies(torch.autograd.Function):
+    """anchor [] -> A and scaling * B of all layers in another dtype; backward adds to the gradients of A and B themselves.
+
+    Layer by layer these would be a launch for each cast, each scale and each sum: 2,000 in a step of Phi-3-mini.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, layers: list[LoRALinear], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        # Not the layers: they hold the copies, which hold this, and no collector of garbage sees through autograd.
+        ctx.weights = [weight for layer in layers for weight in layer.adapter]  # [r, K], [N, r], [r, K], ...
+        ctx.scales = [scale for layer in layers for scale in (1.0, layer.scaling["default"])]
+        ctx.set_materialize_grads(False)
+        copies = [torch.empty_like(weight, dtype=dtype) for weight in ctx.weights]  # the same
+        torch._foreach_copy_(copies, ctx.weights)
+        torch._foreach_mul_(copies, ctx.scales)
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None, None]:
+        found = [entry for entry in zip(ctx.weights, ctx.scales, gradients, strict=True) if entry[2] is not None]
+        added = [torch.empty_like(weight) for weight, _, _ in found]  # [r, K], [N, r], ...
+        torch._foreach_copy_(added, [gradient for _, _, gradient in found if gradient is not None])
+        torch._foreach_mul_(added, [scale for _, scale, _ in found])
+        earlier = [(weight.grad, new) for (weight, _, _), new in zip(found, added, strict=True) if weight.grad is not None]
+        if earlier:
+            torch._foreach_add_([gradient for gradient, _ in earlier], [new for _, new in earlier])
+        for (weight, _, _), new in zip(found, added, strict=True):
+            if weight.grad is None:
+                weight.grad = new
+        return None, None, None
+
+
+def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
+    """Give layers what they need for one forward and its backward: copies of A and B in autocast's dtype, if it is on.
+
+    Args:
+        layers: all that are trained.
+        seeded: also a seed each, by which dropout is drawn again where a compiled layer is computed again.
+    """
+    if seeded:
+        seeds = torch.randint(2**31 - 1, (len(layers),), dtype=torch.int32, device=layers[0].adapter[0].device)  # [layers]
+        for layer, seed in zip(layers, seeds.unbind(), strict=True):
+            layer.seed = seed
+    anchor = torch.zeros((), device=layers[0].adapter[0].device, requires_grad=True)  # []
+    if torch.is_autocast_enabled(anchor.device.type):
+        copies = _Copies.apply(anchor, layers, torch.get_autocast_dtype(anchor.device.type))
+        for layer, *pair in zip(layers, copies[::2], copies[1::2], strict=True):
+            layer.copies = (pair[0], pair[1])
+
+
+def install(model: Any, cache: torch.dtype | None = None) -> list[LoRALinear]:
+    """Make every adapted NF4 layer of a model a LoRALinear, in place: same weights, same names.
+
+    Args:
+        model: with adapters.
+        cache: keep the weights dequantised in this dtype too, for training: 2 bytes a parameter in bf16, and the same numbers.
+
+    Returns:
+        These layers.
+    """
+    installed: list[LoRALinear] = []
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit) and isinstance(module.base_layer, bitsandbytes.nn.Linear4bit):
             weight: Any = module.base_layer.weight
             state = weight.quant_state
             assert state.nested and (state.quant_type, state.blocksize, state.state2.blocksize) == ("nf4", 64, 256)
             packed = weight.data.view(-1, 1)  # [N * K / 2, 1]
-            tensors = (packed, state.absmax, state.state2.absmax, state.state2.code, state.offset, state.code)
+            frozen = NF4Weight(packed, state.absmax, state.state2.absmax, state.state2.code, state.offset, state.code)
             ours: Any = module
             ours.__class__ = LoRALinear
-            ours.frozen, ours.name = NF4Weight(*tensors, *state.shape), name.rsplit(".", 1)[-1]
+            ours.frozen = list(frozen) if cache is None else [dequantized(frozen, state.shape[0], cache)]
+            ours.name = name.rsplit(".", 1)[-1]
+            installed.append(ours)
+    return installed

@@ -71,7 +71,11 @@ def test_what_is_not_done_here(path):
         assert not re.search(pattern, re.sub(r'""".*?"""', "", code, flags=re.DOTALL)), pattern
     for function in functions(path):
         rest = function.args.kwarg  # `_` where transformers' AttentionInterface passes more than is asked for
-        wraps = function.name in {"forward", "_forward"}  # a layer of transformers or PEFT, whose arguments are its own
+        wraps = function.name in {
+            "forward",
+            "_forward",
+            "_decoder_forward",
+        }  # a layer of transformers or PEFT, whose arguments are its own
         assert rest is None or rest.arg == "_" or wraps, f"{function.name} passes **kwargs through"
     words = {node.id for node in ast.walk(TREES[path]) if isinstance(node, ast.Name)}
     assert not {word for word in words if re.search(r"callback|hook|registry|Manager|Factory", word)}

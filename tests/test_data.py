@@ -840,3 +840,15 @@ def test_the_longest_rows_are_the_fullest(samples, config):
         lengths = [data.row_length(samples, row) for row in data.epoch_rows(samples, changed, 1)]
         assert [data.row_length(samples, row) for row in data.longest_rows(samples, changed)] == sorted(lengths)[-3:]
         assert max(lengths) > 400 or not packing
+
+
+def test_rows_are_padded_to_a_multiple_and_packed_samples_counted_to_one(samples):
+    """With samples of no token; what is trained stays the same."""
+    plain, padded = data.collate(samples[:2]), data.collate(samples[:2], multiple=128)
+    assert padded.input_ids.shape == (2, 256) and plain.input_ids.shape[1] < 256
+    one, other = (batch.labels.flatten()[batch.positions + 1] for batch in (plain, padded))
+    assert torch.equal(one, other) and plain.num_input_tokens == padded.num_input_tokens
+    own, packed = (next(data.micro_batches(samples, [[0, 1], [2]], 2, multiple=multiple)) for multiple in (1, 128))
+    assert packed.input_ids.shape == (2, 384) and packed.cu_seqlens.shape == (128,)
+    assert packed.cu_seqlens[:3].equal(own.cu_seqlens[:3]) and set(packed.cu_seqlens[5:].tolist()) == {768}
+    assert packed.position_ids[0, : own.position_ids.shape[1]].equal(own.position_ids[0])

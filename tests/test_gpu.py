@@ -71,6 +71,8 @@ ROWS = [[0, 2], [1], [3, 4, 5]]  # of the samples: two side by side, one alone, 
         (False, 64, "selective", "layers"),
         (True, None, "none", "layers"),
         (True, 64, "full", "layers"),
+        (False, None, "full", "graphs"),
+        (True, 64, "none", "graphs"),
     ],
 )
 def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backend, packing, window, policy, compile):
@@ -83,9 +85,9 @@ def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backen
     model = gpu_model(config, backend)
     model.config.sliding_window = window
     head = read_head(model)
-    config = dataclasses.replace(config, per_device_train_batch_size=len(ROWS) if packing else 6)
+    config = dataclasses.replace(config, per_device_train_batch_size=len(ROWS) if packing else 6, compile=compile)
     run_layers(model, config, policy, compile)
-    moved = next(data.micro_batches(samples, ROWS if packing else range(6), 6)).to(GPU)
+    moved = next(data.micro_batches(samples, ROWS if packing else range(6), 6, multiple=config.length_multiple)).to(GPU)
     trained = dataclasses.replace(config, attn_implementation=backend)
     with attention.for_training(model, trained), torch.autocast("cuda", torch.bfloat16):
         assert (model.config._attn_implementation, model.config.sliding_window) == (f"training_{backend}", window)
@@ -99,13 +101,15 @@ def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("packing", "compile"), [(False, "none"), (True, "none"), (False, "layers"), (True, "layers")])
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("compile", ["none", "layers", "graphs"])
 def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, compile):
     model = gpu_model(config, backend)
     run_layers(model, config, "full", compile)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
-    window = list(data.micro_batches(samples, [*ROWS, [6]] if packing else range(4), 2, pin=True))
+    multiple = dataclasses.replace(config, compile=compile).length_multiple
+    window = list(data.micro_batches(samples, [*ROWS, [6]] if packing else range(4), 2, pin=True, multiple=multiple))
     assert window[0].input_ids.is_pinned() and (not packing or window[0].cu_seqlens.is_pinned())
     trained = dataclasses.replace(config, attn_implementation=backend)
     with attention.for_training(model, trained), warnings.catch_warnings(record=True) as waits:
@@ -123,6 +127,61 @@ def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, 
     assert torch.isfinite(loss) and torch.isfinite(norm) and loss.device == GPU
 
 
+@pytest.mark.parametrize("backend", ["sdpa", FLASH, VARLEN])
+@pytest.mark.parametrize(("packing", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.3)])
+def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend, packing, dropout):
+    """Windows of several shapes, one of them in the middle of a window, a smaller last batch, and gradients that were set to
+    None or zeroed, or replaced, in between. Dropout is drawn from the same generator, at other offsets."""
+    settings = {"attn_implementation": backend, "packing": packing, "lora_dropout": dropout, "deterministic": True}
+    config = dataclasses.replace(config, **settings)
+    rows = [[[0, 2], [1]], [[3, 4, 5], [6]], [[7], [8]], [[9, 10]]] if packing else [[0, 1], [16, 17], [2, 3], [5]]
+    found = []
+    for compile in ("layers", "graphs", "graphs"):
+        model = gpu_model(config, backend)
+        run_layers(model, config, "selective", compile)
+        loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+        torch.manual_seed(11)
+        with attention.for_training(model.train(), config):
+            for number in range(4):
+                order = [*rows[number:-1], *rows[:number], rows[-1]]
+                batches = [next(data.micro_batches(samples, two, 2, multiple=128)) for two in order]
+                loss, norm = train_step(model.get_decoder(), optimizer, batches, loss_sum, 1e-3, 1.0)
+                found.append([loss.clone(), norm.clone(), *(p.detach().clone() for p in parameters)])
+                if number == 1:
+                    optimizer.zero_grad(set_to_none=False)
+                if number == 2:
+                    parameters[0].grad = parameters[0].grad.clone()
+        if compile == "graphs":
+            recorded = model.get_decoder().forward.__self__
+            assert 1 <= len(recorded.recordings) <= 3
+    torch.cuda.synchronize()
+    layers, graphs, again = found[:4], found[4:8], found[8:]
+    assert all(torch.equal(x, y) for one, other in zip(graphs, again, strict=True) for x, y in zip(one, other, strict=True))
+    if dropout == 0.0:
+        assert all(
+            torch.equal(x, y) for one, other in zip(graphs, layers, strict=True) for x, y in zip(one, other, strict=True)
+        )
+    else:
+        assert [float(step[0]) for step in graphs] == pytest.approx([float(step[0]) for step in layers], rel=0.01)
+        assert len({float(step[0]) for step in graphs}) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_of_the_loss_is_torch_s_own_cross_entropy(dtype):
+    from qlora.cross_entropy import cross_entropy_
+
+    logits = (8 * torch.randn(37, 32064, device=GPU)).to(dtype).requires_grad_()  # [C, V]
+    targets = torch.randint(32064, (37,), device=GPU)  # [C]
+    expected = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")  # [C]
+    expected.sum().backward()
+    ours = logits.detach().clone()  # [C, V]
+    losses = cross_entropy_(ours, targets)  # [C]
+    assert torch.allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(ours, logits.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_the_command_line_trains_on_the_gpu(tiny, tmp_path, capsys, backend):
     flags = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "--num-train-epochs", "3"]
@@ -133,7 +192,7 @@ def test_the_command_line_trains_on_the_gpu(tiny, tmp_path, capsys, backend):
     assert 0 < rows[-2]["peak_memory_gib"] < 1
     out = capsys.readouterr().out
     assert (
-        "Layers: compiled; gradient checkpointing: none (the fastest that fits: 0." in out
+        "Layers: compiled, replayed as CUDA graphs; gradient checkpointing: none (the fastest that fits: 0." in out
         and "Memory: the longest batch peaks at 0." in out
     )
     chosen = attention.choose_attention(TrainConfig(packing=True), GPU).implementation if backend == "auto" else backend

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qlora import data, nf4_linear
 from qlora.loss import read_head
+from qlora.nf4_linear import NF4Weight
 from tests.conftest import adapted_model, gradients, relative_error, wake_adapters
 from tests.test_model import adapter_gradients, fp32_twin, to_fp32
 
@@ -30,16 +31,16 @@ def test_the_weight_is_that_of_bitsandbytes_bit_for_bit(installed, dtype):
     state = layer.base_layer.weight.quant_state
     state.dtype = dtype
     theirs = bitsandbytes.functional.dequantize_4bit(layer.base_layer.weight.data, state)  # [N, K]
-    ours = nf4_linear.dequantized(layer.frozen, dtype)  # [N, K]
-    assert ours.shape == (layer.frozen.outputs, layer.frozen.inputs) and torch.equal(ours, theirs)
-    assert layer.frozen.packed.data_ptr() == layer.base_layer.weight.data_ptr()  # no copy
+    ours = nf4_linear.dequantized(NF4Weight(*layer.frozen), layer.out_features, dtype)  # [N, K]
+    assert ours.shape == (layer.out_features, layer.in_features) and torch.equal(ours, theirs)
+    assert layer.frozen[0].data_ptr() == layer.base_layer.weight.data_ptr()  # no copy
 
 
 def test_the_operator_is_dense_arithmetic_forward_and_backward(installed):
     layer = first_layer(to_fp32(installed), "down_proj")
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     x = torch.randn(2, 7, layer.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()  # [2, 7, K]
-    dense = nf4_linear.dequantized(layer.frozen, torch.float32).double()  # [N, K]
+    dense = nf4_linear.dequantized(NF4Weight(*layer.frozen), layer.out_features, torch.float32).double()  # [N, K]
     weight = torch.randn(2, 7, layer.out_features, generator=torch.Generator().manual_seed(1))  # [2, 7, N]
     output = layer(x)
     (output * weight).sum().backward()
@@ -51,11 +52,13 @@ def test_the_operator_is_dense_arithmetic_forward_and_backward(installed):
         assert (ours - theirs).norm() < 1e-6 * theirs.norm()
 
 
-def test_the_operator_passes_torch_s_own_checks_of_one(installed):
+@pytest.mark.parametrize("own", [False, True])
+def test_the_operator_passes_torch_s_own_checks_of_one(installed, own):
     layer = first_layer(installed, "o_proj")
     x, b = torch.randn(5, layer.in_features), layer.lora_B["default"].weight.detach().clone().requires_grad_()  # [5, K], [N, r]
     reduced = torch.randn(5, b.shape[1]).requires_grad_()  # [5, r]
-    arguments = (x.requires_grad_(), reduced, b, *layer.frozen, "o_proj")
+    a = layer.lora_A["default"].weight.detach() if own else None  # [r, K]
+    arguments = (x.requires_grad_(), reduced, a, b, layer.frozen, "o_proj")
     assert set(torch.library.opcheck(torch.ops.qlora.nf4_linear.default, arguments).values()) == {"SUCCESS"}
 
 
@@ -91,6 +94,27 @@ def test_in_bf16_it_is_at_least_as_near_to_fp32_as_peft_s_layer(model, config, s
     assert relative_error(found, expected) < 1.2 * relative_error(plain, expected)
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_seeded_dropout_is_dropout(rate):
+    """The share that is kept, by row and column as a binomial spreads; independent of its neighbours and of another seed."""
+    x = torch.ones(2000, 3000, requires_grad=True)
+    masks = []
+    for seed in (5, 6, 5):
+        dropped = nf4_linear.seeded_dropout(x, rate, torch.tensor(seed, dtype=torch.int32))
+        assert set(dropped.unique().tolist()) == {0.0, 1 / (1 - torch.tensor(rate).item())} or rate == 0.1
+        masks.append((dropped > 0).double())
+    assert torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[1])
+    assert torch.autograd.grad(dropped.sum(), x)[0].equal(dropped)
+    spread = (rate * (1 - rate)) ** 0.5
+    one, other = ((mask - (1 - rate)) / spread for mask in masks[:2])
+    for mask in (one, other):
+        assert abs(mask.mean()) < 4 / mask.numel() ** 0.5
+        assert mask.mean(0).std() * 2000**0.5 == pytest.approx(1, abs=0.1)
+        assert mask.mean(1).std() * 3000**0.5 == pytest.approx(1, abs=0.1)
+    pairs = [one * other, one[1:] * one[:-1], one[:, 1:] * one[:, :-1], one[1:] * other[:-1]]
+    assert all(abs(pair.mean()) < 5 / pair.numel() ** 0.5 for pair in pairs)
+
+
 def test_evaluation_and_a_disabled_adapter_take_peft_s_way(installed, monkeypatch):
     layer = first_layer(installed)
     x = torch.randn(3, layer.in_features, dtype=torch.bfloat16)  # [3, K]
@@ -100,7 +124,7 @@ def test_evaluation_and_a_disabled_adapter_take_peft_s_way(installed, monkeypatc
         with installed.disable_adapter():
             bare = layer.train()(x)
     assert (layer(x) - evaluated).norm() < 0.02 * evaluated.norm()
-    assert torch.equal(bare, F.linear(x, nf4_linear.dequantized(layer.frozen, torch.bfloat16)))
+    assert torch.equal(bare, F.linear(x, nf4_linear.dequantized(NF4Weight(*layer.frozen), layer.out_features, torch.bfloat16)))
 
 
 def test_a_bias_of_the_base_layer_is_added(installed):
@@ -128,8 +152,8 @@ def test_products_are_counted_for_who_weighs_memory_against_time(installed):
     with FlopCounterMode(display=False) as counted:
         layer(x).sum().backward()
     large, a, b = layer.in_features * layer.out_features, rank * layer.in_features, rank * layer.out_features
-    # forward: W, B, A; backward: W and B for the inputs, B and A for themselves (x needs no gradient here, but W has it made)
-    assert counted.get_total_flops() == 2 * positions * (2 * large + 3 * b + 2 * a)
+    # forward: W, B, A; backward: W, B and A for the inputs, B and A for themselves (x needs none here, but W has it made)
+    assert counted.get_total_flops() == 2 * positions * (2 * large + 3 * b + 3 * a)
 
 
 def test_gradients_reach_every_adapter(installed, samples):
