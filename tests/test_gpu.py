@@ -127,16 +127,19 @@ def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, 
     assert torch.isfinite(loss) and torch.isfinite(norm) and loss.device == GPU
 
 
-@pytest.mark.parametrize("backend", ["sdpa", FLASH, VARLEN])
-@pytest.mark.parametrize(("packing", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.3)])
+@pytest.mark.parametrize(
+    ("backend", "packing", "dropout"),
+    [("sdpa", False, 0.0), ("sdpa", True, 0.0), ("sdpa", False, 0.3), pytest.param("flash_attention_2", True, 0.0, marks=FLASH.marks),
+     pytest.param("varlen", True, 0.0, marks=VARLEN.marks)],
+)  # fmt: skip
 def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend, packing, dropout):
-    """Windows of several shapes, one of them in the middle of a window, a smaller last batch, and gradients that were set to
-    None or zeroed, or replaced, in between. Dropout is drawn from the same generator, at other offsets."""
-    settings = {"attn_implementation": backend, "packing": packing, "lora_dropout": dropout, "deterministic": True}
-    config = dataclasses.replace(config, **settings)
+    """Windows of several shapes, one of them new in the middle of a window, a smaller last batch, and gradients that were set
+    to None, zeroed or replaced in between. Flash's backward adds in no fixed order, so that only losses are near. Dropout
+    draws other seeds in layers, as recording draws none: it is compared with another run of graphs."""
+    config = dataclasses.replace(config, attn_implementation=backend, packing=packing, lora_dropout=dropout)
     rows = [[[0, 2], [1]], [[3, 4, 5], [6]], [[7], [8]], [[9, 10]]] if packing else [[0, 1], [16, 17], [2, 3], [5]]
-    found = []
-    for compile in ("layers", "graphs", "graphs"):
+    found: list[list] = [[], []]
+    for run, compile in zip(found, ("graphs" if dropout else "layers", "graphs"), strict=True):
         model = gpu_model(config, backend)
         run_layers(model, config, "selective", compile)
         loss_sum = functools.partial(token_loss_sum, head=read_head(model))
@@ -148,24 +151,16 @@ def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend
                 order = [*rows[number:-1], *rows[:number], rows[-1]]
                 batches = [next(data.micro_batches(samples, two, 2, multiple=128)) for two in order]
                 loss, norm = train_step(model.get_decoder(), optimizer, batches, loss_sum, 1e-3, 1.0)
-                found.append([loss.clone(), norm.clone(), *(p.detach().clone() for p in parameters)])
+                run.append([loss.clone(), norm.clone(), *(p.detach().clone() for p in parameters)])
                 if number == 1:
                     optimizer.zero_grad(set_to_none=False)
                 if number == 2:
                     parameters[0].grad = parameters[0].grad.clone()
-        if compile == "graphs":
-            recorded = model.get_decoder().forward.__self__
-            assert 1 <= len(recorded.recordings) <= 3
-    torch.cuda.synchronize()
-    layers, graphs, again = found[:4], found[4:8], found[8:]
-    assert all(torch.equal(x, y) for one, other in zip(graphs, again, strict=True) for x, y in zip(one, other, strict=True))
-    if dropout == 0.0:
-        assert all(
-            torch.equal(x, y) for one, other in zip(graphs, layers, strict=True) for x, y in zip(one, other, strict=True)
-        )
-    else:
-        assert [float(step[0]) for step in graphs] == pytest.approx([float(step[0]) for step in layers], rel=0.01)
-        assert len({float(step[0]) for step in graphs}) == 4
+    assert 1 <= len(model.get_decoder().forward.__self__.recordings) <= 3
+    losses = [[float(step[0]) for step in run] for run in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and len(set(losses[0])) == 4
+    if backend == "sdpa":
+        assert all(torch.equal(x, y) for one, other in zip(*found, strict=True) for x, y in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
