@@ -129,8 +129,8 @@ def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, 
 
 @pytest.mark.parametrize(
     ("backend", "packing", "dropout"),
-    [("sdpa", False, 0.0), ("sdpa", True, 0.0), ("sdpa", False, 0.3), pytest.param("flash_attention_2", True, 0.0, marks=FLASH.marks),
-     pytest.param("varlen", True, 0.0, marks=VARLEN.marks)],
+    [("sdpa", False, 0.0), ("sdpa", True, 0.0), ("sdpa", False, 0.3),
+     pytest.param("flash_attention_2", True, 0.0, marks=FLASH.marks), pytest.param("varlen", True, 0.0, marks=VARLEN.marks)],
 )  # fmt: skip
 def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend, packing, dropout):
     """Windows of several shapes, one of them new in the middle of a window, a smaller last batch, and gradients that were set
