@@ -39,7 +39,14 @@ TRL: dict[str, dict[str, Any]] = {  # what a user sets beside QLoRA and the shap
     "trl_liger_no_checkpointing": {"tuned": True, "use_liger_kernel": True, "gradient_checkpointing": False},
 }
 UNSLOTH: dict[str, str | bool] = {"unsloth_offload": "unsloth", "unsloth_checkpointing": True, "unsloth_none": False}
-OURS = {"ours_none": "none", "ours_selective": "selective", "ours_full": "full"}  # --gradient-checkpointing
+OURS: dict[str, dict[str, Any]] = {  # flags
+    "ours_none": {"gradient_checkpointing": "none"},
+    "ours_cached": {"gradient_checkpointing": "none", "cache_dequantized": True},
+    "ours_selective": {"gradient_checkpointing": "selective"},
+    "ours_full": {"gradient_checkpointing": "full"},
+    "ours_full_layers": {"gradient_checkpointing": "full", "compile": "layers"},
+    "ours_smallest": {"gradient_checkpointing": "full", "offload_checkpoints": True, "optimizer": "adamw_8bit"},
+}
 CONTENDERS = (*TRL, *UNSLOTH, *OURS, "naive")
 
 
@@ -229,15 +236,14 @@ def unsloth(contender: str, work: Work, folder: Path, dropout: float, clock: Clo
 
 def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
     """What train_loop.main and train do, from the model to the step."""
-    import torch
-
     import train_loop
     from qlora import attention, checkpoint, layers
     from qlora import model as room
     from qlora.config import TrainConfig
     from qlora.loss import read_head, token_loss_sum
+    from qlora.optimizer import build_optimizer
 
-    source, policy = str((folder / "fused").resolve()), OURS[contender]
+    source = str((folder / "fused").resolve())
     config = TrainConfig(
         model=source,
         lora_r=RANK,
@@ -246,10 +252,11 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
         max_length=work.max_length,
         packing=work.packing,
         per_device_train_batch_size=work.batch,
+        **OURS[contender],
     )
     skeleton = room.load_skeleton(source, config)
     attn = attention.choose_attention(config, clock.device, skeleton)
-    config = dataclasses.replace(config, attn_implementation=attn.implementation, gradient_checkpointing=policy)
+    config = dataclasses.replace(config, attn_implementation=attn.implementation)
     config, _ = layers.choose_layers(config, skeleton, room.audit_targets(skeleton, config), work.max_length, clock.device)
     checkpoint.seed_generators(config.seed)
     model = room.load_nf4_model(source, config, attn.loaded_as, clock.device)
@@ -257,11 +264,11 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
     layers.prepare_layers(model, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
+    optimizer = build_optimizer(parameters, config)
     step = functools.partial(train_loop.train_step, model.get_decoder(), optimizer, loss_sum=loss_sum)
     with attention.for_training(model.train(), config):
         clock.loaded()
-        for window in windows(work, pin=clock.on_gpu):
+        for window in windows(work, clock.on_gpu, config.length_multiple):
             clock.begin()
             loss, _ = step(window=window, learning_rate=RATE, max_grad_norm=CLIP)
             clock.end()
@@ -269,7 +276,7 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
     return model
 
 
-def windows(work: Work, pin: bool) -> Iterator[list[Any]]:
+def windows(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
     """The micro-batches of each step, collated when they are asked for, as the loop does."""
     from qlora import data
 
@@ -279,7 +286,7 @@ def windows(work: Work, pin: bool) -> Iterator[list[Any]]:
     rows: list[Any] = []
     for step in work.samples_of_steps:
         rows += data.pack(lengths, step, work.max_length) if work.packing else step
-    yield from data.windows(data.micro_batches(samples, rows, work.batch, pin), work.accumulation)
+    yield from data.windows(data.micro_batches(samples, rows, work.batch, pin, multiple), work.accumulation)
 
 
 def naive(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:

@@ -124,19 +124,27 @@ class TrainingOptions:
     """AdamW's decoupled decay, on adapters only."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm. None: never."""
+    seed: int = 42
+    """Order of samples, start of adapters, dropout."""
+    skip_nonfinite: int = 0
+    """Steps after the first with a NaN or infinite loss or gradient that are skipped before the run ends; 0 ends it at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedOptions:
+    """Speed against memory. None of these changes a result but by rounding."""
+
     gradient_checkpointing: GradientCheckpointing = "auto"
     """Products computed again in backward. none; selective: those behind attention; full: all; auto: the fewest that fit."""
     compile: Compile = "auto"
     """layers: each decoder layer is compiled by torch.compile. graphs: and all of them are replayed as CUDA graphs, rows padded
     to a multiple of 128. none: they run as written. auto: graphs on a CUDA GPU."""
+    offload_checkpoints: bool = False
+    """Keep the inputs of layers, until backward wants them, in the host's memory; needs a CUDA GPU and compiled layers."""
     cache_dequantized: bool = False
     """Keep the base's weights in bf16 beside NF4, dequantised once: faster where memory is plenty, 2 bytes a parameter more."""
-    seed: int = 42
-    """Order of samples, start of adapters, dropout."""
     deterministic: bool = False
     """The same bits again on a GPU, at some cost in speed; on a CPU they are the same anyway."""
-    skip_nonfinite: int = 0
-    """Steps after the first with a NaN or infinite loss or gradient that are skipped before the run ends; 0 ends it at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +168,7 @@ class OutputOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(OutputOptions, TrainingOptions, LoraOptions, DataOptions, ModelOptions):
+class TrainConfig(OutputOptions, SpeedOptions, TrainingOptions, LoraOptions, DataOptions, ModelOptions):
     """All options, flat: what the program reads. None and auto stand for what depends on the model or the machine."""
 
     def check(self) -> None:
@@ -216,6 +224,8 @@ class TrainConfig(OutputOptions, TrainingOptions, LoraOptions, DataOptions, Mode
         """
         if self.optimizer == "paged_adamw_8bit" and not on_gpu:
             raise _refused("optimizer", self.optimizer, "adamw or adamw_8bit, as there is no CUDA GPU to page for")
+        if self.offload_checkpoints and (not on_gpu or self.compile not in ("auto", "layers")):
+            raise _refused("offload_checkpoints", True, "given on a CUDA GPU, and without --compile or with --compile layers")
         model = self.model or (PHI3_MINI if on_gpu else "demo")
         where = "there is a CUDA GPU" if on_gpu else "there is no CUDA GPU"
         bundled = self.train_file is None
@@ -260,6 +270,7 @@ class _Screens:
     data: DataOptions = DataOptions()
     adapter: LoraOptions = LoraOptions()
     training: TrainingOptions = TrainingOptions()
+    speed: SpeedOptions = SpeedOptions()
     output: OutputOptions = OutputOptions()
     config: Annotated[Path | None, "handled before the flags"] = None
     """YAML file with the same names; flags win over it."""
@@ -295,7 +306,7 @@ def parse(argv: list[str]) -> TrainConfig:
             raise
         parsed = screens(argv, default)
     flat: dict[str, Any] = {}
-    for group in (parsed.model, parsed.data, parsed.adapter, parsed.training, parsed.output):
+    for group in (parsed.model, parsed.data, parsed.adapter, parsed.training, parsed.speed, parsed.output):
         flat |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
     config = TrainConfig(**flat)
     config.check()

@@ -10,6 +10,7 @@ Each layer is compiled by itself, so that all share one piece of code: compilati
 graphs then launch all of them at once.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -79,7 +80,8 @@ def choose_layers(
     """
     obstacle = compile_obstacle(skeleton.config.model_type, device)
     if config.compile == "auto":
-        unrecorded = obstacle or graph_obstacle(skeleton.config)
+        unrecorded = "checkpoints go to the host" if config.offload_checkpoints else graph_obstacle(skeleton.config)
+        unrecorded = obstacle or unrecorded
         config = dataclasses.replace(config, compile="none" if obstacle else "layers" if unrecorded else "graphs")
         how = HOW[config.compile] + (f" ({unrecorded})" if unrecorded else "")
     else:
@@ -100,6 +102,26 @@ def choose_layers(
     why = fits if len(tried) > 1 else "as asked"
     memory = f"{predicted_gib:.2f} GiB predicted, {free_gib:.1f} free"
     return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({why}: {memory})"
+
+
+def offloaded(hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Within this, what autograd saves of `hidden` is saved in the host's memory, pinned, and brought back by backward.
+
+    Both copies are made in the order of the stream: 0.5 ms for 25 MB, in the shadow of nothing, but no buffer is in the way.
+    """
+    place = hidden.data_ptr(), hidden.shape
+
+    def pack(tensor: torch.Tensor) -> Any:
+        if (tensor.data_ptr(), tensor.shape) != place:
+            return tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)  # [B, T, D]
+        host.copy_(tensor, non_blocking=True)
+        return host, tensor.device
+
+    def unpack(saved: Any) -> torch.Tensor:
+        return saved if isinstance(saved, torch.Tensor) else saved[0].to(saved[1], non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def compile_obstacle(model_type: str, device: torch.device) -> str | None:
@@ -184,7 +206,8 @@ def _forward(
         bound = config.max_length + config.length_multiple  # does as well, and stays the same
         kwargs |= {"max_length_q": bound, "max_length_k": bound}
     try:
-        return compiled(layer, hidden, *args, **kwargs)
+        with offloaded(hidden) if config.offload_checkpoints else contextlib.nullcontext():
+            return compiled(layer, hidden, *args, **kwargs)
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
         text = f"{type(layer).__name__} could not be compiled. Pass --compile none, which runs it as it is written, but slower."
         raise UserError(ExitCode.ENVIRONMENT, f"{text} ({' '.join(str(error).split())[:300]})") from error

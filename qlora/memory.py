@@ -61,6 +61,8 @@ def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfi
     kept = {"full": 2 * hidden}  # bytes of a layer and token that stay until backward
     kept["selective"] = kept["full"] + 2 * hidden + 4 * heads + 2 * attention_inputs
     kept["none"] = kept["selective"] + 2 * hidden + 4 * inner
+    if config.offload_checkpoints:
+        kept = {policy: most - 2 * hidden for policy, most in kept.items()}
     at_work = 30 * hidden + 9 * inner  # bytes of a token in the layer whose backward runs
     if config.compile != "none":
         at_work = 2 * hidden + 6 * inner + (2 * attention_inputs if config.gradient_checkpointing == "full" else 0)

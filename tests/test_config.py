@@ -124,7 +124,7 @@ def test_help_has_a_screen_for_each_group_and_a_text_for_each_flag(capsys):
         parse(["--help"])
     text = capsys.readouterr().out
     screens = text.split(" options ")[2:]  # behind the usage line's and the first box's
-    assert len(screens) == 5 and all(len(screen.splitlines()) <= 50 for screen in screens)
+    assert len(screens) == 6 and all(len(screen.splitlines()) <= 50 for screen in screens)
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in text
     tree = ast.parse(Path(config_module.__file__).read_text())

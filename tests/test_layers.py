@@ -316,3 +316,45 @@ def test_where_nobody_tried_it_layers_run_as_written(card, monkeypatch):
     assert "phi3, llama, mistral only, this is gemma2" in str(layers.compile_obstacle("gemma2", GPU))
     monkeypatch.setattr(layers, "shutil", SimpleNamespace(which=lambda _: None))
     assert "C compiler" in str(layers.compile_obstacle("phi3", GPU))
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_offloaded_checkpoints_are_the_inputs_of_layers_and_come_back(awake, window, policy, monkeypatch):
+    """On a CPU the host's memory is the device's, but what is packed and unpacked is the same."""
+    model, config = awake()
+    plain = step(prepared(model, config, policy, "layers"), config, window[:2])
+    packed = []
+    original = layers.offloaded
+
+    def spy(hidden):
+        packed.append(hidden.shape)
+        return original(hidden)
+
+    monkeypatch.setattr(layers, "offloaded", spy)
+    model, config = awake(offload_checkpoints=True)
+    copies = []
+    copy = torch.Tensor.copy_
+
+    def counted_copy(self, other, non_blocking=False):
+        if non_blocking:
+            copies.append(self.shape)
+        return copy(self, other, non_blocking)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "copy_", counted_copy)
+        ours = step(prepared(model, config, policy, "layers"), config, window[:2])
+    depth = len(model.get_decoder().layers)
+    assert same(ours, plain) and len(packed) == len(copies) == 2 * depth and packed == copies
+
+
+def test_offloading_needs_a_gpu_and_layers_that_are_compiled_but_not_recorded(card, phi3):
+    config = TrainConfig(attn_implementation="sdpa", offload_checkpoints=True)
+    with pytest.raises(UserError, match="--offload-checkpoints True cannot be used: it must be given on a CUDA GPU"):
+        config.resolved(on_gpu=False)
+    for compile in ("none", "graphs"):
+        with pytest.raises(UserError, match="with --compile layers"):
+            dataclasses.replace(config, compile=compile).resolved(on_gpu=True)
+    config.resolved(on_gpu=True)
+    card(80)
+    chosen, line = layers.choose_layers(config, phi3, audit_targets(phi3, config), 2048, GPU)
+    assert chosen.compile == "layers" and line.startswith("Layers: compiled (checkpoints go to the host); ")
