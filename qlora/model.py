@@ -36,6 +36,8 @@ def _without_kernels_package() -> Iterator[None]:
 # Harmless lines of others, each filtered by its own text: bitsandbytes on the missing kernel above, PEFT on an old name.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+# A checkpoint that is quantised already is loaded as it is; check_quantization has seen that it is what is asked for.
+warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
 with _without_kernels_package():
     import bitsandbytes
 import peft  # noqa: E402  after bitsandbytes, which it imports
@@ -55,7 +57,8 @@ def load_skeleton(source: str, config: TrainConfig) -> Any:
         A transformers model on the meta device.
 
     Raises:
-        UserError: exit 7 if it is not there, 2 if --max-length is more than the model was built for.
+        UserError: exit 7 if it is not there, 2 if --max-length is more than the model was built for or if it is quantised in
+            another way than load_nf4_model does.
     """
     origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with _environment_errors(source):
@@ -64,11 +67,30 @@ def load_skeleton(source: str, config: TrainConfig) -> Any:
             skeleton = transformers.AutoModelForCausalLM.from_config(
                 model_config, trust_remote_code=config.trust_remote_code, dtype=torch.bfloat16, attn_implementation="eager"
             )
+    check_quantization(source, getattr(model_config, "quantization_config", None))
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.max_length > longest:
         text = f"--max-length {config.max_length} is more than the {longest} positions of {source}."
         raise UserError(ExitCode.CONFIGURATION, text)
     return skeleton
+
+
+def check_quantization(source: str, found: dict[str, Any] | None) -> None:
+    """Refuse a checkpoint that is quantised otherwise than in NF4 with double quantisation; one that is so loads faster.
+
+    Args:
+        source: of the model.
+        found: what its config.json says of quantisation, if it does.
+
+    Raises:
+        UserError: exit 2.
+    """
+    wanted = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    seen = {name: getattr(value := (found or wanted).get(name), "value", value) for name in wanted}
+    if seen != wanted:
+        text = f"{source} is quantised already, with {', '.join(f'{name} {value}' for name, value in seen.items())}."
+        advice = "This loop trains on NF4 with double quantisation: name the model in bf16, or one that bitsandbytes saved so."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} {advice}")
 
 
 def load_tokenizer(source: str, skeleton: Any, config: TrainConfig) -> Any:
@@ -97,7 +119,7 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
     makes the residual stream fp32.
 
     Args:
-        source: folder or hub id.
+        source: folder or hub id, in bf16 or saved from such a model (save_pretrained), which takes a third of the disk.
         config: revision and trust_remote_code are read.
         attn_implementation: a name from attention.choose_attention.
         device: CPU or one GPU.

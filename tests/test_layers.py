@@ -310,12 +310,13 @@ def test_what_reads_lengths_from_the_device_is_compiled_but_not_recorded(card, p
 
 def test_where_nobody_tried_it_layers_run_as_written(card, monkeypatch):
     card(80, capability=(7, 5))
-    assert "compute capability 8.0" in str(layers.compile_obstacle("phi3", GPU))
+    assert "compute capability 8.0" in str(layers.compile_obstacle("phi3", "sdpa", GPU))
     card(80)
-    assert layers.compile_obstacle("phi3", GPU) is None
-    assert "phi3, llama, mistral only, this is gemma2" in str(layers.compile_obstacle("gemma2", GPU))
+    assert layers.compile_obstacle("phi3", "sdpa", GPU) is None
+    assert "with varlen it can" in str(layers.compile_obstacle("phi3", "flash_attention_2", GPU))
+    assert "phi3, llama, mistral only, this is gemma2" in str(layers.compile_obstacle("gemma2", "sdpa", GPU))
     monkeypatch.setattr(layers, "shutil", SimpleNamespace(which=lambda _: None))
-    assert "C compiler" in str(layers.compile_obstacle("phi3", GPU))
+    assert "C compiler" in str(layers.compile_obstacle("phi3", "sdpa", GPU))
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from qlora import checkpoint, data, evaluate
+from qlora import checkpoint, data, evaluate, nf4_linear
 from qlora.__main__ import train as command_line
 from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.loss import Head, read_head, token_loss_sum
 from qlora.model import (
     add_adapters,
     audit_targets,
+    fingerprint,
     load_nf4_model,
     load_skeleton,
     load_tokenizer,
@@ -143,6 +145,38 @@ def test_the_skeleton_has_the_shape_and_true_count_of_the_model_and_no_memory(ti
     assert all(p.device.type == "meta" for p in skeleton.parameters())
     assert sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) < 0.8 * skeleton.num_parameters()  # bytes
     assert audit_targets(skeleton, config) == audit_targets(load_nf4_model(str(tiny), config, "sdpa", CPU), config)
+
+
+def test_a_checkpoint_that_is_quantised_already_is_the_same_model(tiny, config, tmp_path):
+    base = load_nf4_model(str(tiny), config, "sdpa", CPU)
+    base.save_pretrained(tmp_path)
+    skeleton = load_skeleton(str(tmp_path), config)
+    targets = audit_targets(skeleton, config)
+    assert targets == audit_targets(load_skeleton(str(tiny), config), config)
+    again = load_nf4_model(str(tmp_path), config, "sdpa", CPU)
+    assert fingerprint(again) == fingerprint(base)
+    assert len(nf4_linear.install(add_adapters(again, config, targets, str(tmp_path)))) == 8
+
+
+@pytest.mark.parametrize(
+    "change", [{"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": False}, {"quant_method": "gptq"}]
+)
+def test_a_checkpoint_that_is_quantised_otherwise_is_refused(tiny, config, tmp_path, change):
+    shutil.copytree(tiny, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    settings = json.loads(file.read_text())
+    nf4 = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+    file.write_text(json.dumps({**settings, "quantization_config": nf4}))
+    load_skeleton(str(tmp_path / "model"), config)
+    file.write_text(json.dumps({**settings, "quantization_config": {**nf4, **change}}))
+    with pytest.raises(UserError, match="is quantised already, with quant_method .*name the model in bf16") as refused:
+        load_skeleton(str(tmp_path / "model"), config)
+    assert refused.value.exit_code == ExitCode.CONFIGURATION
 
 
 @pytest.mark.parametrize(
