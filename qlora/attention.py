@@ -62,7 +62,7 @@ def choose_attention(config: TrainConfig, device: torch.device, skeleton: Any = 
     order: list[AttnImplementation] = ["sdpa", "flash_attention_2", "eager"]
     why = "it needs no mask here"
     if config.packing or window is not None:
-        order = ["flash_attention_2", "varlen", "sdpa", "eager"]
+        order = ["varlen", "flash_attention_2", "sdpa", "eager"]
         why = "rows are packed" if config.packing else f"a sliding window of {window} is active"
     chosen = next(name for name in order if not obstacles[name])
     passed_over = [f"{name} cannot run: {obstacles[name]}" for name in order[: order.index(chosen)]]

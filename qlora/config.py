@@ -60,7 +60,7 @@ class ModelOptions:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Phi-3 needs none: transformers has it built in."""
     attn_implementation: AttnImplementation = "auto"
-    """auto: sdpa; with --packing or beyond the sliding window flash_attention_2 or, without flash-attn, torch's varlen."""
+    """auto: sdpa; with --packing or beyond the sliding window torch's varlen, or flash_attention_2 where that is missing."""
 
 
 @dataclasses.dataclass(frozen=True)

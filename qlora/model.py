@@ -36,8 +36,6 @@ def _without_kernels_package() -> Iterator[None]:
 # Harmless lines of others, each filtered by its own text: bitsandbytes on the missing kernel above, PEFT on an old name.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-# A checkpoint that is quantised already is loaded as it is; check_quantization has seen that it is what is asked for.
-warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
 with _without_kernels_package():
     import bitsandbytes
 import peft  # noqa: E402  after bitsandbytes, which it imports
@@ -134,7 +132,9 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     load: Any = transformers.AutoModelForCausalLM.from_pretrained  # Any: its stub knows no output_loading_info
-    with _environment_errors(source):
+    with _environment_errors(source), warnings.catch_warnings():
+        # A checkpoint that is quantised already is loaded as it is; check_quantization saw that it is what is asked for.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
         model, loaded = load(
             source,
             output_loading_info=True,

@@ -88,14 +88,16 @@ def test_auto_takes_sdpa_where_it_needs_no_mask_else_a_kernel_that_needs_none(ph
     fake_gpu((9, 0), installed=True)
     for options in ({}, {"max_length": 2048}):
         assert chosen(**options) == ("sdpa", "it needs no mask here")
-    assert chosen(**PACKING) == ("flash_attention_2", "rows are packed")
-    assert chosen(**BEYOND) == ("flash_attention_2", "a sliding window of 2047 is active")
-    fake_gpu((9, 0), installed=False)
+    assert chosen(**PACKING) == ("varlen", "rows are packed")
+    assert chosen(**BEYOND) == ("varlen", "a sliding window of 2047 is active")
+    fake_gpu((9, 0), installed=True, varlen=False)
     assert chosen().implementation == "sdpa"
     for options in (PACKING, BEYOND, PACKING | BEYOND):
-        assert chosen(**options).implementation == "varlen" and "flash-attn is not installed" in chosen(**options).reason
+        assert chosen(**options).implementation == "flash_attention_2"
+        assert "varlen cannot run: it needs torch 2.11" in chosen(**options).reason
     fake_gpu((9, 0), installed=False, varlen=False)
     for options in (PACKING, BEYOND):
+        assert "flash-attn is not installed" in chosen(**options).reason
         assert (
             chosen(**options).implementation == "sdpa" and "varlen cannot run: it needs torch 2.11" in chosen(**options).reason
         )
@@ -105,10 +107,10 @@ def test_auto_takes_sdpa_where_it_needs_no_mask_else_a_kernel_that_needs_none(ph
 
 
 def test_a_flash_attn_built_for_another_torch_is_an_obstacle_not_a_crash(phi3, fake_gpu, monkeypatch):
-    fake_gpu((9, 0), installed=True)
+    fake_gpu((9, 0), installed=True, varlen=False)
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it raises ImportError
     chosen = choose("auto", GPU, phi3, packing=True)
-    assert chosen.implementation == "varlen" and "does not fit this torch" in chosen.reason
+    assert chosen.implementation == "sdpa" and "does not fit this torch" in chosen.reason
 
 
 def test_auto_takes_what_the_model_supports(phi3, gemma2, fake_gpu, monkeypatch):

@@ -174,7 +174,7 @@ def test_a_checkpoint_that_is_quantised_otherwise_is_refused(tiny, config, tmp_p
     file.write_text(json.dumps({**settings, "quantization_config": nf4}))
     load_skeleton(str(tmp_path / "model"), config)
     file.write_text(json.dumps({**settings, "quantization_config": {**nf4, **change}}))
-    with pytest.raises(UserError, match="is quantised already, with quant_method .*name the model in bf16") as refused:
+    with pytest.raises(UserError, match=r"is quantised already, with quant_method .*name the model in bf16") as refused:
         load_skeleton(str(tmp_path / "model"), config)
     assert refused.value.exit_code == ExitCode.CONFIGURATION
 
