@@ -117,13 +117,16 @@ def train_step(pattern: str) -> str:
     return table(headers, rows) + "\n\n" + what + source(name, record)
 
 
-def first_ladder() -> str:
-    """The means of speed, tried one by one before they were built in."""
-    name, record = load("first_ladder_*.json")
+HOW = {"none": "as written", "layers": "compiled", "graphs": "compiled, CUDA graphs"}
+
+
+def ladder(pattern: str) -> str:
+    """The means of speed, tried one by one."""
+    name, record = load(pattern)
     rows = []
     for cell in record["cells"]:
         micro_batches = f"{cell['gradient_accumulation_steps']} x {cell['per_device_train_batch_size']} x {cell['length']:,}"
-        how = "compiled" if cell["compile"] == "layers" else "as written"
+        how = HOW[cell["compile"]]
         how += f", T dynamic ({cell['step_ms_min_max'][0]:.0f} ms at best)" if cell.get("dynamic") else ""
         how += f", kept {cell['kept']}" if "kept" in cell else ""
         how += f", weights {cell['weights']}" if "weights" in cell else ""
@@ -145,17 +148,21 @@ def first_ladder() -> str:
 
 
 def policies() -> str:
-    """Speed and memory of the three policies of --gradient-checkpointing, from that trial."""
-    name, record = load("first_ladder_*.json")
-    wanted = {"none": "`none`", "selective": "`selective`", "full": "`full`"}
-    cells = {cell["gradient_checkpointing"]: cell for cell in record["cells"] if cell["name"] in ("none", "sel_qkv", "full")}
-    rows = [
-        [label, f"{cells[policy]['tokens_per_s']:,.0f}", f"{cells[policy]['peak_gib']:.2f}"] for policy, label in wanted.items()
-    ]
-    plain = next(cell for cell in record["cells"] if cell["name"] == "peft_none")
-    rows.append(["none, PEFT's layers as written", f"{plain['tokens_per_s']:,.0f}", f"{plain['peak_gib']:.2f}"])
-    what = "Phi-3-mini's shape, random weights, 2 micro-batches of 2 x 2,048 tokens, no dropout, sdpa, compiled. "
-    return table(["`--gradient-checkpointing`", "tokens/s", "peak GiB"], rows) + "\n\n" + what + source(name, record)
+    """Speed and memory of the three policies of --gradient-checkpointing, with and without CUDA graphs."""
+    name, record = load("second_ladder_*.json")
+    cells = {cell["name"]: cell for cell in record["cells"]}
+    rows = []
+    for policy in ("none", "selective", "full"):
+        row = [f"`{policy}`"]
+        for compile in ("graphs", "layers"):
+            cell = cells[f"{policy}_{compile}"]
+            row += [f"{cell['tokens_per_s']:,.0f}", f"{cell['peak_gib']:.2f}"]
+        rows.append(row)
+    plain = cells["none_written"]
+    rows.append(["`none --compile none`", "", "", f"{plain['tokens_per_s']:,.0f}", f"{plain['peak_gib']:.2f}"])
+    what = "Phi-3-mini's shape, random weights, 2 micro-batches of 2 x 2,048 tokens, no dropout, sdpa. "
+    headers = ["`--gradient-checkpointing`", "CUDA graphs, tokens/s", "peak GiB", "`--compile layers`, tokens/s", "peak GiB"]
+    return table(headers, rows) + "\n\n" + what + source(name, record)
 
 
 def survival() -> str:
@@ -492,7 +499,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo-sweep": lambda: sweep("demo_cpu_*.json"),
     "demo-repeated-names": lambda: sweep("demo_repeated_names_*.json"),
     "policies": policies,
-    "first-ladder": first_ladder,
+    "first-ladder": lambda: ladder("first_ladder_*.json"),
+    "second-ladder": lambda: ladder("second_ladder_*.json"),
     "train-step": lambda: train_step("train_step_*.json"),
     "train-step-first": lambda: train_step("first_train_step_*.json"),
 }
