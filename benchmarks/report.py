@@ -99,22 +99,26 @@ def sweep(pattern: str) -> str:
 
 
 def train_step(pattern: str) -> str:
-    """One step on a GPU, by backend and checkpointing."""
+    """One step on a GPU, by backend, checkpointing and how layers run; where it went, if it was profiled."""
     name, record = load(pattern)
-    flags = record["flags"]
-    rows = []
+    flags, rows, profiles = record["flags"], [], []
     for cell in record["cells"]:
         if "unavailable" in cell:
             measured = [cell["unavailable"].split(". ")[0], "", ""]
         else:
             measured = [f"{cell['step_ms']:.0f}", f"{cell['tokens_per_s']:,.0f}", f"{cell['peak_gib']:.2f}"]
-        rows.append([f"`{cell['attn_implementation']}`", cell["gradient_checkpointing"], *measured])
+        which = [f"`{cell['attn_implementation']}`", cell["gradient_checkpointing"], HOW[cell.get("compile", "none")]]
+        rows.append([*which, *measured])
+        if profile := cell.get("profile_ms"):
+            profiles.append([*which, *(f"{milliseconds:.0f}" for milliseconds in profile.values())])
+            kinds = list(profile)
     what = (
         f"{flags['shape']}, random weights, {flags['accumulation']} micro-batches of {flags['batch']} x {flags['length']} "
         f"tokens, LoRA dropout {flags['dropout']}, median of {flags['steps']} steps. "
     )
-    headers = ["attention", "gradient checkpointing", "ms a step", "tokens/s", "peak GiB allocated"]
-    return table(headers, rows) + "\n\n" + what + source(name, record)
+    headers = ["attention", "gradient checkpointing", "layers"]
+    text = table([*headers, "ms a step", "tokens/s", "peak GiB allocated"], rows) + "\n\n" + what + source(name, record)
+    return text + ("\n\nWhere the step went, in ms:\n\n" + table([*headers, *kinds], profiles) if profiles else "")
 
 
 HOW = {"none": "as written", "layers": "compiled", "graphs": "compiled, CUDA graphs"}

@@ -3,21 +3,25 @@
     python benchmarks/train_step.py --shape phi3-mini                 # a CUDA GPU; writes benchmarks/results/
     python benchmarks/train_step.py --shape tiny --length 64 --backends sdpa eager   # anywhere, a smoke test
 
-Speed and memory do not depend on the values of weights, so random ones do. Each cell (backend x checkpointing) runs in a
-process of its own, so that its peak memory is its own. All rows are full: every position but the first is a trained token.
+Speed and memory do not depend on the values of weights, so random ones do. Each cell (backend x checkpointing x compile) runs
+in a process of its own, so that its peak memory is its own. All rows are full: every position but the first is a trained token.
+On a GPU one more step is profiled: what of it went to matrix products, attention, dequantisation, everything else that is
+computed, and to waiting for the next kernel.
 """
 
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -33,14 +37,18 @@ class Options:
     """phi3-mini: 3.8 billion parameters, 7.6 GB on disk while it runs. tiny: the two-layer model of the tests."""
     backends: tuple[str, ...] = ("sdpa", "flash_attention_2", "eager")
     """Values of --attn-implementation."""
-    checkpointing: tuple[Literal["none", "full"], ...] = ("full", "none")
+    checkpointing: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
     """Values of --gradient-checkpointing."""
+    compile: tuple[Literal["none", "layers", "graphs"], ...] | None = None
+    """Values of --compile. Unset: graphs and none on a GPU, none on a CPU."""
     length: int = 2048
     """Tokens in a row."""
     batch: int = 2
     """Rows in a micro-batch."""
     accumulation: int = 2
     """Micro-batches in a step."""
+    cache_dequantized: bool = False
+    """--cache-dequantized."""
     dropout: float = 0.1
     """--lora-dropout."""
     steps: int = 8
@@ -49,8 +57,8 @@ class Options:
     """Where the JSON goes. Unset: benchmarks/results/train_step_CARD_YYYYMM.json."""
     commit: str | None = None
     """Commit of the code, where it runs without its repository."""
-    cell: tuple[str, str, str] | None = None
-    """Internal: folder, backend and checkpointing of one cell; prints its JSON."""
+    cell: tuple[str, str, str, str] | None = None
+    """Internal: folder, backend, checkpointing and compile of one cell; prints its JSON."""
 
 
 def write_random_model(shape: str, folder: Path) -> None:
@@ -89,20 +97,31 @@ def time_cell(options: Options) -> dict:
     from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton
     from train_loop import train_step
 
-    folder, backend, checkpointing = options.cell
+    folder, backend, checkpointing, how = options.cell
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    config = TrainConfig(model=folder, lora_dropout=options.dropout, max_length=options.length, attn_implementation=backend)
+    config = TrainConfig(
+        model=folder,
+        lora_dropout=options.dropout,
+        max_length=options.length,
+        per_device_train_batch_size=options.batch,
+        attn_implementation=backend,
+        gradient_checkpointing=checkpointing,
+        compile=how,
+        cache_dequantized=options.cache_dequantized,
+    )
     skeleton = load_skeleton(folder, config)
     chosen = attention.choose_attention(config, device, skeleton)
     torch.manual_seed(0)
     model = load_nf4_model(folder, config, chosen.loaded_as, device)
     model = add_adapters(model, config, audit_targets(skeleton, config), folder).train()
-    prepare_layers(model, dataclasses.replace(config, gradient_checkpointing=checkpointing, compile="none"))
+    prepare_layers(model, config)
     head = read_head(model)
     vocabulary = len(head.weight)
     rows = torch.randint(3, vocabulary, (options.accumulation * options.batch, options.length)).tolist()
     samples = [data.Encoded(ids, ids, line) for line, ids in enumerate(rows, start=1)]
-    window = list(data.micro_batches(samples, range(len(samples)), options.batch, pin=device.type == "cuda"))
+    window = list(
+        data.micro_batches(samples, range(len(samples)), options.batch, device.type == "cuda", config.length_multiple)
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     step = functools.partial(
         train_step, model.get_decoder(), optimizer, window, functools.partial(token_loss_sum, head=head), 5e-5, 1.0
@@ -110,22 +129,27 @@ def time_cell(options: Options) -> dict:
     clock = (lambda: torch.cuda.Event(enable_timing=True)) if device.type == "cuda" else None
     milliseconds, losses = [], []
     with attention.for_training(model, config):
-        losses += [step()[0].item() for _ in range(WARM_UP_STEPS)]
+        first_step_s, loss = timed(step, None)
+        losses += [loss, *(step()[0].item() for _ in range(WARM_UP_STEPS - 1))]
         if clock:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(options.steps):
             seconds, loss = timed(step, clock)
             milliseconds.append(1000 * seconds)
             losses.append(loss)
+        profile = profiled(step) if clock else None
     tokens = options.accumulation * options.batch * options.length
     median = statistics.median(milliseconds)
     return {
         "attn_implementation": backend,
         "gradient_checkpointing": checkpointing,
+        "compile": how,
+        "first_step_s": round(first_step_s, 2),
         "step_ms": round(median, 2),
         "step_ms_min_max": [round(min(milliseconds), 2), round(max(milliseconds), 2)],
         "tokens_per_s": round(1000 * tokens / median, 1),
         "peak_gib": round(peak_memory_gib(device), 3),
+        "profile_ms": None if profile is None else {**profile, "idle": round(max(0.0, median - sum(profile.values())), 2)},
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "finite": all(loss == loss and abs(loss) != float("inf") for loss in losses),
@@ -150,20 +174,47 @@ def timed(step, clock) -> tuple[float, float]:
     return start.elapsed_time(end) / 1000, loss.item()
 
 
+KINDS = {  # of kernels, by what is in their names; the first that matches
+    "dequantisation": "dequant",
+    "attention": "sdpa|flash|fmha|attention|cudnn|softmax_warp",
+    "matrix products": "gemm|nvjet|cutlass|cublas|splitk",
+}
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel does."""
+    found = (kind for kind, words in KINDS.items() if re.search(words, kernel.lower()))
+    return next(found, "elementwise and the rest") if not kernel.startswith("triton_") else "elementwise and the rest"
+
+
+def profiled(step: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of one step that the GPU spent in each kind of kernel."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
+    spent = dict.fromkeys([*KINDS, "elementwise and the rest"], 0.0)
+    for event in trace.key_averages():
+        spent[kind_of(event.key)] += event.self_device_time_total / 1000
+    return {kind: round(milliseconds, 2) for kind, milliseconds in spent.items()}
+
+
 def spread(name: str, times: list[float]) -> dict[str, float]:
     """Median, and the 10th and 90th percentile, under names with their unit."""
     tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
     return {name: round(statistics.median(times), 4), f"{name}_p10": round(tenths[0], 4), f"{name}_p90": round(tenths[8], 4)}
 
 
-def run_cell(options: Options, folder: str, backend: str, checkpointing: str) -> dict:
+def run_cell(options: Options, folder: str, backend: str, checkpointing: str, how: str) -> dict:
     """The row of a cell from a process of its own; a cell that cannot run is a row with the reason."""
     arguments = [
         f"--{name.replace('_', '-')}={getattr(options, name)}"
         for name in ("shape", "length", "batch", "accumulation", "dropout", "steps")
     ]
+    arguments += ["--cache-dequantized"] if options.cache_dequantized else []
     done = subprocess.run(
-        [sys.executable, __file__, *arguments, "--cell", folder, backend, checkpointing],
+        [sys.executable, __file__, *arguments, "--cell", folder, backend, checkpointing, how],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -171,7 +222,12 @@ def run_cell(options: Options, folder: str, backend: str, checkpointing: str) ->
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
-    return {"attn_implementation": backend, "gradient_checkpointing": checkpointing, "unavailable": reason[:300]}
+    return {
+        "attn_implementation": backend,
+        "gradient_checkpointing": checkpointing,
+        "compile": how,
+        "unavailable": reason[:300],
+    }
 
 
 def main(options: Options) -> None:
@@ -187,10 +243,10 @@ def main(options: Options) -> None:
     cells = []
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(options.shape, Path(folder))
-        for backend in options.backends:
-            for checkpointing in options.checkpointing:
-                cells.append(run_cell(options, folder, backend, checkpointing))
-                print(json.dumps(cells[-1]), flush=True)
+        hows = options.compile or (("graphs", "none") if device.type == "cuda" else ("none",))
+        for cell in itertools.product(options.backends, options.checkpointing, hows):
+            cells.append(run_cell(options, folder, *cell))
+            print(json.dumps(cells[-1]), flush=True)
     flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in {"out", "cell", "commit"}}
     record = {"environment": environment(device), "flags": flags, "warm_up_steps": WARM_UP_STEPS, "cells": cells}
     record["environment"]["commit"] = options.commit or record["environment"]["commit"]
