@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qlora import attention, checkpoint, data, evaluate, tracking
+from qlora import attention, checkpoint, data, evaluate, teaching, tracking
 from qlora.config import TrainConfig
 from qlora.demo import model_source
 from qlora.guards import check_first_gradients, count_not_finite
@@ -200,6 +200,7 @@ def train(
                 if save or step == 1 or step % config.logging_steps == 0:
                     rows = read_pending(pending, since, device)
                     tracker.steps(rows)
+                    teaching.explain_step(config, model, optimizer, step, tracker, first=not recent)
                     skipped = count_not_finite(rows, recent, skipped, config.skip_nonfinite, tracker.say, run.advice)
                     pending, recent, since = [], [*recent, *rows][-5:], time.perf_counter()
                 if save:
@@ -256,13 +257,9 @@ def main(config: TrainConfig, stop: Signals) -> None:
         console.print(tracking.targets_table(targets, skeleton.num_parameters()))
         form = data.read_format(load_tokenizer(source, skeleton, config), config.prompt_format)
         samples, held_out = data.encode_files(config, columns, form, say)
-        facts = {
-            "data": samples.sha256,
-            "held_out": held_out.sha256 if held_out else None,
-            "targets": sorted(f"{target.name} x {len(target.layers)}" for target in targets),
-            "device": device.type,
-            "environment": tracking.environment(device),
-        }
+        facts: dict[str, Any] = {"data": samples.sha256, "held_out": held_out.sha256 if held_out else None}
+        facts |= {"targets": sorted(f"{target.name} x {len(target.layers)}" for target in targets), "device": device.type}
+        facts["environment"] = tracking.environment(device)
         longest = data.row_length(samples, data.longest_rows(samples, config)[-1])
         config, line = choose_layers(config, skeleton, targets, longest, device)
         if not run.accept(config, facts, total_steps=count_steps(config, len(data.epoch_rows(samples, config, 1)))[1]):
@@ -308,6 +305,7 @@ def fine_tune(
     run.take_over(config)
     with tracking.Tracker(run.folder, console, progress.step, held_out.sha256 if held_out else None) as tracker:
         tracker.say(f"Learning rate: {config.learning_rate:g}; run folder: {run.folder}")
+        teaching.explain_start(config, model, samples, form.tokenizer, console)
         with attention.for_training(model, config):
             result = train(config, model, optimizer, loss_sum, samples, held_out, progress, tracker, run, stop)
         checkpoint.write_folder(run.folder / "adapter", dict(checkpoint.adapter_files(model, form.tokenizer)))

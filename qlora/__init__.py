@@ -17,6 +17,7 @@ checkpoint.py    files and folders that are whole or not there; the state of a r
 run_folder.py    one process at a time, what it goes on from, and whether it may
 signals.py       SIGINT and SIGTERM
 tracking.py      metrics.jsonl, TensorBoard, progress
+teaching.py      what --explain shows: dtypes and bytes, trained and masked tokens, gradients by module
 memory.py        measured peak, an estimate, the probe, what to try when it does not suffice
 demo.py          the embedded default: demo model and the tiny random model
 __main__.py      the command line: parse first, import later, errors to exit codes

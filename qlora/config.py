@@ -155,6 +155,9 @@ class OutputOptions:
     """Run folder. Unset: runs/MODEL-DATA."""
     logging_steps: int = 5
     """Steps between two reads of the device; each step still has its row in metrics.jsonl."""
+    explain: bool = False
+    """Show what is trained and in which dtype it lies, one sample token by token, and the tokens of a window; and at log steps
+    gradient norms by module, in TensorBoard."""
     save_steps: int | None = None
     """Steps between checkpoints, beside the one at the end of each epoch. Unset: only those."""
     save_total_limit: int = 3
