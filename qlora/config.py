@@ -21,7 +21,8 @@ Compile = Literal["auto", "none", "layers", "graphs"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 Overridable = Literal["learning_rate", "warmup_ratio", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm",
                       "lora_dropout", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-                      "attn_implementation", "compile", "deterministic", "eval_file", "model"]  # fmt: skip
+                      "attn_implementation", "compile", "cache_dequantized", "offload_checkpoints",
+                      "deterministic", "eval_file", "model"]  # fmt: skip
 EMBEDDED = ("demo", "tiny-random")
 PHI3_MINI = "microsoft/Phi-3-mini-4k-instruct"
 DEMO_LEARNING_RATE = 4e-4
