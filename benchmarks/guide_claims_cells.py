@@ -1,0 +1,608 @@
+"""Claims that shapes, formats and libraries decide: what guide_claims.py measures without the demo's weights.
+
+Phi-3-mini stands here as its exact shape on the meta device. MB and GB are 1e6 and 1e9 bytes, GiB is 2**30.
+Shapes: D hidden size, r rank, N x K a weight of N outputs and K inputs.
+"""
+
+import math
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bitsandbytes.functional
+import peft
+import torch
+import transformers
+from safetensors.torch import save_file
+
+import train_loop
+from benchmarks import report
+from qlora import data
+from qlora.config import BUNDLED_TRAIN, TrainConfig
+from qlora.demo import tiny_random_model
+from qlora.loss import CHUNK_TOKENS
+from qlora.memory import estimated_memory_gib
+from qlora.model import audit_targets, linear_layers, load_skeleton, load_tokenizer
+
+Figures = dict[str, Any]
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # the guide's targets
+RANK, BATCH, LENGTH = 32, 2, 2048  # the guide's
+TOTAL_GB, FULL_GB = 2.0, 60.8  # what it says QLoRA and full fine-tuning take
+
+
+class Source(NamedTuple):
+    """What rows are measured on: a model, as --model names it, and the runs of guide_claims_training.py."""
+
+    model: str
+    trainings: list[dict[str, Any]]
+
+
+def phi3_mini(**changes: Any) -> Any:
+    """Phi-3-mini's shape, without weights."""
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**changes), dtype=torch.bfloat16)
+
+
+def linear_parameters(model: Any) -> int:
+    """Weights of the layers that are quantised."""
+    return sum(layer.weight.numel() for layer in linear_layers(model).values())
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def adapted(model: Any, targets: list[str]) -> Any:
+    """The model with LoRA of rank 32 on these names."""
+    return peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=64, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def targets(source: Source) -> Figures:
+    """What PEFT adapts when it gets the guide's seven names, and what it says to that."""
+    own = sorted({name.rsplit(".", 1)[-1] for name in linear_layers(phi3_mini())})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        guide = adapted(phi3_mini(), SEVEN)
+        about_targets = [warning for warning in said if "target" in str(warning.message)]
+    found: Figures = {"own": own, "matched": sorted(set(SEVEN) & set(own)), "warnings": len(about_targets)}
+    for label, model in (("guide", guide), ("right", adapted(phi3_mini(), own))):
+        adapters = {name: parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name}
+        found[label] = {"layers": len(adapters) // 2, "parameters": sum(adapters.values())}
+    return {**found, "share": found["guide"]["parameters"] / found["right"]["parameters"]}
+
+
+def other_models(source: Source) -> Figures:
+    """How many of the seven names match a layer of the models that the guide recommends, and of Phi-3."""
+    configs = {"Llama": transformers.LlamaConfig, "Mistral": transformers.MistralConfig, "Gemma": transformers.GemmaConfig,
+               "Phi-3": transformers.Phi3Config}  # fmt: skip
+    matched = {}
+    for family, config in configs.items():
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config(num_hidden_layers=1), dtype=torch.bfloat16)
+        names = {name.rsplit(".", 1)[-1] for name in linear_layers(model)}
+        matched[family] = len(names & set(SEVEN))
+    return {"matched": matched, "of": len(SEVEN)}
+
+
+def adapter_bytes(source: Source) -> Figures:
+    """The file of an fp32 adapter on all linear layers, written and weighed, and what training keeps beside it."""
+    model = adapted(phi3_mini(), audit_names(phi3_mini()))
+    tensors = {name: torch.zeros(p.shape) for name, p in model.named_parameters() if "lora_" in name}
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, Path(folder) / "adapter_model.safetensors")
+        file_bytes = (Path(folder) / "adapter_model.safetensors").stat().st_size
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    training = 4 * 4 * parameters  # weight, gradient, two moments
+    return {"file_mb": file_bytes / 1e6, "parameters": parameters, "training_mb": training / 1e6,
+            "guide_formula_mb": 7 * 2 * RANK * 4096 * 4 / 1e6}  # fmt: skip
+
+
+def audit_names(model: Any) -> list[str]:
+    """The names of all linear layers, as train_loop derives them."""
+    return [target.name for target in audit_targets(model, TrainConfig())]
+
+
+def parameters_of_a_rank(source: Source) -> Figures:
+    """r (in + out) of each module of a layer against the formula 2 r D."""
+    shapes = {target.name: target.shapes[0] for target in audit_targets(phi3_mini(), TrainConfig())}
+    real = {name: RANK * (rows + columns) for name, (rows, columns) in shapes.items()}
+    formula = 2 * RANK * phi3_mini().config.hidden_size
+    return {"formula": formula, "real": real, "equal": [name for name, count in real.items() if count == formula]}
+
+
+def model_size(source: Source) -> Figures:
+    """Parameters of Phi-3-mini, counted."""
+    parameters = phi3_mini().num_parameters()
+    return {"parameters": parameters, "fp32_gb": 4 * parameters / 1e9}
+
+
+def initialisation(source: Source) -> Figures:
+    """A and B as PEFT makes them: a uniform distribution has kurtosis 1.8, a Gaussian one 3."""
+    torch.manual_seed(0)
+    inputs = 3072
+    layer = torch.nn.Sequential(torch.nn.Linear(inputs, inputs, bias=False))
+    model = peft.get_peft_model(layer, peft.LoraConfig(r=RANK, target_modules=["0"]))
+    weights = dict(model.named_parameters())
+    a, b = (next(p.detach() for name, p in weights.items() if side in name) for side in ("lora_A", "lora_B"))
+    kurtosis = (a - a.mean()).pow(4).mean() / a.var(correction=0).square()
+    return {"largest_times_root_in": a.abs().max().item() * math.sqrt(inputs), "kurtosis": kurtosis.item(),
+            "b_largest": b.abs().max().item()}  # fmt: skip
+
+
+def scale_and_dropout(source: Source) -> Figures:
+    """What stands before B A x, and where dropout acts: its input x, so that with rank 1 no output is zero."""
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
+    config = peft.LoraConfig(r=1, lora_alpha=2, lora_dropout=0.1, target_modules=["0"])
+    model = peft.get_peft_model(layer, config)
+    linear: Any = model.base_model.model[0]
+    x = torch.ones(4000, 64)  # [rows, in]
+    with torch.no_grad():
+        linear.lora_A["default"].weight.fill_(1.0)
+        linear.lora_B["default"].weight.fill_(1.0)
+        update = model.eval()(x) - linear.base_layer(x)  # [rows, out]; B A x = 64
+        dropped = (model.train()(x) - linear.base_layer(x))[:, 0]  # [rows]
+        kept = linear.lora_dropout["default"](x)  # [rows, in]
+    return {
+        "scale": (update / 64).mean().item(),
+        "alpha_over_r": 2.0,
+        "zero_outputs": (dropped.abs() < 1e-3).float().mean().item(),
+        "zero_inputs": (kept == 0).float().mean().item(),
+        "kept_value": kept.max().item(),
+    }
+
+
+# -- NF4 ---------------------------------------------------------------------------------------------------------------
+
+
+def quantized_bytes(rows: int, columns: int, double: bool) -> tuple[int, int]:
+    """Bytes of a quantised random weight that grow with it, values and scales."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))  # [N, K]
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
+    scales = [state.absmax, state.state2.absmax] if double else [state.absmax]
+    return packed.nbytes, sum(tensor.nbytes for tensor in scales)
+
+
+def bits(source: Source) -> Figures:
+    """Bits of a parameter in NF4 without and with double quantisation, of a 4096 x 4096 layer."""
+    count = 4096 * 4096
+    single, double = (8 * sum(quantized_bytes(4096, 4096, double)) / count for double in (False, True))
+    return {"single": single, "double": double, "saved": single - double, "fp32_ratio": 32 / double}
+
+
+def layer_4096(source: Source) -> Figures:
+    """A 4096 x 4096 layer with rank 32, fp32 against NF4 with an fp32 adapter, without and with its training state."""
+    full = 4 * 4096 * 4096
+    base, adapter = sum(quantized_bytes(4096, 4096, True)), 4 * 2 * 4096 * RANK
+    formula = (4096 * 4096 * 4 + 2 * 4096 * RANK * 32) / (4096 * 4096 * 32)
+    return {"stored": 1 - (base + adapter) / full, "training": 1 - (base + 4 * adapter) / full, "own_formula": 1 - formula}
+
+
+def quantized_model(source: Source) -> Figures:
+    """Phi-3-mini in memory: each of its linear shapes quantised and weighed, the rest in 16 bits."""
+    model = phi3_mini()
+    layers = linear_layers(model).values()
+    size = {(layer.out_features, layer.in_features): 0 for layer in layers}
+    size = {shape: sum(quantized_bytes(*shape, True)) for shape in size}
+    linear = sum(size[layer.out_features, layer.in_features] for layer in layers)
+    rest = 2 * (model.num_parameters() - linear_parameters(model))
+    total, parameters = linear + rest, model.num_parameters()
+    return {
+        "linear_gb": linear / 1e9,
+        "rest_gb": rest / 1e9,
+        "total_gb": total / 1e9,
+        "total_gib": total / 2**30,
+        "below_bf16": 1 - total / (2 * parameters),
+        "below_fp32": 1 - total / (4 * parameters),
+        "fp32_ratio": 4 * parameters / total,
+    }
+
+
+def levels(source: Source) -> Figures:
+    """The 16 levels, and which of the six that the guide prints are among them."""
+    code = [round(level, 4) for level in bitsandbytes.functional.get_4bit_type("nf4").tolist()]
+    printed = (-1.0, -0.6961, -0.5250, 0.5250, 0.6961, 1.0)
+    missing = [level for level in printed if min(abs(level - real) for real in code) > 2e-4]
+    return {"levels": code, "below_zero": sum(level < 0 for level in code), "above_zero": sum(level > 0 for level in code),
+            "missing": missing}  # fmt: skip
+
+
+def blocks(source: Source) -> Figures:
+    """What is stored of a weight: indices of levels, two to a byte, and a scale for each block."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))  # [N, K]
+    weight[0] *= 100.0
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+    back = bitsandbytes.functional.dequantize_4bit(packed, state).view(-1, state.blocksize)  # [blocks, 64]
+    largest = weight.view(-1, state.blocksize).abs().amax(1, keepdim=True)  # [blocks, 1]
+    distance = (back / largest)[..., None] - state.code  # [blocks, 64, 16]
+    indices = torch.cat([packed >> 4, packed & 15]).unique()  # [16]
+    return {"block": state.blocksize, "off_level": distance.abs().amin(-1).max().item(), "indices": len(indices),
+            "stored_as": str(packed.dtype).removeprefix("torch."), "values_a_byte": weight.numel() / packed.nbytes}  # fmt: skip
+
+
+def clusters(source: Source) -> Figures:
+    """Weights of 16 distinct values, which clustering would keep exactly, and normal ones, in NF4: relative errors."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(256, 256, generator=generator)  # [N, K]
+    values = torch.randn(16, generator=generator)  # [16]
+    clustered = values[torch.randint(16, (256, 256), generator=generator)]  # [N, K]
+    errors = {}
+    codes = []
+    for name, weight in (("normal", normal), ("clustered", clustered)):
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+        errors[name] = relative_rms(bitsandbytes.functional.dequantize_4bit(packed, state), weight)
+        codes.append(state.code)
+    return {"error": errors, "same_levels": torch.equal(*codes)}
+
+
+def relative_rms(approximation: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference over norm, of tensors of one shape."""
+    return float((approximation.float() - exact.float()).norm() / exact.float().norm())
+
+
+def uniform_levels(weight: torch.Tensor, block: int = 64) -> torch.Tensor:
+    """[N, K] rounded to 15 equally spaced levels in each block: int4 by the largest value."""
+    rows = weight.float().reshape(-1, block)  # [blocks, 64]
+    scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 7  # [blocks, 1]
+    return ((rows / scale).round() * scale).view_as(weight)
+
+
+def four_bit_formats(source: Source) -> Figures:
+    """Relative error of normal weights in NF4, FP4 and equally spaced levels, each with a scale for 64."""
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))  # [N, K]
+    errors = {"uniform": relative_rms(uniform_levels(weight), weight)}
+    for kind in ("nf4", "fp4"):
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type=kind)
+        errors[kind] = relative_rms(bitsandbytes.functional.dequantize_4bit(packed, state), weight)
+    return {"error": errors, "better": 1 - errors["nf4"] / errors["uniform"]}
+
+
+def float_formats(source: Source) -> Figures:
+    """Bits and range of bf16 and fp16."""
+    bf16, fp16 = torch.finfo(torch.bfloat16), torch.finfo(torch.float16)
+    mantissa = round(-math.log2(bf16.eps))
+    return {"mantissa": mantissa, "exponent": bf16.bits - 1 - mantissa, "bf16_largest": bf16.max, "fp16_largest": fp16.max,
+            "fp16_eps_ratio": bf16.eps / fp16.eps}  # fmt: skip
+
+
+# -- schedule, steps, batches ------------------------------------------------------------------------------------------
+
+
+def cosine_rates(warmup: int, total: int) -> list[float]:
+    """transformers' warmup and cosine, as shares of the peak."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, total)
+    return [schedule.lr_lambdas[0](step) for step in range(total)]
+
+
+def schedule_formula(source: Source) -> Figures:
+    """The guide's cosine, which forgets the warmup, against transformers'."""
+    warmup, total = 12, 120
+    real = cosine_rates(warmup, total)
+    guide = [step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * step / total)) for step in range(total)]
+    return {"peak": {"guide": guide[warmup], "real": real[warmup]}, "at_60": {"guide": guide[60], "real": real[60]},
+            "largest_difference": max(abs(a - b) for a, b in zip(guide, real, strict=True))}  # fmt: skip
+
+
+def first_rate(source: Source) -> Figures:
+    """The share of the peak rate at the first update, in transformers and here."""
+    return {"transformers": cosine_rates(12, 120)[0], "here": train_loop.lr_multiplier(0, 12, 120)}
+
+
+def scheduler_default(source: Source) -> Figures:
+    """What transformers takes where the configuration names no schedule, and whether it takes warmup_ratio."""
+    with tempfile.TemporaryDirectory() as folder:
+        scheduler = transformers.TrainingArguments(output_dir=folder).lr_scheduler_type
+        try:
+            transformers.TrainingArguments(output_dir=folder, warmup_ratio=0.1)
+            refused = None
+        except TypeError as error:
+            refused = type(error).__name__
+    return {"default": str(scheduler.value), "warmup_ratio": refused, "transformers": transformers.__version__}
+
+
+def steps(source: Source) -> Figures:
+    """Micro-batches, windows and updates of the guide's 22 examples."""
+    examples = len(list(data.read_examples(BUNDLED_TRAIN, "train")))
+    config = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=20)
+    per_epoch, total = train_loop.count_steps(config, examples)
+    windows = [sum(map(len, window)) for window in data.windows(_chunks(list(range(examples)), 2), 2)]
+    return {"examples": examples, "per_epoch": per_epoch, "total": total, "warmup": math.ceil(0.1 * total), "windows": windows}
+
+
+def _chunks(rows: list[int], size: int) -> list[list[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------
+
+
+def pad_token(source: Source) -> Figures:
+    """The pad id of transformers' own Phi-3 configuration."""
+    config = transformers.Phi3Config()
+    return {"pad": config.pad_token_id, "eos": config.eos_token_id}
+
+
+def tiny_tokenizer() -> Any:
+    """The tiny model's tokenizer, whose pad is its eos, as the guide sets it."""
+    source = str(tiny_random_model())
+    return load_tokenizer(source, load_skeleton(source, TrainConfig()), TrainConfig())
+
+
+def pad_labels(source: Source) -> Figures:
+    """Stop tokens that stay trained when pad = eos: by the usual collator, which masks by id, and here, by length."""
+    tokenizer = tiny_tokenizer()
+    form = data.read_format(tokenizer, "plain")
+    samples = [data.encode(example, form, "all") for example in data.read_examples(BUNDLED_TRAIN, "train")]
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    theirs = collator([{"input_ids": sample.input_ids, "attention_mask": [1] * len(sample.input_ids)} for sample in samples])
+    ours = data.collate(samples).labels  # [22, T]
+    stop = tokenizer.eos_token_id
+    return {"examples": len(samples), "collator": int((theirs["labels"] == stop).sum()), "here": int((ours == stop).sum())}
+
+
+def added_pad(source: Source) -> Figures:
+    """What a forward pass says to a [PAD] that is added without a row for it."""
+    folder = str(tiny_random_model())
+    tokenizer = tiny_tokenizer()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    try:
+        model(torch.tensor([[tokenizer.pad_token_id]]))  # [1, 1]
+        error = None
+    except IndexError as raised:
+        error = type(raised).__name__
+    return {"id": tokenizer.pad_token_id, "rows": model.get_input_embeddings().weight.shape[0], "error": error,
+            "phi3_rows": transformers.Phi3Config().vocab_size}  # fmt: skip
+
+
+def stop_token(source: Source) -> Figures:
+    """How many of the guide's formatted texts end with a stop token, and how many samples do here."""
+    form = data.read_format(tiny_tokenizer(), "plain")
+    examples = list(data.read_examples(BUNDLED_TRAIN, "train"))
+    texts = [f"### Instruction:\n{example.prompt[-1].content}\n\n### Response:\n{example.response}" for example in examples]
+    guide = sum(form.tokenizer(text).input_ids[-1] == form.stop_id for text in texts)
+    here = sum(data.encode(example, form, "response").input_ids[-1] == form.stop_id for example in examples)
+    return {"examples": len(examples), "guide": guide, "here": here}
+
+
+def streaming(source: Source) -> Figures:
+    """What load_dataset gives for a JSONL file, with and without streaming."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as cache:
+        kinds = [
+            type(datasets.load_dataset("json", data_files=str(BUNDLED_TRAIN), split="train", streaming=lazily, cache_dir=cache))
+            for lazily in (False, True)
+        ]
+    return {"default": kinds[0].__name__, "streaming": kinds[1].__name__}
+
+
+# -- libraries ---------------------------------------------------------------------------------------------------------
+
+
+def native_class(source: Source) -> Figures:
+    """Where transformers' Phi-3 comes from without trust_remote_code, and how its layers are numbered."""
+    model = phi3_mini()
+    layers = [int(name.split(".")[2]) for name in linear_layers(model)]
+    return {"module": type(model).__module__, "first_layer": min(layers), "last_layer": max(layers)}
+
+
+def fresh_tiny() -> Any:
+    """The tiny model in NF4, as the guide loads it."""
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        str(tiny_random_model()), quantization_config=quantization, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+
+
+def offloading(source: Source) -> Figures:
+    """What loading in 4 bits says to a layer that device_map puts on the disk."""
+    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(
+            str(tiny_random_model()), quantization_config=quantization, device_map=places
+        )
+        error = None
+    except ValueError as raised:
+        error = " ".join(str(raised).split())[:120]
+    return {"refused": error is not None, "error": error}
+
+
+def peft_and_checkpointing(source: Source) -> Figures:
+    """Which of PEFT's two functions switches checkpointing on, and what the other one also casts to fp32."""
+    model = adapted(fresh_tiny(), ["qkv_proj"])
+    by_get_peft_model = bool(model.get_base_model().is_gradient_checkpointing)
+    prepared = peft.prepare_model_for_kbit_training(fresh_tiny())
+    cast = [name for name, parameter in prepared.named_parameters() if parameter.dtype == torch.float32]
+    shape = phi3_mini()
+    growth = 2 * (shape.num_parameters() - linear_parameters(shape)) / 1e9
+    return {
+        "get_peft_model": by_get_peft_model,
+        "prepare_model_for_kbit_training": bool(prepared.is_gradient_checkpointing),
+        "cast_to_fp32": len(cast),
+        "phi3_growth_gb": growth,
+    }
+
+
+def precision(source: Source) -> Figures:
+    """Dtypes under fp16 autocast with bf16 compute: what layers return, logits, loss, and gradients on their way back."""
+    model = adapted(fresh_tiny(), ["qkv_proj"]).train()
+    seen: dict[str, str] = {}
+
+    def note(name: str) -> Any:
+        def keep(_: Any, __: Any, output: torch.Tensor) -> None:
+            seen[name] = str(output.dtype).removeprefix("torch.")
+            output.register_hook(
+                lambda gradient: seen.update({f"{name}, gradient": str(gradient.dtype).removeprefix("torch.")})
+            )
+
+        return keep
+
+    layer = model.get_base_model().model.layers[1]
+    linear = layer.mlp.down_proj
+    compute = str(linear.compute_dtype).removeprefix("torch.")
+    linear.register_forward_hook(note("layer"))
+    ids = torch.arange(8)[None]  # [1, 8]
+    with torch.autocast("cpu", torch.float16):
+        output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    names = {"logits": output.logits, "loss": output.loss}
+    seen |= {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in names.items()}
+    return {"autocast": "float16", "compute": compute, "seen": seen}
+
+
+def adapter_place(source: Source) -> Figures:
+    """Where transformers.Trainer leaves adapters with save_strategy="epoch" and no save_model()."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("a b c").input_ids
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder, num_train_epochs=1, save_strategy="epoch", report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        rows = [{"input_ids": ids, "labels": ids}] * 2
+        transformers.Trainer(adapted(fresh_tiny(), ["qkv_proj"]), arguments, train_dataset=rows).train()
+        found = sorted(str(path.parent.relative_to(folder)) for path in Path(folder).rglob("adapter_model.safetensors"))
+    return {"folders": found, "in_output_dir": "." in found}
+
+
+# -- what measured files say -------------------------------------------------------------------------------------------
+
+
+def gpu_cell(pattern: str, **wanted: Any) -> dict[str, Any]:
+    """The cell of a results file with these values."""
+    _, record = report.load(pattern)
+    return next(cell for cell in record["cells"] if all(cell.get(name) == value for name, value in wanted.items()))
+
+
+def checkpointing_gpu(source: Source) -> Figures:
+    """Peak and time of a step at 2 x 2,048 tokens on a GPU, and of longer rows, with and without checkpointing."""
+    short = {policy: gpu_cell("train_step_h100_*.json", attn_implementation="sdpa", gradient_checkpointing=policy)
+             for policy in ("none", "full")}  # fmt: skip
+    found: Figures = {policy: {"peak_gib": cell["peak_gib"], "step_ms": cell["step_ms"]} for policy, cell in short.items()}
+    long = {policy: gpu_cell("attention_h100_*.json", level="step", backend="sdpa", length=8192, layout="full",
+                             checkpointing=policy, window="as trained") for policy in ("none", "full")}  # fmt: skip
+    return {**found, "at_8192_gib": {policy: cell["peak_gib"] for policy, cell in long.items()}}
+
+
+def attention_kernel(backend: str, length: int, window: int | None = None) -> dict[str, Any]:
+    """A cell of attention alone."""
+    return gpu_cell("attention_h100_*.json", level="kernel", backend=backend, length=length, window=window)
+
+
+def attention_step(backend: str, length: int, checkpointing: str = "full") -> dict[str, Any]:
+    """A cell of a whole step."""
+    wanted = {"layout": "full", "window": "as trained", "checkpointing": checkpointing}
+    return gpu_cell("attention_h100_*.json", level="step", backend=backend, length=length, **wanted)
+
+
+def flash_speed(source: Source) -> Figures:
+    """Flash attention against eager and sdpa: alone, and in a step."""
+    found: Figures = {"length": LENGTH}
+    flash = attention_kernel("flash_attention_2", LENGTH)
+    ms = flash["forward_ms"] + flash["backward_ms"]
+    for backend in ("eager", "sdpa"):
+        cell = attention_kernel(backend, LENGTH)
+        found[f"kernel_against_{backend}"] = (cell["forward_ms"] + cell["backward_ms"]) / ms
+        times = [attention_step(name, LENGTH)["step_ms"] for name in (backend, "flash_attention_2")]
+        found[f"step_against_{backend}"] = times[0] / times[1]
+    times = [attention_step(name, 8192)["step_ms"] for name in ("sdpa", "eager", "flash_attention_2")]
+    return {**found, "step_at_8192_against_sdpa": times[0] / times[2], "step_at_8192_against_eager": times[1] / times[2]}
+
+
+def flash_memory(source: Source) -> Figures:
+    """Peak of a step of one row over its length: a quadratic term shows where the length doubles."""
+    peaks: dict[str, dict[int, float]] = {}
+    for backend in ("eager", "sdpa", "flash_attention_2"):
+        peaks[backend] = {length: attention_step(backend, length)["peak_gib"] for length in (4096, 8192)}
+    growth = {backend: peak[8192] - peak[4096] for backend, peak in peaks.items()}
+    return {"peak_gib": {backend: {str(n): gib for n, gib in peak.items()} for backend, peak in peaks.items()},
+            "growth_gib": growth, "at_2048_gib": {name: attention_step(name, LENGTH)["peak_gib"] for name in peaks}}  # fmt: skip
+
+
+def out_of_memory(source: Source) -> Figures:
+    """What the advice against running out of memory is worth, from measured peaks of compiled steps."""
+    peaks = {name: gpu_cell("first_ladder_*.json", name=name)["peak_gib"] for name in ("none", "full", "none512")}
+    halved = 18 * adapter_bytes(source)["parameters"] / 2 / 2**30
+    return {"none_2x2048": peaks["none"], "checkpointing": peaks["full"], "1x512": peaks["none512"], "half_rank_gib": halved}
+
+
+def memory_of_phi3(source: Source) -> Figures:
+    """Each term of a step at 2 x 2,048 tokens with full checkpointing, in GB, and the measured peak."""
+    model = phi3_mini()
+    config = TrainConfig(gradient_checkpointing="full", compile="layers", attn_implementation="sdpa")
+    targets = audit_targets(model, config)
+    adapters = sum(target.adapter_parameters for target in targets)
+    shape, tokens = model.config, BATCH * LENGTH
+    weights = quantized_model(source)
+    terms = {
+        "linear layers, NF4": weights["linear_gb"],
+        "embeddings, head, norms, bf16": weights["rest_gb"],
+        "adapters, fp32": 4 * adapters / 1e9,
+        "their gradients": 4 * adapters / 1e9,
+        "AdamW's moments": 8 * adapters / 1e9,
+        "adapters in bf16 for the products": 2 * adapters / 1e9,
+        "inputs of the layers": 2 * tokens * shape.num_hidden_layers * shape.hidden_size / 1e9,
+        "a chunk of logits": 2 * min(CHUNK_TOKENS, tokens) * shape.vocab_size / 1e9,
+    }
+    predicted = estimated_memory_gib(model, targets, config, LENGTH) * 2**30 / 1e9
+    terms["the layer at work, and scratch"] = predicted - sum(terms.values())
+    peak = gpu_cell("first_ladder_*.json", name="full")["peak_gib"] * 2**30 / 1e9
+    plain = gpu_cell("train_step_h100_*.json", attn_implementation="sdpa", gradient_checkpointing="full")["peak_gib"]
+    none = gpu_cell("first_ladder_*.json", name="none")["peak_gib"]
+    return {"terms_gb": terms, "predicted_gb": predicted, "measured_gb": peak, "measured_plain_gb": plain * 2**30 / 1e9,
+            "measured_none_gb": none * 2**30 / 1e9, "guide_gb": TOTAL_GB}  # fmt: skip
+
+
+def full_fine_tuning(source: Source) -> Figures:
+    """Weights, gradients and two moments in fp32, 16 bytes a parameter; activations are not among them."""
+    return {"gb": 16 * phi3_mini().num_parameters() / 1e9, "guide_gb": FULL_GB}
+
+
+def reduction(source: Source) -> Figures:
+    """The measured peak of a QLoRA step against 16 bytes a parameter; and against full bf16 weights with 8-bit moments."""
+    peak = memory_of_phi3(source)["measured_gb"]
+    return {"measured": 1 - peak / full_fine_tuning(source)["gb"], "peak_gb": peak, "guide": 0.967}
+
+
+def small_card(source: Source) -> Figures:
+    """Measured peaks against 6 GB, the least that the guide asks for."""
+    peaks = {
+        "2 x 2,048, full checkpointing": gpu_cell("first_ladder_*.json", name="full")["peak_gib"],
+        "2 x 2,048, none": gpu_cell("first_ladder_*.json", name="none")["peak_gib"],
+        "1 x 512, none": gpu_cell("first_ladder_*.json", name="none512")["peak_gib"],
+    }
+    fits = [name for name, gib in peaks.items() if gib * 2**30 < 5.5e9]  # half a GB for the CUDA context
+    return {"peaks_gib": peaks, "fits": fits, "card_gb": 6}
+
+
+def epochs(source: Source) -> Figures:
+    """When the default run of 20 epochs stopped gaining."""
+    _, record = report.load("demo_cpu_*.json")
+    losses = record["runs"][0]["eval_loss"]
+    best = min(losses)
+    near = next(epoch for epoch, loss in enumerate(losses) if loss < 1.1 * best)
+    return {
+        "best": best,
+        "best_epoch": losses.index(best),
+        "last": losses[-1],
+        "within_a_tenth": near,
+        "epochs": len(losses) - 1,
+    }
+
+
+def checkpoint_contents(source: Source) -> Figures:
+    """Bytes of a checkpoint of full size, against those of the model."""
+    _, record = report.load("kill_resume_*.json")
+    return {"checkpoint_mb": record["checkpoint_bytes"] / 1e6, "model_gb": 2 * phi3_mini().num_parameters() / 1e9,
+            "adapter_mb": adapter_bytes(source)["file_mb"]}  # fmt: skip
+
+
+def nothing(source: Source) -> Figures:
+    """No figures: there is nothing here to measure it on."""
+    return {}

@@ -1,0 +1,401 @@
+"""Claims that need a model with weights: what guide_claims.py measures on the demo, or, quickly, on the tiny random model.
+
+Shapes: B rows, T tokens, D hidden size. Losses are nats per token.
+"""
+
+import functools
+import math
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import bitsandbytes
+import peft
+import torch
+import transformers
+
+import train_loop
+from benchmarks import guide_claims_training as training
+from benchmarks.guide_claims_cells import Figures, Source, relative_rms, uniform_levels
+from qlora import attention, checkpoint, data
+from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, TrainConfig
+from qlora.demo import model_source
+from qlora.layers import prepare_layers
+from qlora.loss import read_head, token_loss_sum
+from qlora.model import audit_targets, fingerprint, linear_layers, load_nf4_model, load_skeleton, load_tokenizer
+from qlora.optimizer import build_optimizer
+
+CPU = torch.device("cpu")
+
+
+def format_of(source: Source) -> data.Format:
+    """The plain form with the model's own tokenizer."""
+    folder = model_source(source.model)
+    return data.read_format(load_tokenizer(folder, load_skeleton(folder, TrainConfig()), TrainConfig()), "plain")
+
+
+def encoded(source: Source, path: Path = BUNDLED_TRAIN, form: data.Format | None = None) -> list[data.Encoded]:
+    """The bundled examples, loss on the response."""
+    form = form or format_of(source)
+    return [data.encode(example, form, "response") for example in data.read_examples(path, "train")]
+
+
+def base_model(source: Source, kind: str) -> Any:
+    """The model in fp32, bf16, int8, or in 4 bits: nf4 or fp4, with `_dq` for double quantisation."""
+    folder = model_source(source.model)
+    if kind in ("fp32", "bf16"):
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    four: Any = {"load_in_4bit": True, "bnb_4bit_quant_type": kind[:3], "bnb_4bit_use_double_quant": kind.endswith("_dq")}
+    options = {"load_in_8bit": True} if kind == "int8" else {**four, "bnb_4bit_compute_dtype": torch.bfloat16}
+    quantization = transformers.BitsAndBytesConfig(**options)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": CPU}).eval()
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # its other kernel rounds differently
+    return model
+
+
+# -- what rounding costs -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _quality(model: str, rows: int, length: int) -> dict[str, list[float]]:
+    source = Source(model, [])
+    ids = training.text_rows(format_of(source), rows, length)
+    kinds = ("fp32", "bf16", "nf4", "nf4_dq", "fp4", "int8")
+    return {kind: training.text_losses(base_model(source, kind), ids, None if kind == "fp32" else torch.bfloat16)
+            for kind in kinds}  # fmt: skip
+
+
+def quality(source: Source, rows: int = training.TEXT_ROWS, length: int = training.TEXT_LENGTH) -> Figures:
+    """Perplexity on the text in each format, the change of the loss against bf16, and its standard error over rows."""
+    losses = _quality(source.model, rows, length)
+    found: Figures = {"tokens": rows * (length - 1), "perplexity": {}, "change": {}, "error": {}}
+    for kind, values in losses.items():
+        changes = [value - base for value, base in zip(values, losses["bf16"], strict=True)]
+        found["perplexity"][kind] = math.exp(statistics.mean(values))
+        found["change"][kind] = math.exp(statistics.mean(changes)) - 1
+        found["error"][kind] = statistics.stdev(changes) / math.sqrt(rows)
+    return found
+
+
+def format_errors(source: Source) -> Figures:
+    """Relative error of all of the demo's linear weights in NF4 and in equally spaced levels."""
+    errors: dict[str, list[float]] = {"nf4": [], "uniform": []}
+    for layer in linear_layers(base_model(source, "bf16")).values():
+        weight = layer.weight.detach().float()
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+        errors["nf4"].append(relative_rms(bitsandbytes.functional.dequantize_4bit(packed, state), weight))
+        errors["uniform"].append(relative_rms(uniform_levels(weight), weight))
+    return {name: statistics.mean(values) for name, values in errors.items()}
+
+
+def printed_size(source: Source) -> Figures:
+    """What sum(p.numel()) gives for a model in NF4, and how many parameters it has."""
+    real = load_skeleton(model_source(source.model), TrainConfig()).num_parameters()
+    printed = sum(parameter.numel() for parameter in base_model(source, "nf4_dq").parameters())
+    return {"printed_m": printed / 1e6, "real_m": real / 1e6, "share": printed / real}
+
+
+# -- adapters at their start -------------------------------------------------------------------------------------------
+
+
+def window_of(source: Source, form: data.Format) -> list[data.Batch]:
+    """The first four examples as two micro-batches."""
+    samples = encoded(source, form=form)
+    return [data.collate(samples[:2]), data.collate(samples[2:4])]
+
+
+def start(source: Source) -> Figures:
+    """Logits with fresh adapters against those without, and the gradients of A and B."""
+    config, form, model = training.start(source.model, {"lora_dropout": 0.0})
+    batch = window_of(source, form)[0]
+    with torch.no_grad():
+        with_adapters = model.eval()(input_ids=batch.input_ids).logits  # [B, T, V]
+        with model.disable_adapter():
+            without = model(input_ids=batch.input_ids).logits  # [B, T, V]
+    prepare_layers(model.train(), config)
+    loss = token_loss_sum(hidden_of(model, batch), batch, read_head(model))
+    loss.backward()
+    norms = {side: math.sqrt(sum(float(p.grad.square().sum()) for name, p in model.named_parameters() if side in name))
+             for side in ("lora_A", "lora_B")}  # fmt: skip
+    return {"largest_difference": float((with_adapters - without).abs().max()), "gradient": norms}
+
+
+def hidden_of(model: Any, batch: data.Batch) -> torch.Tensor:
+    """Last hidden states [B, T, D], as train_step computes them."""
+    decoder = model.get_decoder()
+    with torch.autocast("cpu", torch.bfloat16):
+        return decoder(**attention.decoder_inputs(batch, decoder.config), use_cache=False).last_hidden_state
+
+
+def frozen(source: Source) -> Figures:
+    """Two steps: which parameters moved, and whether the base is still the same bytes."""
+    config, form, model = training.start(source.model, {})
+    prepare_layers(model.train(), config)
+    before = fingerprint(model)
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
+    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+    for _ in range(2):  # in the first, A stands still, as B is zero
+        train_loop.train_step(model.get_decoder(), optimizer, window_of(source, form), loss_sum, 1e-3, 1.0)
+    moved = sum(not torch.equal(p, trained[name]) for name, p in model.named_parameters() if name in trained)
+    return {"base_unchanged": fingerprint(model) == before, "moved": moved, "trained": len(trained)}
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def gradient_of(model: Any, batch: data.Batch, head: Any) -> torch.Tensor:
+    """The gradient of a micro-batch's loss sum to all adapters, as one vector."""
+    model.zero_grad(set_to_none=True)
+    token_loss_sum(hidden_of(model, batch), batch, head).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])  # [parameters]
+
+
+def accumulation(source: Source) -> Figures:
+    """The gradient of a mean of micro-batch means against that of the window's tokens, for like and unlike answers."""
+    config, form, model = training.start(source.model, {"lora_dropout": 0.0})
+    prepare_layers(model.train(), config)
+    head = read_head(model)
+    found = {}
+    whole = encoded(source, form=form)
+    prompt = sum(label == data.IGNORED for label in whole[0].labels)
+    short = data.Encoded(*(part[: prompt + 12] for part in whole[0][:2]), 1)
+    windows = {"bundled": window_of(source, form), "12 and 100": [data.collate([short]), data.collate([whole[1]])]}
+    for name, window in windows.items():
+        sums = [gradient_of(model, batch, head) for batch in window]
+        counts = [batch.num_tokens for batch in window]
+        right = sum(sums) / sum(counts)  # [parameters]
+        means = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(window)  # [parameters]
+        found[name] = {"tokens": counts, "error": float((means - right).norm() / right.norm())}
+    return {"windows": found}
+
+
+def batch_noise(source: Source) -> Figures:
+    """Cosine between the gradient of 1, 2, 4 and 11 examples and that of all 22, the mean over disjoint batches."""
+    config, form, model = training.start(source.model, {"lora_dropout": 0.0})
+    prepare_layers(model.train(), config)
+    head = read_head(model)
+    samples = [data.collate([sample]) for sample in encoded(source, form=form)]
+    gradients = torch.stack([gradient_of(model, batch, head) for batch in samples])  # [22, parameters]
+    everything = gradients.sum(0)  # [parameters]
+    found = {}
+    for size in (1, 2, 4, 11):
+        parts = [rows.sum(0) for rows in gradients.split(size) if len(rows) == size]  # [parameters] each
+        found[str(size)] = statistics.mean(float(torch.cosine_similarity(part, everything, dim=0)) for part in parts)
+    return {"cosine": found}
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(model: Any, length: int) -> int:
+    """Bytes that a forward pass of one row keeps for backward, parameters and frozen weights left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    storages: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # else its address could be given to another
+        return tensor
+
+    ids = torch.arange(length)[None] % model.config.vocab_size  # [1, T]
+    batch = data.collate([data.Encoded(ids[0].tolist(), ids[0].tolist(), 1)])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden_of(model, batch)
+    return sum(storages.values())
+
+
+def checkpointing(source: Source, lengths: tuple[int, ...] = (64, 128, 256, 512)) -> Figures:
+    """What a forward pass keeps for backward, in MB, over the length, and what the inputs of the layers alone are."""
+    kept: dict[str, dict[str, float]] = {}
+    for policy in ("none", "full"):
+        config, _, model = training.start(source.model, {})
+        prepare_layers(model.train(), TrainConfig(**{**vars(config), "gradient_checkpointing": policy}))
+        kept[policy] = {str(length): saved_bytes(model, length) / 1e6 for length in lengths}
+    shape = model.config
+    inputs = {str(length): 2 * length * shape.hidden_size * shape.num_hidden_layers / 1e6 for length in lengths}
+    longest = str(max(lengths))
+    return {"saved_mb": kept, "layer_inputs_mb": inputs, "longest": longest, "of": kept["full"][longest] / kept["none"][longest],
+            "inputs_share": inputs[longest] / kept["full"][longest]}  # fmt: skip
+
+
+def memory_terms(source: Source) -> Figures:
+    """The terms of memory predicted from the shape, and what the tensors of a step weigh, in MB."""
+    config, form, model = training.start(source.model, {})
+    prepare_layers(model.train(), config)
+    skeleton = load_skeleton(model_source(source.model), config)
+    linear = sum(layer.weight.numel() for layer in linear_layers(skeleton).values())
+    adapters = sum(target.adapter_parameters for target in audit_targets(skeleton, config))
+    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
+    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+    train_loop.train_step(model.get_decoder(), optimizer, window_of(source, form), loss_sum, 1e-3, 1.0)
+    quantized = [p for p in model.parameters() if isinstance(p, bitsandbytes.nn.Params4bit)]
+    scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in (p.quant_state for p in quantized))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    other = [p for p in model.parameters() if not p.requires_grad and not isinstance(p, bitsandbytes.nn.Params4bit)]
+    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim())
+    predicted = {"linear layers, NF4": 4.127 / 8 * linear, "embeddings, head, norms, bf16": 2 * (skeleton.num_parameters() - linear),
+                 "adapters, fp32": 4 * adapters, "their gradients": 4 * adapters, "AdamW's moments": 8 * adapters}  # fmt: skip
+    measured = {"linear layers, NF4": scales + sum(p.nbytes for p in quantized),
+                "embeddings, head, norms, bf16": sum(p.nbytes for p in other), "adapters, fp32": sum(p.nbytes for p in trained),
+                "their gradients": sum(p.grad.nbytes for p in trained), "AdamW's moments": moments}  # fmt: skip
+    return {
+        "predicted_mb": {name: size / 1e6 for name, size in predicted.items()},
+        "measured_mb": {name: size / 1e6 for name, size in measured.items()},
+        "worst": max(abs(measured[name] / size - 1) for name, size in predicted.items()),
+    }
+
+
+# -- prompts, generation, merging --------------------------------------------------------------------------------------
+
+
+def prompt_forms(source: Source) -> Figures:
+    """Loss of the held-out answers behind the guide's headings and behind the model's own chat template, untrained."""
+    folder = model_source(source.model)
+    tokenizer = load_tokenizer(folder, load_skeleton(folder, TrainConfig()), TrainConfig())
+    model = base_model(source, "bf16")
+    losses = {}
+    for name in ("plain", "chat"):
+        total, tokens = 0.0, 0
+        for sample in encoded(source, BUNDLED_EVAL, data.read_format(tokenizer, name)):
+            trained = torch.tensor(sample.labels)[1:]  # [T - 1]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([sample.input_ids])).logits.float()[0, :-1]  # [T - 1, V]
+            total += float(torch.nn.functional.cross_entropy(logits, trained, ignore_index=data.IGNORED, reduction="sum"))
+            tokens += int((trained != data.IGNORED).sum())
+        losses[name] = total / tokens
+    return {"loss": losses}
+
+
+def kv_cache(source: Source, new_tokens: int = 64) -> Figures:
+    """Whether generate() uses a cache unasked, and the time of an answer with and without it."""
+    model = base_model(source, "bf16")
+    ids = training.text_rows(format_of(source), 1, 128)  # [1, 128]
+    seconds = {}
+    for cached in (None, True, False):
+        began = time.perf_counter()
+        options = {} if cached is None else {"use_cache": cached}
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens,
+                       min_new_tokens=new_tokens, **options)  # fmt: skip
+        seconds[str(cached)] = time.perf_counter() - began
+    return {"default": model.generation_config.use_cache in (None, True), "seconds": seconds, "new_tokens": new_tokens,
+            "factor": seconds["False"] / seconds["True"]}  # fmt: skip
+
+
+def merging(source: Source, epochs: int = training.EPOCHS) -> Figures:
+    """A trained adapter merged in three ways against the NF4 model with its adapter beside it.
+
+    bf16: into the unquantised model, as the guide does; dequantised: into the NF4 weights, turned to bf16; requantised: into
+    the 4-bit weights, which are then quantised anew. Logits are those of the held-out examples.
+    """
+    trained = training.run(source.model, {}, epochs)
+    form, config, folder = trained.form, trained.config, model_source(source.model)
+    samples = [data.collate([sample]) for sample in encoded(source, BUNDLED_EVAL, form)]
+    with TemporaryDirectory() as scratch:
+        checkpoint.write_folder(Path(scratch) / "adapter", dict(checkpoint.adapter_files(trained.model, form.tokenizer)))
+        adapter = str(Path(scratch) / "adapter")
+        reference = compared(peft.PeftModel.from_pretrained(load_nf4_model(folder, config, "sdpa", CPU), adapter), samples)
+        merged = {}
+        for route in ("bf16", "dequantised", "requantised"):
+            base = base_model(source, "bf16") if route == "bf16" else load_nf4_model(folder, config, "sdpa", CPU)
+            base = base.dequantize() if route == "dequantised" else base
+            merged[route] = compared(peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(), samples, reference)
+    return {"beside": {"loss": reference["loss"], "perplexity": math.exp(reference["loss"])}, "merged": merged}
+
+
+@torch.no_grad()
+def compared(model: Any, samples: list[data.Batch], reference: Figures | None = None) -> Figures:
+    """Loss on held-out answers and, against a reference, the largest and the relative difference of logits."""
+    model.eval()
+    logits, total, tokens = [], 0.0, 0
+    for batch in samples:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(input_ids=batch.input_ids, use_cache=False).logits.float()[0]  # [T, V]
+        logits.append(found)
+        targets = batch.labels.flatten()[batch.positions + 1]  # [N]
+        total += float(torch.nn.functional.cross_entropy(found[batch.positions], targets, reduction="sum"))
+        tokens += batch.num_tokens
+    row: Figures = {"loss": total / tokens}
+    if reference is None:
+        return {**row, "logits": logits}
+    exact = torch.cat(reference["logits"])  # [all T, V]
+    row["perplexity"] = math.exp(row["loss"])
+    row["largest"] = float((torch.cat(logits) - exact).abs().max())
+    row["relative"] = relative_rms(torch.cat(logits), exact)
+    return row
+
+
+# -- what short runs say -----------------------------------------------------------------------------------------------
+
+
+def of(source: Source, flags: training.Flags) -> dict[str, Any]:
+    """The run with these flags."""
+    return next(row for row in source.trainings if row["flags"] == flags)
+
+
+def summary(row: dict[str, Any]) -> dict[str, Any]:
+    """What claims are judged by, of one run."""
+    kept = ("trained_parameters", "step_s", "peak_rss_gib", "train_loss_without_dropout", "text_perplexity", "epochs")
+    return {"held_out": row["eval_loss"][-1], "best_held_out": min(row["eval_loss"]), "before": row["eval_loss"][0],
+            **{name: row[name] for name in kept}}  # fmt: skip
+
+
+def noise(source: Source) -> float:
+    """How much the held-out loss differs between two seeds."""
+    return abs(summary(of(source, training.BASE))["held_out"] - summary(of(source, training.ANOTHER_SEED))["held_out"])
+
+
+def runs(source: Source, flags: dict[Any, training.Flags]) -> Figures:
+    """The default run beside others."""
+    return {"runs": {str(name): summary(of(source, other)) for name, other in flags.items()}, "seeds_differ_by": noise(source)}
+
+
+def target_quality(source: Source) -> Figures:
+    """Held-out loss for each choice of targets."""
+    return runs(source, {"all": training.BASE, **training.TARGETS})
+
+
+def ranks(source: Source) -> Figures:
+    """Held-out loss, time and memory for each rank."""
+    return runs(source, dict(sorted({32: training.BASE, **training.RANKS}.items())))
+
+
+def dropouts(source: Source) -> Figures:
+    """Training loss with dropout switched off, and held-out loss, for each share of dropout."""
+    return runs(source, dict(sorted({0.1: training.BASE, **training.DROPOUTS}.items())))
+
+
+def rates(source: Source) -> Figures:
+    """Held-out loss for each peak rate."""
+    return runs(source, dict(sorted({4e-4: training.BASE, **training.RATES}.items())))
+
+
+def decay(source: Source) -> Figures:
+    """Held-out loss with and without weight decay."""
+    return runs(source, {"0.01": training.BASE, "0": training.NO_DECAY})
+
+
+def knowledge(source: Source) -> Figures:
+    """Perplexity on the text before training, after the default run, and after one at too high a rate."""
+    before = math.exp(
+        statistics.mean(training.text_losses(base_model(source, "nf4_dq"), training.text_rows(format_of(source))))
+    )
+    after = of(source, training.BASE)["text_perplexity"]
+    high = of(source, training.RATES[2e-2])["text_perplexity"]
+    return {"before": before, "after": after, "too_high_rate": high, "change": after / before - 1}
+
+
+def signs(source: Source) -> Figures:
+    """First and last training loss and the range of gradient norms of a run that goes well."""
+    row = of(source, training.BASE)
+    return {"first_loss": row["train_loss"][0], "last_loss": row["train_loss"][-1], "smallest_norm": min(row["grad_norm"]),
+            "largest_norm": max(row["grad_norm"]), "steps": len(row["grad_norm"])}  # fmt: skip
