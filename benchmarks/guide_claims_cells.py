@@ -10,10 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bitsandbytes.functional
-import peft
 import torch
-import transformers
 from safetensors.torch import save_file
 
 import train_loop
@@ -23,7 +20,7 @@ from qlora.config import BUNDLED_TRAIN, TrainConfig
 from qlora.demo import tiny_random_model
 from qlora.loss import CHUNK_TOKENS
 from qlora.memory import estimated_memory_gib
-from qlora.model import audit_targets, linear_layers, load_skeleton, load_tokenizer
+from qlora.model import audit_targets, bitsandbytes, linear_layers, load_skeleton, load_tokenizer, peft, transformers
 
 Figures = dict[str, Any]
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # the guide's targets
@@ -200,7 +197,7 @@ def quantized_model(source: Source) -> Figures:
 
 def levels(source: Source) -> Figures:
     """The 16 levels, and which of the six that the guide prints are among them."""
-    code = [round(level, 4) for level in bitsandbytes.functional.get_4bit_type("nf4").tolist()]
+    code = [round(level, 4) for level in bitsandbytes.functional.get_4bit_type("nf4", device="cpu").tolist()]
     printed = (-1.0, -0.6961, -0.5250, 0.5250, 0.6961, 1.0)
     missing = [level for level in printed if min(abs(level - real) for real in code) > 2e-4]
     return {"levels": code, "below_zero": sum(level < 0 for level in code), "above_zero": sum(level > 0 for level in code),
@@ -389,13 +386,13 @@ def native_class(source: Source) -> Figures:
     return {"module": type(model).__module__, "first_layer": min(layers), "last_layer": max(layers)}
 
 
-def fresh_tiny() -> Any:
-    """The tiny model in NF4, as the guide loads it."""
+def fresh_tiny(dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The tiny model in NF4 with bf16 compute, as the guide loads it, and what is not quantised in `dtype`."""
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
     return transformers.AutoModelForCausalLM.from_pretrained(
-        str(tiny_random_model()), quantization_config=quantization, dtype=torch.bfloat16, device_map={"": "cpu"}
+        str(tiny_random_model()), quantization_config=quantization, dtype=dtype, device_map={"": "cpu"}
     )
 
 
@@ -418,7 +415,9 @@ def peft_and_checkpointing(source: Source) -> Figures:
     """Which of PEFT's two functions switches checkpointing on, and what the other one also casts to fp32."""
     model = adapted(fresh_tiny(), ["qkv_proj"])
     by_get_peft_model = bool(model.get_base_model().is_gradient_checkpointing)
-    prepared = peft.prepare_model_for_kbit_training(fresh_tiny())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT calls transformers by an old name
+        prepared = peft.prepare_model_for_kbit_training(fresh_tiny())
     cast = [name for name, parameter in prepared.named_parameters() if parameter.dtype == torch.float32]
     shape = phi3_mini()
     growth = 2 * (shape.num_parameters() - linear_parameters(shape)) / 1e9
@@ -430,31 +429,41 @@ def peft_and_checkpointing(source: Source) -> Figures:
     }
 
 
-def precision(source: Source) -> Figures:
-    """Dtypes under fp16 autocast with bf16 compute: what layers return, logits, loss, and gradients on their way back."""
-    model = adapted(fresh_tiny(), ["qkv_proj"]).train()
+def mixed_precision(source: Source) -> Figures:
+    """A forward pass under fp16 autocast with bf16 compute, of a model loaded in bf16 and of one loaded in fp16."""
+    ids = torch.arange(8)[None]  # [1, 8]
+    errors: dict[str, str | None] = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        model = adapted(fresh_tiny(dtype), ["qkv_proj"]).train()
+        try:
+            with torch.autocast("cpu", torch.float16):
+                model(input_ids=ids, labels=ids).loss.backward()
+            errors[name] = None
+        except RuntimeError as raised:
+            errors[name] = str(raised).splitlines()[0]
+    return {"error": errors}
+
+
+def dtypes(source: Source) -> Figures:
+    """Dtypes in a step under fp16 autocast, of a model loaded in fp16: forward, loss, and backward."""
+    model = adapted(fresh_tiny(torch.float16), ["qkv_proj"]).train()
     seen: dict[str, str] = {}
 
-    def note(name: str) -> Any:
-        def keep(_: Any, __: Any, output: torch.Tensor) -> None:
-            seen[name] = str(output.dtype).removeprefix("torch.")
-            output.register_hook(
-                lambda gradient: seen.update({f"{name}, gradient": str(gradient.dtype).removeprefix("torch.")})
-            )
+    def name_of(tensor: torch.Tensor) -> str:
+        return str(tensor.dtype).removeprefix("torch.")
 
-        return keep
+    def keep(_: Any, __: Any, output: torch.Tensor) -> None:
+        seen["layer"] = name_of(output)
+        output.register_hook(lambda gradient: seen.update({"gradient": name_of(gradient)}))
 
-    layer = model.get_base_model().model.layers[1]
-    linear = layer.mlp.down_proj
-    compute = str(linear.compute_dtype).removeprefix("torch.")
-    linear.register_forward_hook(note("layer"))
+    linear = model.get_base_model().model.layers[1].mlp.down_proj
+    linear.register_forward_hook(keep)
     ids = torch.arange(8)[None]  # [1, 8]
     with torch.autocast("cpu", torch.float16):
         output = model(input_ids=ids, labels=ids)
     output.loss.backward()
-    names = {"logits": output.logits, "loss": output.loss}
-    seen |= {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in names.items()}
-    return {"autocast": "float16", "compute": compute, "seen": seen}
+    return {**seen, "compute": str(linear.compute_dtype).removeprefix("torch."), "logits": name_of(output.logits),
+            "loss": name_of(output.loss)}  # fmt: skip
 
 
 def adapter_place(source: Source) -> Figures:
@@ -521,8 +530,9 @@ def flash_memory(source: Source) -> Figures:
     for backend in ("eager", "sdpa", "flash_attention_2"):
         peaks[backend] = {length: attention_step(backend, length)["peak_gib"] for length in (4096, 8192)}
     growth = {backend: peak[8192] - peak[4096] for backend, peak in peaks.items()}
-    return {"peak_gib": {backend: {str(n): gib for n, gib in peak.items()} for backend, peak in peaks.items()},
-            "growth_gib": growth, "at_2048_gib": {name: attention_step(name, LENGTH)["peak_gib"] for name in peaks}}  # fmt: skip
+    named = {backend: {str(length): gib for length, gib in peak.items()} for backend, peak in peaks.items()}
+    short = {backend: attention_step(backend, LENGTH)["peak_gib"] for backend in peaks}
+    return {"peak_gib": named, "growth_gib": growth, "at_2048_gib": short}
 
 
 def out_of_memory(source: Source) -> Figures:
