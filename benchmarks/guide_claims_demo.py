@@ -275,6 +275,31 @@ def memory_terms(source: Source) -> Figures:
     }
 
 
+def rank_cost(source: Source, chosen: tuple[int, ...] = (2, 8, 32, 128), rounds: int = 4) -> Figures:
+    """What ranks cost: seconds of a step, in turns so that a busy machine is busy for all, and MB of all that training keeps."""
+    steps, found = {}, {}
+    for rank in chosen:
+        config, form, model = training.start(source.model, {"lora_r": rank, "lora_alpha": 2 * rank})
+        prepare_layers(model.train(), config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+        optimizer, window = build_optimizer(trained, config), window_of(source, form)
+        arguments = (model.get_decoder(), optimizer, window, loss_sum, 1e-4, 1.0)
+        steps[rank] = functools.partial(train_loop.train_step, *arguments)
+        frozen_mb = sum(p.nbytes for p in model.parameters() if not p.requires_grad) / 1e6
+        found[str(rank)] = {"parameters": sum(p.numel() for p in trained), "base_mb": frozen_mb, "step_s": []}
+    for turn in range(rounds):
+        for rank, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if turn:  # the first makes the moments
+                found[str(rank)]["step_s"].append(time.perf_counter() - began)
+    for rank, row in found.items():
+        row["step_s"] = statistics.median(row["step_s"])
+        row["training_mb"] = 16 * row["parameters"] / 1e6  # fp32 weight, gradient and two moments, as memory_terms weighs them
+    return {"ranks": found, "lowest": str(min(chosen)), "highest": str(max(chosen))}
+
+
 # -- prompts, generation, merging --------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "GUIDE_CLAIMS.md")
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by the colour-blind
 COLOURS = {"eager": "#000000", "sdpa": BLUE, "sdpa_cudnn": "#332288", "sdpa_flash": "#56B4E9", "sdpa_efficient": "#CC79A7",
            "sdpa_math": "#999999", "flash_attention_2": ORANGE, "varlen": "#009E73", "flex_attention": "#E69F00",
@@ -479,6 +479,82 @@ def rate(cell: Cell, peak: float) -> str:
     return f"{tflops:.3g} ({tflops / peak:.0%})"
 
 
+CLAIMS_FILE = "guide_claims_*.json"
+
+
+def is_measured(row: Cell) -> bool:
+    """Whether a row of guide_claims.py has figures that were measured, by itself or in a file that it names."""
+    return row["how"] == "measured" or row["how"].startswith("from ")
+
+
+def claims_in_numbers(rows: list[Cell]) -> str:
+    """How many claims there are, how they came out, and how that was found."""
+    verdicts = ", ".join(f"{sum(row['verdict'] == verdict for row in rows if row['how'] != 'not measured')} {told}"
+                         for verdict, told in (("right", "right"), ("wrong", "wrong"), ("depends", "depend")))  # fmt: skip
+    kinds = [sum(map(is_measured, rows)), *(sum(row["how"] == how for row in rows) for how in ("computed", "not measured"))]
+    return f"{len(rows)} claims: {verdicts}. {kinds[0]} are measured, {kinds[1]} computed, {kinds[2]} not measured."
+
+
+def claims_short() -> str:
+    """The claims that matter most."""
+    name, record = load(CLAIMS_FILE)
+    rows = [[row["claim"], row["verdict"], row["fact"]] for row in record["rows"] if row["short"]]
+    told = f"{claims_in_numbers(record['rows'])} {source(name, {**record, 'cells': record['rows']})}"
+    return f"{table(['a guide says', 'verdict', 'measured'], rows)}\n\n{told}"
+
+
+def claims() -> str:
+    """All claims, a table for each group, and under that of memory its terms."""
+    name, record = load(CLAIMS_FILE)
+    parts = [claims_in_numbers(record["rows"])]
+    for group in dict.fromkeys(row["group"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["group"] == group]
+        cells = [[f"`{row['id']}`", row["claim"], row["verdict"], row["fact"], row["how"]] for row in rows]
+        parts += [f"## {group}", table(["id", "the guide says", "verdict", "what is so", "how it is known"], cells)]
+        figures = {row["id"]: row["figures"] for row in rows}
+        if {"total-2gb", "memory-terms"} <= figures.keys():
+            parts.append(memory_terms(figures["total-2gb"], figures["memory-terms"]))
+    if record["trainings"]:
+        parts += ["## The short runs", claim_runs(record)]
+    parts.append(f"Perplexity: {record['text']}. {source(name, {**record, 'cells': record['rows']})}")
+    return "\n\n".join(parts)
+
+
+def memory_terms(phi3: Cell, demo: Cell) -> str:
+    """The memory of a step term by term: predicted for Phi-3-mini, and predicted and weighed for the demo."""
+    rows = []
+    for term, size in phi3["terms_gb"].items():
+        weighed = [f"{demo[kind][term]:.2f}" if term in demo[kind] else "" for kind in ("predicted_mb", "measured_mb")]
+        rows.append([term, f"{size:.2f}", *weighed])
+    rows.append(["all, predicted", f"{phi3['predicted_gb']:.2f}", "", ""])
+    rows.append(["all, measured on an H100", f"{phi3['measured_gb']:.2f}", "", ""])
+    headers = ["term, full checkpointing", "Phi-3-mini, 2 x 2,048 tokens, GB", "demo, predicted, MB", "demo, weighed, MB"]
+    return table(headers, rows)
+
+
+def claim_runs(record: dict[str, Any]) -> str:
+    """The runs of the demo that claims about training read."""
+    rows = []
+    for run in record["trainings"]:
+        flags = " ".join(
+            f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, list) else f'{value:g}'}"
+            for name, value in run["flags"].items()
+        )
+        rows.append(
+            [
+                f"`{flags}`" if flags else "(the demo's defaults)",
+                f"{run['trained_parameters']:,}",
+                f"{run['train_loss_without_dropout']:.4f}",
+                f"{run['eval_loss'][-1]:.4f}",
+                f"{run['text_perplexity']:.2f}",
+            ]
+        )
+    headers = ["python train_loop.py", "trained parameters", "training loss, dropout off", "held-out loss", "text perplexity"]
+    epochs = sorted({run["epochs"] for run in record["trainings"]})
+    what = f"`{record['model']}`, `--num-train-epochs {' or '.join(map(str, epochs))}`, one run each; losses in nats per token."
+    return f"{table(headers, rows)}\n\n{what}"
+
+
 H100, CPU = "attention_h100_*.json", "attention_cpu_*.json"
 TIME, RATE = "Forward + backward, ms.", "TFLOP/s, and share of a large product's rate."
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -498,6 +574,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "peers-h100": lambda: peers("peers_h100_*.json", "h100"),
     "peers-cpu": lambda: peers("peers_cpu_*.json", "cpu"),
     "survival": survival,
+    "guide-claims": claims,
+    "guide-claims-short": claims_short,
     "demo-summary": demo_summary,
     "demo-output": demo_output,
     "demo-sweep": lambda: sweep("demo_cpu_*.json"),

@@ -1,0 +1,332 @@
+"""The guide's claims: what can be measured at once is, and agrees with the file; verdicts and texts follow from figures."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import guide_claims as benchmark
+from benchmarks import guide_claims_cells as cells
+from benchmarks import guide_claims_demo as demo
+from benchmarks import guide_claims_training as training
+from benchmarks import report
+from benchmarks.guide_claims_list import CLAIMS
+from qlora.config import TrainConfig
+from qlora.signals import Signals
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+TINY = cells.Source("tiny-random", [])
+NOW = ("targets", "other_models", "adapter_bytes", "parameters_of_a_rank", "model_size", "initialisation", "scale_and_dropout",
+       "levels", "blocks", "clusters", "four_bit_formats", "float_formats", "schedule_formula", "first_rate", "steps", "pad_token",
+       "pad_labels", "added_pad", "stop_token", "native_class", "peft_and_checkpointing", "mixed_precision", "dtypes",
+       "checkpointing_gpu", "flash_speed", "flash_memory", "out_of_memory", "full_fine_tuning", "small_card", "epochs",
+       "checkpoint_contents")  # fmt: skip
+NUMBER = re.compile(r"\d")
+
+
+@pytest.fixture(scope="module")
+def record() -> dict:
+    return report.load("guide_claims_*.json")[1]
+
+
+@pytest.fixture(scope="module")
+def rows(record) -> dict[str, dict]:
+    return {row["id"]: row for row in record["rows"]}
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_claim_has_its_row_and_each_row_its_fields(record, rows):
+    assert [row["id"] for row in record["rows"]] == list(CLAIMS)
+    for name, row in rows.items():
+        assert set(row) == {
+            "id",
+            "group",
+            "short",
+            "claim",
+            "verdict",
+            "fact",
+            "figures",
+            "how",
+            "command",
+            "seconds",
+            "commit",
+        }
+        assert row["verdict"] in ("right", "wrong", "depends") and row["seconds"] >= 0 and len(row["commit"]) == 40
+        assert row["command"] == f"python benchmarks/guide_claims.py --only {name}" and row["claim"] and row["fact"]
+        assert not re.search(r"\bnan\b|\binf\b|\|", row["fact"]), name
+        if row["how"] == "not measured":
+            assert row["figures"] == {} and row["verdict"] == "depends"
+        else:
+            assert NUMBER.search(json.dumps(row["figures"])) or any(isinstance(v, str | bool) for v in row["figures"].values())
+        if row["how"].startswith("from "):
+            assert (RESULTS / row["how"].removeprefix("from ")).exists()
+        else:
+            assert row["how"] in ("measured", "computed", "not measured")
+
+
+def test_most_rows_are_measured_and_few_are_arithmetic(record):
+    hows = [row["how"] for row in record["rows"]]
+    assert sum(map(report.is_measured, record["rows"])) >= 25 and hows.count("computed") <= 5
+    assert hows.count("measured") >= 25  # those of files not counted
+
+
+def test_verdicts_and_texts_are_those_that_the_figures_give(record):
+    assert benchmark.renewed(record["rows"]) == record["rows"]
+
+
+def test_a_claim_that_is_gone_leaves_no_row_and_the_order_is_the_lists(record):
+    turned = [*reversed(record["rows"]), {"id": "no such claim", "figures": {}, "seconds": 0, "commit": ""}]
+    assert benchmark.renewed(turned) == record["rows"]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "verdict"),
+    [
+        ("targets", "share", 1.0, "right"),
+        ("110-steps", "total", 110, "right"),
+        ("init-gaussian", "kurtosis", 3.0, "right"),
+        ("ba-zero", "largest_difference", 1e-6, "wrong"),
+        ("gradients-frozen", "base_unchanged", False, "wrong"),
+        ("double-quantisation", "saved", 0.3, "wrong"),
+        ("nf4-levels", "missing", [], "right"),
+        ("97.5-percent", "stored", 0.975, "right"),
+        ("total-2gb", "measured_gb", 2.1, "right"),
+        ("60gb", "gb", 70.0, "wrong"),
+        ("96.7-percent", "measured", 0.967, "right"),
+        ("peft-checkpointing", "get_peft_model", True, "right"),
+        ("default-scheduler", "default", "cosine", "right"),
+        ("pad-eos", "collator", 22, "right"),
+        ("no-pad-token", "pad", None, "right"),
+        ("flash-training", "step_against_sdpa", 2.5, "right"),
+        ("quality-nf4", "change", {"nf4": 0.001}, "right"),
+        ("loss-fp16", "loss", "float16", "right"),
+        ("6gb", "fits", ["a", "b", "c"], "right"),
+    ],
+)
+def test_other_figures_give_another_verdict(rows, name, path, value, verdict):
+    figures = copy.deepcopy(rows[name]["figures"])
+    assert rows[name]["verdict"] != verdict
+    figures[path] = value
+    assert CLAIMS[name].judge(figures) == verdict
+
+
+# -- measured at once --------------------------------------------------------------------------------------------------
+
+
+def close(found, kept) -> bool:
+    """Whether figures agree: numbers to 2 %, the rest exactly."""
+    if isinstance(kept, dict):
+        return found.keys() == kept.keys() and all(close(found[name], kept[name]) for name in kept)
+    if isinstance(kept, list):
+        return len(found) == len(kept) and all(map(close, found, kept))
+    is_number = isinstance(kept, int | float) and not isinstance(kept, bool)
+    return found == pytest.approx(kept, rel=0.02, abs=1e-6) if is_number else found == kept
+
+
+@pytest.mark.parametrize("name", NOW)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_what_is_cheap_agrees_with_the_file(tiny, rows, name):
+    torch.manual_seed(0)
+    found = json.loads(json.dumps(getattr(cells, name)(TINY)))
+    claims = [claim for claim in CLAIMS.values() if claim.measure == name]
+    assert claims
+    for claim in claims:
+        assert close(found, rows[claim.id]["figures"]), found
+        assert claim.judge(found) == rows[claim.id]["verdict"] and claim.fact(found)
+
+
+def test_known_numbers_stand_in_the_rows(rows):
+    figures = {name: row["figures"] for name, row in rows.items()}
+    assert figures["targets"]["guide"] == {"layers": 64, "parameters": 17_825_792}
+    assert figures["targets"]["right"] == {"layers": 128, "parameters": 50_331_648}
+    assert figures["parameters-3.8b"]["parameters"] == 3_821_079_552
+    assert figures["bits-4.5"]["single"] == 4.5 and figures["double-quantisation"]["double"] == pytest.approx(4.127, abs=1e-4)
+    assert figures["97.5-percent"]["stored"] == pytest.approx(0.855, abs=1e-3)
+    assert figures["model-3.8gb"]["total_gb"] == pytest.approx(2.26, abs=0.01)
+    assert figures["110-steps"]["total"] == 120 and figures["110-steps"]["windows"] == [4, 4, 4, 4, 4, 2]
+    terms = figures["total-2gb"]["terms_gb"]
+    assert sum(terms.values()) == pytest.approx(figures["total-2gb"]["predicted_gb"]) and min(terms.values()) > 0
+    assert figures["total-2gb"]["predicted_gb"] == pytest.approx(figures["total-2gb"]["measured_gb"], rel=0.04)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_bytes_of_a_quantised_weight_follow_the_paper(double):
+    values, scales = cells.quantized_bytes(256, 512, double)
+    blocks = 256 * 512 // 64
+    assert values == 256 * 512 // 2 and scales == (blocks + 4 * blocks // 256 if double else 4 * blocks)
+
+
+def test_equally_spaced_levels_are_15_in_a_block_and_keep_its_largest():
+    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))  # [N, K]
+    rounded = cells.uniform_levels(weight).view(-1, 64)  # [blocks, 64]
+    assert all(len(row.unique()) <= 15 for row in rounded)
+    torch.testing.assert_close(rounded.abs().amax(1), weight.view(-1, 64).abs().amax(1))
+
+
+def test_loading_configuration_and_trainer_refuse_what_the_guide_has(tiny):
+    assert cells.offloading(TINY)["refused"]
+    found = cells.scheduler_default(TINY)
+    assert found["default"] == "linear" and found["warmup_ratio"] in (None, "TypeError")
+    assert cells.adapter_place(TINY)["folders"] == ["checkpoint-1"]
+    assert cells.streaming(TINY) == {"default": "Dataset", "streaming": "IterableDataset"}
+
+
+# -- on the tiny model, what the file has of the demo ------------------------------------------------------------------
+
+
+def test_fresh_adapters_change_nothing_and_the_base_stays(tiny):
+    found = demo.start(TINY)
+    assert found["largest_difference"] == 0 and found["gradient"]["lora_A"] == 0 < found["gradient"]["lora_B"]
+    moved = demo.frozen(TINY)
+    assert moved["base_unchanged"] and moved["moved"] == moved["trained"] == 16
+
+
+def test_means_of_means_are_off_where_answers_differ(tiny):
+    windows = demo.accumulation(TINY)["windows"]
+    assert windows["unlike"]["tokens"][0] == 12 and windows["unlike"]["error"] > 10 * windows["bundled"]["error"] > 0
+    cosines = list(demo.batch_noise(TINY)["cosine"].values())
+    assert cosines == sorted(cosines) and 0 < cosines[0] < cosines[-1] < 1
+
+
+def test_checkpointing_keeps_the_inputs_of_layers(tiny):
+    found = demo.checkpointing(TINY, (32, 64))
+    saved, inputs = found["saved_mb"], found["layer_inputs_mb"]
+    assert saved["full"]["64"] == pytest.approx(2 * saved["full"]["32"], rel=0.02)
+    assert inputs["64"] == 2 * 64 * 192 * 2 / 1e6 <= saved["full"]["64"] < 0.3 * saved["none"]["64"]
+
+
+def test_terms_of_memory_weigh_what_was_predicted(tiny):
+    found = demo.memory_terms(TINY)
+    assert found["worst"] < 1e-3 and found["predicted_mb"].keys() == found["measured_mb"].keys()
+    cost = demo.rank_cost(TINY, (2, 4), rounds=2)["ranks"]
+    assert cost["4"]["training_mb"] == 2 * cost["2"]["training_mb"] == 16 * cost["4"]["parameters"] / 1e6
+
+
+def test_formats_and_sizes(tiny):
+    found = demo.quality(TINY, rows=2, length=64)
+    assert found["change"]["bf16"] == 0 < abs(found["change"]["nf4"]) and found["tokens"] == 2 * 63
+    assert abs(found["change"]["int8"]) < abs(found["change"]["fp4"]) and set(found["perplexity"]) >= {"fp32", "nf4_dq"}
+    assert 0.5 < demo.printed_size(TINY)["share"] < 0.9
+    loss = demo.prompt_forms(TINY)["loss"]
+    assert loss["plain"] != loss["chat"]
+    assert demo.kv_cache(TINY, new_tokens=8)["default"]
+
+
+@pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear:UserWarning")
+def test_merging_into_dequantised_weights_is_nearest(tiny):
+    merged = demo.merging(TINY, epochs=1)["merged"]
+    assert merged["dequantised"]["relative"] < 0.2 * min(merged[route]["relative"] for route in ("bf16", "requantised"))
+
+
+# -- short runs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_run_is_the_loops_own(tiny, tmp_path):
+    """The same losses, norms and held-out losses as train_loop.main, bit for bit."""
+    import train_loop
+
+    flags = {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "target_modules": ["o_proj", "down_proj"]}
+    row = training.run("tiny-random", flags, epochs=2).row
+    config = TrainConfig(model="tiny-random", output_dir=tmp_path / "run", num_train_epochs=2, **flags)
+    train_loop.main(config, Signals())
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in metrics if row["event"] == "step"]
+    assert row["train_loss"] == [step["loss"] for step in steps] and len(steps) == 12
+    assert row["grad_norm"] == [step["grad_norm"] for step in steps]
+    assert row["eval_loss"] == [line["eval_loss"] for line in metrics if line["event"] == "eval"]
+    assert row["trained_parameters"] == 4 * 2 * ((192 + 192) + (256 + 192))
+
+
+def test_the_file_has_every_run_that_a_claim_reads(record):
+    kept = [run["flags"] for run in record["trainings"]]
+    for claim in CLAIMS.values():
+        assert all(flags in kept for flags in benchmark.flags_of(claim.runs)), claim.id
+    assert {run["epochs"] for run in record["trainings"]} == {training.EPOCHS}
+    base = demo.of(cells.Source("demo", record["trainings"]), training.BASE)
+    assert base["eval_loss"][-1] < 0.1 * base["eval_loss"][0] and len(base["train_loss"]) == 6 * training.EPOCHS
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Rows are measured in this process, and counted."""
+    called = []
+
+    def call(function, *arguments):
+        called.append(function.__name__ if function is not benchmark.measure else arguments[0])
+        return function(*arguments)
+
+    monkeypatch.setattr(benchmark, "alone", call)
+    return called
+
+
+def test_missing_rows_are_measured_and_others_left_alone(tiny, tmp_path, here):
+    out = tmp_path / "claims.json"
+    options = {"model": "tiny-random", "epochs": 1, "out": out}
+    benchmark.main(benchmark.Options(only=("110-steps", "batch-4"), **options))
+    assert here == ["steps"]  # one function for both
+    first = json.loads(out.read_text())
+    assert [row["id"] for row in first["rows"]] == ["110-steps", "batch-4"]
+    benchmark.main(benchmark.Options(only=("first-update", "110-steps"), missing=True, **options))
+    assert here == ["steps", "first_rate"]
+    second = json.loads(out.read_text())
+    assert [row["id"] for row in second["rows"]] == ["first-update", "110-steps", "batch-4"]
+    assert [row for row in second["rows"] if row["id"] != "first-update"] == first["rows"]
+    benchmark.main(benchmark.Options(only=("110-steps",), minutes=0.0, **options))
+    assert here == ["steps", "first_rate"]
+
+
+def test_a_run_is_made_once_for_all_that_read_it(tiny, tmp_path, here):
+    out = tmp_path / "claims.json"
+    for only in (("signs",), ("signs", "weight-decay")):
+        benchmark.main(benchmark.Options(only=only, model="tiny-random", epochs=1, out=out))
+    assert here == ["training_row", "signs", "training_row", "training_row", "decay", "signs"]
+    flags = [run["flags"] for run in json.loads(out.read_text())["trainings"]]
+    assert flags == [training.BASE, training.ANOTHER_SEED, training.NO_DECAY]
+
+
+def test_what_is_not_there_or_of_another_machine_is_refused(tiny, tmp_path):
+    with pytest.raises(SystemExit, match="There is no claim bits-5"):
+        benchmark.main(benchmark.Options(only=("bits-5",)))
+    out = tmp_path / "claims.json"
+    environment = {"device": "a", "packages": {"torch": "2"}}
+    out.write_text(json.dumps({"environment": environment, "model": "demo", "trainings": [], "rows": []}))
+    assert benchmark.opened(out, "demo", environment)["rows"] == []
+    with pytest.raises(SystemExit, match="another device"):
+        benchmark.opened(out, "demo", {**environment, "device": "b"})
+    with pytest.raises(SystemExit, match="another model"):
+        benchmark.opened(out, "tiny-random", environment)
+
+
+# -- rendering ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_has_every_row_and_the_readme_the_short_ones(record):
+    page, short = report.claims(), report.claims_short()
+    for row in record["rows"]:
+        assert f"| `{row['id']}` | {row['claim']} | {row['verdict']} | {row['fact']} | {row['how']} |" in page
+        assert (f"| {row['claim']} | {row['verdict']} | {row['fact']} |" in short) == row["short"]
+    assert page.count("all, measured on an H100") == 1 and record["text"] in page
+    assert f"{len(record['rows'])} claims" in page and 10 <= sum(row["short"] for row in record["rows"]) <= 30
+
+
+def test_the_page_changes_with_a_figure(record, tmp_path, monkeypatch):
+    before = report.claims()
+    changed = copy.deepcopy(record)
+    next(row for row in changed["rows"] if row["id"] == "110-steps")["figures"]["total"] = 123
+    changed["rows"] = benchmark.renewed(changed["rows"])
+    (tmp_path / "guide_claims_cpu_202601.json").write_text(json.dumps(changed))
+    for path in RESULTS.glob("*.json"):
+        if not path.name.startswith("guide_claims"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    after = report.claims().splitlines()
+    (line,) = (new for new, old in zip(after, before.splitlines(), strict=True) if new != old and "guide_claims_cpu" not in new)
+    assert "| 123: 6 an epoch" in line
