@@ -259,14 +259,13 @@ def memory_terms(source: Source) -> Figures:
     scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in (p.quant_state for p in quantized))
     trained = [p for p in model.parameters() if p.requires_grad]
     other = [p for p in model.parameters() if not p.requires_grad and not isinstance(p, bitsandbytes.nn.Params4bit)]
-    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim())
     sixteen_bits = 2 * (skeleton.num_parameters() - linear)
     sizes = {  # bytes: predicted, measured
         "linear layers, NF4": (NF4_BYTES * linear, scales + sum(p.nbytes for p in quantized)),
         "embeddings, head, norms, bf16": (sixteen_bits, sum(p.nbytes for p in other)),
         "adapters, fp32": (4 * adapters, sum(p.nbytes for p in trained)),
         "their gradients": (4 * adapters, sum(p.grad.nbytes for p in trained)),
-        "AdamW's moments": (8 * adapters, moments),
+        "AdamW's moments": (8 * adapters, moment_bytes(optimizer)),
     }
     return {
         "predicted_mb": {name: predicted / 1e6 for name, (predicted, _) in sizes.items()},
@@ -276,16 +275,18 @@ def memory_terms(source: Source) -> Figures:
 
 
 def rank_cost(source: Source, chosen: tuple[int, ...] = (2, 8, 32, 128), rounds: int = 4) -> Figures:
-    """What ranks cost: seconds of a step, in turns so that a busy machine is busy for all, and MB of all that training keeps."""
-    steps, found = {}, {}
+    """What ranks cost: seconds of a step, in turns so that a busy machine is busy for all, and MB that training keeps."""
+    steps, found, kept = {}, {}, {}
     for rank in chosen:
         config, form, model = training.start(source.model, {"lora_r": rank, "lora_alpha": 2 * rank})
         prepare_layers(model.train(), config)
         trained = [p for p in model.parameters() if p.requires_grad]
         loss_sum = functools.partial(token_loss_sum, head=read_head(model))
         optimizer, window = build_optimizer(trained, config), window_of(source, form)
-        arguments = (model.get_decoder(), optimizer, window, loss_sum, 1e-4, 1.0)
-        steps[rank] = functools.partial(train_loop.train_step, *arguments)
+        steps[rank] = functools.partial(
+            train_loop.train_step, model.get_decoder(), optimizer, window, loss_sum, 1e-4, 1.0
+        )  # () -> loss, norm
+        kept[rank] = optimizer
         frozen_mb = sum(p.nbytes for p in model.parameters() if not p.requires_grad) / 1e6
         found[str(rank)] = {"parameters": sum(p.numel() for p in trained), "base_mb": frozen_mb, "step_s": []}
     for turn in range(rounds):
@@ -294,10 +295,18 @@ def rank_cost(source: Source, chosen: tuple[int, ...] = (2, 8, 32, 128), rounds:
             step()
             if turn:  # the first makes the moments
                 found[str(rank)]["step_s"].append(time.perf_counter() - began)
-    for rank, row in found.items():
-        row["step_s"] = statistics.median(row["step_s"])
-        row["training_mb"] = 16 * row["parameters"] / 1e6  # fp32 weight, gradient and two moments, as memory_terms weighs them
+    for rank, optimizer in kept.items():
+        row = found[str(rank)]
+        weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        weighed = sum(p.nbytes + p.grad.nbytes for p in weights) + moment_bytes(optimizer)
+        found[str(rank)] = {**row, "step_s": statistics.median(row["step_s"]), "training_mb": weighed / 1e6}
     return {"ranks": found, "lowest": str(min(chosen)), "highest": str(max(chosen))}
+
+
+def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's moments; its step counts, scalars, are left out."""
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in states if torch.is_tensor(value) and value.dim())
 
 
 # -- prompts, generation, merging --------------------------------------------------------------------------------------

@@ -425,9 +425,9 @@ MEMORY = (
         "small_card",
         lambda f: right_if(len(f["fits"]) == len(f["peaks_gib"]), "depends"),
         lambda f: (
-            f"peaks on an H100: {listed(f['peaks_gib'], '.2f', ' GiB')}, and a context of CUDA on top. The RTX 2060 has "
-            "neither bf16 "
-            "nor what flash_attention_2 needs, so the script cannot run on it as it stands; no such card was measured"
+            f"peaks on an H100: {listed(f['peaks_gib'], '.2f', ' GiB')}, and a context of CUDA on top. bf16 and "
+            "flash_attention_2 want compute capability 8.0, an RTX 2060 has 7.5, so the script as it stands is not for it; no "
+            "such card was measured"
         ),
         how=LADDER,
         short=True,

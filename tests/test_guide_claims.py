@@ -19,11 +19,11 @@ from qlora.signals import Signals
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 TINY = cells.Source("tiny-random", [])
-NOW = ("targets", "other_models", "adapter_bytes", "parameters_of_a_rank", "model_size", "initialisation", "scale_and_dropout",
-       "levels", "blocks", "clusters", "four_bit_formats", "float_formats", "schedule_formula", "first_rate", "steps", "pad_token",
-       "pad_labels", "added_pad", "stop_token", "native_class", "peft_and_checkpointing", "mixed_precision", "dtypes",
-       "checkpointing_gpu", "flash_speed", "flash_memory", "out_of_memory", "full_fine_tuning", "small_card", "epochs",
-       "checkpoint_contents")  # fmt: skip
+NOW = ("targets", "other_models", "adapter_bytes", "parameters_of_a_rank", "model_size", "initialisation",
+       "scale_and_dropout", "levels", "blocks", "clusters", "four_bit_formats", "float_formats", "schedule_formula",
+       "first_rate", "steps", "pad_token", "pad_labels", "added_pad", "stop_token", "native_class",
+       "peft_and_checkpointing", "mixed_precision", "dtypes", "checkpointing_gpu", "flash_speed", "flash_memory",
+       "out_of_memory", "full_fine_tuning", "small_card", "epochs", "checkpoint_contents")  # fmt: skip
 NUMBER = re.compile(r"\d")
 
 
