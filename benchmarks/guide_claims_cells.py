@@ -483,7 +483,7 @@ def adapter_place(source: Source) -> Figures:
 # -- what measured files say -------------------------------------------------------------------------------------------
 
 
-def gpu_cell(pattern: str, **wanted: Any) -> dict[str, Any]:
+def measured_cell(pattern: str, **wanted: Any) -> dict[str, Any]:
     """The cell of a results file with these values."""
     _, record = report.load(pattern)
     return next(cell for cell in record["cells"] if all(cell.get(name) == value for name, value in wanted.items()))
@@ -491,23 +491,23 @@ def gpu_cell(pattern: str, **wanted: Any) -> dict[str, Any]:
 
 def checkpointing_gpu(source: Source) -> Figures:
     """Peak and time of a step at 2 x 2,048 tokens on a GPU, and of longer rows, with and without checkpointing."""
-    short = {policy: gpu_cell("train_step_h100_*.json", attn_implementation="sdpa", gradient_checkpointing=policy)
+    short = {policy: measured_cell("train_step_h100_*.json", attn_implementation="sdpa", gradient_checkpointing=policy)
              for policy in ("none", "full")}  # fmt: skip
     found: Figures = {policy: {"peak_gib": cell["peak_gib"], "step_ms": cell["step_ms"]} for policy, cell in short.items()}
-    long = {policy: gpu_cell("attention_h100_*.json", level="step", backend="sdpa", length=8192, layout="full",
+    long = {policy: measured_cell("attention_h100_*.json", level="step", backend="sdpa", length=8192, layout="full",
                              checkpointing=policy, window="as trained") for policy in ("none", "full")}  # fmt: skip
     return {**found, "at_8192_gib": {policy: cell["peak_gib"] for policy, cell in long.items()}}
 
 
 def attention_kernel(backend: str, length: int, window: int | None = None) -> dict[str, Any]:
     """A cell of attention alone."""
-    return gpu_cell("attention_h100_*.json", level="kernel", backend=backend, length=length, window=window)
+    return measured_cell("attention_h100_*.json", level="kernel", backend=backend, length=length, window=window)
 
 
 def attention_step(backend: str, length: int, checkpointing: str = "full") -> dict[str, Any]:
     """A cell of a whole step."""
     wanted = {"layout": "full", "window": "as trained", "checkpointing": checkpointing}
-    return gpu_cell("attention_h100_*.json", level="step", backend=backend, length=length, **wanted)
+    return measured_cell("attention_h100_*.json", level="step", backend=backend, length=length, **wanted)
 
 
 def flash_speed(source: Source) -> Figures:
@@ -537,7 +537,7 @@ def flash_memory(source: Source) -> Figures:
 
 def out_of_memory(source: Source) -> Figures:
     """What the advice against running out of memory is worth, from measured peaks of compiled steps."""
-    peaks = {name: gpu_cell("first_ladder_*.json", name=name)["peak_gib"] for name in ("none", "full", "none512")}
+    peaks = {name: measured_cell("first_ladder_*.json", name=name)["peak_gib"] for name in ("none", "full", "none512")}
     halved = 18 * adapter_bytes(source)["parameters"] / 2 / 2**30
     return {"none_2x2048": peaks["none"], "checkpointing": peaks["full"], "1x512": peaks["none512"], "half_rank_gib": halved}
 
@@ -562,9 +562,9 @@ def memory_of_phi3(source: Source) -> Figures:
     }
     predicted = estimated_memory_gib(model, targets, config, LENGTH) * 2**30 / 1e9
     terms["the layer at work, and scratch"] = predicted - sum(terms.values())
-    peak = gpu_cell("first_ladder_*.json", name="full")["peak_gib"] * 2**30 / 1e9
-    plain = gpu_cell("train_step_h100_*.json", attn_implementation="sdpa", gradient_checkpointing="full")["peak_gib"]
-    none = gpu_cell("first_ladder_*.json", name="none")["peak_gib"]
+    peak = measured_cell("first_ladder_*.json", name="full")["peak_gib"] * 2**30 / 1e9
+    plain = measured_cell("train_step_h100_*.json", attn_implementation="sdpa", gradient_checkpointing="full")["peak_gib"]
+    none = measured_cell("first_ladder_*.json", name="none")["peak_gib"]
     return {"terms_gb": terms, "predicted_gb": predicted, "measured_gb": peak, "measured_plain_gb": plain * 2**30 / 1e9,
             "measured_none_gb": none * 2**30 / 1e9, "guide_gb": TOTAL_GB}  # fmt: skip
 
@@ -583,9 +583,9 @@ def reduction(source: Source) -> Figures:
 def small_card(source: Source) -> Figures:
     """Measured peaks against 6 GB, the least that the guide asks for."""
     peaks = {
-        "2 x 2,048, full checkpointing": gpu_cell("first_ladder_*.json", name="full")["peak_gib"],
-        "2 x 2,048, none": gpu_cell("first_ladder_*.json", name="none")["peak_gib"],
-        "1 x 512, none": gpu_cell("first_ladder_*.json", name="none512")["peak_gib"],
+        "2 x 2,048, full checkpointing": measured_cell("first_ladder_*.json", name="full")["peak_gib"],
+        "2 x 2,048, none": measured_cell("first_ladder_*.json", name="none")["peak_gib"],
+        "1 x 512, none": measured_cell("first_ladder_*.json", name="none512")["peak_gib"],
     }
     fits = [name for name, gib in peaks.items() if gib * 2**30 < 5.5e9]  # half a GB for the CUDA context
     return {"peaks_gib": peaks, "fits": fits, "card_gb": 6}
@@ -604,6 +604,25 @@ def epochs(source: Source) -> Figures:
         "within_a_tenth": near,
         "epochs": len(losses) - 1,
     }
+
+
+def signs_of_success(source: Source) -> Figures:
+    """Held-out loss and answers of the default run, and of the run whose held-out loss got lowest."""
+    _, record = report.load("demo_cpu_*.json")
+    default, lowest = record["runs"][0], min(record["runs"], key=lambda run: min(run["eval_loss"]))
+    return {
+        "of": default["held_out"],
+        **{name: {"before": run["eval_loss"][0], "best": min(run["eval_loss"]), "right": run["tuned_right"],
+                  "right_before": run["base_right"], "rate": run["learning_rate"]}
+           for name, run in (("default", default), ("lowest", lowest))},
+    }  # fmt: skip
+
+
+def trl_checkpointing(source: Source) -> Figures:
+    """Peak and step of SFTTrainer as it comes, and told not to checkpoint."""
+    cells = {name: measured_cell("peers_cpu_*.json", contender=name) for name in ("trl", "trl_no_checkpointing")}
+    return {"version": cells["trl"]["version"], **{name: {"peak_gib": cell["peak_gib"], "step_ms": cell["step_ms"]}
+                                                   for name, cell in cells.items()}}  # fmt: skip
 
 
 def checkpoint_contents(source: Source) -> Figures:

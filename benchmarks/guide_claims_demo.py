@@ -144,6 +144,16 @@ def hidden_of(model: Any, batch: data.Batch) -> torch.Tensor:
         return decoder(**attention.decoder_inputs(batch, decoder.config), use_cache=False).last_hidden_state
 
 
+def alphas(source: Source) -> Figures:
+    """The first gradient of B for alphas at rank 32: norms, which grow as the update's scale does."""
+    norms = {}
+    for alpha in (16, 64, 256):
+        config, form, model = training.start(source.model, {"lora_dropout": 0.0, "lora_alpha": alpha})
+        prepare_layers(model.train(), config)
+        norms[str(alpha)] = float(gradient_of(model, window_of(source, form)[0], read_head(model)).norm())
+    return {"norms": norms, "of_16": norms["64"] / norms["16"], "of_64": norms["256"] / norms["64"]}
+
+
 def frozen(source: Source) -> Figures:
     """Two steps: which parameters moved, and whether the base is still the same bytes."""
     config, form, model = training.start(source.model, {})

@@ -139,6 +139,17 @@ ADAPTERS = (
         ),
     ),
     Claim(
+        "alpha",
+        "A higher alpha adapts more strongly",
+        "alphas",
+        lambda f: right_if(f["of_16"] > 2 and f["of_64"] > 2),
+        lambda f: (
+            f"the update and the gradient of B are in proportion to alpha / r: norm {listed(f['norms'], '.3g')} for "
+            "alpha 16, 64, "
+            "256 at r=32; AdamW takes most of it out of the gradient again, not out of the update"
+        ),
+    ),
+    Claim(
         "gradients-frozen",
         "Only A and B get gradients; W0 stays",
         "frozen",
@@ -380,6 +391,18 @@ MEMORY = (
             f"casts embeddings, norms and head to fp32, +{f['phi3_growth_gb']:.2f} GB for Phi-3-mini"
         ),
         short=True,
+    ),
+    Claim(
+        "trl-checkpointing",
+        "SFTTrainer checkpoints by itself",
+        "trl_checkpointing",
+        lambda f: right_if(f["trl"]["peak_gib"] < 0.9 * f["trl_no_checkpointing"]["peak_gib"], "depends"),
+        lambda f: (
+            f"{f['version']} does: peak {f['trl']['peak_gib']:.2f} GiB and {f['trl']['step_ms']:,.0f} ms a step as it comes, "
+            f"{f['trl_no_checkpointing']['peak_gib']:.2f} and {f['trl_no_checkpointing']['step_ms']:,.0f} when told not "
+            "to (the demo)"
+        ),
+        how="peers_cpu_*.json",
     ),
     Claim(
         "checkpointing-stores",
@@ -812,6 +835,19 @@ TRAINING = (
             f"{f['smallest_norm']:.3f}; both depend on the data"
         ),
         runs=("BASE",),
+    ),
+    Claim(
+        "success",
+        "A lower held-out loss shows that training worked",
+        "signs_of_success",
+        lambda f: right_if(f["lowest"]["right"] >= f["default"]["right"], "depends"),
+        lambda f: (
+            f"from {f['default']['before']:.3f} to {f['default']['best']:.4f}, and {f['default']['right']} of {f['of']} "
+            "answers right, "
+            f"{f['default']['right_before']} before; but the rate that gets lowest, {f['lowest']['rate']:g} with "
+            f"{f['lowest']['best']:.4f}, has {f['lowest']['right']}"
+        ),
+        how=DEMO,
     ),
     Claim(
         "20-epochs",

@@ -23,7 +23,7 @@ NOW = ("targets", "other_models", "adapter_bytes", "parameters_of_a_rank", "mode
        "scale_and_dropout", "levels", "blocks", "clusters", "four_bit_formats", "float_formats", "schedule_formula",
        "first_rate", "steps", "pad_token", "pad_labels", "added_pad", "stop_token", "native_class",
        "peft_and_checkpointing", "mixed_precision", "dtypes", "checkpointing_gpu", "flash_speed", "flash_memory",
-       "out_of_memory", "full_fine_tuning", "small_card", "epochs", "checkpoint_contents")  # fmt: skip
+       "out_of_memory", "full_fine_tuning", "small_card", "epochs", "checkpoint_contents", "signs_of_success", "trl_checkpointing")  # fmt: skip
 NUMBER = re.compile(r"\d")
 
 
@@ -182,6 +182,8 @@ def test_loading_configuration_and_trainer_refuse_what_the_guide_has(tiny):
 def test_fresh_adapters_change_nothing_and_the_base_stays(tiny):
     found = demo.start(TINY)
     assert found["largest_difference"] == 0 and found["gradient"]["lora_A"] == 0 < found["gradient"]["lora_B"]
+    growth = demo.alphas(TINY)
+    assert growth["of_16"] == pytest.approx(4, rel=0.02) and growth["of_64"] == pytest.approx(4, rel=0.02)
     moved = demo.frozen(TINY)
     assert moved["base_unchanged"] and moved["moved"] == moved["trained"] == 16
 
