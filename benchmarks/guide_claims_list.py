@@ -144,9 +144,8 @@ ADAPTERS = (
         "alphas",
         lambda f: right_if(f["of_16"] > 2 and f["of_64"] > 2),
         lambda f: (
-            f"the update and the gradient of B are in proportion to alpha / r: norm {listed(f['norms'], '.3g')} for "
-            "alpha 16, 64, "
-            "256 at r=32; AdamW takes most of it out of the gradient again, not out of the update"
+            f"the update is in proportion to alpha / r, and so is the first gradient of B: its norm at r=32 by alpha is "
+            f"{listed(f['norms'], '.3g')}"
         ),
     ),
     Claim(

@@ -23,7 +23,8 @@ NOW = ("targets", "other_models", "adapter_bytes", "parameters_of_a_rank", "mode
        "scale_and_dropout", "levels", "blocks", "clusters", "four_bit_formats", "float_formats", "schedule_formula",
        "first_rate", "steps", "pad_token", "pad_labels", "added_pad", "stop_token", "native_class",
        "peft_and_checkpointing", "mixed_precision", "dtypes", "checkpointing_gpu", "flash_speed", "flash_memory",
-       "out_of_memory", "full_fine_tuning", "small_card", "epochs", "checkpoint_contents", "signs_of_success", "trl_checkpointing")  # fmt: skip
+       "out_of_memory", "full_fine_tuning", "small_card", "epochs", "checkpoint_contents",
+       "signs_of_success", "trl_checkpointing")  # fmt: skip
 NUMBER = re.compile(r"\d")
 
 
