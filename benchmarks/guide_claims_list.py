@@ -32,8 +32,8 @@ def right_if(holds: bool, otherwise: Verdict = "wrong") -> Verdict:
 
 
 def listed(values: dict[str, float], form: str, unit: str = "") -> str:
-    """`name value unit`, separated by commas."""
-    return ", ".join(f"{name} {value:{form}}{unit}" for name, value in values.items())
+    """`name: value unit`, separated by commas."""
+    return ", ".join(f"{name}: {value:{form}}{unit}" for name, value in values.items())
 
 
 def held_out(f: Figures, epochs: bool = True) -> str:
@@ -41,7 +41,7 @@ def held_out(f: Figures, epochs: bool = True) -> str:
     losses = {name: run["held_out"] for name, run in f["runs"].items()}
     first = next(iter(f["runs"].values()))
     after = f" after {first['epochs']} epochs ({first['before']:.3f} before)" if epochs else ""
-    return f"held-out loss {listed(losses, '.4f')}{after}; two seeds differ by {f['seeds_differ_by']:.4f}"
+    return f"held-out loss of {listed(losses, '.4f')}{after}; two seeds differ by {f['seeds_differ_by']:.4f}"
 
 
 def near(f: Figures, name: str, other: str, times: float = 2.0) -> bool:
@@ -301,7 +301,7 @@ NF4 = (
         "quality-int8",
         "INT8 is good for serving",
         "quality",
-        lambda f: right_if(abs(f["change"]["int8"]) < 0.01),
+        lambda f: right_if(abs(f["change"]["int8"]) < 0.01, "depends"),
         lambda f: (
             f"perplexity {f['perplexity']['int8']:.2f} in int8 ({f['change']['int8']:+.2%}), {f['perplexity']['bf16']:.2f} in "
             "bf16; speed was not measured"
@@ -345,7 +345,7 @@ MEMORY = (
         "memory_terms",
         lambda f: right_if(f["worst"] < 0.01),
         lambda f: (
-            f"to {f['worst']:.2%}, each weighed after a step of the demo; but activations, logits and what a layer works with "
+            f"to {f['worst']:.3%}, each weighed after a step of the demo; but activations, logits and what a layer works with "
             "come on top"
         ),
     ),
