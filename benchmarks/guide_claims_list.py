@@ -617,7 +617,7 @@ SCHEDULE = (
         "A larger batch estimates the gradient better",
         "batch_noise",
         lambda f: right_if(list(f["cosine"].values()) == sorted(f["cosine"].values())),
-        lambda f: f"cosine with the gradient of all 22 examples: {listed(f['cosine'], '.3f')} (first: examples)",
+        lambda f: f"likeness to the gradient of all 22 examples: {listed(f['cosine'], '.3f')} (examples: cosine)",
     ),
 )
 
