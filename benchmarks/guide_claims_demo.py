@@ -373,7 +373,8 @@ def merging(source: Source, epochs: int = training.EPOCHS) -> Figures:
             base = base_model(source, "bf16") if route == "bf16" else load_nf4_model(folder, config, "sdpa", CPU)
             base = base.dequantize() if route == "dequantised" else base
             merged[route] = compared(peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(), samples, reference)
-    return {"beside": {"loss": reference["loss"], "perplexity": math.exp(reference["loss"])}, "merged": merged}
+    beside = {"loss": reference["loss"], "perplexity": math.exp(reference["loss"])}
+    return {"beside": beside, "without": {"perplexity": math.exp(trained.row["eval_loss"][0])}, "merged": merged}
 
 
 @torch.no_grad()

@@ -36,12 +36,12 @@ def listed(values: dict[str, float], form: str, unit: str = "") -> str:
     return ", ".join(f"{name}: {value:{form}}{unit}" for name, value in values.items())
 
 
-def held_out(f: Figures, epochs: bool = True) -> str:
+def held_out(f: Figures) -> str:
     """Held-out losses of runs, and what they are to be compared with."""
     losses = {name: run["held_out"] for name, run in f["runs"].items()}
     first = next(iter(f["runs"].values()))
-    after = f" after {first['epochs']} epochs ({first['before']:.3f} before)" if epochs else ""
-    return f"held-out loss of {listed(losses, '.4f')}{after}; two seeds differ by {f['seeds_differ_by']:.4f}"
+    told = f"after {first['epochs']} epochs ({first['before']:.3f} before; two seeds differ by {f['seeds_differ_by']:.4f})"
+    return f"held-out loss {told}: {listed(losses, '.4f')}"
 
 
 def near(f: Figures, name: str, other: str, times: float = 2.0) -> bool:
@@ -705,10 +705,10 @@ LOADING = (
         "merging",
         lambda f: right_if(f["merged"]["bf16"]["relative"] <= f["merged"]["dequantised"]["relative"], "depends"),
         lambda f: (
-            f"held-out perplexity {f['beside']['perplexity']:.4f} beside NF4; merged "
+            f"held-out perplexity {f['without']['perplexity']:.3f} without the adapter, {f['beside']['perplexity']:.3f} with "
+            "it beside NF4; merged into "
             + ", ".join(
-                f"{route} {m['perplexity']:.4f} (logits off by {m['relative']:.1%}, {m['largest']:.2f} at most)"
-                for route, m in f["merged"].items()
+                f"{route} weights {m['perplexity']:.3f} (logits off by {m['relative']:.1%})" for route, m in f["merged"].items()
             )
         ),
         short=True,
