@@ -32,13 +32,16 @@ def right_if(holds: bool, otherwise: Verdict = "wrong") -> Verdict:
 
 
 def listed(values: dict[str, float], form: str, unit: str = "") -> str:
-    """`name: value unit`, separated by commas."""
-    return ", ".join(f"{name}: {value:{form}}{unit}" for name, value in values.items())
+    """`name: value unit`, separated by semicolons."""
+    return "; ".join(f"{name}: {value:{form}}{unit}" for name, value in values.items())
+
+
+LABELS = {"accidental": "o_proj and down_proj, which the guide's names match", "mlp": "MLP", "all, r=12": "all at r=12"}
 
 
 def held_out(f: Figures) -> str:
     """Held-out losses of runs, and what they are to be compared with."""
-    losses = {name: run["held_out"] for name, run in f["runs"].items()}
+    losses = {LABELS.get(name, name): run["held_out"] for name, run in f["runs"].items()}
     first = next(iter(f["runs"].values()))
     told = f"after {first['epochs']} epochs ({first['before']:.3f} before; two seeds differ by {f['seeds_differ_by']:.4f})"
     return f"held-out loss {told}: {listed(losses, '.4f')}"
@@ -520,7 +523,7 @@ PRECISION = (
         "mixed_precision",
         lambda f: right_if(not any(f["error"].values())),
         lambda f: (
-            f"loaded in bf16, as transformers 5 does, the first forward fails: {f['error']['bf16']}; loaded in fp16: "
+            f"loaded in bf16, as transformers 5 does, on a CPU the first forward fails: {f['error']['bf16']}; loaded in fp16: "
             f"{f['error']['fp16'] or 'it runs, and each product rounds to bf16 and back'}"
         ),
         short=True,
