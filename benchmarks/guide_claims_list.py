@@ -337,7 +337,7 @@ MEMORY = (
         lambda f: right_if(f["measured_gb"] < 1.1 * f["guide_gb"]),
         lambda f: (
             f"a step of 2 x 2,048 tokens peaks at {f['measured_gb']:.2f} GB with full checkpointing ({f['predicted_gb']:.2f} "
-            f"predicted, term by term below), at {f['measured_none_gb']:.2f} without"
+            f"predicted), at {f['measured_none_gb']:.2f} without"
         ),
         how=LADDER,
         short=True,
