@@ -273,7 +273,13 @@ def test_benchmarks_run_on_a_cpu(tiny, tmp_path):
     ]
     demo = [sys.executable, "benchmarks/demo.py", "--model", "tiny-random", "--max-steps", "2", "--learning-rates", "1e-3"]
     for command in (step, demo):
-        done = subprocess.run([*command, "--out", str(tmp_path / "out.json")], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "--out", str(tmp_path / "out.json")],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         record = json.loads((tmp_path / "out.json").read_text())
         rows = record.get("cells") or record["runs"]
