@@ -12,6 +12,8 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qlora.checkpoint import random_state, set_random_state
+from qlora.config import ExitCode, UserError
+from qlora.guards import is_out_of_memory
 
 MOST = 32  # shapes that are recorded; what comes after runs without a graph
 
@@ -103,18 +105,31 @@ class Graphs:
     def forward(self, **inputs: Any) -> Any:
         """As the decoder's own; in training the hidden states are the graph's, and last until its next replay."""
         tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        shapes = tuple((name, tuple(value.shape)) for name, value in tensors.items())
-        unknown = shapes not in self.recordings
-        if not self.decoder.training or len(inputs["input_ids"]) != self.rows or (unknown and len(self.recordings) == MOST):
+        key = (
+            torch.is_autocast_enabled(self.anchor.device.type),
+            *((name, tuple(value.shape)) for name, value in tensors.items()),
+        )
+        trains = self.decoder.training and torch.is_grad_enabled() and len(inputs["input_ids"]) == self.rows
+        if not trains or (key not in self.recordings and len(self.recordings) == MOST):
             return self.recorded(**inputs)
         self._put_gradients_back()
-        if unknown:
-            self.recordings[shapes] = _Recording(self.recorded, inputs, self.parameters, self.pool)
-            self.gradients = [parameter.grad for parameter in self.parameters]
-        recording = self.recordings[shapes]
+        if key not in self.recordings:
+            self.recordings[key] = self._record(inputs)
+        recording = self.recordings[key]
         for name, value in tensors.items():
             recording.inputs[name].copy_(value)
         return BaseModelOutputWithPast(last_hidden_state=_Replay.apply(self.anchor, recording))
+
+    def _record(self, inputs: dict[str, Any]) -> _Recording:
+        try:
+            recording = _Recording(self.recorded, inputs, self.parameters, self.pool)
+        except RuntimeError as error:
+            if is_out_of_memory(error) or "captur" not in str(error):
+                raise
+            text = "The decoder could not be recorded as CUDA graphs. Pass --compile layers, which does without."
+            raise UserError(ExitCode.ENVIRONMENT, f"{text} ({' '.join(str(error).split())[:300]})") from error
+        self.gradients = [parameter.grad for parameter in self.parameters]
+        return recording
 
     def _put_gradients_back(self) -> None:
         """Where the graphs add to them, whatever has become of them since: zeros if they were set to None."""

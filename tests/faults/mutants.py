@@ -583,6 +583,27 @@ MUTANTS = [
         "if True else seeded_dropout(",
     ),
     mutant(
+        "graphs-add-where-no-gradient-is",
+        "qlora/graphs.py",
+        "test_graphs.py::test_what_surrounds_a_graph_changes_no_bit",
+        "        self._put_gradients_back()\n",
+        "",
+    ),
+    mutant(
+        "gradients-of-the-last-step-stay",
+        "qlora/graphs.py",
+        "test_graphs.py::test_what_surrounds_a_graph_changes_no_bit",
+        "            torch._foreach_zero_([gradient for _, gradient in moved])\n",
+        "",
+    ),
+    mutant(
+        "inputs-of-the-first-batch-stay",
+        "qlora/graphs.py",
+        "test_graphs.py::test_what_surrounds_a_graph_changes_no_bit",
+        "            recording.inputs[name].copy_(value)",
+        "            pass",
+    ),
+    mutant(
         "nothing-offloaded",
         LAYERS,
         "test_layers.py::test_offloaded_checkpoints_are_the_inputs_of_layers_and_come_back",
