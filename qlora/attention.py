@@ -106,7 +106,7 @@ def _varlen_obstacle(device: torch.device, skeleton: Any) -> str | None:
         return None
     if getattr(skeleton.config, "attention_dropout", None):
         return "it has no dropout of attention weights"
-    return None if _is_uniform(skeleton) else f"it was tried with {', '.join(FAMILIES)} only, this is {type(skeleton).__name__}"
+    return None if is_uniform(skeleton) else f"it was tried with {', '.join(FAMILIES)} only, this is {type(skeleton).__name__}"
 
 
 # -- while training --------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def training_window(config: Any, max_length: int) -> int | None:
 FAMILIES = ("phi3", "llama", "mistral")  # in which the functions of this file were compared with transformers' own, bit by bit
 
 
-def _is_uniform(model: Any) -> bool:
+def is_uniform(model: Any) -> bool:
     """Whether all layers attend alike, by nothing but the function that transformers' AttentionInterface has."""
     known = model.config.model_type in FAMILIES and type(model).__module__.startswith("transformers.models.")
     return known and getattr(model.config, "layer_types", None) is None
@@ -150,7 +150,7 @@ def for_training(model: Any, config: TrainConfig) -> Iterator[None]:
     try:
         if getattr(settings, "sliding_window", None) is not None:
             settings.sliding_window = training_window(settings, config.max_length)
-        if _is_uniform(base):
+        if is_uniform(base):
             settings._attn_implementation = PREFIX + config.attn_implementation
         if config.packing:
             _check_packing(model)

@@ -133,7 +133,7 @@ class TrainingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SpeedOptions:
-    """Speed against memory. None of these changes a result but by rounding."""
+    """Speed against memory. None of these changes a result but by rounding, and compile other draws of dropout."""
 
     gradient_checkpointing: GradientCheckpointing = "auto"
     """Products computed again in backward. none; selective: those behind attention; full: all; auto: the fewest that fit."""

@@ -708,7 +708,7 @@ def collate(samples: Sequence[Encoded], multiple: int = 1) -> Batch:
         samples: of the rows.
         multiple: of which T is the smallest that the longest sample fits into.
     """
-    longest = _rounded(max(len(sample.input_ids) for sample in samples), multiple)
+    longest = rounded(max(len(sample.input_ids) for sample in samples), multiple)
     input_ids = torch.zeros((len(samples), longest), dtype=torch.int64)  # [B, T]
     labels = torch.full((len(samples), longest), IGNORED)  # [B, T]
     for row, sample in enumerate(samples):
@@ -732,7 +732,7 @@ def collate_packed(rows: Sequence[Sequence[Encoded]], multiple: int = 1) -> Batc
         own = [len(sample.input_ids) for sample in samples]
         lengths += own if sum(own) == width else [*own, width - sum(own)]
     ends = [0, *itertools.accumulate(lengths)]
-    ends += [ends[-1]] * (_rounded(len(ends), multiple) - len(ends))
+    ends += [ends[-1]] * (rounded(len(ends), multiple) - len(ends))
     return batch._replace(
         lines=tuple(sample.line for samples in rows for sample in samples),
         position_ids=torch.cat([torch.arange(length) for length in lengths]).view_as(batch.input_ids),  # [B, T]
@@ -741,7 +741,8 @@ def collate_packed(rows: Sequence[Sequence[Encoded]], multiple: int = 1) -> Batc
     )
 
 
-def _rounded(number: int, multiple: int) -> int:
+def rounded(number: int, multiple: int) -> int:
+    """Up to the next multiple."""
     return -(-number // multiple) * multiple
 
 

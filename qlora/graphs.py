@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from qlora.attention import is_uniform
 from qlora.checkpoint import random_state, set_random_state
 from qlora.config import ExitCode, UserError
 from qlora.guards import is_out_of_memory
@@ -18,12 +19,15 @@ from qlora.guards import is_out_of_memory
 MOST = 32  # shapes that are recorded; what comes after runs without a graph
 
 
-def graph_obstacle(config: Any) -> str | None:
+def graph_obstacle(model: Any) -> str | None:
     """Why a model's decoder cannot be recorded, or None.
 
     Args:
-        config: the model's.
+        model: or its skeleton.
     """
+    config = model.config
+    if not is_uniform(model):
+        return "no CUDA graphs, as transformers makes its masks, and waits for the device"
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = {entry.get("rope_type") for entry in (parameters, *parameters.values()) if isinstance(entry, dict)}
     if dynamic := kinds & {"dynamic", "longrope"}:

@@ -59,6 +59,11 @@ def _keep_attention(context: Any, operator: Any, *args: Any, **_: Any) -> Checkp
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+COMPILE_ERRORS = (
+    torch._dynamo.exc.TorchDynamoException,
+    torch._dynamo.exc.FailOnRecompileLimitHit,
+    torch._inductor.exc.InductorError,
+)
 HOW = {"none": "as written", "layers": "compiled", "graphs": "compiled, replayed as CUDA graphs"}
 MARGIN = 0.9  # of the memory that is free: predictions are good to a tenth, and fragments take room
 
@@ -77,15 +82,24 @@ def choose_layers(
 
     Returns:
         The configuration, and a line for the log: what was chosen and why, with the memory that is predicted.
+
+    Raises:
+        UserError: exit 7 if graphs or offloaded checkpoints were asked for and cannot be had.
     """
     obstacle = compile_obstacle(skeleton.config.model_type, config.attn_implementation, device)
+    unrecorded = obstacle or ("checkpoints go to the host" if config.offload_checkpoints else graph_obstacle(skeleton))
     if config.compile == "auto":
-        unrecorded = "checkpoints go to the host" if config.offload_checkpoints else graph_obstacle(skeleton.config)
-        unrecorded = obstacle or unrecorded
         config = dataclasses.replace(config, compile="none" if obstacle else "layers" if unrecorded else "graphs")
         how = HOW[config.compile] + (f" ({unrecorded})" if unrecorded else "")
     else:
         how = f"{HOW[config.compile]} (as asked)"
+    if config.compile == "graphs" and unrecorded:
+        text = f"--compile graphs cannot be used: {unrecorded}. Leave it out, or give another one."
+        raise UserError(ExitCode.ENVIRONMENT, text)
+    if config.offload_checkpoints and config.compile != "layers":
+        why = f", as {obstacle}" if obstacle else ", as asked or resumed"
+        text = f"--offload-checkpoints needs --compile layers, and it is {config.compile}{why}."
+        raise UserError(ExitCode.ENVIRONMENT, text)
     if device.type != "cuda":
         if config.gradient_checkpointing == "auto":
             config = dataclasses.replace(config, gradient_checkpointing="none")
@@ -157,8 +171,10 @@ def prepare_layers(model: Any, config: TrainConfig, backend: str = "inductor") -
     cache = torch.bfloat16 if config.cache_dequantized else None
     seeded = config.compile != "none" and config.lora_dropout > 0
     decoder.forward = functools.partial(_decoder_forward, decoder, nf4_linear.install(model, cache), seeded)
-    run = _policy(config)
-    compiled = torch.compile(run, fullgraph=True, backend=backend) if config.compile != "none" else None
+    run, compiled = _policy(config), None
+    if config.compile != "none":
+        # Its dropout is drawn from seeds, and what torch 2.11 makes of torch's own with dynamic lengths cannot be compiled.
+        compiled = torch.compile(_policy(config, preserve_rng_state=False), fullgraph=True, backend=backend)
     for layer in decoder.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = functools.partial(_forward, layer, run, compiled, config)
@@ -172,13 +188,12 @@ def _decoder_forward(decoder: Any, adapted: list[nf4_linear.LoRALinear], seeded:
     return type(decoder).forward(decoder, **inputs)
 
 
-def _policy(config: TrainConfig) -> Callable[..., torch.Tensor]:
+def _policy(config: TrainConfig, preserve_rng_state: bool = True) -> Callable[..., torch.Tensor]:
     """(layer, *its arguments) -> its output, keeping for backward what the policy says."""
     if config.gradient_checkpointing == "none" and config.compile == "none":
         return lambda layer, *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
     keep = {"none": _keep_products, "selective": _keep_attention, "full": None}[config.gradient_checkpointing]
-    drawn = config.lora_dropout > 0 and config.compile == "none"  # dropout, from torch's generator
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": drawn}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     if keep is not None:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)
     return lambda layer, *args, **kwargs: checkpoint(type(layer).forward, layer, *args, **options, **kwargs)
@@ -211,6 +226,6 @@ def _forward(
     try:
         with offloaded(hidden) if config.offload_checkpoints else contextlib.nullcontext():
             return compiled(layer, hidden, *args, **kwargs)
-    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+    except COMPILE_ERRORS as error:
         text = f"{type(layer).__name__} could not be compiled. Pass --compile none, which runs it as it is written, but slower."
         raise UserError(ExitCode.ENVIRONMENT, f"{text} ({' '.join(str(error).split())[:300]})") from error

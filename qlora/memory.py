@@ -10,7 +10,7 @@ import torch
 
 from qlora.checkpoint import random_state, set_random_state
 from qlora.config import ExitCode, TrainConfig, UserError
-from qlora.data import Samples, longest_rows, micro_batches
+from qlora.data import Samples, longest_rows, micro_batches, rounded
 from qlora.guards import is_out_of_memory
 from qlora.loss import CHUNK_TOKENS
 
@@ -49,11 +49,14 @@ def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfi
     shape = model.config.get_text_config()
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
     linear = sum(module.weight.numel() for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear))
-    base = (NF4_BYTES + 2 * config.cache_dequantized) * linear + 2 * (model.num_parameters() - linear)
+    base = NF4_BYTES * linear + 2 * (model.num_parameters() - linear)
+    if config.cache_dequantized:
+        base += 2 * sum(model.get_submodule(name).weight.numel() for target in targets for name in target.layers)
     moment = 4 if config.optimizer == "adamw" else 1 + 4 / 256  # bytes: fp32, or 8 bits and an fp32 scale for each 256
     adapters = (4 + 4 + 2 * moment + 2) * sum(
         target.adapter_parameters for target in targets
     )  # weight and gradient in fp32, a bf16 copy
+    longest = rounded(longest, config.length_multiple)
     tokens = config.per_device_train_batch_size * longest
     scores = shape.num_attention_heads * tokens * longest if config.attn_implementation == "eager" else 0
     inner, heads = getattr(shape, "intermediate_size", 4 * hidden), shape.num_attention_heads
@@ -82,10 +85,14 @@ def settings_to_try(config: TrainConfig, longest: int) -> list[str]:
     """Flags that need less memory, those first that change nothing but speed."""
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     found = []
+    if config.cache_dequantized:
+        found.append("--no-cache-dequantized")
     if config.gradient_checkpointing != "full":
         found.append("--gradient-checkpointing full")
     if config.attn_implementation == "eager":
         found.append("--attn-implementation sdpa")
+    if config.compile == "graphs":
+        found.append("--compile layers --offload-checkpoints")
     if batch > 1:
         smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
         more = accumulation * batch // smaller

@@ -231,6 +231,8 @@ def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
         seeds = torch.randint(2**31 - 1, (len(layers),), dtype=torch.int32, device=layers[0].adapter[0].device)  # [layers]
         for layer, seed in zip(layers, seeds.unbind(), strict=True):
             layer.seed = seed
+    for layer in layers:
+        layer.copies = None  # those of the last pass
     anchor = torch.zeros((), device=layers[0].adapter[0].device, requires_grad=True)  # []
     if torch.is_autocast_enabled(anchor.device.type):
         copies = _Copies.apply(anchor, layers, torch.get_autocast_dtype(anchor.device.type))

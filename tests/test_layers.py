@@ -360,3 +360,34 @@ def test_offloading_needs_a_gpu_and_layers_that_are_compiled_but_not_recorded(ca
     card(80)
     chosen, line = layers.choose_layers(config, phi3, audit_targets(phi3, config), 2048, GPU)
     assert chosen.compile == "layers" and line.startswith("Layers: compiled (checkpoints go to the host); ")
+
+
+def test_what_was_asked_for_and_cannot_be_had_is_refused_before_the_model_loads(model, config, card, phi3, monkeypatch):
+    targets = audit_targets(model, config)
+    for flags, device, words in (
+        ({"compile": "graphs"}, CPU, "--compile graphs cannot be used: there is no CUDA GPU"),
+        ({"offload_checkpoints": True}, CPU, "--compile layers, and it is none, as there is no CUDA GPU"),
+        ({"offload_checkpoints": True, "compile": "graphs"}, GPU, "graphs cannot be used: checkpoints go to the host"),
+        ({"attn_implementation": "flash_attention_2", "offload_checkpoints": True}, GPU, "it is none, as a decoder with flash"),
+    ):
+        card(80)
+        asked = dataclasses.replace(config, attn_implementation=flags.pop("attn_implementation", "sdpa"), **flags)
+        with pytest.raises(UserError, match=words) as refused:
+            layers.choose_layers(asked, model, targets, 100, device)
+        assert refused.value.exit_code == ExitCode.ENVIRONMENT
+    monkeypatch.setattr(phi3.config, "layer_types", ["full_attention"], raising=False)
+    chosen, line = layers.choose_layers(TrainConfig(attn_implementation="sdpa"), phi3, audit_targets(phi3, config), 9, GPU)
+    assert chosen.compile == "layers" and "no CUDA graphs, as transformers makes its masks" in line
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_dropout_of_the_model_itself_is_drawn_again_as_it_was(awake, window, policy):
+    """Without any in the adapters."""
+    found = []
+    for name in ("none", policy):
+        model, config = awake()
+        for module in model.get_decoder().modules():
+            if hasattr(module, "resid_attn_dropout"):
+                module.resid_attn_dropout = module.resid_mlp_dropout = torch.nn.Dropout(0.5)
+        found.append(step(prepared(model, config, name), config, window, dropout_seed=3))
+    assert same(*found) and found[0][0] != step(prepared(awake()[0], config, "none"), config, window)[0]

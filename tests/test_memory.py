@@ -149,3 +149,18 @@ def test_three_settings_are_named_whatever_has_been_tried_already():
         "--attn-implementation sdpa",
         "--per-device-train-batch-size 3 --gradient-accumulation-steps 6 (the same step)",
     ]
+
+
+def test_graphs_are_predicted_at_the_length_they_run_at_and_a_cache_for_what_has_adapters(phi3):
+    graphs = TrainConfig(compile="graphs", gradient_checkpointing="none", attn_implementation="sdpa")
+    targets = audit_targets(phi3, graphs)
+    at = {length: memory.estimated_memory_gib(phi3, targets, graphs, length) for length in (130, 256, 257)}
+    assert at[130] == at[256] < at[257]
+    some = audit_targets(phi3, dataclasses.replace(graphs, target_modules=("qkv_proj",)))
+    for chosen, parameters in ((targets, 3_623_878_656), (some, 32 * 9216 * 3072)):
+        cached = dataclasses.replace(graphs, cache_dequantized=True)
+        more = memory.estimated_memory_gib(phi3, chosen, cached, 256) - memory.estimated_memory_gib(phi3, chosen, graphs, 256)
+        assert more == pytest.approx(2 * parameters / 2**30)
+    assert memory.settings_to_try(cached, 100)[0] == "--no-cache-dequantized"
+    full = dataclasses.replace(graphs, gradient_checkpointing="full")
+    assert memory.settings_to_try(full, 100)[0] == "--compile layers --offload-checkpoints"

@@ -502,7 +502,7 @@ MUTANTS = [
         "dropout-drawn-anew",
         LAYERS,
         "test_layers.py::test_dropout_is_drawn_again_as_it_was",
-        '"preserve_rng_state": drawn',
+        '"preserve_rng_state": preserve_rng_state',
         '"preserve_rng_state": False',
     ),
     mutant(
@@ -614,7 +614,7 @@ MUTANTS = [
         "ends-of-samples-not-filled-up",
         DATA,
         "test_data.py::test_rows_are_padded_to_a_multiple_and_packed_samples_counted_to_one",
-        "    ends += [ends[-1]] * (_rounded(len(ends), multiple) - len(ends))\n",
+        "    ends += [ends[-1]] * (rounded(len(ends), multiple) - len(ends))\n",
         "",
     ),
     mutant(
