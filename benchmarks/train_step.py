@@ -179,12 +179,14 @@ KINDS = {  # of kernels, by what is in their names; the first that matches
     "attention": "sdpa|flash|fmha|attention|cudnn|softmax_warp",
     "matrix products": "gemm|nvjet|cutlass|cublas|splitk",
 }
+OTHER = "elementwise and the rest"
 
 
 def kind_of(kernel: str) -> str:
-    """What a kernel does."""
-    found = (kind for kind, words in KINDS.items() if re.search(words, kernel.lower()))
-    return next(found, "elementwise and the rest") if not kernel.startswith("triton_") else "elementwise and the rest"
+    """What a kernel does; one that torch.compile made has the names of its neighbours in its own."""
+    if kernel.startswith("triton_"):
+        return OTHER
+    return next((kind for kind, words in KINDS.items() if re.search(words, kernel.lower())), OTHER)
 
 
 def profiled(step: Callable[[], Any]) -> dict[str, float]:
@@ -194,7 +196,7 @@ def profiled(step: Callable[[], Any]) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
         step()
         torch.cuda.synchronize()
-    spent = dict.fromkeys([*KINDS, "elementwise and the rest"], 0.0)
+    spent = dict.fromkeys([*KINDS, OTHER], 0.0)
     for event in trace.key_averages():
         spent[kind_of(event.key)] += event.self_device_time_total / 1000
     return {kind: round(milliseconds, 2) for kind, milliseconds in spent.items()}

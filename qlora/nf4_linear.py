@@ -49,6 +49,11 @@ def _dense(weight: Sequence[torch.Tensor], outputs: int, dtype: torch.dtype) -> 
     return weight[0].to(dtype) if len(weight) == 1 else dequantized(NF4Weight(*weight), outputs, dtype)
 
 
+def _inputs(tensors: int, elements: int, outputs: int) -> int:
+    """K, from how many tensors a weight has, the elements of its first, and N: two values lie in a byte if it is not cached."""
+    return (1 if tensors == 1 else 2) * elements // outputs
+
+
 # -- the operator ------------------------------------------------------------------------------------------------------
 
 # Opaque to torch.compile, which would otherwise keep dequantised weights for backward, at 2 bytes a parameter.
@@ -98,8 +103,7 @@ def nf4_linear_backward(
 def _nf4_linear_backward_shapes(
     d_output: torch.Tensor, reduced: torch.Tensor, a: Any, b: torch.Tensor, weight: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = (1 if len(weight) == 1 else 2) * weight[0].numel() // b.shape[0]
-    d_x = d_output.new_empty(d_output.shape[0], inputs)  # [M, K]
+    d_x = d_output.new_empty(d_output.shape[0], _inputs(len(weight), weight[0].numel(), b.shape[0]))  # [M, K]
     return d_x, torch.empty_like(reduced), torch.empty_like(b)
 
 
@@ -126,7 +130,7 @@ def _forward_flops(x: list[int], reduced: list[int], a: Any, b: list[int], *weig
 def _backward_flops(
     d_output: list[int], reduced: list[int], a: list[int] | None, b: list[int], weight: list[Any], **_: Any
 ) -> int:
-    inputs = (1 if len(weight) == 1 else 2) * math.prod(weight[0]) // b[0]
+    inputs = _inputs(len(weight), math.prod(weight[0]), b[0])
     return 2 * d_output[0] * (b[0] * (inputs + 2 * b[1]) + (b[1] * inputs if a else 0))
 
 
@@ -227,15 +231,16 @@ def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
         layers: all that are trained.
         seeded: also a seed each, by which dropout is drawn again where a compiled layer is computed again.
     """
+    device = layers[0].adapter[0].device
     if seeded:
-        seeds = torch.randint(2**31 - 1, (len(layers),), dtype=torch.int32, device=layers[0].adapter[0].device)  # [layers]
+        seeds = torch.randint(2**31 - 1, (len(layers),), dtype=torch.int32, device=device)  # [layers]
         for layer, seed in zip(layers, seeds.unbind(), strict=True):
             layer.seed = seed
     for layer in layers:
         layer.copies = None  # those of the last pass
-    anchor = torch.zeros((), device=layers[0].adapter[0].device, requires_grad=True)  # []
-    if torch.is_autocast_enabled(anchor.device.type):
-        copies = _Copies.apply(anchor, layers, torch.get_autocast_dtype(anchor.device.type))
+    if torch.is_autocast_enabled(device.type):
+        anchor = torch.zeros((), device=device, requires_grad=True)  # []
+        copies = _Copies.apply(anchor, layers, torch.get_autocast_dtype(device.type))
         for layer, *pair in zip(layers, copies[::2], copies[1::2], strict=True):
             layer.copies = (pair[0], pair[1])
 
