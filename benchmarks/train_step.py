@@ -85,21 +85,12 @@ def write_random_model(shape: str, folder: Path) -> None:
         torch.cuda.empty_cache()  # the cells run in other processes and want the whole card
 
 
-def time_cell(options: Options) -> dict:
-    """Load, adapt and step one model; the row of its cell."""
-    import torch
-
-    from qlora import attention, data
+def configuration(options: Options) -> Any:
+    """The TrainConfig of a cell."""
     from qlora.config import TrainConfig
-    from qlora.layers import prepare_layers
-    from qlora.loss import read_head, token_loss_sum
-    from qlora.memory import peak_memory_gib
-    from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton
-    from train_loop import train_step
 
     folder, backend, checkpointing, how = options.cell
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    config = TrainConfig(
+    return TrainConfig(
         model=folder,
         lora_dropout=options.dropout,
         max_length=options.length,
@@ -109,6 +100,22 @@ def time_cell(options: Options) -> dict:
         compile=how,
         cache_dequantized=options.cache_dequantized,
     )
+
+
+def time_cell(options: Options) -> dict:
+    """Load, adapt and step one model; the row of its cell."""
+    import torch
+
+    from qlora import attention, data
+    from qlora.layers import prepare_layers
+    from qlora.loss import read_head, token_loss_sum
+    from qlora.memory import peak_memory_gib
+    from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton
+    from train_loop import train_step
+
+    folder, backend, checkpointing, how = options.cell
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    config = configuration(options)
     skeleton = load_skeleton(folder, config)
     chosen = attention.choose_attention(config, device, skeleton)
     torch.manual_seed(0)
