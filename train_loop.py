@@ -237,7 +237,9 @@ def main(config: TrainConfig, stop: Signals) -> None:
     console = Console()
     say = functools.partial(tracking.say, console)
     torch.use_deterministic_algorithms(config.deterministic)
-    if config.deterministic:  # read when CUDA starts, and by flash attention's backward
+    # Read when CUDA starts: leave no gaps between tensors that come and go; and by flash attention's backward.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if config.deterministic:
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config, line = with_init_adapter(config).resolved(on_gpu=device.type == "cuda")

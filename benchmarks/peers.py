@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,26 +89,36 @@ class Failed(Exception):
     """Why a process came to nothing."""
 
 
-def call(scratch: Path, timeout_s: float, site: Path | None = None, **job: Any) -> dict[str, Any]:
-    """What peers_cells.py answers, from a process of its own.
-
-    Raises:
-        Failed: with the last lines that it wrote.
-    """
-    result, asked = scratch / "result.json", scratch / "job.json"
-    result.unlink(missing_ok=True)
+def begun(scratch: Path, site: Path | None = None, **job: Any) -> tuple[Path, subprocess.Popen[str]]:
+    """A process of its own for a job of peers_cells.py, which imports what it needs and waits; and where it will answer."""
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    asked, result = folder / "job.json", folder / "result.json"
     asked.write_text(json.dumps({**job, "folder": str(scratch), "result": str(result)}))
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if site is not None:
         variables["PYTHONPATH"] = str(site.resolve())
     command = [sys.executable, str(ROOT / "benchmarks" / "peers_cells.py"), str(asked)]
-    try:  # in the scratch folder, where unsloth and Trainers may leave files
-        done = subprocess.run(command, cwd=scratch, env=variables, capture_output=True, text=True, timeout=timeout_s)
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # In the scratch folder, where unsloth and Trainers may leave files.
+    return result, subprocess.Popen(command, cwd=scratch, env=variables, text=True, **pipes)
+
+
+def ended(job: tuple[Path, subprocess.Popen[str]], timeout_s: float) -> dict[str, Any]:
+    """What such a process answers, once it is told to go.
+
+    Raises:
+        Failed: with the last lines that it wrote.
+    """
+    result, process = job
+    try:
+        _, stderr = process.communicate("go\n", timeout=timeout_s)
     except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
         raise Failed(f"not done in {timeout_s:g} s") from None
-    if done.returncode == 0:
+    if process.returncode == 0:
         return json.loads(result.read_text())
-    raise Failed(reason(done.stderr) or f"ended with status {done.returncode}")
+    raise Failed(reason(stderr) or f"ended with status {process.returncode}")
 
 
 def reason(stderr: str) -> str:
@@ -200,7 +211,7 @@ def main(options: Options) -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        described = call(scratch, 300.0, task="environment")
+        described = ended(begun(scratch, task="environment"), 300.0)
         environment = described["environment"]
         commit = environment["commit"] = options.commit or environment["commit"] or "unknown"
         options = resolved(options, described["on_gpu"])
@@ -213,32 +224,45 @@ def main(options: Options) -> None:
         flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in ("out", "unsloth_site")}
         record["runs"].append({"run": run, "date": f"{datetime.date.today()}", **flags, "commit": commit})
         names = {name for wanted in plan.values() for name in wanted}
-        call(scratch, 600.0, task="models", shape_of_model=options.shape_of_model, split=bool(names & set(UNSLOTH)))
-        for shape, wanted in plan.items():
-            lengths = {"seed": options.seed, "warm_up": options.warm_up, "steps": options.steps}
-            call(scratch, 300.0, task="work", shape=shape, **lengths)
-            for contender in wanted:
-                if options.minutes is not None and time.perf_counter() - began > 60 * options.minutes:
-                    return
-                row = cell(contender, shape, scratch, options) | {"run": run, "commit": commit}
-                if "tokens_per_s" in row:
-                    row["version"] = version(contender, row, commit)
-                record["cells"] = with_ratios(merged(record["cells"], row))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(record, indent=1) + "\n")
-                print(json.dumps(record["cells"][-1]), flush=True)
+        split = bool(names & set(UNSLOTH))
+        work = {"shapes": list(plan), "seed": options.seed, "warm_up": options.warm_up, "steps": options.steps}
+        ended(begun(scratch, task="models", shape_of_model=options.shape_of_model, split=split, **work), 600.0)
+        cells = [(contender, shape) for shape, wanted in plan.items() for contender in wanted]
+        for row in measured(cells, scratch, options, ahead=int(described["on_gpu"])):
+            row |= {"run": run, "commit": commit}
+            if "tokens_per_s" in row:
+                row["version"] = version(row["contender"], row, commit)
+            record["cells"] = with_ratios(merged(record["cells"], row))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            print(json.dumps(record["cells"][-1]), flush=True)
+            if options.minutes is not None and time.perf_counter() - began > 60 * options.minutes:
+                return
 
 
-def cell(contender: str, shape: str, scratch: Path, options: Options) -> Row:
-    """The row of a contender and shape."""
-    row: Row = {"contender": contender, "shape": shape, "dropout": options.dropout}
-    site = options.unsloth_site if contender in UNSLOTH else None
-    began = time.perf_counter()
+def measured(cells: list[tuple[str, str]], scratch: Path, options: Options, ahead: int) -> Iterator[Row]:
+    """The rows of contenders and shapes, one after the other.
+
+    The processes of the next `ahead` are begun, and import what they need, while one loads its model: half of a cell's time.
+    """
+    waiting: list[tuple[Row, tuple[Path, subprocess.Popen[str]]]] = []
     try:
-        row |= call(scratch, options.timeout_s, site, task="cell", **row)
-    except Failed as failed:
-        row["failed"] = str(failed)
-    return {**row, "seconds": round(time.perf_counter() - began, 1)}
+        for number, _ in enumerate(cells):
+            for contender, shape in cells[number + len(waiting) : number + 1 + ahead]:
+                row: Row = {"contender": contender, "shape": shape, "dropout": options.dropout}
+                site = options.unsloth_site if contender in UNSLOTH else None
+                waiting.append((row, begun(scratch, site, task="cell", **row)))
+            row, job = waiting.pop(0)
+            began = time.perf_counter()
+            try:
+                row |= ended(job, options.timeout_s)
+            except Failed as failed:
+                row["failed"] = str(failed)
+            yield {**row, "seconds": round(time.perf_counter() - began, 1)}
+    finally:
+        for _, (_, process) in waiting:
+            process.kill()
+            process.communicate()
 
 
 if __name__ == "__main__":

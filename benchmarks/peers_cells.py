@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -243,6 +244,7 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
     from qlora.loss import read_head, token_loss_sum
     from qlora.optimizer import build_optimizer
 
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     source = str((folder / "fused").resolve())
     config = TrainConfig(
         model=source,
@@ -332,8 +334,6 @@ def run_of(contender: str) -> Callable[..., Any]:
 
 def measure(contender: str, work: Work, folder: Path, dropout: float) -> dict[str, Any]:
     """Train, and say how long it took, what it needed, and what was trained."""
-    if contender in UNSLOTH:
-        import unsloth  # noqa: F401
     import torch
 
     clock = Clock(work.warm_up)
@@ -366,6 +366,19 @@ def measure(contender: str, work: Work, folder: Path, dropout: float) -> dict[st
     }
 
 
+def imports(contender: str) -> None:
+    """What takes long, and nothing of the GPU's time."""
+    if contender in UNSLOTH:
+        import unsloth  # noqa: F401
+    if contender in (*TRL, *UNSLOTH):
+        import trl
+
+        trl.SFTTrainer  # noqa: B018  it is imported when it is asked for
+    if contender in OURS:
+        import train_loop  # noqa: F401
+    import peft  # noqa: F401
+
+
 def version_of(package: str) -> str | None:
     """As installed; None if it is not."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -374,7 +387,7 @@ def version_of(package: str) -> str | None:
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """What peers.py asks for: a description of the machine, the models, the samples of a shape, or a cell."""
+    """What peers.py asks for: a description of the machine, the models and the samples of shapes, or a cell."""
     folder = Path(job["folder"])
     match job["task"]:
         case "environment":
@@ -386,11 +399,13 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
             return {"environment": environment(device), "on_gpu": device.type == "cuda"}
         case "models":
             write_models(job["shape_of_model"], folder, job["split"])
-        case "work":
-            work = draw(job["shape"], folder / "fused", job["seed"], job["warm_up"], job["steps"])
-            (folder / f"{job['shape']}.json").write_text(json.dumps(dataclasses.asdict(work)))
+            for shape in job["shapes"]:
+                work = draw(shape, folder / "fused", job["seed"], job["warm_up"], job["steps"])
+                (folder / f"{shape}.json").write_text(json.dumps(dataclasses.asdict(work)))
         case "cell":
             work = Work(**json.loads((folder / f"{job['shape']}.json").read_text()))
+            imports(job["contender"])
+            sys.stdin.readline()  # "go": the cell before has ended
             return measure(job["contender"], work, folder, job["dropout"])
     return {}
 

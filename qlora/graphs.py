@@ -38,14 +38,17 @@ def graph_obstacle(model: Any) -> str | None:
 class _Recording:
     """Forward and backward of the decoder for inputs of one shape."""
 
-    def __init__(self, forward: Any, inputs: dict[str, Any], parameters: list[torch.nn.Parameter], pool: Any) -> None:
-        """Run it, so that all is compiled and cuBLAS has its workspace, then record it.
+    def __init__(
+        self, forward: Any, inputs: dict[str, Any], parameters: list[torch.nn.Parameter], pool: Any, first: bool
+    ) -> None:
+        """Record it; the first time run it before, so that all is compiled, cuBLAS has its workspace, and gradients exist.
 
         Args:
             forward: of the decoder, to be recorded, under autocast if it is to run so.
             inputs: its arguments.
             parameters: that are trained; their gradients must stay where they are.
             pool: of the memory that all recordings share, as no two are at work at a time.
+            first: of this decoder. Those after it take no memory outside of the pool.
         """
         self.inputs = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
         # What autocast has cast must not be remembered: the next replay would not cast it again.
@@ -53,18 +56,20 @@ class _Recording:
         autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False)
         run = functools.partial(forward, **self.inputs)
         before = random_state()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), autocast:
-            for _ in range(2):  # compiles, and then runs as it will be recorded
-                hidden = run().last_hidden_state  # [B, T, D]
-                hidden.backward(torch.zeros_like(hidden))  # adds nothing to the gradients, but makes them
-        torch.cuda.current_stream().wait_stream(side)
-        self.d_hidden = torch.zeros_like(hidden)  # [B, T, D]
-        del hidden
+        if first:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side), autocast:
+                for _ in range(2):  # compiles, and then runs as it will be recorded
+                    hidden = run().last_hidden_state  # [B, T, D]
+                    hidden.backward(torch.zeros_like(hidden))  # adds nothing to the gradients, but makes them
+                    del hidden
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.empty_cache()  # the pool needs as much again
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with autocast, torch.cuda.graph(self.forward, pool=pool):
             hidden = run().last_hidden_state  # [B, T, D]
+        self.d_hidden = torch.empty_like(hidden)  # [B, T, D]
         with torch.cuda.graph(self.backward, pool=pool):
             hidden.backward(self.d_hidden)
         self.hidden = hidden.detach()  # [B, T, D]
@@ -126,7 +131,7 @@ class Graphs:
 
     def _record(self, inputs: dict[str, Any]) -> _Recording:
         try:
-            recording = _Recording(self.recorded, inputs, self.parameters, self.pool)
+            recording = _Recording(self.recorded, inputs, self.parameters, self.pool, first=not self.recordings)
         except RuntimeError as error:
             if is_out_of_memory(error) or "captur" not in str(error):
                 raise

@@ -13,6 +13,7 @@ graphs then launch all of them at once.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import shutil
@@ -26,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora import nf4_linear
 from qlora.attention import FAMILIES
-from qlora.config import ExitCode, GradientCheckpointing, TrainConfig, UserError
+from qlora.config import Compile, ExitCode, GradientCheckpointing, TrainConfig, UserError
 from qlora.graphs import Graphs, graph_obstacle
 from qlora.memory import ATTENTION_INPUTS, estimated_memory_gib
 from qlora.model import Target
@@ -88,34 +89,38 @@ def choose_layers(
     """
     obstacle = compile_obstacle(skeleton.config.model_type, config.attn_implementation, device)
     unrecorded = obstacle or ("checkpoints go to the host" if config.offload_checkpoints else graph_obstacle(skeleton))
+    hows: tuple[Compile, ...] = (config.compile,)
+    why = "as asked"
     if config.compile == "auto":
-        config = dataclasses.replace(config, compile="none" if obstacle else "layers" if unrecorded else "graphs")
-        how = HOW[config.compile] + (f" ({unrecorded})" if unrecorded else "")
-    else:
-        how = f"{HOW[config.compile]} (as asked)"
+        hows = ("none",) if obstacle else ("layers",) if unrecorded else ("graphs", "layers")
+        why = unrecorded or ""
+    config = dataclasses.replace(config, compile=hows[0])
     if config.compile == "graphs" and unrecorded:
         text = f"--compile graphs cannot be used: {unrecorded}. Leave it out, or give another one."
         raise UserError(ExitCode.ENVIRONMENT, text)
     if config.offload_checkpoints and config.compile != "layers":
-        why = f", as {obstacle}" if obstacle else ", as asked or resumed"
-        text = f"--offload-checkpoints needs --compile layers, and it is {config.compile}{why}."
+        text = f"--offload-checkpoints needs --compile layers, and it is {config.compile}, as {obstacle or 'asked or resumed'}."
         raise UserError(ExitCode.ENVIRONMENT, text)
     if device.type != "cuda":
         if config.gradient_checkpointing == "auto":
             config = dataclasses.replace(config, gradient_checkpointing="none")
+        how = HOW[config.compile] + (f" ({why})" if why else "")
         return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing}"
     free_gib = torch.cuda.mem_get_info(device)[0] / 2**30
     policies: tuple[GradientCheckpointing, ...] = ("none", "selective", "full")
     tried = policies if config.gradient_checkpointing == "auto" else (config.gradient_checkpointing,)
-    for policy in tried:
-        config = dataclasses.replace(config, gradient_checkpointing=policy)
+    for compile, policy in itertools.product(hows, tried):
+        config = dataclasses.replace(config, compile=compile, gradient_checkpointing=policy)
         predicted_gib = estimated_memory_gib(skeleton, targets, config, longest)
         if predicted_gib < MARGIN * free_gib:
             break
     fits = "the fastest that fits" if predicted_gib < MARGIN * free_gib else "the smallest, which may not fit"
-    why = fits if len(tried) > 1 else "as asked"
+    if config.compile != hows[0]:
+        why = "graphs would need more memory"
+    how = HOW[config.compile] + (f" ({why})" if why else "")
+    chosen = fits if len(tried) > 1 else "as asked"
     memory = f"{predicted_gib:.2f} GiB predicted, {free_gib:.1f} free"
-    return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({why}: {memory})"
+    return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({chosen}: {memory})"
 
 
 def offloaded(hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:

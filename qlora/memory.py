@@ -10,7 +10,7 @@ import torch
 
 from qlora.checkpoint import random_state, set_random_state
 from qlora.config import ExitCode, TrainConfig, UserError
-from qlora.data import Samples, longest_rows, micro_batches, rounded
+from qlora.data import Samples, epoch_rows, longest_rows, micro_batches, rounded
 from qlora.guards import is_out_of_memory
 from qlora.loss import CHUNK_TOKENS
 
@@ -128,7 +128,7 @@ def explained(config: TrainConfig, device: torch.device, estimate_gib: float, lo
 
 
 def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, samples: Samples, config: TrainConfig) -> None:
-    """Take two steps at rate zero on the longest rows, so that what does not fit shows at the start.
+    """Take steps at rate zero on the longest rows, so that what does not fit shows at the start.
 
     Nothing is left of it but the measured peak: no weight moves, no gradient stays, generators are put back.
 
@@ -139,12 +139,17 @@ def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, sam
         config: batch size and accumulation are read.
     """
     rows, size = longest_rows(samples, config), config.per_device_train_batch_size
-    batch = next(micro_batches(samples, rows, size, multiple=config.length_multiple))
+    left = len(epoch_rows(samples, config, epoch=1)) % size
+    multiple, several = config.length_multiple, min(2, config.gradient_accumulation_steps)
+    batch = next(micro_batches(samples, rows, size, multiple=multiple))
+    windows = 2 * [several * [batch]]  # the first makes the moments, which lie in memory beside the activations ever after
+    if config.compile == "graphs" and left:  # an epoch's last batch is not recorded: it needs room beside the graphs'
+        windows.append(list(micro_batches(samples, rows[-left:], left, multiple=multiple)))
     before = random_state()
     # bitsandbytes never frees pages: those of a paged `scratch`, 2 bytes a parameter, move to the host when room is needed.
     same_kind: Any = type(optimizer)
     scratch = same_kind([dict(group) for group in optimizer.param_groups])
-    for _ in range(2):  # the first makes the moments, which lie in memory beside the activations ever after
-        step(optimizer=scratch, window=[batch] * min(2, config.gradient_accumulation_steps))
+    for window in windows:
+        step(optimizer=scratch, window=window)
     scratch.zero_grad(set_to_none=True)  # the parameters' own
     set_random_state(before)

@@ -173,3 +173,35 @@ def test_the_table_shows_the_newest_and_says_why_a_cell_is_missing(tmp_path, mon
     assert "| `ours_none` | trl 1.16.0 | bfloat16 | 200 | 5 (4-6) | 2.00 | 4.29 | 4.00 | 25.0% | 10.500 |" in text
     assert text.count("| `trl` |") == 1 and "| 50 | 5 (4-6) | 1.00 |" in text
     assert "| `ours_full` |  |  | out of memory |" in text
+
+
+@pytest.mark.parametrize(("ahead", "order"), [(0, "a A b B c C"), (1, "a b A c B C")])
+def test_a_cell_imports_while_the_one_before_it_runs_on_a_gpu_alone(monkeypatch, tmp_path, ahead, order):
+    seen, killed = [], []
+
+    class Process:
+        def kill(self):
+            killed.append(self)
+
+        def communicate(self):
+            return "", ""
+
+    def begun(scratch, site, task, contender, shape, dropout):
+        seen.append(shape)
+        return shape, Process()
+
+    def ended(job, timeout_s):
+        seen.append(job[0].upper())
+        if job[0] == "b":
+            raise benchmark.Failed("out of memory")
+        return {"tokens_per_s": 1.0}
+
+    monkeypatch.setattr(benchmark, "begun", begun)
+    monkeypatch.setattr(benchmark, "ended", ended)
+    rows = benchmark.measured([("trl", shape) for shape in "abc"], tmp_path, benchmark.Options(), ahead)
+    assert [(row["shape"], row.get("failed")) for row in rows] == [("a", None), ("b", "out of memory"), ("c", None)]
+    assert seen == order.split() and not killed
+    rows = benchmark.measured([("trl", shape) for shape in "abc"], tmp_path, benchmark.Options(), ahead)
+    next(rows)
+    rows.close()  # as when the time is up
+    assert len(killed) == ahead

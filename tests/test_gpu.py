@@ -60,21 +60,20 @@ def run_layers(model, config, policy: str, compile: str) -> None:
 ROWS = [[0, 2], [1], [3, 4, 5]]  # of the samples: two side by side, one alone, and three
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("packing", "window", "policy", "compile"),
+    ("packing", "window", "policy", "compile", "backend"),
     [
-        (False, None, "none", "none"),
-        (False, None, "full", "none"),
-        (True, None, "selective", "none"),
-        (False, None, "none", "layers"),
-        (False, 64, "selective", "layers"),
-        (True, None, "none", "layers"),
-        (True, 64, "full", "layers"),
-        (False, None, "full", "graphs"),
-        (True, 64, "none", "graphs"),
+        *((False, None, "none", "none", backend) for backend in ("sdpa", "eager")),
+        *((True, None, "selective", "none", backend) for backend in ("sdpa", "eager")),
+        *((True, 64, "none", "graphs", backend) for backend in ("sdpa", "eager")),
+        (False, None, "full", "graphs", "sdpa"),
+        (True, 64, "full", "layers", "sdpa"),
+        *(pytest.param(*how, kernel.values[0], marks=kernel.marks)
+          for kernel in (FLASH, VARLEN)
+          for how in ((False, None, "none", "none"), (True, 64, "selective", "none"), (True, 64, "full", "layers"),
+                      (True, 64, "none", "graphs"))),
     ],
-)
+)  # fmt: skip
 def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backend, packing, window, policy, compile):
     """Of padded rows, with transformers' own masks: samples have 145 to 228 tokens, a window of 64 is active in each."""
     cpu = adapted_model(config)
@@ -101,8 +100,7 @@ def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("compile", ["none", "layers", "graphs"])
+@pytest.mark.parametrize(("packing", "compile"), [(False, "none"), (True, "graphs")])
 def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, compile):
     model = gpu_model(config, backend)
     run_layers(model, config, "full", compile)

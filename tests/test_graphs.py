@@ -17,7 +17,8 @@ from train_loop import train_step
 class Rerun:
     """In the place of a recording: the same memory for inputs, hidden states and gradients, filled by running it again."""
 
-    def __init__(self, forward, inputs, parameters, pool):
+    def __init__(self, forward, inputs, parameters, pool, first):
+        assert first == all(parameter.grad is None for parameter in parameters)
         self.inputs = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
         self.run = forward
         with torch.enable_grad():
@@ -95,7 +96,7 @@ def test_only_full_batches_in_training_are_recorded_and_only_so_many_shapes(conf
 
 
 def test_what_cannot_be_recorded_says_how_to_do_without(config, samples, stand_in, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, first):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     config = dataclasses.replace(config, attn_implementation="sdpa")

@@ -277,21 +277,23 @@ def card(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("free", "policy", "why"),
+    ("free", "how", "policy", "why"),
     [
-        (80, "none", "the fastest that fits"),
-        (15, "none", "the fastest that fits"),
-        (14, "selective", "the fastest that fits"),
-        (7, "full", "the fastest that fits"),
-        (2, "full", "the smallest, which may not fit"),
+        (80, "graphs", "none", "the fastest that fits"),
+        (15, "graphs", "none", "the fastest that fits"),
+        (14, "graphs", "selective", "the fastest that fits"),
+        (7, "graphs", "full", "the fastest that fits"),
+        (5, "layers", "full", "the fastest that fits"),
+        (2, "layers", "full", "the smallest, which may not fit"),
     ],
 )
-def test_on_a_gpu_auto_is_the_fastest_that_is_predicted_to_fit(card, phi3, free, policy, why):
+def test_on_a_gpu_auto_is_the_fastest_that_is_predicted_to_fit(card, phi3, free, how, policy, why):
     card(free)
     config = TrainConfig(attn_implementation="sdpa")
     chosen, line = layers.choose_layers(config, phi3, audit_targets(phi3, config), 2048, GPU)
-    assert (chosen.compile, chosen.gradient_checkpointing) == ("graphs", policy)
-    assert line.startswith(f"Layers: compiled, replayed as CUDA graphs; gradient checkpointing: {policy} ({why}: ")
+    assert (chosen.compile, chosen.gradient_checkpointing) == (how, policy)
+    words = {"graphs": "compiled, replayed as CUDA graphs", "layers": "compiled (graphs would need more memory)"}[how]
+    assert line.startswith(f"Layers: {words}; gradient checkpointing: {policy} ({why}: ")
     assert line.endswith(f" GiB predicted, {free:.1f} free)")
     asked = dataclasses.replace(config, gradient_checkpointing="selective", compile="none")
     chosen, line = layers.choose_layers(asked, phi3, audit_targets(phi3, config), 2048, GPU)

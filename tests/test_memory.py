@@ -101,6 +101,20 @@ def test_the_probe_leaves_nothing_behind(config, samples, woken, packing, optimi
     assert kinds == [set(), {torch.uint8, torch.float32} if config.optimizer == "adamw_8bit" else set()]
 
 
+@pytest.mark.parametrize(("compile", "steps"), [("graphs", [[4, 4], [4, 4], [2]]), ("layers", [[4, 4], [4, 4]])])
+def test_the_probe_takes_a_smaller_last_batch_beside_the_graphs(config, samples, compile, steps):
+    config = dataclasses.replace(config, compile=compile, per_device_train_batch_size=4)
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    seen = []
+    memory.probe_memory(
+        lambda optimizer, window: seen.append([len(batch.input_ids) for batch in window]),
+        torch.optim.AdamW([parameter]),
+        samples,
+        config,
+    )
+    assert seen == steps
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
 @pytest.mark.parametrize("where", ["load_nf4_model", "train_step"])
