@@ -27,7 +27,12 @@ from tests.faults.harness import tensors
 from tests.test_model import adapter_gradients, fp32_twin
 from train_loop import train_step
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+    # What torch.compile does of itself when it meets flash-attn's autograd function.
+    pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
+]
 GPU = torch.device("cuda", 0)
 ROOT = Path(__file__).parents[1]
 FLASH = pytest.param(
