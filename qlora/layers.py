@@ -87,7 +87,7 @@ def choose_layers(
     Raises:
         UserError: exit 7 if graphs or offloaded checkpoints were asked for and cannot be had.
     """
-    obstacle = compile_obstacle(skeleton.config.model_type, config.attn_implementation, device)
+    obstacle = compile_obstacle(skeleton.config.model_type, device)
     unrecorded = obstacle or ("checkpoints go to the host" if config.offload_checkpoints else graph_obstacle(skeleton))
     hows: tuple[Compile, ...] = (config.compile,)
     why = "as asked"
@@ -143,20 +143,17 @@ def offloaded(hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def compile_obstacle(model_type: str, attn_implementation: str, device: torch.device) -> str | None:
+def compile_obstacle(model_type: str, device: torch.device) -> str | None:
     """Why layers are not compiled unless it is asked for, or None.
 
     Args:
         model_type: of the model's configuration.
-        attn_implementation: resolved.
         device: where the model is to be.
     """
     if device.type != "cuda":
         return "there is no CUDA GPU"
     if model_type not in FAMILIES:
         return f"it was tried with {', '.join(FAMILIES)} only, this is {model_type}"
-    if attn_implementation == "flash_attention_2":
-        return "a decoder with flash_attention_2 could not be recorded; with varlen it can"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU with bf16 (compute capability 8.0)"
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):

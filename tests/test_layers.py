@@ -22,6 +22,7 @@ from train_loop import train_step
 
 POLICIES = ("none", "selective", "full")
 GPU = torch.device("cuda", 0)
+OLD_GPU = torch.device("cuda", 1)
 
 
 def step(model, config, window, dropout_seed: int | None = None) -> tuple[float, float, dict[str, torch.Tensor]]:
@@ -313,13 +314,12 @@ def test_what_reads_lengths_from_the_device_is_compiled_but_not_recorded(card, p
 
 def test_where_nobody_tried_it_layers_run_as_written(card, monkeypatch):
     card(80, capability=(7, 5))
-    assert "compute capability 8.0" in str(layers.compile_obstacle("phi3", "sdpa", GPU))
+    assert "compute capability 8.0" in str(layers.compile_obstacle("phi3", GPU))
     card(80)
-    assert layers.compile_obstacle("phi3", "sdpa", GPU) is None
-    assert "with varlen it can" in str(layers.compile_obstacle("phi3", "flash_attention_2", GPU))
-    assert "phi3, llama, mistral only, this is gemma2" in str(layers.compile_obstacle("gemma2", "sdpa", GPU))
+    assert layers.compile_obstacle("phi3", GPU) is None
+    assert "phi3, llama, mistral only, this is gemma2" in str(layers.compile_obstacle("gemma2", GPU))
     monkeypatch.setattr(layers, "shutil", SimpleNamespace(which=lambda _: None))
-    assert "C compiler" in str(layers.compile_obstacle("phi3", "sdpa", GPU))
+    assert "C compiler" in str(layers.compile_obstacle("phi3", GPU))
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])
@@ -370,13 +370,14 @@ def test_what_was_asked_for_and_cannot_be_had_is_refused_before_the_model_loads(
         ({"compile": "graphs"}, CPU, "--compile graphs cannot be used: there is no CUDA GPU"),
         ({"offload_checkpoints": True}, CPU, "--compile layers, and it is none, as there is no CUDA GPU"),
         ({"offload_checkpoints": True, "compile": "graphs"}, GPU, "graphs cannot be used: checkpoints go to the host"),
-        ({"attn_implementation": "flash_attention_2", "offload_checkpoints": True}, GPU, "it is none, as a decoder with flash"),
+        ({"offload_checkpoints": True}, OLD_GPU, "it is none, as it needs a GPU with bf16"),
     ):
-        card(80)
-        asked = dataclasses.replace(config, attn_implementation=flags.pop("attn_implementation", "sdpa"), **flags)
+        card(80, (7, 5) if device is OLD_GPU else (9, 0))
+        asked = dataclasses.replace(config, attn_implementation="sdpa", **flags)
         with pytest.raises(UserError, match=words) as refused:
             layers.choose_layers(asked, model, targets, 100, device)
         assert refused.value.exit_code == ExitCode.ENVIRONMENT
+    card(80)
     monkeypatch.setattr(phi3.config, "layer_types", ["full_attention"], raising=False)
     chosen, line = layers.choose_layers(TrainConfig(attn_implementation="sdpa"), phi3, audit_targets(phi3, config), 9, GPU)
     assert chosen.compile == "layers" and "no CUDA graphs, as transformers makes its masks" in line
