@@ -17,9 +17,6 @@ COLOURS = {"eager": "#000000", "sdpa": BLUE, "sdpa_cudnn": "#332288", "sdpa_flas
            "sdpa_math": "#999999", "flash_attention_2": ORANGE, "varlen": "#009E73", "flex_attention": "#E69F00",
            "flash_attention_4": "#882255"}  # fmt: skip
 FAMILIES = {"trl": BLUE, "unsloth": ORANGE, "naive": "#000000", "ours": "#009E73"}  # contenders of peers.py
-MARKS = {"trl": "o", "trl_best": "s", "trl_selective": "D", "trl_no_checkpointing": "^", "trl_liger": "P", "naive": "v",
-         "trl_liger_no_checkpointing": "X", "unsloth_offload": "s", "unsloth_checkpointing": "o",
-         "unsloth_none": "^"}  # fmt: skip
 
 
 def load(pattern: str) -> tuple[str, dict[str, Any]]:
@@ -220,6 +217,19 @@ def peers(pattern: str, card: str) -> str:
         f"bytes. {source(name, record)}"
     )
     return "\n\n".join(parts)
+
+
+def peers_short(pattern: str, shape: str) -> str:
+    """The contenders of one shape, the fastest first, in the columns that a reader asks for."""
+    name, record = load(pattern)
+    cells = [cell for cell in newest_peers(record, shape) if "tokens_per_s" in cell]
+    rows = []
+    for cell in sorted(cells, key=lambda cell: -cell["tokens_per_s"]):
+        contender, version, adapters, rate, _, ratio, peak_gb, *_ = peer_row(cell)
+        rows.append([contender, version, adapters, rate, ratio, peak_gb])
+    words = f"Phi-3-mini's shape, random weights, `{shape}` (rows x tokens x micro-batches), no dropout, the median of 8 steps."
+    headers = ["", "version", "adapters", "tokens/s", "x `trl`", "peak GB"]
+    return f"{table(headers, rows)}\n\n{words} {source(name, record)}"
 
 
 def newest_peers(record: dict[str, Any], shape: str) -> list[Cell]:
@@ -572,6 +582,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "attention-packing-cpu": lambda: attention_packing(CPU),
     "attention-parity-cpu": lambda: attention_parity(CPU),
     "peers-h100": lambda: peers("peers_h100_*.json", "h100"),
+    "peers-short": lambda: peers_short("peers_h100_*.json", "2x2048x2"),
     "peers-cpu": lambda: peers("peers_cpu_*.json", "cpu"),
     "survival": survival,
     "guide-claims": claims,
@@ -662,34 +673,36 @@ def plot_peers(card: str) -> None:
     if not any(RESULTS.glob(f"peers_{card}_*.json")):
         return
     name, record = load(f"peers_{card}_*.json")
-    shapes = list(dict.fromkeys(cell["shape"] for cell in record["cells"] if "tokens_per_s" in cell))
+    ours = (cell["shape"] for cell in record["cells"] if "tokens_per_s" in cell and cell["contender"].startswith("ours"))
+    shapes = list(dict.fromkeys(ours))
     columns = min(3, len(shapes))
     rows = -(-len(shapes) // columns)
     figure, panels = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.8 * rows), layout="constrained", squeeze=False)
     for panel in panels.flat[len(shapes) :]:
         panel.set_axis_off()
     for panel, shape in zip(panels.flat, shapes, strict=False):
-        cells = sorted((c for c in newest_peers(record, shape) if "tokens_per_s" in c), key=lambda cell: cell["peak_gib"])
-        best = [c for i, c in enumerate(cells) if all(c["tokens_per_s"] > other["tokens_per_s"] for other in cells[:i])]
-        panel.plot([c["peak_gib"] for c in best], [c["tokens_per_s"] for c in best], color="0.7", linewidth=1, zorder=1)
-        for cell in cells:
-            contender, at = cell["contender"], (cell["peak_gib"], cell["tokens_per_s"])
-            colour, mark = FAMILIES[contender.partition("_")[0]], MARKS.get(contender, "*")
-            panel.scatter(*at, color=colour, marker=mark, s=110 if mark == "*" else 30, label=contender, zorder=2)
-            if mark == "*":
-                panel.annotate(contender, at, xytext=(-6, 5), textcoords="offset points", fontsize=8, ha="right", color=colour)
-        panel.set(title=shape, xlabel="peak GiB", ylabel="tokens/s", xscale="log")
+        cells = [cell for cell in newest_peers(record, shape) if "tokens_per_s" in cell]
+        points = sorted((cell["peak_gib"] * 2**30 / 1e9, cell["tokens_per_s"], cell["contender"]) for cell in cells)
+        best = [point for i, point in enumerate(points) if all(point[1] > other[1] for other in points[:i])]
+        panel.plot(*zip(*[point[:2] for point in best], strict=True), color="0.7", linewidth=1, zorder=1)
+        top = 1.15 * max(speed for _, speed, _ in points)
+        for peak, speed, contender in points:
+            colour = FAMILIES[contender.partition("_")[0]]
+            panel.scatter(peak, speed, color=colour, s=30, zorder=2)
+            # To the right of its point, but for what has a neighbour there, or too little room.
+            crowded = (
+                any(1 < x / peak < 1.5 and abs(y - speed) < 0.05 * top for x, y, _ in points) or peak > 0.8 * points[-1][0]
+            )
+            side = {"xytext": (-6, 4), "ha": "right"} if crowded else {"xytext": (6, -9), "ha": "left"}
+            panel.annotate(contender, (peak, speed), textcoords="offset points", fontsize=8, color=colour, **side)
+        panel.set(title=shape, xlabel="peak GB", ylabel="tokens/s", xscale="log", ylim=(0, top))
+        panel.set_xlim(points[0][0] / 1.8, points[-1][0] * 1.3)
         panel.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:,.0f}")
         panel.minorticks_off()
-        panel.margins(x=0.25)
-        panel.set_ylim(0, 1.15 * max(cell["tokens_per_s"] for cell in cells))
         panel.grid(alpha=0.3)
-    marks = {label: handle for panel in panels.flat for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    names = [contender for contender in MARKS if contender in marks]
-    handles = [marks[contender] for contender in names]
-    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    told = f"{name}: {record['environment']['device']}. Stars: this loop. Line: what none beats in both."
+    told = f"{name}: {record['environment']['device']}. Line: what none beats in both."
     figure.suptitle(told, x=0.01, ha="left", fontsize=8, color="0.4")
     save(figure, f"peers_{card}")
     plt.close(figure)
