@@ -34,11 +34,11 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfig, longest: int) -> float:
-    """Peak of a step's tensors on a GPU, in GiB, from the shape alone.
+def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longest: int) -> dict[str, float]:
+    """What a step's tensors take on a GPU when they take the most, in GiB, term by term, from the shape alone.
 
-    Within 4 % of the peaks of Phi-3-mini in benchmarks/results/train_step_h100_202611.json and, compiled, in
-    first_ladder_h100_202611.json, which the constants of activations were fitted to; other models are further off.
+    The sum is within 8 % of the peaks of Phi-3-mini in benchmarks/results (train_step, ladders and peers of the H100), which
+    the constants of activations were fitted to; other models are further off. CUDA's context, about 0.5 GiB, comes on top.
 
     Args:
         model: the base model or its skeleton.
@@ -47,63 +47,88 @@ def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfi
         longest: tokens of the longest row.
     """
     shape = model.config.get_text_config()
-    hidden, layers = shape.hidden_size, shape.num_hidden_layers
+    hidden, layers, heads = shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads
+    inner = getattr(shape, "intermediate_size", 4 * hidden)
     linear = sum(module.weight.numel() for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear))
-    base = NF4_BYTES * linear + 2 * (model.num_parameters() - linear)
-    if config.cache_dequantized:
-        base += 2 * sum(model.get_submodule(name).weight.numel() for target in targets for name in target.layers)
+    names = [name for target in targets for name in target.layers] if config.cache_dequantized else []
+    trained = sum(target.adapter_parameters for target in targets)
     moment = 4 if config.optimizer == "adamw" else 1 + 4 / 256  # bytes: fp32, or 8 bits and an fp32 scale for each 256
-    adapters = (4 + 4 + 2 * moment + 2) * sum(
-        target.adapter_parameters for target in targets
-    )  # weight and gradient in fp32, a bf16 copy
     longest = rounded(longest, config.length_multiple)
     tokens = config.per_device_train_batch_size * longest
-    scores = shape.num_attention_heads * tokens * longest if config.attn_implementation == "eager" else 0
-    inner, heads = getattr(shape, "intermediate_size", 4 * hidden), shape.num_attention_heads
     attention_inputs = sum(target.shapes[0][0] for target in targets if target.name in ATTENTION_INPUTS) or 3 * hidden
-    kept = {"full": 2 * hidden}  # bytes of a layer and token that stay until backward
+    kept = {"full": 0 if config.offload_checkpoints else 2 * hidden}  # bytes of a layer and token that stay until backward
     kept["selective"] = kept["full"] + 2 * hidden + 4 * heads + 2 * attention_inputs
     kept["none"] = kept["selective"] + 2 * hidden + 4 * inner
-    if config.offload_checkpoints:
-        kept = {policy: most - 2 * hidden for policy, most in kept.items()}
     at_work = 30 * hidden + 9 * inner  # bytes of a token in the layer whose backward runs
     if config.compile != "none":
         at_work = 2 * hidden + 6 * inner + (2 * attention_inputs if config.gradient_checkpointing == "full" else 0)
     elif config.gradient_checkpointing == "none":
-        kept["none"] = at_work
+        kept["none"] = at_work  # and nothing beside it
     rest = 0 if config.gradient_checkpointing == "none" and config.compile == "none" else at_work
+    scores = heads * tokens * longest if config.attn_implementation == "eager" else 0
     score_copies = 6 * layers if config.gradient_checkpointing == "none" else 13
-    activations = tokens * (layers * kept[config.gradient_checkpointing] + rest) + score_copies * scores
-    if config.compile == "graphs":  # lies in memory of its own, where gaps stay
-        activations += 0.06 * activations + 1.3 * tokens * rest
-    head = 2 * min(CHUNK_TOKENS, tokens) * shape.vocab_size + 12 * tokens * hidden
-    scratch = 2 * max((rows * columns for target in targets for rows, columns in target.shapes), default=0)
-    return (base + adapters + activations + head + scratch) / 2**30
+    staying, scored = tokens * layers * kept[config.gradient_checkpointing], score_copies * scores
+    terms = {
+        "base in NF4": NF4_BYTES * linear,
+        "embeddings, head, norms": 2 * (model.num_parameters() - linear),
+        "base in bf16": 2 * sum(model.get_submodule(name).weight.numel() for name in names),
+        "adapters in fp32": 4 * trained,
+        "their gradients": 4 * trained,
+        "their moments": 2 * moment * trained,
+        "their copies in bf16": 2 * trained,
+        "kept until backward": staying,
+        "attention scores": scored,
+        "one layer at work": tokens * rest,
+        "gaps in the graphs' memory": 0,
+        "head and loss": 2 * min(CHUNK_TOKENS, tokens) * shape.vocab_size + 12 * tokens * hidden,
+        "one weight dequantised": 2 * max((rows * columns for target in targets for rows, columns in target.shapes), default=0),
+    }
+    if config.compile == "graphs":  # lies in memory of its own
+        terms["gaps in the graphs' memory"] = 0.06 * (staying + scored + tokens * rest) + 1.3 * tokens * rest
+    return {name: size / 2**30 for name, size in terms.items()}
 
 
-def settings_to_try(config: TrainConfig, longest: int) -> list[str]:
-    """Flags that need less memory, those first that change nothing but speed."""
+def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfig, longest: int) -> float:
+    """The sum of `memory_terms`, in GiB."""
+    return sum(memory_terms(model, targets, config, longest).values())
+
+
+def settings_to_try(config: TrainConfig, longest: int) -> list[tuple[str, dict[str, Any]]]:
+    """Changes that need less memory, those first that change nothing but speed.
+
+    Args:
+        config: resolved.
+        longest: tokens of the longest row.
+
+    Returns:
+        Flags, perhaps with a remark, and the fields of the configuration that they set.
+    """
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    found = []
+    found: list[tuple[str, dict[str, Any]]] = []
     if config.cache_dequantized:
-        found.append("--no-cache-dequantized")
+        found.append(("--no-cache-dequantized", {"cache_dequantized": False}))
     if config.gradient_checkpointing != "full":
-        found.append("--gradient-checkpointing full")
+        found.append(("--gradient-checkpointing full", {"gradient_checkpointing": "full"}))
     if config.attn_implementation == "eager":
-        found.append("--attn-implementation sdpa")
+        found.append(("--attn-implementation sdpa", {"attn_implementation": "sdpa"}))
     if config.compile == "graphs":
-        found.append("--compile layers --offload-checkpoints")
+        found.append(("--compile layers", {"compile": "layers"}))
+    if config.compile == "layers" and not config.offload_checkpoints:
+        found.append(("--offload-checkpoints", {"offload_checkpoints": True}))
     if batch > 1:
         smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
-        more = accumulation * batch // smaller
-        found.append(f"--per-device-train-batch-size {smaller} --gradient-accumulation-steps {more} (the same step)")
-    found.append(f"--max-length {max(longest // 2, 1)} (the longest row has {longest} tokens)")
+        step = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": accumulation * batch // smaller}
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in step.items())
+        found.append((f"{flags} (the same step)", step))
     if config.optimizer == "adamw":
-        found.append("--optimizer adamw_8bit (6 bytes less for each trained parameter)")
+        saved = "6 bytes less for each trained parameter"
+        found.append((f"--optimizer adamw_8bit ({saved})", {"optimizer": "adamw_8bit"}))
+    if longest > 1:
+        flags = f"--max-length {longest // 2} (the longest row has {longest} tokens)"
+        found.append((flags, {"max_length": longest // 2}))
     if config.lora_r > 1:
-        found.append(f"--lora-r {config.lora_r // 2}")
-    found.append("--target-modules with fewer names")
-    return found[:3]
+        found.append((f"--lora-r {config.lora_r // 2}", {"lora_r": config.lora_r // 2}))
+    return [*found, ("--target-modules with fewer names", {})]
 
 
 @contextlib.contextmanager
@@ -122,7 +147,7 @@ def explained(config: TrainConfig, device: torch.device, estimate_gib: float, lo
         raise UserError(
             ExitCode.MEMORY,
             f"The {where} ran out of memory: the peak so far was {peak_memory_gib(device):.2f} GiB, the estimate for these "
-            f"settings {estimate_gib:.2f} GiB. Try {', or '.join(settings_to_try(config, longest))}. "
+            f"settings {estimate_gib:.2f} GiB. Try {', or '.join(flags for flags, _ in settings_to_try(config, longest)[:3])}. "
             f"({' '.join(str(error).split())[:200]})",
         ) from error
 
