@@ -20,5 +20,7 @@ tracking.py      metrics.jsonl, TensorBoard, progress
 teaching.py      what --explain shows: dtypes and bytes, trained and masked tokens, gradients by module
 memory.py        measured peak, an estimate, the probe, what to try when it does not suffice
 demo.py          the embedded default: demo model and the tiny random model
+commands.py      the options of python -m qlora COMMAND
+doctor.py        what of this machine works
 __main__.py      the command line: parse first, import later, errors to exit codes
 """

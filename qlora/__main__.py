@@ -5,6 +5,7 @@ import sys
 import traceback
 from types import TracebackType
 
+from qlora import commands
 from qlora.config import ExitCode, UserError, parse, redact
 from qlora.signals import Signals
 
@@ -54,5 +55,27 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
     print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
 
 
+def main(argv: list[str] | None = None) -> int:
+    """`python -m qlora COMMAND`: what comes before and after training.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's own.
+
+    Returns:
+        0, or an ExitCode, or 130 after SIGINT (Ctrl-C), or 143 after SIGTERM.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    sys.excepthook = _print_traceback
+    with Signals() as stop:
+        stop.armed = True
+        try:
+            return commands.run(argv)
+        except UserError as error:
+            return _told(error, debug=False)
+    assert stop.received is not None  # only then does the context swallow an exception
+    print(f"Stopped by {stop.received.name}.", file=sys.stderr)
+    return 128 + stop.received
+
+
 if __name__ == "__main__":
-    raise SystemExit(train())
+    raise SystemExit(main())

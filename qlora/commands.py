@@ -1,0 +1,88 @@
+"""What `python -m qlora COMMAND` offers: the options of each command. Imports no torch, so that --help and a typo answer at once.
+
+A command's options are a frozen dataclass whose docstring and field docstrings are its --help; the room named in `ROOMS` does
+the work in its function `run`, which is imported once the command line is understood.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import io
+import sys
+from typing import Any
+
+from qlora.config import ExitCode, UserError, redact
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorOptions:
+    """Check this machine: Python, torch, the GPU, NF4 forward and backward, attention backends, memory, disk, versions.
+
+    Ends with 0 where a run can start (a CPU will do) and with 7 where none can.
+    """
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+COMMANDS: dict[str, tuple[type, str]] = {  # name -> its options, and the room that does it
+    "doctor": (DoctorOptions, "doctor"),
+}
+
+
+def summary(options: type) -> str:
+    """The first sentence of a command's help."""
+    return str(options.__doc__).partition("\n")[0]
+
+
+def overview() -> str:
+    """What a command line without a command is told."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {summary(options)}" for name, (options, _) in COMMANDS.items()]
+    head = "usage: python -m qlora COMMAND [--help | OPTIONS]\n\nTo train, run python train_loop.py, or qlora-train. Beside it:\n"
+    return "\n".join([head, *lines])
+
+
+def parse(name: str, argv: list[str]) -> Any:
+    """The options of a command.
+
+    Args:
+        name: of the command.
+        argv: what comes after it.
+
+    Raises:
+        SystemExit: by tyro, with 0 after --help and 2 after a wrong flag (it suggests the nearest).
+        UserError: exit 2 if there is no such command.
+    """
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        advice = f"Perhaps you meant {near[0]}." if near else f"There are {', '.join(COMMANDS)}."
+        raise UserError(ExitCode.CONFIGURATION, f"python -m qlora knows no command {name!r}. {advice}")
+    import tyro
+
+    told = io.StringIO()  # tyro quotes what it does not understand, which may be a secret
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(COMMANDS[name][0], prog=f"python -m qlora {name}", args=argv)
+    finally:
+        print(redact(told.getvalue()), file=sys.stderr, end="")
+
+
+def run(argv: list[str]) -> int:
+    """Carry out a command.
+
+    Args:
+        argv: its name, and what comes after it.
+
+    Returns:
+        What the process ends with.
+
+    Raises:
+        UserError: a mistake the user can mend.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    options = parse(argv[0], argv[1:])
+    return int(importlib.import_module(f"qlora.{COMMANDS[argv[0]][1]}").run(options))
