@@ -1,7 +1,7 @@
-"""What `python -m qlora COMMAND` offers: the options of each command. Imports no torch, so that --help and a typo answer at once.
+"""What `python -m qlora COMMAND` offers: the options of each. Imports no torch, so that --help and a typo answer at once.
 
-A command's options are a frozen dataclass whose docstring and field docstrings are its --help; the room named in `ROOMS` does
-the work in its function `run`, which is imported once the command line is understood.
+A command's options are a frozen dataclass whose docstring and field docstrings are its --help; the room that `COMMANDS` names
+does the work in its function `run`, and is imported once the command line is understood.
 """
 
 import contextlib
@@ -10,9 +10,10 @@ import difflib
 import importlib
 import io
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from qlora.config import ExitCode, UserError, redact
+from qlora.config import ExitCode, PromptFormat, UserError, redact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,22 @@ class DoctorOptions:
 
     json: bool = False
     """Print one JSON object instead of a table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterOptions:
+    """Which adapter, and on which base: the options of all commands that load one (qlora/adapter.py)."""
+
+    adapter: Path
+    """Run folder, its adapter/, one of its checkpoints, or any folder with a LoRA adapter in PEFT's format."""
+    model: str | None = None
+    """Base: hub id, folder, `demo` or `tiny-random`. Unset: the one that the adapter names."""
+    prompt_format: PromptFormat | None = None
+    """plain or chat, as in training. Unset: that of the run; an adapter of another program needs it."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
 
 
 COMMANDS: dict[str, tuple[type, str]] = {  # name -> its options, and the room that does it
@@ -40,7 +57,9 @@ def overview() -> str:
     """What a command line without a command is told."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {summary(options)}" for name, (options, _) in COMMANDS.items()]
-    head = "usage: python -m qlora COMMAND [--help | OPTIONS]\n\nTo train, run python train_loop.py, or qlora-train. Beside it:\n"
+    head = (
+        "usage: python -m qlora COMMAND [--help | OPTIONS]\n\nTo train, run python train_loop.py, or qlora-train. Beside it:\n"
+    )
     return "\n".join([head, *lines])
 
 
@@ -64,7 +83,8 @@ def parse(name: str, argv: list[str]) -> Any:
     told = io.StringIO()  # tyro quotes what it does not understand, which may be a secret
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(COMMANDS[name][0], prog=f"python -m qlora {name}", args=argv)
+            required = (tyro.conf.PositionalRequiredArgs,)  # what has no default has no flag either
+            return tyro.cli(COMMANDS[name][0], prog=f"python -m qlora {name}", args=argv, config=required)
     finally:
         print(redact(told.getvalue()), file=sys.stderr, end="")
 

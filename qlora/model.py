@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import huggingface_hub
 import torch
@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.guards import is_out_of_memory
+
+Precision = Literal["nf4", "int8", "bf16"]  # of a base model's linear layers
 
 
 @contextlib.contextmanager
@@ -111,26 +113,29 @@ def load_tokenizer(source: str, skeleton: Any, config: TrainConfig) -> Any:
 
 
 def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, device: torch.device) -> Any:
-    """The base model: linear layers in NF4 with double quantisation, the rest in bf16, all frozen, on one device.
+    """The base model to train on: linear layers in NF4 with double quantisation, the rest in bf16, all frozen, on one device.
 
     Not `prepare_model_for_kbit_training`: it casts embeddings, norms and head to fp32, which costs 0.4 GB on Phi-3-mini and
-    makes the residual stream fp32.
+    makes the residual stream fp32. Arguments and errors are those of load_base_model.
+    """
+    return load_base_model(source, config, attn_implementation, device, "nf4")
+
+
+def load_base_model(
+    source: str, config: TrainConfig, attn_implementation: str, device: torch.device, precision: Precision
+) -> Any:
+    """The base model, all frozen, on one device; only NF4 is trained against, the others are for inference.
 
     Args:
-        source: folder or hub id, in bf16 or saved from such a model (save_pretrained), which takes a third of the disk.
+        source: folder or hub id, in bf16 or, for NF4, saved from such a model (save_pretrained): a third of the disk.
         config: revision and trust_remote_code are read.
         attn_implementation: a name from attention.choose_attention.
         device: CPU or one GPU.
+        precision: of the linear layers but the head; the rest is bf16.
 
     Raises:
         UserError: exit 7 if the weights are not there or are broken.
     """
-    quantization = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",  # 16 levels at the quantiles of a normal distribution; Dettmers et al., 2023, section 3
-        bnb_4bit_use_double_quant=True,  # 4.5 -> 4.127 bits a parameter: the scales themselves become 8-bit
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
     load: Any = transformers.AutoModelForCausalLM.from_pretrained  # Any: its stub knows no output_loading_info
     with _environment_errors(source), warnings.catch_warnings():
         # A checkpoint that is quantised already is loaded as it is; check_quantization saw that it is what is asked for.
@@ -140,7 +145,7 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
             output_loading_info=True,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
-            quantization_config=quantization,
+            quantization_config=_quantization(precision),
             dtype=torch.bfloat16,
             attn_implementation=attn_implementation,
             device_map={"": device},
@@ -163,6 +168,19 @@ def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, d
                 text = f"Model {source} has a weight of shape {stored} where its config.json says {wanted}."
                 raise UserError(ExitCode.ENVIRONMENT, f"{text} The two do not belong together.")
     return model
+
+
+def _quantization(precision: Precision) -> transformers.BitsAndBytesConfig | None:
+    if precision == "bf16":
+        return None
+    if precision == "int8":  # LLM.int8: activations too, but for outliers; Dettmers et al., 2022 (arXiv 2208.07339)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",  # 16 levels at the quantiles of a normal distribution; Dettmers et al., 2023, section 3
+        bnb_4bit_use_double_quant=True,  # 4.5 -> 4.127 bits a parameter: the scales themselves become 8-bit
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def fingerprint(model: Any) -> str:

@@ -280,6 +280,21 @@ def _locked(folder: Path) -> Any:
     return lock
 
 
+def is_going(folder: Path) -> bool:
+    """Whether a process is writing to a run folder at this moment.
+
+    To ask, the lock is shared for some microseconds; a run that starts in them is told that the folder is in use.
+    """
+    try:
+        with (folder / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, no run; or one of another user, who alone can write there
+        return False
+    return False
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None

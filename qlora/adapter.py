@@ -1,0 +1,231 @@
+"""A trained adapter and its base, from whatever folder: found and checked without weights, then loaded.
+
+What evaluates, generates or merges opens it here. `open_adapter` reads small files only, so that a mistake costs no time;
+`load_adapted` loads the weights, as often and in whatever precision they are wanted.
+"""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qlora import attention, checkpoint, data, run_folder
+from qlora.config import EMBEDDED, ExitCode, PromptFormat, TrainConfig, UserError
+from qlora.demo import model_source
+from qlora.model import Precision, fingerprint, load_base_model, load_skeleton, load_tokenizer, peft
+
+SETTINGS = "adapter_config.json"
+OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on_long", "train_file", "eval_file")
+# Starts that leave the base as it is. The others (PiSSA, OLoRA, ...) change it, and the adapter fits what they left.
+HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+class Adapter(NamedTuple):
+    """An adapter on disk that fits its base, of which no weight has been read."""
+
+    folder: Path  # with adapter_config.json and adapter_model.safetensors
+    lora: Any  # peft.LoraConfig
+    config: TrainConfig  # OF_THE_RUN as the run had them, defaults where there is no run; model, revision and format resolved
+    source: str  # of the base, as transformers takes it
+    skeleton: Any  # the base on the meta device
+    form: data.Format
+    device: torch.device
+    facts: dict[str, Any] | None  # run.json of the run, or the state of the checkpoint
+    notes: tuple[str, ...]  # lines for the log
+
+
+def open_adapter(
+    path: Path,
+    model: str | None = None,
+    prompt_format: PromptFormat | None = None,
+    trust_remote_code: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> Adapter:
+    """Find an adapter, its base and its prompt format, and check that they fit; no weight is read.
+
+    Args:
+        path: a run folder, its adapter/ or one of its checkpoints, or any folder with a LoRA adapter in PEFT's format.
+        model: base to use in place of the one that the adapter names: hub id, folder, demo or tiny-random.
+        prompt_format: None takes the run's; an adapter of another program does not tell, so there it must be given.
+        trust_remote_code: as in training; never taken from a file.
+        device: where the model will be; auto takes the GPU if there is one.
+
+    Raises:
+        UserError: exit 4 if there is no sound adapter, or its run is not complete or still going; 2 if it is no plain LoRA,
+            does not fit the base, or does not tell its base or prompt format; 7 if the base or the GPU is not there.
+    """
+    place = _device(device)
+    folder, facts = _find(path)
+    lora = _read_settings(folder)
+    kept = {name: facts["config"][name] for name in OF_THE_RUN if name in facts["config"]} if facts else {}
+    notes: list[str] = []
+    base, revision = _base(folder, lora, kept.get("model"), model, notes)
+    form_name = prompt_format or kept.get("prompt_format")
+    if form_name is None:
+        text = f"{folder} does not tell in which prompt format it was trained. Pass --prompt-format chat (the model's own"
+        raise UserError(ExitCode.CONFIGURATION, f"{text} template) or --prompt-format plain.")
+    changed = {"model": base, "revision": revision, "prompt_format": form_name, "trust_remote_code": trust_remote_code}
+    config = TrainConfig(**{**kept, **changed})
+    source = model_source(base)
+    skeleton = load_skeleton(source, dataclasses.replace(config, max_length=1))
+    positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or config.max_length
+    config = dataclasses.replace(config, max_length=min(config.max_length, positions))
+    _check_fit(folder, lora, source, copy.deepcopy(skeleton))
+    own_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(folder) if own_tokenizer else source, skeleton, config)
+    form = data.read_format(tokenizer, config.prompt_format)
+    return Adapter(folder, lora, config, source, skeleton, form, place, facts, tuple(notes))
+
+
+def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
+    """The base with the adapter on it, in eval mode, all frozen; `model.disable_adapter()` is the base alone.
+
+    Args:
+        adapter: from open_adapter.
+        precision: of the base's linear layers; nf4 is what training saw. The adapter is in fp32, for autocast to cast.
+
+    Raises:
+        UserError: exit 7 if the weights are not there or are broken, 2 if the base cannot be had in that precision, or if it
+            is not the one that the run trained against (told by its NF4 bytes, so on the same kind of device alone).
+    """
+    if precision != "nf4" and getattr(adapter.skeleton.config, "quantization_config", None) is not None:
+        text = f"{adapter.source} is stored in NF4, so there is no {precision} to be had of it."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} Name the same model in bf16 with --model.")
+    attn = attention.choose_attention(adapter.config, adapter.device, adapter.skeleton)
+    base = load_base_model(adapter.source, adapter.config, attn.loaded_as, adapter.device, precision)
+    model = peft.PeftModel.from_pretrained(base, str(adapter.folder))
+    facts = adapter.facts or {}
+    comparable = precision == "nf4" and facts.get("weights") and facts.get("device") == adapter.device.type
+    if comparable and fingerprint(model) != facts["weights"]:
+        text = f"{adapter.source} is not the base that {adapter.folder} was trained against: weights or config.json differ."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} Name that base with --model.")
+    return model.eval()
+
+
+def _device(name: str) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise UserError(ExitCode.ENVIRONMENT, "--device cuda: torch sees no CUDA GPU here. Leave it out to use the CPU.")
+    return torch.device("cuda", 0) if has_gpu and name != "cpu" else torch.device("cpu")
+
+
+# -- where it is -----------------------------------------------------------------------------------------------------
+
+
+def _find(path: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The folder with the adapter, and what its run or checkpoint tells, if it is of one."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        text = f"{path} {what}. Give a run folder, its adapter/, one of its checkpoints, or a folder with {SETTINGS}."
+        raise UserError(ExitCode.CHECKPOINT, text)
+    is_run = (path / run_folder.LOCK).exists() or (path / run_folder.RUN).exists()
+    folder = path / "adapter" if is_run else path
+    run = path if is_run else path.absolute().parent
+    is_checkpoint = checkpoint.NAME.fullmatch(path.absolute().name) is not None and (path / checkpoint.STATE).exists()
+    if not is_checkpoint and run_folder.is_going(run):
+        text = f"{run} is still being trained. Wait for it, or name one of its checkpoints: {run / 'checkpoints'}/step-..."
+        raise UserError(ExitCode.CHECKPOINT, text)
+    if is_run:
+        _check_complete(path)
+    if not (folder / SETTINGS).is_file():
+        whole = "It holds a whole model: merged already?" if (path / "config.json").exists() else "Is it another folder?"
+        text = f"{path} holds no adapter: there is no {SETTINGS} in it. {whole} A run folder, its adapter/, or one of its"
+        raise UserError(ExitCode.CHECKPOINT, f"{text} checkpoints will do, or any LoRA adapter in PEFT's format.")
+    if (folder / checkpoint.MANIFEST).exists() and (problem := checkpoint.verify(folder)):
+        raise UserError(ExitCode.CHECKPOINT, f"{folder} is damaged: {problem}. Take another checkpoint, or get it again.")
+    return folder, _facts(folder / checkpoint.STATE if is_checkpoint else run / run_folder.RUN)
+
+
+def _check_complete(run: Path) -> None:
+    if (run / run_folder.FINISHED).exists():
+        return
+    found = list(checkpoint.by_step(run / "checkpoints").values())
+    advice = f"name its newest checkpoint, {found[-1]}" if found else "train it first: it has no checkpoint"
+    text = f"{run} holds a run that is not complete. Go on with it (the command that began it), or {advice}."
+    raise UserError(ExitCode.CHECKPOINT, text)
+
+
+def _facts(path: Path) -> dict[str, Any] | None:
+    """run.json or a checkpoint's state.json; None where the folder is of no run of this program."""
+    if not path.is_file():
+        return None
+    try:
+        facts = json.loads(path.read_bytes())
+        return facts if isinstance(facts["config"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = f"{path} cannot be read ({type(error).__name__}). Move the adapter's folder elsewhere to do without it."
+        raise UserError(ExitCode.CHECKPOINT, text) from None
+
+
+# -- what it is ------------------------------------------------------------------------------------------------------
+
+
+def _read_settings(folder: Path) -> Any:
+    try:
+        lora = peft.PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        text = f"{folder / SETTINGS} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+        raise UserError(ExitCode.CHECKPOINT, text) from None
+    if not isinstance(lora, peft.LoraConfig):
+        kind = getattr(lora.peft_type, "value", lora.peft_type)
+        raise UserError(ExitCode.CONFIGURATION, f"{folder} is an adapter of PEFT's kind {kind}. Only LoRA is known here.")
+    if lora.init_lora_weights not in HARMLESS_STARTS:
+        text = f"{folder} was begun with init_lora_weights {lora.init_lora_weights!r}, which changes the base."
+        advice = "Convert it first, by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} {advice}")
+    return lora
+
+
+def _base(folder: Path, lora: Any, of_the_run: str | None, asked: str | None, notes: list[str]) -> tuple[str, str | None]:
+    """Name and revision of the base: the one asked for, the run's embedded one, or adapter_config.json's."""
+    named = of_the_run if of_the_run in EMBEDDED else lora.base_model_name_or_path
+    if asked is not None:
+        if named is not None and asked != named and model_source(asked) != model_source(named):
+            notes.append(f"The adapter names the base {named}; {asked} is used, as asked.")
+        return asked, lora.revision if asked == named else None
+    if not named:
+        raise UserError(ExitCode.CONFIGURATION, f"{folder / SETTINGS} names no base model. Name it with --model.")
+    if Path(named).is_absolute() and not Path(named).is_dir():
+        text = f"{folder / SETTINGS} names the base {named}, and there is no such folder here. Say with --model where it is."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    return named, None if Path(named).is_dir() or named in EMBEDDED else lora.revision
+
+
+def _check_fit(folder: Path, lora: Any, source: str, skeleton: Any) -> None:
+    """Compare names and shapes: PEFT loads what fits, leaves the rest at its start, and warns.
+
+    Args:
+        folder: with adapter_model.safetensors.
+        lora: its configuration.
+        source: of the base, for the message.
+        skeleton: the base on the meta device; adapters are hung on it.
+    """
+    path = folder / checkpoint.ADAPTER
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        text = f"{folder} has its weights as adapter_model.bin, which may run code when it is read. Save it as safetensors."
+        raise UserError(ExitCode.CHECKPOINT, text)
+    try:
+        with safe_open(path, "pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be read: {' '.join(str(error).split())}.") from None
+    try:
+        with torch.device("meta"):
+            adapted = peft.get_peft_model(skeleton, lora)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        text = f"{folder} does not fit {source}: {reason} Is that its base? --model names another."
+        raise UserError(ExitCode.CONFIGURATION, text) from None
+    state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    differing = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+    if differing:
+        name = differing[0]
+        here, there = (f"of shape {shapes[name]}" if name in shapes else "not" for shapes in (stored, wanted))
+        text = f"{folder} does not fit {source}: {len(differing)} tensors differ. {name} is {here} in the file, and would be"
+        advice = "Either the base is another (--model names it), or adapter_config.json and the weights do not belong together."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} {there} there with rank {lora.r}. {advice}")
