@@ -11,7 +11,9 @@ attention.py     which attention runs, why, and the sliding window
 loss.py          token_loss_sum: chunked head and cross-entropy over trained positions
 cross_entropy.py cross-entropy and its gradient in one launch
 adapter.py       a trained adapter and its base, from whatever folder: found, checked, loaded
-evaluate.py      held-out loss and perplexity, greedy samples
+evaluate.py      held-out loss and perplexity, answers to prompts
+scores.py        how good answers are, and how sure that is
+compare.py       python -m qlora evaluate
 optimizer.py     AdamW, with moments in fp32 or in 8 bits
 guards.py        what ends a run: no first gradient, a loss that is not finite
 checkpoint.py    files and folders that are whole or not there; the state of a run in them

@@ -4,9 +4,11 @@ What evaluates, generates or merges opens it here. `open_adapter` reads small fi
 `load_adapted` loads the weights, as often and in whatever precision they are wanted.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,10 +18,12 @@ from safetensors import SafetensorError, safe_open
 from qlora import attention, checkpoint, data, run_folder
 from qlora.config import EMBEDDED, ExitCode, PromptFormat, TrainConfig, UserError
 from qlora.demo import model_source
+from qlora.guards import is_out_of_memory
 from qlora.model import Precision, fingerprint, load_base_model, load_skeleton, load_tokenizer, peft
 
 SETTINGS = "adapter_config.json"
-OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on_long", "train_file", "eval_file")
+OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop", "train_file",
+              "eval_file")  # fmt: skip
 # Starts that leave the base as it is. The others (PiSSA, OLoRA, ...) change it, and the adapter fits what they left.
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -75,6 +79,8 @@ def open_adapter(
     positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or config.max_length
     config = dataclasses.replace(config, max_length=min(config.max_length, positions))
     _check_fit(folder, lora, source, copy.deepcopy(skeleton))
+    attn = attention.choose_attention(config, place, skeleton)
+    config = dataclasses.replace(config, attn_implementation=attn.implementation)
     own_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder) if own_tokenizer else source, skeleton, config)
     form = data.read_format(tokenizer, config.prompt_format)
@@ -104,6 +110,23 @@ def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
         text = f"{adapter.source} is not the base that {adapter.folder} was trained against: weights or config.json differ."
         raise UserError(ExitCode.CONFIGURATION, f"{text} Name that base with --model.")
     return model.eval()
+
+
+@contextlib.contextmanager
+def memory_explained(advice: str) -> Iterator[None]:
+    """A block in which running out of memory is an error that tells what to do.
+
+    Raises:
+        UserError: exit 6.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        text = f"Memory ran out ({reason}). {advice} A quantised base on a GPU with more memory, or --device cpu, may help too."
+        raise UserError(ExitCode.MEMORY, text) from error
 
 
 def _device(name: str) -> torch.device:

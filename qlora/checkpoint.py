@@ -136,6 +136,19 @@ def cannot_write(path: Path, needed: int, error: OSError) -> UserError:
     return UserError(ExitCode.CHECKPOINT, f"{path} cannot be written: {error.strerror}. {space}. {advice}.")
 
 
+def require_writable(path: Path) -> None:
+    """Refuse to begin if a file that is to be written at the end could not be; nothing is left of the attempt.
+
+    Raises:
+        UserError: exit 4.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be written: {error.strerror}. Name another file.") from None
+
+
 def require_space(folder: Path, needed: int) -> None:
     """Refuse to begin what the disk has no room for.
 

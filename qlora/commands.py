@@ -43,9 +43,50 @@ class AdapterOptions:
     """auto: the GPU if there is one."""
 
 
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions(AdapterOptions):
+    """Compare base and adapter on held-out data: loss, token accuracy, and greedy answers, with bootstrap intervals.
+
+    Answers are scored by exact match, ROUGE-L, BLEU and chrF, and where all references are JSON or AVRO schemas by validity.
+    """
+
+    eval_file: str | None = None
+    """JSONL or Parquet file, or hub data set (NAME or NAME:SPLIT). Unset: that of the run."""
+    limit: int | None = None
+    """Only this many examples, the first. Unset: all."""
+    max_length: int | None = None
+    """Longest sample, in tokens. Unset: that of the run, else 2048."""
+    allow_drop: bool = False
+    """Go on when more than a fifth of the samples is longer."""
+    max_new_tokens: int | None = None
+    """Longest answer. Unset: twice the longest that is wanted, 1,024 at most."""
+    batch_size: int = 8
+    """Samples, or prompts, at a time."""
+    int8: bool = False
+    """Base in 8 bits (LLM.int8) instead of NF4, which training saw."""
+    seed: int = 42
+    """Of the resampling."""
+    json: Path | None = None
+    """Also write all numbers and answers to this file."""
+
+
 COMMANDS: dict[str, tuple[type, str]] = {  # name -> its options, and the room that does it
     "doctor": (DoctorOptions, "doctor"),
+    "evaluate": (EvaluateOptions, "compare"),
 }
+
+
+def refuse_below(least: int, options: Any, *names: str) -> None:
+    """Refuse options below the least value that makes sense; None is unset.
+
+    Raises:
+        UserError: exit 2, naming the flag and the value seen.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            text = f"--{name.replace('_', '-')} {value} cannot be used: it must be at least {least}."
+            raise UserError(ExitCode.CONFIGURATION, text)
 
 
 def summary(options: type) -> str:

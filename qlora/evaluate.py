@@ -1,4 +1,4 @@
-"""Held-out loss and perplexity, and greedy samples of base and tuned model side by side."""
+"""Held-out loss and perplexity, answers to prompts, and greedy samples of base and tuned model side by side."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qlora import attention
-from qlora.data import Batch, Example, Format, encode_prompt
+from qlora.data import Batch, Example, Format, encode_prompt, windows
 
 
 class HeldOut(NamedTuple):
@@ -53,23 +53,40 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torc
     return HeldOut(loss, math.exp(min(loss, 700.0)), num_tokens)
 
 
+class Sampling(NamedTuple):
+    """How a token is drawn: from the logits over the temperature, cut to the top_k likeliest, then to the top_p share."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+
 @torch.no_grad()
-def generate(model: Any, prompts: list[list[int]], form: Format, max_new_tokens: int) -> list[str]:
-    """Greedy answers to all prompts in one batch with a KV cache, padded on the left.
+def generate(
+    model: Any,
+    prompts: list[list[int]],
+    form: Format,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    streamer: Any = None,
+) -> list[str]:
+    """Answers to all prompts in one batch with a KV cache, padded on the left.
 
     Args:
         model: with or without its adapter switched on; it is put back into the mode it came in.
         prompts: token ids, as data.encode_prompt makes them.
         form: its stop token ends an answer, as do the ids that the model itself names.
         max_new_tokens: longest answer.
+        sampling: None is greedy; else tokens are drawn with torch's generator.
+        streamer: of transformers, to show the answer to a single prompt while it grows.
     """
     from transformers import GenerationConfig
 
     own = model.generation_config.eos_token_id
     stops = {form.stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
     # What is left unset here would come from the model's own generation_config, as Qwen's penalty on repetition.
-    greedy = GenerationConfig(
-        do_sample=False,
+    settings = GenerationConfig(
+        do_sample=sampling is not None,
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
@@ -77,6 +94,8 @@ def generate(model: Any, prompts: list[list[int]], form: Format, max_new_tokens:
         eos_token_id=sorted(stops),
         pad_token_id=form.stop_id,
     )
+    if sampling is not None:
+        settings.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or 0)
     longest = max(map(len, prompts))
     padded = [[form.stop_id] * (longest - len(ids)) + ids for ids in prompts]
     seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
@@ -84,16 +103,34 @@ def generate(model: Any, prompts: list[list[int]], form: Format, max_new_tokens:
     training = model.training
     model.eval()
     with torch.autocast(model.device.type, torch.bfloat16):
-        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=greedy)  # [B, T + new]
+        output = model.generate(  # [B, T + new]
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer
+        )
     model.train(training)
     return form.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 
+def generate_all(
+    model: Any, prompts: list[list[int]], form: Format, max_new_tokens: int, batch_size: int, sampling: Sampling | None = None
+) -> list[str]:
+    """Answers to any number of prompts, in their order; prompts of like length share a batch, for less padding."""
+    answers = [""] * len(prompts)
+    for rows in windows(sorted(range(len(prompts)), key=lambda row: len(prompts[row])), batch_size):
+        found = generate(model, [prompts[row] for row in rows], form, max_new_tokens, sampling)
+        for row, answer in zip(rows, found, strict=True):
+            answers[row] = answer
+    return answers
+
+
+def answer_limit(examples: list[Example], form: Format) -> int:
+    """Tokens that an answer may have: twice those of the longest that is wanted, and 1,024 at most."""
+    return min(2 * max(len(form.ids(example.response)) for example in examples) + 8, 1024)
+
+
 def sample_responses(model: Any, examples: list[Example], form: Format) -> list[Sample]:
-    """Greedy answers to the prompts of `examples`, without and with the adapter, up to twice the longest answer wanted."""
+    """Greedy answers to the prompts of `examples`, without and with the adapter, up to answer_limit."""
     prompts = [encode_prompt(example.prompt, form) for example in examples]
-    longest = max(len(form.ids(example.response)) for example in examples)
-    limit = min(2 * longest + 8, 1024)
+    limit = answer_limit(examples, form)
     tuned = generate(model, prompts, form, limit)
     with model.disable_adapter():
         base = generate(model, prompts, form, limit)
