@@ -13,7 +13,8 @@ cross_entropy.py cross-entropy and its gradient in one launch
 adapter.py       a trained adapter and its base, from whatever folder: found, checked, loaded
 evaluate.py      held-out loss and perplexity, answers to prompts
 scores.py        how good answers are, and how sure that is
-compare.py       python -m qlora evaluate
+compare.py       python -m qlora evaluate: base and adapter side by side
+generate.py      python -m qlora generate: a prompt, a file, a chat
 optimizer.py     AdamW, with moments in fp32 or in 8 bits
 guards.py        what ends a run: no first gradient, a loss that is not finite
 checkpoint.py    files and folders that are whole or not there; the state of a run in them

@@ -112,6 +112,28 @@ def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
     return model.eval()
 
 
+def positions_of(adapter: Adapter) -> int | None:
+    """How many positions the base was built for; None if it does not tell."""
+    return getattr(adapter.skeleton.config.get_text_config(), "max_position_embeddings", None)
+
+
+def prompt_ids(prompt: data.Prompt, adapter: Adapter, max_new_tokens: int) -> list[int]:
+    """Ids of a prompt that leaves room for its answer.
+
+    Raises:
+        UserError: exit 3, naming where the prompt stands, if it does not, or if the chat template refuses it.
+    """
+    try:
+        ids = data.encode_prompt(prompt.messages, adapter.form)
+    except ValueError as error:
+        raise UserError(ExitCode.DATA, f"{prompt.where}: {error}. Use --prompt-format plain.") from None
+    positions = positions_of(adapter)
+    if positions is not None and len(ids) + max_new_tokens > positions:
+        text = f"{prompt.where}: {len(ids)} tokens and --max-new-tokens {max_new_tokens} are more than the model's positions,"
+        raise UserError(ExitCode.DATA, f"{text} {positions}. Shorten the prompt or lower --max-new-tokens.")
+    return ids
+
+
 @contextlib.contextmanager
 def memory_explained(advice: str) -> Iterator[None]:
     """A block in which running out of memory is an error that tells what to do.

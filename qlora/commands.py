@@ -70,9 +70,38 @@ class EvaluateOptions(AdapterOptions):
     """Also write all numbers and answers to this file."""
 
 
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions(AdapterOptions):
+    """Answer one prompt, a file of prompts, or, without either, in a chat at the terminal."""
+
+    prompt: str | None = None
+    """To be answered; the answer is shown while it grows."""
+    prompts_file: Path | None = None
+    """Text with a prompt a line, or JSONL or Parquet with the columns of training (answers may be missing)."""
+    compare: bool = False
+    """The base's answer beside the adapter's."""
+    temperature: float = 0.0
+    """0: the likeliest token, always. Above: tokens are drawn from the logits over the temperature."""
+    top_p: float | None = None
+    """Draw among the likeliest tokens that have this share of the probability together. Unset: among all."""
+    top_k: int | None = None
+    """Draw among this many likeliest tokens. Unset: among all."""
+    max_new_tokens: int = 256
+    """Longest answer. It ends earlier at the stop token."""
+    seed: int = 42
+    """Of what is drawn; a file's answers depend on --batch-size too."""
+    batch_size: int = 8
+    """Prompts of a file at a time."""
+    int8: bool = False
+    """Base in 8 bits (LLM.int8) instead of NF4, which training saw."""
+    json: Path | None = None
+    """Also write prompts and answers to this file, one JSON object a line."""
+
+
 COMMANDS: dict[str, tuple[type, str]] = {  # name -> its options, and the room that does it
     "doctor": (DoctorOptions, "doctor"),
     "evaluate": (EvaluateOptions, "compare"),
+    "generate": (GenerateOptions, "generate"),
 }
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora import attention, checkpoint, data, evaluate, scores, tracking
-from qlora.adapter import Adapter, load_adapted, memory_explained, open_adapter
+from qlora.adapter import Adapter, load_adapted, memory_explained, open_adapter, positions_of, prompt_ids
 from qlora.commands import EvaluateOptions, refuse_below
 from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.loss import CHUNK_TOKENS, Head, read_head
@@ -65,11 +65,12 @@ def run(options: EvaluateOptions) -> int:
         say(note)
     file, samples, examples, notes = read_held_out(options, adapter)
     say(notes)
-    limit = options.max_new_tokens or evaluate.answer_limit(examples, adapter.form)
+    limit = options.max_new_tokens or _answer_limit(examples, adapter)
+    prompts = [prompt_ids(data.Prompt(example.prompt, f"{file}:{example.line}"), adapter, limit) for example in examples]
     precision: Precision = "int8" if options.int8 else "nf4"
     with memory_explained(f"Lower --batch-size {options.batch_size} or --max-new-tokens {limit}."):
         model = load_adapted(adapter, precision)
-        sides = both_sides(model, adapter, samples, examples, options.batch_size, limit)
+        sides = both_sides(model, adapter, samples, prompts, options.batch_size, limit)
     compared = comparisons(sides, [example.response for example in examples], options.seed)
     console.print(results_table(compared, len(examples), sides[0].held_out.num_tokens))
     if options.json is not None:
@@ -115,20 +116,26 @@ def read_held_out(options: EvaluateOptions, adapter: Adapter) -> tuple[str, data
     return file, samples, [example for example in examples if example.line in kept], f"Held out: {notes}; columns {columns}"
 
 
+def _answer_limit(examples: list[data.Example], adapter: Adapter) -> int:
+    """Twice the longest answer wanted, as in training, or what the longest prompt leaves of the model's positions."""
+    limit = evaluate.answer_limit(examples, adapter.form)
+    longest = max(len(data.encode_prompt(example.prompt, adapter.form)) for example in examples)
+    return max(1, min(limit, (positions_of(adapter) or limit + longest) - longest))
+
+
 def both_sides(
-    model: Any, adapter: Adapter, samples: data.Samples, examples: list[data.Example], batch_size: int, limit: int
+    model: Any, adapter: Adapter, samples: data.Samples, prompts: list[list[int]], batch_size: int, limit: int
 ) -> list[Side]:
     """Losses and greedy answers of the base alone, and with the adapter: in the order of SIDES.
 
     Args:
         model: from load_adapted; afterwards it can no longer be trained.
         adapter: its format and attention.
-        samples: of the examples, in their order.
-        examples: whose prompts are answered.
+        samples: to take the loss of.
+        prompts: token ids, to be answered.
         batch_size: samples or prompts at a time.
         limit: longest answer, in tokens.
     """
-    prompts = [data.encode_prompt(example.prompt, adapter.form) for example in examples]
     losses = []
     with attention.for_training(model, adapter.config):  # the very numbers that training tells
         with model.disable_adapter():

@@ -73,6 +73,13 @@ class Example(NamedTuple):
         return self.messages[-1].content
 
 
+class Prompt(NamedTuple):
+    """A conversation whose last message, a user's, is to be answered, and where it stands, for messages."""
+
+    messages: tuple[Message, ...]
+    where: str
+
+
 class Encoded(NamedTuple):
     """Token ids of one example and, of the same length, what is trained: the id itself, or IGNORED."""
 
@@ -175,14 +182,53 @@ def _listed(items: Iterable[object]) -> str:
     return ", ".join([*names, "..."] if len(first) > LISTED else names)
 
 
-def _file_rows(path: Path) -> Iterator[tuple[int, object]]:
+def read_prompts(source: str | Path) -> list[Prompt]:
+    """Prompts of a file, at least one: of the rows of JSONL or Parquet, whose answers may be missing, or the lines of a text.
+
+    Raises:
+        UserError: exit 3, naming file and line, as read_examples does.
+    """
+    path = Path(os.path.expanduser(source))
+    is_text = path.suffix not in {".jsonl", ".json", ".parquet"}
+    prompts = [as_prompt(row, f"{source}:{line}") for line, row in _file_rows(path, is_text)]
+    if not prompts:
+        raise _wrong(f"{source} holds no prompt. Give a text file with one a line, or JSONL.")
+    return prompts
+
+
+def as_prompt(row: object, where: str) -> Prompt:
+    """A text, or a row with or without its answer, as the messages that are to be answered.
+
+    Raises:
+        UserError: exit 3, beginning with `where`.
+    """
+    if isinstance(row, str):
+        row = {"prompt": row}
+    if not isinstance(row, dict):
+        raise _wrong(f"{where}: each line must be a JSON object, not {type(row).__name__}.")
+    _refuse_ambiguous(row, where)
+    completed = dict(row)
+    for asked, answered in COLUMNS[:2]:
+        if asked in row:
+            completed[answered] = "any"  # so that a row is checked as one of training is; it goes again below
+    turns = row.get("messages")
+    if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "user":
+        completed["messages"] = [*turns, {"role": "assistant", "content": "any"}]
+    columns = _detect_columns(completed, where)
+    return Prompt(_messages(completed, columns, where)[:-1], where)
+
+
+def _file_rows(path: Path, is_text: bool = False) -> Iterator[tuple[int, object]]:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise _wrong(f"{path} is a folder. Give one JSONL or Parquet file.")
         if not stat.S_ISREG(mode):
             raise _wrong(f"{path} is a pipe or a device, and data is read more than once. Save it to a file first.")
-        yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+        if path.suffix == ".parquet":
+            yield from _parquet_rows(path)
+        else:
+            yield from ((line, text if is_text else _parse(text, f"{path}:{line}")) for line, text in _lines(path))
     except FileNotFoundError:
         raise _wrong(
             f"{path} does not exist. Give the path of a JSONL or Parquet file, or a hub data set without a dot in front."
@@ -206,17 +252,17 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
         raise _wrong(f"{path} is not a Parquet file, or a broken one: {error}.") from None
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, object]]:
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is not empty."""
     # Lines end at \n alone (U+2028 may stand inside a string), so they are split as bytes and decoded one by one.
     with path.open("rb") as file:
         for line in itertools.count(1):
             raw = file.readline(LINE_LIMIT + 1)
             if not raw:
                 return
-            where = f"{path}:{line}"
-            text = _decode(raw, where, is_first=line == 1)
+            text = _decode(raw, f"{path}:{line}", is_first=line == 1)
             if text:
-                yield line, _parse(text, where)
+                yield line, text
 
 
 def _decode(raw: bytes, where: str, is_first: bool) -> str:

@@ -1,0 +1,173 @@
+"""`python -m qlora generate`: answers to a prompt, to a file of prompts, or in a chat; the base's beside the adapter's."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from qlora import checkpoint, data, evaluate
+from qlora.adapter import Adapter, load_adapted, memory_explained, open_adapter, prompt_ids
+from qlora.commands import GenerateOptions, refuse_below
+from qlora.config import ExitCode, UserError, redact
+from qlora.model import prepare_inference
+
+CHAT = "Ctrl-D ends the chat, /reset begins another."
+
+
+def run(options: GenerateOptions) -> int:
+    """Answer; see GenerateOptions. Answers go to stdout, the rest to stderr.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: exit 2, 3, 4 or 7 before the weights are loaded; 6 where memory does not suffice.
+    """
+    sampling = _check(options)
+    prompts = data.read_prompts(options.prompts_file) if options.prompts_file else []
+    if options.prompt is not None:
+        prompts = [data.as_prompt(options.prompt, "--prompt")]
+    adapter = open_adapter(options.adapter, options.model, options.prompt_format, options.trust_remote_code, options.device)
+    encoded = [prompt_ids(prompt, adapter, options.max_new_tokens) for prompt in prompts]
+    for note in adapter.notes:
+        _say(note)
+    batch = f"--batch-size {options.batch_size} or " if len(prompts) > 1 else ""
+    with memory_explained(f"Lower {batch}--max-new-tokens {options.max_new_tokens}."):
+        model = load_adapted(adapter, "int8" if options.int8 else "nf4")
+        prepare_inference(model)
+        _say(f"{adapter.folder} on {adapter.source}, {adapter.config.prompt_format} prompts, {_named(sampling)}")
+        if not prompts:
+            chat(model, adapter, options, sampling)
+            return 0
+        if options.prompt is not None:
+            answers = {side: [text] for side, text in streamed(model, adapter, encoded[0], options, sampling, turn=0).items()}
+        else:
+            answers = answers_of(model, adapter, encoded, options, sampling)
+            _print_all(prompts, answers)
+    if options.json is not None:
+        lines = []
+        for index, prompt in enumerate(prompts):
+            row = {"prompt": prompt.messages[-1].content} | {side: texts[index] for side, texts in answers.items()}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        checkpoint.write_file(options.json, "".join(lines).encode())
+    return 0
+
+
+def _check(options: GenerateOptions) -> evaluate.Sampling | None:
+    """How to draw tokens; None is greedy."""
+    refuse_below(1, options, "max_new_tokens", "batch_size", "top_k")
+    refuse_below(0, options, "seed")
+    if not 0 <= options.temperature < float("inf"):
+        text = f"--temperature {options.temperature} cannot be used: it must be a finite number, 0 at least."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    if options.prompt is not None and options.prompts_file is not None:
+        raise UserError(ExitCode.CONFIGURATION, "--prompt and --prompts-file were both given. Keep one of them.")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        text = f"--top-p {options.top_p} cannot be used: it must be above 0, and 1 at most."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    if options.json is not None:
+        if options.prompt is None and options.prompts_file is None:
+            raise UserError(ExitCode.CONFIGURATION, "--json wants --prompt or --prompts-file: a chat is not written down.")
+        checkpoint.require_writable(options.json)
+    if options.temperature:
+        return evaluate.Sampling(options.temperature, options.top_p or 1.0, options.top_k)
+    given = [name for name in ("top_p", "top_k") if getattr(options, name) is not None]
+    if given:
+        text = f"--{given[0].replace('_', '-')} has no effect without --temperature above 0: at 0 the likeliest token is taken."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    return None
+
+
+def _named(sampling: evaluate.Sampling | None) -> str:
+    if sampling is None:
+        return "greedy"
+    cut = "" if sampling.top_k is None else f", top-k {sampling.top_k}"
+    return f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}{cut}"
+
+
+def _sides(model: Any, compare: bool) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+    """Name -> context in which the model is that side."""
+    return ({"base": model.disable_adapter} if compare else {}) | {"adapter": contextlib.nullcontext}
+
+
+def answers_of(
+    model: Any, adapter: Adapter, encoded: list[list[int]], options: GenerateOptions, sampling: evaluate.Sampling | None
+) -> dict[str, list[str]]:
+    """Answers of each side to all prompts, in batches; each side draws from the same seed."""
+    answers = {}
+    for side, switched in _sides(model, options.compare).items():
+        torch.manual_seed(options.seed)
+        with switched():
+            found = evaluate.generate_all(model, encoded, adapter.form, options.max_new_tokens, options.batch_size, sampling)
+        answers[side] = found
+    return answers
+
+
+def streamed(
+    model: Any,
+    adapter: Adapter,
+    ids: list[int],
+    options: GenerateOptions,
+    sampling: evaluate.Sampling | None,
+    turn: int,
+) -> dict[str, str]:
+    """Answers of each side to one prompt, printed while they grow; a turn of a chat has a seed of its own."""
+    answers = {}
+    for side, switched in _sides(model, options.compare).items():
+        if options.compare:
+            print(f"[{side}]")
+        streamer = transformers.TextStreamer(adapter.form.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        torch.manual_seed(options.seed + turn)
+        with switched():
+            found = evaluate.generate(model, [ids], adapter.form, options.max_new_tokens, sampling, streamer)
+        answers[side] = found[0]
+    return answers
+
+
+def chat(model: Any, adapter: Adapter, options: GenerateOptions, sampling: evaluate.Sampling | None) -> None:
+    """Lines from the terminal, or from a pipe, answered one after the other; what was said before goes along.
+
+    With `--compare` both sides see the adapter's earlier answers.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history for input()
+    _say(CHAT)
+    messages: tuple[data.Message, ...] = ()
+    turn = 0
+    while (line := _read_line()) is not None:
+        if line.strip() == "/reset":
+            messages = ()
+        if not line.strip() or line.strip() == "/reset":
+            continue
+        try:
+            asked = (*messages, *data.as_prompt(line, "your line").messages)
+            ids = prompt_ids(data.Prompt(asked, "the chat so far"), adapter, options.max_new_tokens)
+        except UserError as error:
+            _say(f"{error} /reset begins another chat.")
+            continue
+        answer = streamed(model, adapter, ids, options, sampling, turn)["adapter"]
+        messages = (*asked, data.Message("assistant", answer)) if answer.strip() else ()
+        turn += 1
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+def _print_all(prompts: list[data.Prompt], answers: dict[str, list[str]]) -> None:
+    for index, prompt in enumerate(prompts):
+        print(f"> {prompt.messages[-1].content}")
+        for side, texts in answers.items():
+            print(f"[{side}]\n{texts[index]}" if len(answers) > 1 else texts[index])
+        print()
+
+
+def _say(line: str) -> None:
+    print(redact(line), file=sys.stderr, flush=True)
