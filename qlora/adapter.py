@@ -258,9 +258,11 @@ def _check_fit(folder: Path, lora: Any, source: str, skeleton: Any) -> None:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
     except (OSError, SafetensorError) as error:
         raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be read: {' '.join(str(error).split())}.") from None
+    own = copy.deepcopy(lora)
+    own.base_model_name_or_path = None  # PEFT puts in the model's, and warns where there was another
     try:
         with torch.device("meta"):
-            adapted = peft.get_peft_model(skeleton, lora)
+            adapted = peft.get_peft_model(skeleton, own)
     except ValueError as error:
         reason = " ".join(str(error).split())[:300]
         text = f"{folder} does not fit {source}: {reason} Is that its base? --model names another."

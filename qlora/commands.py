@@ -56,8 +56,10 @@ class EvaluateOptions(AdapterOptions):
     """Only this many examples, the first. Unset: all."""
     max_length: int | None = None
     """Longest sample, in tokens. Unset: that of the run, else 2048."""
+    on_long: Literal["drop", "truncate", "error"] | None = None
+    """What happens to longer samples. Unset: what the run did, else drop."""
     allow_drop: bool = False
-    """Go on when more than a fifth of the samples is longer."""
+    """Go on when more than a fifth of the samples has to be dropped."""
     max_new_tokens: int | None = None
     """Longest answer. Unset: twice the longest that is wanted, 1,024 at most."""
     batch_size: int = 8

@@ -1,5 +1,6 @@
 """`python -m qlora evaluate`: base and adapter side by side on held-out data, with what chance may have done to each number."""
 
+import dataclasses
 import functools
 import json
 import time
@@ -15,7 +16,7 @@ from rich.text import Text
 from qlora import attention, checkpoint, data, evaluate, scores, tracking
 from qlora.adapter import Adapter, load_adapted, memory_explained, open_adapter, positions_of, prompt_ids
 from qlora.commands import EvaluateOptions, refuse_below
-from qlora.config import ExitCode, TrainConfig, UserError
+from qlora.config import ExitCode, UserError
 from qlora.loss import CHUNK_TOKENS, Head, read_head
 from qlora.model import Precision, prepare_inference
 
@@ -105,10 +106,8 @@ def read_held_out(options: EvaluateOptions, adapter: Adapter) -> tuple[str, data
     file = options.eval_file or adapter.config.eval_file
     if file is None:
         raise UserError(ExitCode.CONFIGURATION, f"{adapter.folder} tells of no held-out data. Name some with --eval-file.")
-    config = adapter.config
-    if options.max_length is not None or options.allow_drop:
-        length, drop = options.max_length or config.max_length, options.allow_drop or config.allow_drop
-        config = TrainConfig(max_length=length, allow_drop=drop, loss_on=config.loss_on, on_long=config.on_long)
+    flags = {name: getattr(options, name) for name in ("max_length", "on_long", "allow_drop")}
+    config = dataclasses.replace(adapter.config, **{name: value for name, value in flags.items() if value})
     columns = data.check_source(file, "test")
     examples = [example for example, _ in zip(data.read_examples(file, "test"), range(options.limit or 2**62), strict=False)]
     samples, notes = data.encode_all(examples, file, adapter.form, config)

@@ -73,7 +73,8 @@ def generate(
     """Answers to all prompts in one batch with a KV cache, padded on the left.
 
     Args:
-        model: with or without its adapter switched on; it is put back into the mode it came in.
+        model: with or without its adapter switched on; it is put back into the mode it came in. It runs in the caller's
+            precision: autocast, which training wants, costs speed where it is not needed.
         prompts: token ids, as data.encode_prompt makes them.
         form: its stop token ends an answer, as do the ids that the model itself names.
         max_new_tokens: longest answer.
@@ -102,10 +103,9 @@ def generate(
     input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
     training = model.training
     model.eval()
-    with torch.autocast(model.device.type, torch.bfloat16):
-        output = model.generate(  # [B, T + new]
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer
-        )
+    output = model.generate(  # [B, T + new]
+        input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer
+    )
     model.train(training)
     return form.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
@@ -131,8 +131,9 @@ def sample_responses(model: Any, examples: list[Example], form: Format) -> list[
     """Greedy answers to the prompts of `examples`, without and with the adapter, up to answer_limit."""
     prompts = [encode_prompt(example.prompt, form) for example in examples]
     limit = answer_limit(examples, form)
-    tuned = generate(model, prompts, form, limit)
-    with model.disable_adapter():
-        base = generate(model, prompts, form, limit)
+    with torch.autocast(model.device.type, torch.bfloat16):  # as training runs
+        tuned = generate(model, prompts, form, limit)
+        with model.disable_adapter():
+            base = generate(model, prompts, form, limit)
     rows = zip(examples, base, tuned, strict=True)
     return [Sample(example.prompt[-1].content, base, tuned, example.response) for example, base, tuned in rows]

@@ -148,7 +148,7 @@ def load_base_model(
             output_loading_info=True,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
-            quantization_config=_quantization(precision),
+            quantization_config=quantization_of(precision),
             dtype=torch.bfloat16,
             attn_implementation=attn_implementation,
             device_map={"": device},
@@ -173,7 +173,8 @@ def load_base_model(
     return model
 
 
-def _quantization(precision: Precision) -> transformers.BitsAndBytesConfig | None:
+def quantization_of(precision: Precision) -> transformers.BitsAndBytesConfig | None:
+    """What transformers is told to load a base in that precision; None is bf16."""
     if precision == "bf16":
         return None
     if precision == "int8":  # LLM.int8: activations too, but for outliers; Dettmers et al., 2022 (arXiv 2208.07339)

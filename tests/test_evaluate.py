@@ -70,14 +70,47 @@ def test_generation_is_greedy_and_stops_at_the_stop_token(model, tokenizer, form
     with torch.no_grad():
         model.eval()
         for _ in range(6):
-            with torch.autocast("cpu", torch.bfloat16):
-                ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+            ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
         model.train()
     new = ids[len(prompt) :]
     assert evaluate.generate(model, [prompt], form, max_new_tokens=6) == [tokenizer.decode(new, skip_special_tokens=True)]
     stopped = evaluate.generate(model, [prompt], form._replace(stop_id=new[3]), max_new_tokens=6)
     first = new.index(new[3])
     assert stopped == [tokenizer.decode(new[: first + 1], skip_special_tokens=True)]
+
+
+def test_many_prompts_keep_their_order_in_batches_by_length(model, tokenizer, form, monkeypatch):
+    wake_adapters(model)
+    prompts = [tokenizer(text).input_ids for text in ("Create an AVRO schema for it", "a", '"name": "id"', "Create", "an AVRO")]
+    seen = []
+    generate = evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda *a: seen.append([len(ids) for ids in a[1]]) or generate(*a))
+    together = evaluate.generate_all(model, prompts, form, 6, batch_size=2)
+    lengths = sorted(map(len, prompts))
+    assert seen == [lengths[:2], lengths[2:4], lengths[4:]]
+    assert together == [generate(model, [prompt], form, 6)[0] for prompt in prompts]
+
+
+def test_sampling_is_seeded_and_greedy_is_not_moved_by_the_seed(model, form):
+    wake_adapters(model)
+    answers = []
+    hot = evaluate.Sampling(temperature=5.0)
+    for seed, sampling in ((3, hot), (3, hot), (4, hot), (3, None), (4, None)):
+        torch.manual_seed(seed)
+        answers.append(evaluate.generate(model, [[5, 6, 7]], form, 12, sampling)[0])
+    assert answers[0] == answers[1] != answers[2] and answers[3] == answers[4] != answers[0]
+
+
+def test_sampling_is_cut_to_what_is_asked_for_whatever_the_model_says(model, form, monkeypatch):
+    model.generation_config.top_k, model.generation_config.temperature = 1, 0.3
+    seen = []
+    base = model.get_base_model()
+    prepare = base._prepare_generation_config
+    monkeypatch.setattr(base, "_prepare_generation_config", lambda *a, **k: seen.append(prepare(*a, **k)) or seen[-1])
+    for sampling in (evaluate.Sampling(), evaluate.Sampling(0.7, top_p=0.9, top_k=40)):
+        evaluate.generate(model, [[5, 6, 7]], form, 2, sampling)
+    used = [(settings.do_sample, settings.temperature, settings.top_p, settings.top_k) for settings, _ in seen]
+    assert used == [(True, 1.0, 1.0, 0), (True, 0.7, 0.9, 40)]
 
 
 def test_samples_put_base_and_tuned_side_by_side(model, form, examples):

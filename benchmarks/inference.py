@@ -1,0 +1,136 @@
+"""How fast the demo model answers here: our `generate` beside transformers' own, in NF4 and in 8 bits; and `evaluate`.
+
+    python benchmarks/inference.py --run RUN   # of the demo model; minutes on 2 cores; writes results/inference_cpu_YYYYMM.json
+
+Both sides answer the same prompts greedily with the same number of tokens, in turns, in one process for each precision:
+- ours: qlora.adapter.load_adapted, prepared for inference, and qlora.evaluate.generate.
+- theirs: AutoPeftModelForCausalLM.from_pretrained with the same BitsAndBytesConfig, and its `generate`.
+"""
+
+import dataclasses
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to time."""
+
+    run: Path
+    """A finished run of the demo model."""
+    new_tokens: int = 64
+    """Tokens of each answer; it does not end earlier."""
+    repeats: int = 5
+    """Timed rounds, after one that is not."""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Prompts answered at a time."""
+    precisions: tuple[str, ...] = ("nf4", "int8")
+    """Of the base."""
+    evaluate: bool = True
+    """Whether `python -m qlora evaluate` is timed too, as a process, on the eight held-out examples."""
+    out: Path = ROOT / "benchmarks" / "results" / f"inference_cpu_{datetime.date.today():%Y%m}.json"
+    """Where the JSON goes."""
+
+
+def contenders(adapter, precision: str) -> dict:
+    """Name -> function of prompts and tokens that answers them once."""
+    import torch
+
+    from qlora import evaluate
+    from qlora.adapter import load_adapted
+    from qlora.model import peft, prepare_inference, quantization_of
+
+    ours = load_adapted(adapter, precision)
+    prepare_inference(ours)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(
+        str(adapter.folder), quantization_config=quantization_of(precision), dtype=torch.bfloat16
+    ).eval()
+    form = adapter.form
+    never = form._replace(stop_id=len(form.tokenizer) - 1)  # a token that the model does not write
+    ours.generation_config.eos_token_id = theirs.generation_config.eos_token_id = None
+
+    def their_answer(prompts: list[list[int]], new_tokens: int) -> None:
+        form.tokenizer.padding_side = "left"
+        batch = form.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")  # [B, T]
+        theirs.generate(**batch, do_sample=False, max_new_tokens=new_tokens)
+
+    return {"ours": lambda prompts, new: evaluate.generate(ours, prompts, never, new), "transformers": their_answer}
+
+
+def timed(options: Options, adapter, precision: str, prompts: list[list[int]]) -> list[dict]:
+    """Tokens a second of both, for each batch size; the two take turns, so that a slow minute of the machine meets both."""
+    rows = []
+    both = contenders(adapter, precision)
+    for size in options.batch_sizes:
+        seconds = {name: [] for name in both}
+        for round in range(options.repeats + 1):
+            for name, answer in both.items():
+                started = time.perf_counter()
+                answer(prompts[:size], options.new_tokens)
+                if round:
+                    seconds[name].append(time.perf_counter() - started)
+        rate = {name: size * options.new_tokens / statistics.median(values) for name, values in seconds.items()}
+        row = {
+            "precision": precision,
+            "batch_size": size,
+            "tokens_per_s": {name: round_(value) for name, value in rate.items()},
+        }
+        ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["transformers"], strict=True)]
+        row |= {"ratio": round_(statistics.median(ratios)), "ratios": [round_(ratio) for ratio in ratios]}
+        row["seconds"] = {name: [round_(value) for value in values] for name, values in seconds.items()}
+        rows.append(row)
+        print({key: value for key, value in row.items() if key != "seconds"}, flush=True)
+    return rows
+
+
+def round_(value: float) -> float:
+    """Three decimals: more is noise."""
+    return round(value, 3)
+
+
+def timed_evaluation(run: Path, flags: list[str]) -> dict:
+    """Seconds of `python -m qlora evaluate` from the start of the process to its end, and the metrics it gave."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "evaluation.json"
+        command = [sys.executable, "-m", "qlora", "evaluate", str(run), "--json", str(out), *flags]
+        started = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, check=True)
+        total_s = time.perf_counter() - started
+        record = json.loads(out.read_text())
+    kept = {name: record[name] for name in ("precision", "num_examples", "num_tokens", "max_new_tokens", "seconds", "metrics")}
+    return {"total_s": round(total_s, 1), **kept}
+
+
+def main(options: Options) -> None:
+    """Time all, and write the file."""
+    from qlora import data
+    from qlora.adapter import open_adapter
+    from qlora.config import BUNDLED_EVAL
+    from qlora.tracking import environment
+
+    adapter = open_adapter(options.run, device="cpu")
+    examples = list(data.read_examples(BUNDLED_EVAL, "test"))[: max(options.batch_sizes)]
+    prompts = [data.encode_prompt(example.prompt, adapter.form) for example in examples]
+    rows = [row for precision in options.precisions for row in timed(options, adapter, precision, prompts)]
+    evaluations = []
+    if options.evaluate:
+        for precision in options.precisions:
+            flags = ["--device", "cpu", *(["--int8"] if precision == "int8" else [])]
+            evaluations.append(timed_evaluation(options.run, flags))
+    record = {"environment": environment(adapter.device), "new_tokens": options.new_tokens, "generate": rows}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({**record, "evaluate": evaluations}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,228 @@
+"""A trained adapter and its base: found, checked, loaded; on the tiny model, nothing of which is trained here."""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from qlora import adapter, checkpoint, run_folder
+from qlora.adapter import load_adapted, open_adapter
+from qlora.config import ExitCode, TrainConfig, UserError
+from qlora.model import fingerprint, load_skeleton, peft
+from tests.conftest import adapted_model, wake_adapters
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory) -> Path:
+    """A run folder as a finished run of the tiny model leaves it, with an adapter that does something, and a checkpoint."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    (run / "checkpoints").mkdir(parents=True)
+    config = TrainConfig(model=str(tiny), lora_r=4, lora_alpha=8, lora_dropout=0.0, max_length=300, eval_file="held.jsonl")
+    model = adapted_model(config)
+    wake_adapters(model)
+    tokenizer = adapter.load_tokenizer(str(tiny), load_skeleton(str(tiny), config), config)
+    facts = {"config": config.plain(), "device": "cpu", "weights": fingerprint(model)}
+    checkpoint.write_folder(run / "adapter", dict(checkpoint.adapter_files(model, tokenizer)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    checkpoint.save(run / "checkpoints", model, optimizer, checkpoint.Progress(step=4), facts)
+    (run / run_folder.RUN).write_text(json.dumps(facts))
+    (run / run_folder.LOCK).touch()
+    (run / run_folder.FINISHED).write_text('{"step": 4}')
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def bare(finished, tmp_path) -> Path:
+    """The adapter as another program would leave it: no run, no manifest, no tokenizer."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(finished / "adapter" / name, folder)
+    return folder
+
+
+def change(folder: Path, **settings) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | settings))
+    (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
+
+
+def refused(code: ExitCode, *arguments, **keywords) -> str:
+    with pytest.raises(UserError) as caught:
+        open_adapter(*arguments, **keywords)
+    assert caught.value.exit_code == code and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_same_adapter_is_found_from_its_run_its_folder_its_checkpoint_and_alone(run, bare, tiny):
+    form = {"prompt_format": "plain"}
+    found = [open_adapter(run), open_adapter(run / "adapter"), open_adapter(run / "checkpoints" / "step-000004")]
+    found.append(open_adapter(bare, **form))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    logits = []
+    for each in found:
+        assert each.source == str(tiny) and each.form.name == "plain" and each.device.type == "cpu"
+        model = load_adapted(each)
+        assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+        logits.append(model(input_ids=ids).logits)
+        with model.disable_adapter():
+            assert not torch.equal(model(input_ids=ids).logits, logits[-1])
+    assert all(torch.equal(other, logits[0]) for other in logits)
+    assert [each.config.max_length for each in found] == [300, 300, 300, min(2048, adapter.positions_of(found[3]))]
+    assert [each.config.eval_file for each in found] == ["held.jsonl"] * 3 + [None]
+    assert [each.facts is None for each in found] == [False] * 3 + [True]
+
+
+def test_the_adapter_is_that_of_training_to_the_bit(run):
+    config = TrainConfig(model=None, lora_r=4, lora_alpha=8, lora_dropout=0.0)
+    opened = open_adapter(run)
+    trained = adapted_model(TrainConfig(**{**vars(config), "model": opened.source})).eval()
+    wake_adapters(trained)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(trained(input_ids=ids).logits, load_adapted(opened)(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_other_precisions_are_near_and_not_the_same(run, precision):
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    opened = open_adapter(run)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours, nf4 = (load_adapted(opened, name)(input_ids=ids).logits.float() for name in (precision, "nf4"))
+    error = ((ours - nf4).norm() / nf4.norm()).item()
+    assert 1e-4 < error < 0.5
+
+
+def test_what_is_no_adapter_is_told_apart(run, tiny, tmp_path):
+    assert "does not exist" in refused(ExitCode.CHECKPOINT, tmp_path / "none")
+    assert "is a file" in refused(ExitCode.CHECKPOINT, run / "run.json")
+    assert "holds no adapter" in refused(ExitCode.CHECKPOINT, tmp_path)
+    assert "whole model" in refused(ExitCode.CHECKPOINT, tiny)
+
+
+def test_a_run_that_is_still_going_or_not_complete_is_refused_but_its_checkpoints_are_not(run):
+    with (run / run_folder.LOCK).open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for folder in (run, run / "adapter"):
+            assert "still being trained" in refused(ExitCode.CHECKPOINT, folder)
+        assert open_adapter(run / "checkpoints" / "step-000004").folder.name == "step-000004"
+    assert not run_folder.is_going(run)
+    (run / run_folder.FINISHED).unlink()
+    assert "checkpoints/step-000004" in refused(ExitCode.CHECKPOINT, run)
+    shutil.rmtree(run / "checkpoints")
+    assert "no checkpoint" in refused(ExitCode.CHECKPOINT, run)
+    assert open_adapter(run / "adapter").folder == run / "adapter"  # it is whole, and was named
+
+
+def test_damage_is_found_before_anything_is_loaded(run, bare):
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert "SHA-256 differs" in refused(ExitCode.CHECKPOINT, run)
+    (run / "run.json").write_text("{")
+    (run / "adapter" / checkpoint.MANIFEST).unlink()
+    assert "run.json cannot be read" in refused(ExitCode.CHECKPOINT, run)
+    (bare / "adapter_model.safetensors").write_bytes(b"short")
+    assert "adapter_model.safetensors cannot be read" in refused(ExitCode.CHECKPOINT, bare, prompt_format="plain")
+    (bare / "adapter_model.safetensors").rename(bare / "adapter_model.bin")
+    assert "may run code" in refused(ExitCode.CHECKPOINT, bare, prompt_format="plain")
+    (bare / "adapter_config.json").write_text("{")
+    assert "adapter_config.json cannot be read" in refused(ExitCode.CHECKPOINT, bare)
+
+
+def test_rank_shape_and_base_must_fit(run, bare, tmp_path, tiny):
+    form = {"prompt_format": "plain"}
+    change(bare, r=8)
+    text = refused(ExitCode.CONFIGURATION, bare, **form)
+    assert "with rank 8" in text and "of shape (4, " in text and "16 tensors differ" in text
+    change(bare, r=4, target_modules=["qkv_proj"])
+    assert "is of shape" in refused(ExitCode.CONFIGURATION, bare, **form) and "not there" in refused(
+        ExitCode.CONFIGURATION, bare, **form
+    )
+    change(bare, target_modules=["q_proj", "v_proj"])
+    assert "does not fit" in refused(ExitCode.CONFIGURATION, bare, **form)
+    wider = tmp_path / "wider"
+    shutil.copytree(tiny, wider)
+    settings = json.loads((wider / "config.json").read_bytes())
+    settings["intermediate_size"] *= 2
+    (wider / "config.json").write_text(json.dumps(settings))
+    assert "does not fit" in refused(ExitCode.CONFIGURATION, run, model=str(wider))
+
+
+def test_another_base_of_the_same_shape_is_told_by_its_weights(run, tmp_path, tiny):
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    weights = safetensors.torch.load_file(other / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    weights[name] = weights[name] + 0.1
+    safetensors.torch.save_file(weights, other / "model.safetensors", {"format": "pt"})
+    opened = open_adapter(run, model=str(other))
+    assert any(str(other) in note for note in opened.notes)
+    with pytest.raises(UserError, match=r"is not the base that .* was trained against") as caught:
+        load_adapted(opened)
+    assert caught.value.exit_code == ExitCode.CONFIGURATION
+    assert load_adapted(opened, "bf16")  # of which nothing is known
+
+
+def test_what_is_not_told_must_be_given(bare):
+    assert "--prompt-format" in refused(ExitCode.CONFIGURATION, bare)
+    change(bare, base_model_name_or_path=None)
+    assert "names no base" in refused(ExitCode.CONFIGURATION, bare, prompt_format="plain")
+    change(bare, base_model_name_or_path="/no/such/folder")
+    assert "--model" in refused(ExitCode.CONFIGURATION, bare, prompt_format="plain")
+    assert open_adapter(bare, model="tiny-random", prompt_format="chat").form.name == "chat"
+
+
+def test_only_lora_that_leaves_the_base_alone_is_loaded(bare):
+    change(bare, init_lora_weights="pissa")
+    assert "changes the base" in refused(ExitCode.CONFIGURATION, bare, prompt_format="plain")
+    ia3 = {"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["o_proj"], "feedforward_modules": []}
+    (bare / "adapter_config.json").write_text(json.dumps(ia3))
+    assert "IA3" in refused(ExitCode.CONFIGURATION, bare, prompt_format="plain")
+
+
+def test_the_gpu_that_is_not_there_is_missed_first(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA GPU" in refused(ExitCode.ENVIRONMENT, run / "none", device="cuda")
+
+
+def test_nf4_on_disk_gives_no_other_precision(run, tmp_path, tiny):
+    stored = tmp_path / "stored"
+    opened = open_adapter(run)
+    load_adapted(opened).get_base_model()  # the base loads
+    adapter.load_base_model(str(tiny), opened.config, "sdpa", torch.device("cpu"), "nf4").save_pretrained(stored)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(tiny) / name, stored)
+    opened = open_adapter(run, model=str(stored))
+    with pytest.raises(UserError, match="stored in NF4") as caught:
+        load_adapted(opened, "int8")
+    assert caught.value.exit_code == ExitCode.CONFIGURATION
+
+
+def test_adapters_with_other_settings_of_peft_are_loaded(tiny, tmp_path):
+    base = adapter.load_base_model(str(tiny), TrainConfig(), "sdpa", torch.device("cpu"), "nf4")
+    lora = peft.LoraConfig(r=4, target_modules="all-linear", rank_pattern={"o_proj": 2}, use_dora=True, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, lora)
+    model.peft_config["default"].base_model_name_or_path = str(tiny)
+    wake_adapters(model)
+    model.save_pretrained(tmp_path / "dora")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    loaded = load_adapted(open_adapter(tmp_path / "dora", prompt_format="chat"))
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-2)
+
+
+def test_memory_that_runs_out_is_explained_and_other_errors_are_not():
+    with pytest.raises(UserError, match="Lower it") as caught, adapter.memory_explained("Lower it."):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert caught.value.exit_code == ExitCode.MEMORY
+    with pytest.raises(RuntimeError, match="shape"), adapter.memory_explained("Lower it."):
+        raise RuntimeError("shape")
