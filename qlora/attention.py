@@ -46,16 +46,11 @@ def choose_attention(config: TrainConfig, device: torch.device, skeleton: Any = 
     Raises:
         UserError: exit 7 if a backend was asked for by name and cannot run here.
     """
-    obstacles = {
-        "flash_attention_2": _flash_obstacle(device, skeleton),
-        "varlen": _varlen_obstacle(device, skeleton),
-        "sdpa": None if getattr(skeleton, "_supports_sdpa", True) else f"{type(skeleton).__name__} does not support it",
-        "eager": None,
-    }
+    against = obstacles(device, skeleton)
     requested = config.attn_implementation
     if requested != "auto":
-        if obstacles[requested]:
-            text = f"--attn-implementation {requested} cannot run here: {obstacles[requested]}. Use auto to take what can."
+        if against[requested]:
+            text = f"--attn-implementation {requested} cannot run here: {against[requested]}. Use auto to take what can."
             raise UserError(ExitCode.ENVIRONMENT, text)
         return Attention(requested, "as asked")
     window = None if skeleton is None else training_window(skeleton.config.get_text_config(), config.max_length)
@@ -64,9 +59,24 @@ def choose_attention(config: TrainConfig, device: torch.device, skeleton: Any = 
     if config.packing or window is not None:
         order = ["varlen", "flash_attention_2", "sdpa", "eager"]
         why = "rows are packed" if config.packing else f"a sliding window of {window} is active"
-    chosen = next(name for name in order if not obstacles[name])
-    passed_over = [f"{name} cannot run: {obstacles[name]}" for name in order[: order.index(chosen)]]
+    chosen = next(name for name in order if not against[name])
+    passed_over = [f"{name} cannot run: {against[name]}" for name in order[: order.index(chosen)]]
     return Attention(chosen, "; ".join(passed_over) or why)
+
+
+def obstacles(device: torch.device, skeleton: Any = None) -> dict[str, str | None]:
+    """Why a backend cannot run here, or None, for each value of `--attn-implementation` but auto.
+
+    Args:
+        device: where the model will be.
+        skeleton: the model without weights; None to look at the machine alone.
+    """
+    return {
+        "flash_attention_2": _flash_obstacle(device, skeleton),
+        "varlen": _varlen_obstacle(device, skeleton),
+        "sdpa": None if getattr(skeleton, "_supports_sdpa", True) else f"{type(skeleton).__name__} does not support it",
+        "eager": None,
+    }
 
 
 def _cuda_obstacle(device: torch.device) -> str | None:

@@ -144,14 +144,17 @@ def parse(name: str, argv: list[str]) -> Any:
 
     Raises:
         SystemExit: by tyro, with 0 after --help and 2 after a wrong flag (it suggests the nearest).
-        UserError: exit 2 if there is no such command.
+        UserError: exit 2 if there is no such command, 7 if tyro cannot be imported.
     """
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         advice = f"Perhaps you meant {near[0]}." if near else f"There are {', '.join(COMMANDS)}."
         raise UserError(ExitCode.CONFIGURATION, f"python -m qlora knows no command {name!r}. {advice}")
-    import tyro
-
+    try:
+        import tyro
+    except ImportError as error:  # even doctor needs it
+        text = f"tyro, which reads the command line, cannot be imported ({error}). Install the project again: pip install -e ."
+        raise UserError(ExitCode.ENVIRONMENT, text) from None
     told = io.StringIO()  # tyro quotes what it does not understand, which may be a secret
     try:
         with contextlib.redirect_stderr(told):

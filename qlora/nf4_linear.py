@@ -29,6 +29,15 @@ class NF4Weight(NamedTuple):
     levels: torch.Tensor  # [16] fp32, what four bits stand for
 
 
+def frozen_weight(layer: bitsandbytes.nn.Linear4bit) -> NF4Weight:
+    """The weight of a layer, as it lies in memory."""
+    weight: Any = layer.weight
+    state = weight.quant_state
+    assert state.nested and (state.quant_type, state.blocksize, state.state2.blocksize) == ("nf4", 64, 256)
+    packed = weight.data.view(-1, 1)  # [N * K / 2, 1]
+    return NF4Weight(packed, state.absmax, state.state2.absmax, state.state2.code, state.offset, state.code)
+
+
 def dequantized(weight: NF4Weight, outputs: int, dtype: torch.dtype) -> torch.Tensor:
     """[N, K]: in one launch on a CUDA GPU, by bitsandbytes' two operators elsewhere; the same bits."""
     shape = (outputs, 2 * weight.packed.numel() // outputs)  # N, K
@@ -258,14 +267,10 @@ def install(model: Any, cache: torch.dtype | None = None) -> list[LoRALinear]:
     installed: list[LoRALinear] = []
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit) and isinstance(module.base_layer, bitsandbytes.nn.Linear4bit):
-            weight: Any = module.base_layer.weight
-            state = weight.quant_state
-            assert state.nested and (state.quant_type, state.blocksize, state.state2.blocksize) == ("nf4", 64, 256)
-            packed = weight.data.view(-1, 1)  # [N * K / 2, 1]
-            frozen = NF4Weight(packed, state.absmax, state.state2.absmax, state.state2.code, state.offset, state.code)
+            frozen = frozen_weight(module.base_layer)
             ours: Any = module
             ours.__class__ = LoRALinear
-            ours.frozen = list(frozen) if cache is None else [dequantized(frozen, state.shape[0], cache)]
+            ours.frozen = list(frozen) if cache is None else [dequantized(frozen, module.base_layer.out_features, cache)]
             ours.name = name.rsplit(".", 1)[-1]
             installed.append(ours)
     return installed
