@@ -25,6 +25,7 @@ teaching.py      what --explain shows: dtypes and bytes, trained and masked toke
 memory.py        measured peak, an estimate, the probe, what to try when it does not suffice
 demo.py          the embedded default: demo model and the tiny random model
 commands.py      the options of python -m qlora COMMAND
+inspect_data.py  lengths, duplicates, leaks and padding of the data, and its tokens
 doctor.py        what of this machine works
 __main__.py      the command line: parse first, import later, errors to exit codes
 """

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora.config import ExitCode, PromptFormat, UserError, redact
+from qlora.config import DataOptions, ExitCode, PromptFormat, UserError, redact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,29 @@ class DoctorOptions:
 
     json: bool = False
     """Print one JSON object instead of a table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectDataOptions(DataOptions):
+    """Look at the data as training would see it: lengths, what is cut or dropped, duplicates, leaks, padding, tokens.
+
+    Of the model only its configuration and tokenizer are loaded.
+    """
+
+    model: str | None = None
+    """Hub id, folder, `demo` or `tiny-random`, for its tokenizer. Unset: as in training."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    per_device_train_batch_size: int = 2
+    """Samples in a micro-batch, which are padded to the longest of them."""
+    seed: int = 42
+    """Of the order, which decides what shares a micro-batch."""
+    examples: int = 3
+    """Samples shown token by token, from the shortest to the longest."""
+    json: Path | None = None
+    """Write what was found here too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +125,7 @@ class GenerateOptions(AdapterOptions):
 
 COMMANDS: dict[str, tuple[type, str]] = {  # name -> its options, and the room that does it
     "doctor": (DoctorOptions, "doctor"),
+    "inspect-data": (InspectDataOptions, "inspect_data"),
     "evaluate": (EvaluateOptions, "compare"),
     "generate": (GenerateOptions, "generate"),
 }

@@ -600,7 +600,12 @@ class Samples(Sequence[Encoded]):
     @property
     def longest(self) -> int:
         """The most ids that a sample has."""
-        return max(map(self.length, range(len(self))))
+        return max(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many ids each has."""
+        return [self.length(index) for index in range(len(self))]
 
     def length(self, index: int) -> int:
         """How many ids a sample has, without reading them."""
@@ -678,17 +683,24 @@ def _fitting(
         except ValueError as error:
             raise _wrong(f"{source}:{example.line}: {error}. Use --prompt-format plain.") from None
         length = len(encoded.input_ids)
-        if length > config.max_length:
-            if config.on_long == "error":
-                raise _wrong(f"{source}:{example.line}: {length} tokens, more than --max-length {config.max_length}.")
-            encoded = Encoded(encoded.input_ids[: config.max_length], encoded.labels[: config.max_length], example.line)
-            if config.on_long == "drop" or all(label == IGNORED for label in encoded.labels[1:]):
-                tally.drop(example.line)
-                continue
-            tally.truncated += 1
+        if length > config.max_length and config.on_long == "error":
+            raise _wrong(f"{source}:{example.line}: {length} tokens, more than --max-length {config.max_length}.")
+        kept = fitted(encoded, config)
+        if kept is None:
+            tally.drop(example.line)
+            continue
+        tally.truncated += kept is not encoded
         found = next(filter(None, (form.special.search(message.content) for message in example.messages)), None)
-        tally.keep(encoded, found[0] if found else "")
-        yield encoded
+        tally.keep(kept, found[0] if found else "")
+        yield kept
+
+
+def fitted(encoded: Encoded, config: TrainConfig) -> Encoded | None:
+    """The sample; cut to `config.max_length` if it is longer and is to be cut; None if it cannot be used."""
+    if len(encoded.input_ids) <= config.max_length:
+        return encoded
+    cut = Encoded(encoded.input_ids[: config.max_length], encoded.labels[: config.max_length], encoded.line)
+    return cut if config.on_long == "truncate" and any(label != IGNORED for label in cut.labels[1:]) else None
 
 
 def count_shared(samples: Sequence[Encoded], held_out: Sequence[Encoded]) -> int:
@@ -838,7 +850,7 @@ def epoch_rows(samples: "Samples", config: TrainConfig, epoch: int) -> Sequence[
     order = epoch_order(len(samples), config.seed, epoch)
     if not config.packing:
         return order
-    rows = pack([samples.length(index) for index in range(len(samples))], order, config.max_length)
+    rows = pack(samples.lengths, order, config.max_length)
     return [rows[index] for index in epoch_order(len(rows), config.seed, epoch)]
 
 

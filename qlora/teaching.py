@@ -189,8 +189,7 @@ def token_table(rows: Sequence[Token], line: int) -> Table:
     """A sample's tokens as a table; the middle of a long one is left out."""
     count = sum(token.trained for token in rows)
     table = _table(f"Line {line}: {count} of {len(rows)} tokens trained", "position", "id", "token", "")
-    half = TOKEN_ROWS // 2
-    left_out = range(half, len(rows) - half) if len(rows) > TOKEN_ROWS else range(0)
+    left_out = _middle(len(rows))
     for token in rows:
         if token.position == left_out.start and left_out:
             table.add_row("...", "", Text(f"{len(left_out)} more"), "")
@@ -198,6 +197,32 @@ def token_table(rows: Sequence[Token], line: int) -> Table:
             text = Text(repr(token.text), style="bold" if token.trained else "dim")  # Text: [brackets] are no markup
             table.add_row(str(token.position), str(token.id), text, "trained" if token.trained else "masked")
     return table
+
+
+def _middle(count: int) -> range:
+    """What is left out of a long sample."""
+    half = TOKEN_ROWS // 2
+    return range(half, count - half) if count > TOKEN_ROWS else range(0)
+
+
+def token_text(rows: Sequence[Token]) -> Text:
+    """A sample's tokens as running text, a bar between two, the middle of a long one left out.
+
+    What is trained is green, and stands in double brackets where there is no colour.
+    """
+    text = Text()
+    left_out = _middle(len(rows))
+    before = False
+    for token in rows:
+        if token.position == left_out.start and left_out:
+            text.append(f" ... {len(left_out)} more ... ", "dim")
+        if token.position in left_out:
+            continue
+        bar = ("\u27e7" if before else "") + ("\u27e6" if token.trained else "") if token.trained != before else "\u2502"
+        text.append(bar, "cyan")
+        text.append(token.text.replace("\n", "\u21b5\n"), "bold green" if token.trained else "dim")
+        before = token.trained
+    return text.append("\u27e7" if before else "", "cyan")
 
 
 def count_table(counts: Sequence[Count]) -> Table:
