@@ -13,7 +13,7 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ def write_file(path: Path, data: bytes) -> None:
         raise cannot_write(path, len(data), error) from None
 
 
-def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+def write_folder(folder: Path, files: Mapping[str, bytes | Path]) -> None:
     """Write a folder so that it is seen whole or not at all, whenever the process dies; one of that name is replaced.
 
     Files, then the manifest with their sizes and SHA-256, each flushed to disk, in a folder beside; then that takes the name.
@@ -69,14 +69,15 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
 
     Args:
         folder: to be made; its parent is there.
-        files: content by name; a name may have folders in it.
+        files: content by name, or a file on the same disk, too large for memory, that is moved; names may have folders in them.
 
     Raises:
         UserError: exit 4 if it cannot be written, or reads back otherwise than it was written.
     """
     aside, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old.tmp")
-    manifest = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    manifest: dict[str, dict[str, Any]] = {}
     try:
+        manifest |= {name: _entry(data) for name, data in files.items()}
         for leftover in (aside, old):
             if leftover.exists():
                 shutil.rmtree(leftover)
@@ -94,16 +95,27 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise cannot_write(folder, sum(map(len, files.values())), error) from None
+        raise cannot_write(folder, sum(entry["size"] for entry in manifest.values()), error) from None
     if problem := verify(folder):
         text = f"{folder} was written and reads back otherwise: {problem}. Is the disk sound? Earlier checkpoints were kept."
         raise UserError(ExitCode.CHECKPOINT, text)
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
+def _entry(data: bytes | Path) -> dict[str, Any]:
+    """Size and SHA-256, for a manifest."""
+    if isinstance(data, bytes):
+        return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    with data.open("rb") as file:
+        return {"size": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _write(path: Path, data: bytes | Path) -> None:
+    if isinstance(data, Path):
+        data.rename(path)
+    with path.open("ab" if isinstance(data, Path) else "xb") as file:
+        if isinstance(data, bytes):
+            file.write(data)
+            file.flush()
         os.fsync(file.fileno())
 
 
@@ -149,7 +161,7 @@ def require_writable(path: Path) -> None:
         raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be written: {error.strerror}. Name another file.") from None
 
 
-def require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int, what: str = "checkpoints and adapter") -> None:
     """Refuse to begin what the disk has no room for.
 
     Raises:
@@ -157,7 +169,7 @@ def require_space(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        text = f"{folder} has {free:,} bytes free, and {needed:,} are needed for checkpoints and adapter. "
+        text = f"{folder} has {free:,} bytes free, and {needed:,} are needed for {what}. "
         raise UserError(ExitCode.CHECKPOINT, text + "Make room, or choose another --output-dir. Earlier checkpoints were kept.")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import hashlib
 import json
 import math
 import os
@@ -198,6 +199,19 @@ def test_a_folder_that_was_being_replaced_comes_back(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"] and (tmp_path / "adapter" / "a").read_bytes() == b"old"
     checkpoint.write_folder(tmp_path / "adapter", {"a": b"new"})
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"] and (tmp_path / "adapter" / "a").read_bytes() == b"new"
+
+
+def test_a_file_too_large_for_memory_is_moved_and_verified(tmp_path):
+    (tmp_path / "weights").write_bytes(b"large")
+    checkpoint.write_folder(tmp_path / "model", {"deep/weights": tmp_path / "weights", "config": b"small"})
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and checkpoint.verify(tmp_path / "model") is None
+    entries = json.loads((tmp_path / "model" / checkpoint.MANIFEST).read_bytes())["files"]
+    assert entries["deep/weights"] == {"size": 5, "sha256": hashlib.sha256(b"large").hexdigest()}
+    (tmp_path / "model" / "deep" / "weights").write_bytes(b"large!"[1:])
+    assert "deep/weights is not what was written" in checkpoint.verify(tmp_path / "model")
+    with pytest.raises(UserError, match="No such file") as caught:
+        checkpoint.write_folder(tmp_path / "other", {"a": tmp_path / "gone"})
+    assert caught.value.exit_code == ExitCode.CHECKPOINT and not (tmp_path / "other").exists()
 
 
 def test_optimizer_state_for_some_tensors_only_is_refused(trained, tmp_path):
