@@ -15,6 +15,8 @@ evaluate.py      held-out loss and perplexity, answers to prompts
 scores.py        how good answers are, and how sure that is
 compare.py       python -m qlora evaluate: base and adapter side by side
 generate.py      python -m qlora generate: a prompt, a file, a chat
+merge.py         python -m qlora merge: adapter and base as one model, and what that changes
+export_onnx.py   a merged model as ONNX, compared with torch
 optimizer.py     AdamW, with moments in fp32 or in 8 bits
 guards.py        what ends a run: no first gradient, a loss that is not finite
 checkpoint.py    files and folders that are whole or not there; the state of a run in them

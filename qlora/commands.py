@@ -67,11 +67,8 @@ class AdapterOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateOptions(AdapterOptions):
-    """Compare base and adapter on held-out data: loss, token accuracy, and greedy answers, with bootstrap intervals.
-
-    Answers are scored by exact match, ROUGE-L, BLEU and chrF, and where all references are JSON or AVRO schemas by validity.
-    """
+class HeldOutOptions(AdapterOptions):
+    """Which held-out data a trained adapter is looked at with (compare.read_held_out)."""
 
     eval_file: str | None = None
     """JSONL or Parquet file, or hub data set (NAME or NAME:SPLIT). Unset: that of the run."""
@@ -83,6 +80,15 @@ class EvaluateOptions(AdapterOptions):
     """What happens to longer samples. Unset: what the run did, else drop."""
     allow_drop: bool = False
     """Go on when more than a fifth of the samples has to be dropped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions(HeldOutOptions):
+    """Compare base and adapter on held-out data: loss, token accuracy, and greedy answers, with bootstrap intervals.
+
+    Answers are scored by exact match, ROUGE-L, BLEU and chrF, and where all references are JSON or AVRO schemas by validity.
+    """
+
     max_new_tokens: int | None = None
     """Longest answer. Unset: twice the longest that is wanted, 1,024 at most."""
     batch_size: int = 8
@@ -123,11 +129,28 @@ class GenerateOptions(AdapterOptions):
     """Also write prompts and answers to this file, one JSON object a line."""
 
 
+@dataclasses.dataclass(frozen=True)
+class MergeOptions(HeldOutOptions):
+    """Add the adapter to its base's weights, measure what that changes on held-out data, and save the model in bf16.
+
+    Into the base in bf16, or into its NF4 weights turned to bf16, which is what the adapter was trained beside. Not into NF4
+    itself: the sum would be rounded to 4 bits again, which undoes much of the training.
+    """
+
+    into: Literal["bf16", "dequantized", "recommended"] | None = None
+    """Which base the saved model is made of. recommended: the one that is measured to be closer. Unset: nothing is saved."""
+    output_dir: Path | None = None
+    """Folder to be made, with all that transformers needs. Unset: beside the adapter, as ADAPTER-merged-bf16."""
+    onnx: bool = False
+    """Save it as ONNX in fp32 too, in onnx/ of that folder, and compare it with torch; needs pip install -e ".[onnx]"."""
+
+
 COMMANDS: dict[str, tuple[type, str]] = {  # name -> its options, and the room that does it
     "doctor": (DoctorOptions, "doctor"),
     "inspect-data": (InspectDataOptions, "inspect_data"),
     "evaluate": (EvaluateOptions, "compare"),
     "generate": (GenerateOptions, "generate"),
+    "merge": (MergeOptions, "merge"),
 }
 
 

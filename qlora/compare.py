@@ -15,7 +15,7 @@ from rich.text import Text
 
 from qlora import attention, checkpoint, data, evaluate, scores, tracking
 from qlora.adapter import Adapter, load_adapted, memory_explained, open_adapter, positions_of, prompt_ids
-from qlora.commands import EvaluateOptions, refuse_below
+from qlora.commands import EvaluateOptions, HeldOutOptions, refuse_below
 from qlora.config import ExitCode, UserError
 from qlora.loss import CHUNK_TOKENS, Head, read_head
 from qlora.model import Precision, prepare_inference
@@ -97,7 +97,7 @@ def recorded(sides: Sequence[Side], compared: dict[str, scores.Comparison], exam
     return {"resamples": scores.RESAMPLES, "metrics": metrics, "seconds": seconds, "answers": answers}
 
 
-def read_held_out(options: EvaluateOptions, adapter: Adapter) -> tuple[str, data.Samples, list[data.Example], str]:
+def read_held_out(options: HeldOutOptions, adapter: Adapter) -> tuple[str, data.Samples, list[data.Example], str]:
     """The file, its samples and examples in the same order, and a line that counts them.
 
     Raises:

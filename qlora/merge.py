@@ -1,0 +1,321 @@
+"""`python -m qlora merge`: adapter and base as one model, what that changes, and how to serve it.
+
+The adapter was trained beside NF4 weights. Added to these, turned to bf16, it gives that very function but for one rounding.
+Added to the base in bf16, it meets weights that it has never seen: better ones, as a rule, but others. Which of the two is
+closer, and which predicts held-out data better, is measured.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from qlora import checkpoint, data, export_onnx, tracking
+from qlora.adapter import Adapter, load_adapted, memory_explained, open_adapter
+from qlora.commands import MergeOptions, refuse_below
+from qlora.compare import read_held_out
+from qlora.config import ExitCode, UserError
+from qlora.loss import CHUNK_TOKENS, read_head
+from qlora.model import peft
+
+Route = Literal["bf16", "dequantized"]
+LABELS = {"bf16": "merged into the base in bf16", "dequantized": "merged into the base's NF4 weights, turned to bf16"}
+FACTS = "merge.json"  # in the saved folder: what it was made of, and what was measured
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that --max-lora-rank takes; its own default is 16
+LLAMA_CPP = "https://github.com/ggml-org/llama.cpp"
+# transformers tells of the dtype that it dequantises to, which is the one that was asked for.
+logging.getLogger("transformers.integrations.bitsandbytes").addFilter(lambda r: "modules are dequantized" not in str(r.msg))
+
+
+class Difference(NamedTuple):
+    """How a model differs from the unmerged adapter: means over the trained tokens of held-out data."""
+
+    kl: float  # nats: of its next-token distribution from the unmerged one's, KL(unmerged || this)
+    agreement: float  # share of tokens where both find the same one likeliest
+    loss: float  # its own, in nats
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the loss."""
+        return math.exp(min(self.loss, 700.0))
+
+
+# -- merging and measuring -------------------------------------------------------------------------------------------
+
+
+def merged_model(adapter: Adapter, route: Route) -> Any:
+    """The model with the adapter in its weights: a transformers model in bf16 that knows of no adapter.
+
+    Args:
+        adapter: from open_adapter.
+        route: bf16 or dequantized; see the top of this file.
+
+    Raises:
+        UserError: exit 5 if a merged weight is not finite; else as load_adapted.
+    """
+    if route == "bf16":
+        adapted = load_adapted(adapter, "bf16")
+    else:
+        base = load_adapted(adapter, "nf4").unload()
+        adapted = peft.PeftModel.from_pretrained(base.dequantize(torch.bfloat16), str(adapter.folder))
+    # Not PEFT's safe_merge: it rounds the adapter's product to bf16 before the sum, which is then rounded again.
+    merged = adapted.merge_and_unload(progressbar=False)
+    broken = [name for name, parameter in merged.named_parameters() if not torch.isfinite(parameter).all()]
+    if broken:
+        text = f"{adapter.folder}: merged, {len(broken)} tensors are not finite, {broken[0]} first. Is the adapter sound?"
+        raise UserError(ExitCode.NUMERICS, text)
+    return merged.eval()
+
+
+@torch.no_grad()
+def difference(reference: Any, other: Any, samples: data.Samples, alone: bool = False) -> Difference:
+    """Compare next-token distributions at the trained tokens, a sample at a time.
+
+    Args:
+        reference: the base in NF4 with the adapter beside it.
+        other: a model of the same vocabulary, on the same device.
+        samples: at least one.
+        alone: switch the adapter of `other` off.
+    """
+    heads = read_head(reference), read_head(other)
+    sums = torch.zeros(3, dtype=torch.float64)  # [3]
+    num_tokens = 0
+    for cpu_batch in data.micro_batches(samples, range(len(samples)), 1):
+        batch = cpu_batch.to(reference.device)
+        wanted = batch.labels.flatten()[batch.positions + 1]  # [N]
+        rows = [_hidden(reference, batch)]  # [N, D] each
+        with other.disable_adapter() if alone else contextlib.nullcontext():
+            rows.append(_hidden(other, batch))
+        for start in range(0, len(wanted), CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            first, second = (
+                head.logits(hidden[chunk].to(head.weight.dtype)).float().log_softmax(dim=-1)
+                for head, hidden in zip(heads, rows, strict=True)
+            )  # [C, V] each
+            kl = (first.exp() * (first - second)).sum()  # []
+            agreed = (first.argmax(dim=-1) == second.argmax(dim=-1)).sum()  # []
+            losses = torch.nn.functional.nll_loss(second, wanted[chunk], reduction="sum")  # []
+            sums += torch.stack([kl.double(), agreed.double(), losses.double()]).cpu()  # [3]
+        num_tokens += batch.num_tokens
+    return Difference(*(sums / num_tokens).tolist())
+
+
+def _hidden(model: Any, batch: data.Batch) -> torch.Tensor:
+    """[N, D]: last hidden states that predict trained tokens."""
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16):
+        hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
+    return hidden.flatten(0, 1)[batch.positions]  # [N, D]
+
+
+def measured(adapter: Adapter, routes: list[Route], samples: data.Samples) -> dict[str, Difference]:
+    """The unmerged adapter, its base alone, and each way to merge, by name, against the first."""
+    reference = load_adapted(adapter, "nf4")
+    found = {"unmerged": difference(reference, reference, samples)}
+    found["base"] = difference(reference, reference, samples, alone=True)
+    for route in routes:  # one at a time: memory holds one model in bf16 beside the one in NF4
+        found[route] = difference(reference, merged_model(adapter, route), samples)
+    return found
+
+
+def recommendation(found: dict[str, Difference]) -> tuple[Route, str]:
+    """The way to merge that changes least, and a line that says why."""
+    if "bf16" not in found:
+        return "dequantized", "Recommended: dequantized, the only one, as the base is stored in NF4."
+    names: tuple[Route, Route] = ("dequantized", "bf16")
+    best, other = sorted(names, key=lambda route: found[route].kl)
+    text = f"Recommended: {best}, the closest to what was trained: KL {found[best].kl:.2g}, {other} {found[other].kl:.2g}."
+    gain = found[best].loss - found[other].loss
+    if gain > 0:
+        text += f" (Held-out loss is lower with {other}, by {gain:.2g}.)"
+    return best, text
+
+
+# -- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save(model: Any, adapter: Adapter, folder: Path, facts: dict[str, Any], rows: list[list[int]] | None) -> str | None:
+    """Write a merged model, its tokenizer and `merge.json` into a folder that is there whole or not at all.
+
+    Args:
+        model: from merged_model; with `rows` it is in fp32 afterwards.
+        adapter: its tokenizer is saved too.
+        folder: to be made.
+        facts: for merge.json.
+        rows: token ids to compare an ONNX export on; None exports nothing.
+
+    Returns:
+        A line about the export.
+
+    Raises:
+        UserError: exit 4 if the folder cannot be written; 7 if onnxruntime computes something else.
+    """
+    line = None
+    with _scratch(folder) as scratch:
+        own = model.generation_config.eos_token_id
+        stops = {adapter.form.stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
+        model.generation_config.eos_token_id = sorted(stops)  # the stop token that was trained ends an answer
+        model.save_pretrained(scratch, max_shard_size="2GB")
+        adapter.form.tokenizer.save_pretrained(scratch)
+        if (original := _sentencepiece(adapter)) is not None:
+            shutil.copyfile(original, scratch / original.name)
+        if rows is not None:
+            (scratch / "onnx").mkdir()
+            error = export_onnx.export(model, scratch / "onnx", rows)
+            facts = {**facts, "onnx_relative_error": error}
+            line = f"ONNX: {folder / 'onnx' / export_onnx.MODEL}, logits within {error:.1e} (relative) of torch's in fp32"
+        files: dict[str, Any] = {str(path.relative_to(scratch)): path for path in scratch.rglob("*") if path.is_file()}
+        for path in files.values():
+            path.chmod(0o644)  # safetensors lets nobody else read, as a server may have to
+        checkpoint.write_folder(folder, {**files, FACTS: json.dumps(facts, indent=1).encode()})
+    return line
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder beside the one that is to be made, on the same disk."""
+    scratch = folder.with_name(f".{folder.name}.scratch.tmp")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that died
+        scratch.mkdir()
+        yield scratch
+    except OSError as error:
+        raise checkpoint.cannot_write(folder, 0, error) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sentencepiece(adapter: Adapter) -> Path | None:
+    """The base's tokenizer.model, which transformers no longer saves and the GGUF converter of Phi-3 reads; None without."""
+    try:
+        found = transformers.utils.cached_file(adapter.source, "tokenizer.model", revision=adapter.config.revision)
+    except OSError:  # it has none, or the hub cannot be reached
+        return None
+    return None if found is None else Path(found)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def run(options: MergeOptions) -> int:
+    """Measure, recommend, and save what was asked for; see MergeOptions.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: exit 2, 3, 4 or 7 before the weights are loaded; 5 or 6 afterwards.
+    """
+    console = Console()
+    say = functools.partial(tracking.say, console)
+    refuse_below(1, options, "limit", "max_length")
+    if options.into is None and (options.onnx or options.output_dir is not None):
+        flag = "--onnx" if options.onnx else "--output-dir"
+        text = f"{flag} goes with --into: say which model to save, --into bf16, dequantized or recommended."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    if options.onnx:
+        export_onnx.require_packages()
+    adapter = open_adapter(options.adapter, options.model, options.prompt_format, options.trust_remote_code, options.device)
+    for note in adapter.notes:
+        say(note)
+    routes = _routes(adapter, options)
+    for place in [_folder(adapter, options, route) for route in routes] if options.into else []:
+        _check_place(place, adapter, options.onnx)
+    file, samples, _, notes = read_held_out(options, adapter)
+    say(f"{notes}; {file}")
+    with memory_explained("Merging needs the base in bf16 and in NF4 at once, about 3 bytes a parameter."):
+        found = measured(adapter, routes, samples)
+        best, line = recommendation(found)
+        console.print(differences_table(found))
+        say(line)
+        if options.into is not None:
+            route: Route = best if options.into == "recommended" else options.into
+            folder = _folder(adapter, options, route)
+            facts: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "into": route, "eval_file": file}
+            facts["differences"] = {name: {**row._asdict(), "perplexity": row.perplexity} for name, row in found.items()}
+            facts["environment"] = tracking.environment(adapter.device)
+            rows = [sample.input_ids for sample in samples[: export_onnx.ROWS]] if options.onnx else None
+            exported = save(merged_model(adapter, route), adapter, folder, facts, rows)
+            say(f"Saved: {folder}, {LABELS[route]}")
+            if exported is not None:
+                say(exported)
+            say(folder_lines(folder, adapter))
+    say(adapter_lines(adapter))
+    return 0
+
+
+def _routes(adapter: Adapter, options: MergeOptions) -> list[Route]:
+    """bf16 too, where the base is to be had in bf16."""
+    if getattr(adapter.skeleton.config, "quantization_config", None) is None:
+        return ["bf16", "dequantized"]
+    if options.into == "bf16":
+        text = f"--into bf16: {adapter.source} is stored in NF4. Name the same model in bf16 with --model, or merge into"
+        raise UserError(ExitCode.CONFIGURATION, f"{text} dequantized.")
+    return ["dequantized"]
+
+
+def _folder(adapter: Adapter, options: MergeOptions, route: Route) -> Path:
+    return options.output_dir or adapter.folder.with_name(f"{adapter.folder.name}-merged-{route}")
+
+
+def _check_place(folder: Path, adapter: Adapter, onnx: bool) -> None:
+    if folder.exists():
+        text = f"{folder} is there already, and nothing is replaced. Remove it, or choose another --output-dir."
+        raise UserError(ExitCode.CHECKPOINT, text)
+    checkpoint.require_writable(folder)
+    needed = adapter.skeleton.num_parameters() * (2 + 4 * onnx)
+    checkpoint.require_space(folder.absolute().parent, needed, "the merged model")
+
+
+def differences_table(found: dict[str, Difference]) -> Table:
+    """The models, with their differences from the first."""
+    table = Table(title="Differences from the adapter beside NF4, as it was trained")
+    table.add_column("")
+    for header in ("KL", "same choice", "held-out loss", "perplexity"):
+        table.add_column(header, justify="right")
+    labels = {"unmerged": "unmerged", "base": "no adapter", "bf16": "into bf16", "dequantized": "into dequantized"}
+    for name, row in found.items():
+        kl, agreement = ("", "") if name == "unmerged" else (f"{row.kl:.2e}", f"{100 * row.agreement:.1f} %")
+        table.add_row(labels[name], kl, agreement, f"{row.loss:.4f}", f"{row.perplexity:.3f}")
+    table.caption = "KL in nats a token; same choice: of the likeliest token. No adapter: what the adapter does."
+    return table
+
+
+def folder_lines(folder: Path, adapter: Adapter) -> str:
+    """How to use a saved folder: transformers, vLLM, and llama.cpp's converter with what it needs."""
+    quoted, gguf = shlex.quote(str(folder)), shlex.quote(f"{folder}.gguf")
+    text = f"""
+transformers:  AutoModelForCausalLM.from_pretrained("{folder}", dtype="bfloat16")
+vLLM:          vllm serve {quoted}
+GGUF:          git clone {LLAMA_CPP}
+               pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt
+               python llama.cpp/convert_hf_to_gguf.py {quoted} --outfile {gguf} --outtype bf16"""
+    is_gpt2 = type(adapter.form.tokenizer).__name__.startswith("GPT2Tokenizer")  # Phi-4's, which the converter takes as it is
+    if adapter.skeleton.config.model_type == "phi3" and not is_gpt2 and not (folder / "tokenizer.model").exists():
+        text += """
+               It will refuse this folder: for Phi-3 it wants tokenizer.model, which was not found with the base."""
+    return text
+
+
+def adapter_lines(adapter: Adapter) -> str:
+    """How to serve the adapter without merging."""
+    lora = adapter.lora
+    odd = [name for name in ("use_dora", "modules_to_save", "lora_bias") if getattr(lora, name, None)]
+    rank = max([lora.r, *(lora.rank_pattern or {}).values()])
+    fitting = next((most for most in VLLM_RANKS if most >= rank), None)
+    if odd or fitting is None or lora.bias != "none":
+        return "\nUnmerged:      vLLM serves plain LoRA up to rank 512 only, and this adapter is none: serve the merged folder."
+    folder, base = shlex.quote(str(adapter.folder)), shlex.quote(adapter.source)
+    return f"""
+Unmerged:      vllm serve {base} --enable-lora --max-lora-rank {fitting} --lora-modules tuned={folder}
+               (beside the base in bf16: the numbers of merging into bf16)"""
