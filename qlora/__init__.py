@@ -2,6 +2,7 @@
 
 config.py        options: flags, YAML, checks of values
 data.py          JSONL line -> Example -> Batch: formatting, masking, collation, seeded order
+libraries.py     bitsandbytes, PEFT and transformers without what they download and print
 model.py         tokenizer, NF4 loading, adapters, the audit of LoRA targets
 nf4_linear.py    an NF4 layer with its adapter, as one operator
 dequantize.py    NF4 to bf16 in one launch
@@ -28,6 +29,7 @@ memory.py        measured peak, an estimate, the probe, what to try when it does
 demo.py          the embedded default: demo model and the tiny random model
 commands.py      the options of python -m qlora COMMAND
 inspect_data.py  lengths, duplicates, leaks and padding of the data, and its tokens
+plan.py          what a run needs of memory, and how to make it fit
 doctor.py        what of this machine works
 __main__.py      the command line: parse first, import later, errors to exit codes
 """

@@ -4,50 +4,20 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import huggingface_hub
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.guards import is_out_of_memory
+from qlora.libraries import bitsandbytes, peft, transformers
 
 Precision = Literal["nf4", "int8", "bf16"]  # of a base model's linear layers
-
-
-@contextlib.contextmanager
-def _without_kernels_package() -> Iterator[None]:
-    """Hide the package `kernels`: where it is installed, importing bitsandbytes on a CPU downloads native code through it."""
-    hidden = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail
-    try:
-        yield
-    finally:
-        del sys.modules["kernels"]
-        if hidden is not None:
-            sys.modules["kernels"] = hidden
-
-
-# Harmless lines of others, each filtered by its own text: bitsandbytes on the missing kernel above and on each product in
-# int8, PEFT on an old name.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
-logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "inputs will be cast" not in str(record.msg))
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-with _without_kernels_package():
-    import bitsandbytes
-import peft  # noqa: E402  after bitsandbytes, which it imports
-import transformers  # noqa: E402
-from bitsandbytes.functional import has_avx512bf16  # noqa: E402
-
-transformers.utils.logging.disable_progress_bar()  # of loading; it takes those of downloads along, which are wanted
-huggingface_hub.utils.enable_progress_bars()
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -194,7 +164,7 @@ def prepare_inference(model: Any) -> None:
     """
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = has_avx512bf16()
+            module.support_avx512bf16_for_cpu = bitsandbytes.functional.has_avx512bf16()
 
 
 def fingerprint(model: Any) -> str:

@@ -12,10 +12,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import bitsandbytes
 import torch
-from peft.tuners.lora.bnb import Linear4bit
 from torch.utils.flop_counter import register_flop_formula
+
+from qlora.libraries import Linear4bit, bitsandbytes
 
 
 class NF4Weight(NamedTuple):
