@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora.config import DataOptions, ExitCode, PromptFormat, UserError, redact
+from qlora.config import Compile, DataOptions, ExitCode, GradientCheckpointing, Optimizer, PromptFormat, UserError, redact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,45 @@ class MergeOptions(HeldOutOptions):
     """Save it as ONNX in fp32 too, in onnx/ of that folder, and compare it with torch; needs pip install -e ".[onnx]"."""
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Predict the memory of a run on a GPU, term by term, and what to change where it does not fit.
+
+    Only the shape of the model counts, so no weights are read; values of training's flags are those of a first run.
+    """
+
+    shape: Literal["phi3-mini", "phi3-medium", "demo"] = "phi3-mini"
+    """Built in, so that nothing is fetched: 3.8, 14.0 and 0.13 billion parameters."""
+    model: str | None = None
+    """Hub id or folder whose config.json is read instead."""
+    gpu_gib: float | None = None
+    """Memory of the card, in GiB. Unset: what is free on this machine's GPU, if there is one."""
+    max_length: int = 2048
+    """Longest row, in tokens."""
+    per_device_train_batch_size: int = 2
+    """Rows in one forward and backward."""
+    lora_r: int = 32
+    """Rank."""
+    target_modules: tuple[str, ...] | None = None
+    """Names of the linear layers that get an adapter. Unset: all but the head."""
+    attn_implementation: Literal["sdpa", "varlen", "flash_attention_2", "eager"] = "sdpa"
+    """eager keeps all scores of a row; the others need the same."""
+    gradient_checkpointing: GradientCheckpointing = "auto"
+    """auto: none, selective and full beside each other."""
+    compile: Compile = "auto"
+    """auto: graphs."""
+    optimizer: Optimizer = "adamw"
+    """As in training."""
+    offload_checkpoints: bool = False
+    """As in training; layers are compiled, without graphs."""
+    cache_dequantized: bool = False
+    """As in training."""
+    json: Path | None = None
+    """Also write all numbers to this file."""
+
+
 COMMANDS: dict[str, tuple[type, str]] = {  # name -> its options, and the room that does it
+    "plan": (PlanOptions, "plan"),
     "doctor": (DoctorOptions, "doctor"),
     "inspect-data": (InspectDataOptions, "inspect_data"),
     "evaluate": (EvaluateOptions, "compare"),

@@ -176,12 +176,10 @@ def _skeleton() -> Any:
 
 def _layers() -> Iterator[Row]:
     """Whether decoder layers are compiled, and recorded as CUDA graphs, where --compile is auto."""
-    from qlora import attention, graphs, layers
-    from qlora.config import TrainConfig
+    from qlora import graphs, layers
 
     device, skeleton = _device(), _skeleton()
-    chosen = attention.choose_attention(TrainConfig(), device, skeleton).implementation
-    compiled = layers.compile_obstacle("phi3", chosen, device)
+    compiled = layers.compile_obstacle("phi3", device)
     recorded = compiled or graphs.graph_obstacle(skeleton)
     yield Row("compiled layers", compiled is None, compiled or "can be had")
     yield Row("CUDA graphs", recorded is None, recorded or "can be had")

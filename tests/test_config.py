@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -138,16 +137,14 @@ def test_help_has_a_screen_for_each_group_and_a_text_for_each_flag(capsys):
 
 
 @pytest.mark.parametrize("argument", ["--help", "--learing-rate"])
-@pytest.mark.parametrize("command", [["train_loop.py"], ["-m", "qlora"]])
-def test_help_and_a_typo_answer_without_importing_torch(argument, command):
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-X", "importtime", *command, argument], cwd=ROOT, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
+def test_help_and_a_typo_answer_without_importing_torch(argument):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "train_loop.py", argument], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == (0 if argument == "--help" else 2)
     assert "learning-rate" in done.stdout + done.stderr
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "tyro" in imported and not imported & {"torch", "transformers", "peft", "bitsandbytes", "rich.progress"}
-    assert seconds < 5  # 0.2 s on an idle machine
 
 
 def test_every_option_is_read_outside_config():

@@ -1,0 +1,82 @@
+"""What a run needs of memory before it is one: shapes, columns, verdicts, and the way down to a card."""
+
+import dataclasses
+import json
+
+import pytest
+
+from qlora import memory, plan
+from qlora.__main__ import main as command_line
+from qlora.commands import PlanOptions
+from qlora.config import ExitCode, UserError
+from qlora.model import audit_targets
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"), [("phi3-mini", 3_821_079_552), ("phi3-medium", 13_960_238_080), ("demo", 134_515_008)]
+)
+def test_the_built_in_shapes_have_the_parameters_of_their_models(shape, parameters):
+    options = PlanOptions(shape=shape)
+    assert plan.shape_skeleton(options, plan.configuration(options)).num_parameters() == parameters
+
+
+def test_the_table_is_what_training_predicts(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert command_line(["plan", "--json", str(out), "--lora-r", "8", "--max-length", "512"]) == 0
+    told, record = capsys.readouterr().out, json.loads(out.read_text())
+    assert [row["gradient_checkpointing"] for row in record["policies"]] == ["none", "selective", "full"]
+    options = PlanOptions(lora_r=8, max_length=512)
+    config = plan.configuration(options)
+    skeleton = plan.shape_skeleton(options, config)
+    for row in record["policies"]:
+        changed = dataclasses.replace(config, gradient_checkpointing=row["gradient_checkpointing"])
+        expected = memory.estimated_memory_gib(skeleton, audit_targets(skeleton, changed), changed, 512)
+        assert row["total_gib"] == pytest.approx(expected) == pytest.approx(sum(row["terms_gib"].values()))
+        assert f"{expected:.2f}" in told
+    assert "base in bf16" not in told and "attention scores" not in told  # nothing of them here
+    assert "Rank 8: 12,582,912 parameters trained of 3,833,662,464." in told
+    assert record["changes"] == [] and record["free_gib"] is None
+
+
+def planned(capsys, *arguments: str) -> str:
+    assert command_line(["plan", *arguments]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_card_gets_the_fastest_that_fits_or_the_way_down_to_it(capsys):
+    assert "It fits with --gradient-checkpointing none --compile graphs" in planned(capsys, "--gpu-gib", "24")
+    assert "It fits with --gradient-checkpointing selective" in planned(capsys, "--gpu-gib", "12")
+    assert "A card of 8 GiB: 6.75 GiB are taken for safe. It fits with --gradient-checkpointing full" in planned(
+        capsys, "--gpu-gib", "8"
+    )
+    told = planned(capsys, "--gpu-gib", "4.5")
+    assert "To make it fit, one after the other" in told and told.count("fits") == 1
+    assert told.index("--compile layers") < told.index("--offload-checkpoints") < told.index("fits")
+    assert "Nothing that can be set makes it fit" in planned(capsys, "--gpu-gib", "2")
+    asked = ("--gpu-gib", "24", "--gradient-checkpointing", "full")
+    assert "It fits with --gradient-checkpointing full" in planned(capsys, *asked)
+
+
+def test_each_change_comes_on_top_of_those_before_it():
+    options = PlanOptions(attn_implementation="eager", cache_dequantized=True)
+    config = dataclasses.replace(plan.configuration(options), gradient_checkpointing="none")
+    skeleton = plan.shape_skeleton(options, config)
+    steps = list(plan.steps_down(skeleton, config, 4.2))
+    totals = [step.total_gib for _, step in steps]
+    assert totals == sorted(totals, reverse=True) and len(totals) == 5
+    assert [step.fits(4.2) for _, step in steps] == [False] * (len(steps) - 1) + [True]
+    last = steps[-1][1].config
+    assert (last.cache_dequantized, last.gradient_checkpointing, last.compile) == (False, "full", "layers")
+
+
+def test_a_model_s_own_configuration_is_read_and_what_cannot_be_is_refused(tiny, capsys):
+    assert "135,168 parameters trained of 799,680" in planned(capsys, "--model", str(tiny), "--max-length", "256")
+    assert command_line(["plan", "--max-length", "9999"]) == ExitCode.CONFIGURATION
+    assert "more than the 4096 positions of phi3-mini" in capsys.readouterr().err
+    assert command_line(["plan", "--gpu-gib", "0"]) == ExitCode.CONFIGURATION
+    assert command_line(["plan", "--lora-r", "0"]) == ExitCode.CONFIGURATION
+    assert command_line(["plan", "--target-modules", "q_proj"]) == ExitCode.CONFIGURATION
+    assert "--lora-r 0 cannot be used: it must be at least 1" in capsys.readouterr().err
+    with pytest.raises(UserError, match="needs --compile layers, not none"):
+        plan.configuration(PlanOptions(offload_checkpoints=True, compile="none"))
+    assert plan.configuration(PlanOptions(offload_checkpoints=True)).compile == "layers"
