@@ -261,7 +261,8 @@ def main(config: TrainConfig, stop: Signals) -> None:
         samples, held_out = data.encode_files(config, columns, form, say)
         facts: dict[str, Any] = {"data": samples.sha256, "held_out": held_out.sha256 if held_out else None}
         facts |= {"targets": sorted(f"{target.name} x {len(target.layers)}" for target in targets), "device": device.type}
-        facts["environment"] = tracking.environment(device)
+        facts |= {"environment": tracking.environment(device), "parameters": skeleton.num_parameters()}
+        facts["counts"] = [samples.counts, held_out.counts if held_out else None]
         longest = data.row_length(samples, data.longest_rows(samples, config)[-1])
         config, line = choose_layers(config, skeleton, targets, longest, device)
         if not run.accept(config, facts, total_steps=count_steps(config, len(data.epoch_rows(samples, config, 1)))[1]):
@@ -271,7 +272,7 @@ def main(config: TrainConfig, stop: Signals) -> None:
         run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
         for note in run.notes:
             say(note)
-        predicted_gib = estimated_memory_gib(skeleton, targets, config, longest)
+        predicted_gib = run.facts["predicted_gib"] = estimated_memory_gib(skeleton, targets, config, longest)
         with explained(config, device, predicted_gib, longest):
             checkpoint.seed_generators(config.seed)
             model = load_nf4_model(source, config, attn.loaded_as, device)

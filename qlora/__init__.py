@@ -27,6 +27,7 @@ tracking.py      metrics.jsonl, TensorBoard, progress
 teaching.py      what --explain shows: dtypes and bytes, trained and masked tokens, gradients by module
 memory.py        measured peak, an estimate, the probe, what to try when it does not suffice
 demo.py          the embedded default: demo model and the tiny random model
+record.py        what a run folder tells, read without changing anything
 commands.py      the options of python -m qlora COMMAND
 inspect_data.py  lengths, duplicates, leaks and padding of the data, and its tokens
 plan.py          what a run needs of memory, and how to make it fit

@@ -580,6 +580,7 @@ class Samples(Sequence[Encoded]):
                 f"place: {error.strerror}. Free space there, or set TMPDIR to a folder on a larger disk.",
             ) from None
         self.sha256 = digest.hexdigest()  # of all ids and labels, in order
+        self.counts: dict[str, int] = {}  # what encode_all and encode_files have counted, for run.json
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -663,6 +664,10 @@ def encode_all(examples: Iterable[Example], source: str | Path, form: Format, co
             f"{source}: {tally.dropped} of {tally.seen} examples, more than a fifth, do not fit {limit} {lines}. "
             f"Give a larger --max-length, {cut}or go on without them with --allow-drop."
         )
+    lengths = sorted(map(samples.length, range(len(samples))))
+    samples.counts = {"read": tally.seen, "examples": len(samples), "tokens": tally.tokens, "input_tokens": sum(lengths)}
+    samples.counts |= {"shortest": lengths[0], "median": lengths[len(lengths) // 2], "longest": lengths[-1]}
+    samples.counts |= {"cut": tally.truncated, "dropped": tally.dropped}
     notes = f"{len(samples)} examples, {tally.tokens:,} tokens to train on, the longest of {tally.longest}"
     if tally.truncated:
         notes += f"; {tally.truncated} cut to {config.max_length}"
@@ -739,6 +744,7 @@ def encode_files(
         sets.append(encoded)
     samples, held_out = sets[0], sets[1] if len(sets) > 1 else None
     if held_out and (shared := count_shared(samples, held_out)):
+        held_out.counts["shared"] = shared
         say(f"Warning: {shared} of {len(held_out)} held-out samples stand in the training data too.")
     return samples, held_out
 

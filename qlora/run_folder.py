@@ -8,7 +8,7 @@ import shlex
 import socket
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from rich.console import Console
@@ -17,7 +17,9 @@ from rich.text import Text
 
 from qlora import checkpoint
 from qlora.config import ExitCode, Overridable, TrainConfig, UserError, redact
-from qlora.evaluate import HeldOut
+
+if TYPE_CHECKING:
+    from qlora.evaluate import HeldOut
 
 LOCK, RUN, FINISHED, METRICS = "run.lock", "run.json", "finished.json", "metrics.jsonl"
 # Options that may differ without a word: they change no number of the training, or are compared by what they give.
@@ -56,7 +58,7 @@ class RunFolder:
         self._taken_over = False
         self._lock = _locked(folder)
         try:
-            for place in (folder, self.checkpoints):
+            for place in (folder, self.checkpoints, folder / "adapter"):
                 checkpoint.remove_leftovers(place)
             self._known, self._finished = _read(folder / RUN), _read(folder / FINISHED)
             self.checkpoint = self._find(resume)
@@ -130,7 +132,8 @@ class RunFolder:
 
         Args:
             config: resolved.
-            facts: JSON values that a later process is to find the same: data, held_out, targets, device, environment.
+            facts: JSON values that a later process is to find the same (data, held_out, targets, device) or that are kept
+                for it: environment, and what the report tells.
             total_steps: that this run is to have.
 
         Returns:
@@ -139,7 +142,7 @@ class RunFolder:
         Raises:
             UserError: exit 2 with a table of what differs and was not named in `--override`.
         """
-        self.facts = {"config": config.plain(), **facts, "history": [], "origin": None}
+        self.facts = {"config": config.plain(), **facts, "total_steps": total_steps, "history": [], "origin": None}
         there, before = self._begun()
         if before is None and not self._finished:
             return True
@@ -224,18 +227,18 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         progress: checkpoint.Progress,
         keep: int,
-        evaluations: dict[int, HeldOut],
+        evaluations: "dict[int, HeldOut]",
     ) -> None:
         """Write a checkpoint, verify it, and only then remove old ones; see checkpoint.save and checkpoint.prune."""
         self.checkpoint = checkpoint.save(self.checkpoints, model, optimizer, progress, self.facts)
         self.prune(keep, evaluations)
 
-    def prune(self, keep: int, evaluations: dict[int, HeldOut]) -> None:
+    def prune(self, keep: int, evaluations: "dict[int, HeldOut]") -> None:
         """Remove old checkpoints; see checkpoint.prune."""
         checkpoint.prune(self.checkpoints, keep, {step: result.loss for step, result in evaluations.items()})
 
     def finish(self, step: int) -> None:
-        """Mark the run as done: the last thing that is written."""
+        """Mark the run as done: the last thing that is written but for what is made of the rest, the report and the card."""
         checkpoint.write_file(self.folder / FINISHED, json.dumps({"step": step}).encode())
 
     @property

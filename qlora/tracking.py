@@ -22,6 +22,7 @@ from qlora.checkpoint import cannot_write, write_file
 from qlora.config import TrainConfig, redact
 from qlora.evaluate import HeldOut, Sample
 from qlora.model import Target
+from qlora.record import whole_rows
 
 SAMPLE_LINES = 24  # of an answer, in the terminal; samples.jsonl has all
 TRAIN_CURVES = {name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib")}
@@ -108,7 +109,7 @@ class Tracker:
         self.held_out_sha256 = held_out
         self.console = console
         metrics = run_folder / "metrics.jsonl"
-        rows = [row for row in _whole_rows(metrics) if row["step"] <= step and step > 0]
+        rows = [row for row in whole_rows(metrics) if row["step"] <= step and step > 0]
         write_file(metrics, b"".join(_line(row) for row in rows))
         known = [row for row in rows if row["event"] == "eval" and row.get("held_out") == held_out]
         self.evaluations = {row["step"]: _held_out_of(row) for row in known}
@@ -223,20 +224,6 @@ class Tracker:
 
 def _line(row: dict[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def _whole_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl up to the first that is not whole, as the last is if the process died while writing it."""
-    rows = []
-    for line in metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or not {"event", "step"} <= row.keys():
-            break
-        rows.append(row)
-    return rows
 
 
 def _held_out_of(row: dict[str, Any]) -> HeldOut:

@@ -650,6 +650,23 @@ def test_an_error_while_samples_are_made_passes_through_and_leaves_nothing_open(
         )
 
 
+def test_what_was_counted_is_kept_with_the_samples(form, tmp_path):
+    """One of three is too long, and one stands on both sides."""
+    rows = [{"prompt": "q", "completion": answer} for answer in ("a", "b" * 300, "c")]
+    for name, chosen in (("train", rows), ("held_out", rows[:1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    files = {"train_file": str(tmp_path / "train.jsonl"), "eval_file": str(tmp_path / "held_out.jsonl")}
+    config = TrainConfig(**files, max_length=100, allow_drop=True)
+    samples, held_out = data.encode_files(config, data.check_files(config), form, lambda _: None)
+    lengths = sorted(len(sample.input_ids) for sample in samples)
+    assert samples.counts == {
+        "read": 3, "examples": 2, "tokens": sum(label != IGNORED for sample in samples for label in sample.labels[1:]),
+        "input_tokens": sum(lengths), "shortest": lengths[0], "median": lengths[1], "longest": lengths[1],
+        "cut": 0, "dropped": 1,
+    }  # fmt: skip
+    assert held_out.counts["shared"] == 1 and "shared" not in samples.counts
+
+
 def test_shared_samples_are_counted_on_the_held_out_side():
     twin = ROWS[0]._replace(labels=[5, 6, 2], line=9)
     assert data.count_shared(data.Samples(ROWS), data.Samples([twin, twin, ROWS[1], Encoded([7], [7], 1)])) == 3
