@@ -28,6 +28,9 @@ teaching.py      what --explain shows: dtypes and bytes, trained and masked toke
 memory.py        measured peak, an estimate, the probe, what to try when it does not suffice
 demo.py          the embedded default: demo model and the tiny random model
 record.py        what a run folder tells, read without changing anything
+caveats.py       what a run does not show
+model_card.py    adapter/README.md, filled in from the run
+rendering.py     templates filled in
 commands.py      the options of python -m qlora COMMAND
 inspect_data.py  lengths, duplicates, leaks and padding of the data, and its tokens
 plan.py          what a run needs of memory, and how to make it fit
