@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qlora import attention, checkpoint, data, evaluate, teaching, tracking
+from qlora import attention, checkpoint, data, evaluate, report, teaching, tracking
 from qlora.config import TrainConfig
 from qlora.demo import model_source
 from qlora.guards import check_first_gradients, count_not_finite
@@ -278,7 +278,7 @@ def main(config: TrainConfig, stop: Signals) -> None:
             model = load_nf4_model(source, config, attn.loaded_as, device)
             model = add_adapters(model, config, targets, source)
             fine_tune(config, model, form, samples, held_out, console, run, stop, predicted_gib)
-        say(tracking.closing_words(run.folder))
+        say(tracking.closing_words(run.folder, report.after_training(run.folder)))
 
 
 def fine_tune(

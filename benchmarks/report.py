@@ -74,7 +74,7 @@ def demo_output() -> str:
         "...",
         *lines[evaluations[-2] : sample_end + 1],
         "...",
-        *lines[closing : closing + 3],
+        *lines[closing : lines.index("", closing)],
     ]
     return "```text\n$ python train_loop.py --model demo  # the default without a GPU\n" + "\n".join(shown) + "\n```"
 

@@ -28,6 +28,8 @@ teaching.py      what --explain shows: dtypes and bytes, trained and masked toke
 memory.py        measured peak, an estimate, the probe, what to try when it does not suffice
 demo.py          the embedded default: demo model and the tiny random model
 record.py        what a run folder tells, read without changing anything
+report.py        report.html of a run
+plots.py         its curves, as SVG and PNG
 caveats.py       what a run does not show
 model_card.py    adapter/README.md, filled in from the run
 rendering.py     templates filled in

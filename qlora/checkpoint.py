@@ -28,7 +28,8 @@ from qlora.optimizer import begin_state
 MANIFEST = "MANIFEST.json"
 ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{6,})")
-LEFTOVER = re.compile(r"\.(step-\d{6,}|adapter|(config|env|run|finished|metrics|samples)\.\w+)(\.old)?\.tmp")
+OURS = r"step-\d{6,}|adapter|plots|(config|env|run|finished|metrics|samples|report|README)\.\w+"
+LEFTOVER = re.compile(rf"\.({OURS})(\.old)?\.tmp")
 
 
 class Progress(NamedTuple):

@@ -182,6 +182,17 @@ class PlanOptions:
     """Also write all numbers to this file."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """Write report.html and plots/ of a run: curves, answers before and after, data, memory, configuration, and its limits.
+
+    A run that ends writes them by itself. Of one that is going or has stopped it shows how far it came, and disturbs nothing.
+    """
+
+    run: Path
+    """Run folder, as --output-dir named it."""
+
+
 COMMANDS: dict[str, tuple[type, str]] = {  # name -> its options, and the room that does it
     "plan": (PlanOptions, "plan"),
     "doctor": (DoctorOptions, "doctor"),
@@ -189,6 +200,7 @@ COMMANDS: dict[str, tuple[type, str]] = {  # name -> its options, and the room t
     "evaluate": (EvaluateOptions, "compare"),
     "generate": (GenerateOptions, "generate"),
     "merge": (MergeOptions, "merge"),
+    "report": (ReportOptions, "report"),
 }
 
 

@@ -231,11 +231,12 @@ def _held_out_of(row: dict[str, Any]) -> HeldOut:
     return HeldOut(loss, perplexity, row["num_tokens"])
 
 
-def closing_words(run_folder: Path) -> str:
-    """Where everything is, and the commands to go on with."""
+def closing_words(run_folder: Path, report: str) -> str:
+    """Where everything is, and the commands to go on with; `report` says where the report is, or why there is none."""
     adapter = run_folder / "adapter"
     return f"""
 Adapter:      {adapter}
+Report:       {report}
 Metrics:      {run_folder / "metrics.jsonl"}, samples.jsonl beside it
 TensorBoard:  tensorboard --logdir {shlex.quote(str(run_folder / "tensorboard"))}
 

@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import train_loop  # noqa: F401  imported once, here, for all children
+import matplotlib.backends.backend_agg
+import matplotlib.backends.backend_svg  # noqa: F401  imported once, here, for all children
+
+import train_loop  # noqa: F401
 from benchmarks.kill_resume import ended, fork
 from benchmarks.kill_resume import metrics as rows
 from qlora import checkpoint

@@ -1,0 +1,214 @@
+"""report.html of a run: one file that needs nothing else, with plots/*.png and the model card beside it."""
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora import checkpoint, plots
+from qlora.caveats import caveats
+from qlora.config import TrainConfig, UserError
+from qlora.model_card import base_of, data_name, model_card
+from qlora.record import Record, read
+from qlora.rendering import render
+
+if TYPE_CHECKING:
+    from qlora.commands import ReportOptions
+
+STATUS = {
+    "finished": "",
+    "going": "This run is still going: what follows is its state at the moment this report was made.",
+    "stopped": "This run has not ended: it stopped, and the same command goes on with it. What follows is how far it came.",
+}
+LONGEST_HEADING = 160  # characters of a prompt that stands as a heading
+PLACES = ("output_dir", "train_file", "eval_file")  # options that each run sets, so that they are never worth a mark
+
+
+def run(options: "ReportOptions") -> int:
+    """Write the report of a run and say where it is; the model card too, if a finished run has none.
+
+    Raises:
+        UserError: exit 2 or 4 if there is no run to report on, 4 if it cannot be written.
+    """
+    record = read(options.run)
+    if record.status == "finished" and not (record.folder / "adapter" / "README.md").exists():
+        _write_card(record)
+    path = write(record)
+    if STATUS[record.status]:
+        print(STATUS[record.status].partition(":")[0] + ".")
+    print(path)
+    return 0
+
+
+def after_training(folder: Path) -> str:
+    """Write model card, report and plots of a run that has just been marked as finished.
+
+    The run is whole without them. So what the machine may lack (matplotlib, room on the disk) does not make a failure of it:
+    it is told, with the command that makes up for it. A mistake in this program is not hidden.
+
+    Returns:
+        Where the report is, or why there is none.
+    """
+    try:
+        record = read(folder)
+        _write_card(record)
+        return str(write(record))
+    except (ImportError, OSError, ValueError, UserError) as error:
+        why = " ".join(str(error).split()).rstrip(".")
+        return f"none, as it could not be written: {why}. The run is complete; python -m qlora report {folder} tries again."
+
+
+def write(record: Record) -> Path:
+    """Write report.html and plots/ into the folder of a run, each whole or not at all; nothing else in it changes.
+
+    Raises:
+        UserError: exit 4 if they cannot be written.
+    """
+    curves = plots.draw(record)
+    if curves:
+        pngs = {f"{curve.name}.png": curve.png for curve in curves if curve.name != "loss-narrow"}
+        checkpoint.write_folder(record.folder / "plots", pngs)
+    path = record.folder / "report.html"
+    checkpoint.write_file(path, html(record, curves).encode())
+    return path
+
+
+def _write_card(record: Record) -> None:
+    checkpoint.write_file(record.folder / "adapter" / "README.md", model_card(record).encode())
+
+
+def html(record: Record, curves: list[plots.Curve]) -> str:
+    """The report as one HTML document: no script, no outside address, colours for light and dark.
+
+    Args:
+        record: of a run in any state.
+        curves: as plots.draw gives them.
+    """
+    import markupsafe
+
+    config = record.config
+    train, held_out = record.counts
+    defaults = TrainConfig().plain()
+    rows = [(name, _plain(value), value != defaults.get(name) and name not in PLACES) for name, value in config.items()]
+    raw = 2 * plots.reach(len(record.steps)) + 1
+    return render(
+        "report.html.jinja",
+        {
+            "title": f"{base_of(record).name} fine-tuned on {data_name(config['train_file'])}",
+            "folder": record.folder.name,
+            "note": STATUS[record.status],
+            "status": record.status,
+            "headline": _headline(record),
+            "curves": {curve.name.replace("-", "_"): markupsafe.Markup(curve.svg) for curve in curves},
+            "smoothing": raw,
+            "samples": record.samples,
+            "longest_heading": LONGEST_HEADING,
+            "of": "held-out" if record.facts.get("held_out") else "training",
+            "evaluations": _evaluations(record),
+            "held_out_tokens": f"{record.evaluations[-1]['num_tokens']:,}" if record.evaluations else "",
+            "caveats": caveats(record),
+            "data": _data(record, train, held_out),
+            "memory": _memory(record),
+            "on_gpu": record.on_gpu(),
+            "environment": _environment(record.environment),
+            "changed": [(name, value) for name, value, marked in rows if marked],
+            "config": [(name, value) for name, value, _ in rows],
+            "history": record.facts.get("history", []),
+            "colours": plots.COLOURS,
+        },
+    )
+
+
+def _plain(value: Any) -> str:
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _headline(record: Record) -> list[tuple[str, str, str]]:
+    """Label, value and remark of the few numbers that a reader wants first."""
+    steps, evaluations = record.steps, record.evaluations
+    found = []
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        remark = f"perplexity {first['perplexity']:.3f} \N{RIGHTWARDS ARROW} {last['perplexity']:.3f}"
+        found.append(("Held-out loss", f"{first['eval_loss']:.3f} \N{RIGHTWARDS ARROW} {last['eval_loss']:.3f}", remark))
+    if not steps:
+        return found
+    loss = [value for value in record.curve("loss") if value == value]
+    if loss:
+        found.append(("Training loss", f"{loss[0]:.3f} \N{RIGHTWARDS ARROW} {loss[-1]:.4f}", "first and last step"))
+    total = f" of {record.total_steps:,}" if record.total_steps else ""
+    found.append(("Steps", f"{record.last_step:,}{total}", f"up to epoch {steps[-1]['epoch']}"))
+    tokens = sum(row.get("num_tokens", 0) for row in steps)
+    found.append(("Tokens trained on", f"{tokens:,}", "those that carry the loss"))
+    if speed := [value for value in record.curve("tokens_per_s") if value == value]:
+        found.append(("Speed", f"{statistics.median(speed):,.0f} tokens/s", "input tokens, median"))
+    if (peak := record.peak_memory_gib()) is not None:
+        found.append(("Peak memory", f"{peak:.2f} GiB", "of the GPU" if record.on_gpu() else "of the process"))
+    if trained := record.trained_parameters:
+        total_parameters = record.facts.get("parameters")
+        share = f"{100 * trained / (total_parameters + trained):.2f} % of the model" if total_parameters else "the adapter"
+        found.append(("Trained parameters", f"{trained:,}", share))
+    return found
+
+
+def _evaluations(record: Record) -> list[tuple[str, ...]]:
+    """When, step, loss and perplexity of the first, the best and the last evaluation."""
+    evaluations = record.evaluations
+    if not evaluations:
+        return []
+    best, last = min(evaluations, key=lambda row: row["eval_loss"]), evaluations[-1]
+    start = "before training" + (", from the adapter given" if record.config["init_adapter"] else "")
+    rows = [(start if evaluations[0]["step"] == 0 else "first", evaluations[0])]
+    if len(evaluations) > 1:
+        rows += [("lowest loss", best), ("at the end" if record.status == "finished" else "last so far", last)]
+    return [(name, f"{row['step']:,}", f"{row['eval_loss']:.4f}", f"{row['perplexity']:.3f}") for name, row in rows]
+
+
+def _data(record: Record, train: dict[str, int], held_out: dict[str, int]) -> list[tuple[str, str, str]]:
+    """Name, and value for the training and the held-out data."""
+    seen = record.times_seen
+    rows = [("source", data_name(record.config["train_file"]), data_name(record.config["eval_file"]))]
+    for name, key in (
+        ("examples read", "read"),
+        ("left out as too long", "dropped"),
+        ("cut", "cut"),
+        ("examples used", "examples"),
+        ("tokens that carry the loss", "tokens"),
+        ("input tokens", "input_tokens"),
+        ("tokens in the shortest example", "shortest"),
+        ("in the median one", "median"),
+        ("in the longest", "longest"),
+    ):
+        if key in train:
+            rows.append((name, f"{train[key]:,}", f"{held_out[key]:,}" if key in held_out else ""))
+    if held_out.get("shared"):
+        rows.append(("of them in the training data too", "", f"{held_out['shared']:,}"))
+    if seen:
+        least, most = min(seen.values()), max(seen.values())
+        rows.append(("examples trained on", f"{len(seen):,}", ""))
+        rows.append(("times each was seen", f"{least:,}" if least == most else f"{least:,} to {most:,}", ""))
+    digests = [str(record.facts.get(name) or "")[:8] for name in ("data", "held_out")]
+    return [*rows, ("SHA-256 of the encoded data", *digests)] if any(digests) else rows  # type: ignore[list-item]
+
+
+def _memory(record: Record) -> list[tuple[str, str]]:
+    """Name and value of peaks, predicted and measured."""
+    predicted, measured = record.facts.get("predicted_gib"), record.peak_memory_gib()
+    rows = [("predicted for a GPU", f"{predicted:.2f} GiB")] if predicted else []
+    rows += [("measured", f"{measured:.2f} GiB")] if measured is not None else []
+    if record.on_gpu():
+        if predicted and measured:
+            rows.append(("predicted over measured", f"{100 * (predicted / measured - 1):+.1f} %"))
+        rows.append(("the GPU has", f"{record.environment['device_memory_gib']:.2f} GiB"))
+    return rows
+
+
+def _environment(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value; packages each in a row, as they are what one compares."""
+    names = {"device": "hardware", "cuda": "CUDA", "python": "Python", "platform": "platform", "commit": "commit of the code"}
+    rows = [(name, str(environment[key])) for key, name in names.items() if environment.get(key)]
+    rows += [(name, version or "not installed") for name, version in environment.get("packages", {}).items()]
+    return [*rows, ("command", " ".join(environment["command"]))] if environment.get("command") else rows
