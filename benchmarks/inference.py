@@ -10,7 +10,8 @@ Both sides answer the same prompts greedily with the same number of tokens, in t
 import dataclasses
 import datetime
 import json
-import statistics
+import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -68,28 +69,24 @@ def contenders(adapter, precision: str) -> dict:
 
 
 def timed(options: Options, adapter, precision: str, prompts: list[list[int]]) -> list[dict]:
-    """Tokens a second of both, for each batch size; the two take turns, so that a slow minute of the machine meets both."""
+    """Seconds and processor seconds of both, for each batch size; the two take turns, so that a busy machine meets both."""
     rows = []
     both = contenders(adapter, precision)
     for size in options.batch_sizes:
-        seconds = {name: [] for name in both}
+        wall, cpu = ({name: [] for name in both} for _ in range(2))
         for round in range(options.repeats + 1):
             for name, answer in both.items():
-                started = time.perf_counter()
+                started, worked = time.perf_counter(), time.process_time()
                 answer(prompts[:size], options.new_tokens)
                 if round:
-                    seconds[name].append(time.perf_counter() - started)
-        rate = {name: size * options.new_tokens / statistics.median(values) for name, values in seconds.items()}
-        row = {
-            "precision": precision,
-            "batch_size": size,
-            "tokens_per_s": {name: round_(value) for name, value in rate.items()},
-        }
-        ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["transformers"], strict=True)]
-        row |= {"ratio": round_(statistics.median(ratios)), "ratios": [round_(ratio) for ratio in ratios]}
-        row["seconds"] = {name: [round_(value) for value in values] for name, values in seconds.items()}
-        rows.append(row)
-        print({key: value for key, value in row.items() if key != "seconds"}, flush=True)
+                    wall[name].append(round_(time.perf_counter() - started))
+                    cpu[name].append(round_(time.process_time() - worked))
+        best = {name: round_(size * options.new_tokens / min(values)) for name, values in wall.items()}
+        row = {"precision": precision, "batch_size": size, "tokens_per_s": best}  # of the fastest round, the least disturbed
+        row |= {"ratio": round_(best["ours"] / best["transformers"])}
+        row |= {"cpu_ratio": round_(min(cpu["transformers"]) / min(cpu["ours"]))}
+        print(row, flush=True)
+        rows.append({**row, "seconds": wall, "cpu_seconds": cpu})
     return rows
 
 
@@ -103,12 +100,15 @@ def timed_evaluation(run: Path, flags: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "evaluation.json"
         command = [sys.executable, "-m", "qlora", "evaluate", str(run), "--json", str(out), *flags]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         started = time.perf_counter()
         subprocess.run(command, cwd=ROOT, check=True)
         total_s = time.perf_counter() - started
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
         record = json.loads(out.read_text())
     kept = {name: record[name] for name in ("precision", "num_examples", "num_tokens", "max_new_tokens", "seconds", "metrics")}
-    return {"total_s": round(total_s, 1), **kept}
+    cpu_s = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    return {"total_s": round(total_s, 1), "cpu_s": round(cpu_s, 1), **kept}
 
 
 def main(options: Options) -> None:
@@ -128,6 +128,7 @@ def main(options: Options) -> None:
             flags = ["--device", "cpu", *(["--int8"] if precision == "int8" else [])]
             evaluations.append(timed_evaluation(options.run, flags))
     record = {"environment": environment(adapter.device), "new_tokens": options.new_tokens, "generate": rows}
+    record["load_average"] = os.getloadavg()  # of the last 1, 5 and 15 minutes: 1 is a machine that does nothing else
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({**record, "evaluate": evaluations}, indent=1) + "\n")
 

@@ -587,6 +587,26 @@ def claim_runs(record: dict[str, Any]) -> str:
     return f"{table(headers, rows)}\n\n{what}"
 
 
+def inference() -> str:
+    """How fast the demo model answers, and how long `evaluate` takes."""
+    name, record = load("inference_cpu_*.json")
+    rows = []
+    for row in record["generate"]:
+        ours, theirs = (f"{row['tokens_per_s'][side]:.1f}" for side in ("ours", "transformers"))
+        rows.append([row["precision"], str(row["batch_size"]), ours, theirs, f"{row['ratio']:.2f}", f"{row['cpu_ratio']:.2f}"])
+    headers = ["base", "prompts at a time", "`generate`, tokens/s", "transformers' own", "ratio", "by processor seconds"]
+    lines = [table(headers, rows), ""]
+    for row in record["evaluate"]:
+        losses = {side: row["metrics"]["loss"][side]["value"] for side in ("base", "adapter")}
+        lines.append(
+            f"`evaluate` with {row['precision']}: {row['num_examples']} prompts in {row['total_s']:.0f} s, start and loading "
+            f"included ({row['cpu_s']:.0f} processor seconds); held-out loss {losses['base']:.4f} without the adapter, "
+            f"{losses['adapter']:.4f} with it."
+        )
+    busy = f"Load average of the machine at the end: {record['load_average'][1]:.1f}."
+    return "\n".join([*lines, "", f"{record['new_tokens']} new tokens, greedy, fastest round. {busy} {source(name, record)}"])
+
+
 H100, CPU = "attention_h100_*.json", "attention_cpu_*.json"
 TIME, RATE = "Forward + backward, ms.", "TFLOP/s, and share of a large product's rate."
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -615,6 +635,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo-sweep": lambda: sweep("demo_cpu_*.json"),
     "demo-repeated-names": lambda: sweep("demo_repeated_names_*.json"),
     "policies": policies,
+    "inference": inference,
     "first-ladder": lambda: ladder("first_ladder_*.json"),
     "second-ladder": lambda: ladder("second_ladder_*.json"),
     "train-step": lambda: train_step("train_step_*.json"),
