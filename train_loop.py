@@ -210,6 +210,9 @@ def train(
                     since = time.perf_counter()  # saving and evaluation are not training time
             seen = 0
             result = evaluate_held_out(step, epoch)
+            if evaluate.has_stalled(tracker.evaluations, config.early_stopping_patience):
+                tracker.end_early(step)
+                break
             since = time.perf_counter()
     return result
 

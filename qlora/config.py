@@ -21,6 +21,7 @@ Compile = Literal["auto", "none", "layers", "graphs"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
 Overridable = Literal["learning_rate", "warmup_ratio", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm",
                       "lora_dropout", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+                      "early_stopping_patience",
                       "attn_implementation", "compile", "cache_dequantized", "offload_checkpoints",
                       "deterministic", "eval_file", "model"]  # fmt: skip
 EMBEDDED = ("demo", "tiny-random")
@@ -118,6 +119,8 @@ class TrainingOptions:
     """Passes over the training data."""
     max_steps: int | None = None
     """Optimizer steps in all; replaces num_train_epochs."""
+    early_stopping_patience: int | None = None
+    """End the run when this many evaluations in a row, one an epoch, brought no lower held-out loss. Unset: never."""
     optimizer: Optimizer = "adamw"
     """adamw_8bit: moments in 8 bits, block by block (arXiv 2110.02861): 6 bytes less a trained parameter, and other numbers.
     paged_adamw_8bit: these in pages that move to host memory when the GPU is full; needs a CUDA GPU."""
@@ -182,7 +185,8 @@ class TrainConfig(OutputOptions, SpeedOptions, TrainingOptions, LoraOptions, Dat
             UserError: exit 2, naming the flag and the value seen.
         """
         at_least_one = ("max_length", "lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps",
-                        "num_train_epochs", "max_steps", "logging_steps", "save_steps")  # fmt: skip
+                        "num_train_epochs", "max_steps", "logging_steps", "save_steps",
+                        "early_stopping_patience")  # fmt: skip
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -230,6 +234,8 @@ class TrainConfig(OutputOptions, SpeedOptions, TrainingOptions, LoraOptions, Dat
             raise _refused("optimizer", self.optimizer, "adamw or adamw_8bit, as there is no CUDA GPU to page for")
         if self.offload_checkpoints and (not on_gpu or self.compile not in ("auto", "layers")):
             raise _refused("offload_checkpoints", True, "given on a CUDA GPU, and without --compile or with --compile layers")
+        if self.early_stopping_patience is not None and self.eval_file is None and self.train_file is not None:
+            raise _refused("early_stopping_patience", self.early_stopping_patience, "given together with --eval-file")
         model = self.model or (PHI3_MINI if on_gpu else "demo")
         where = "there is a CUDA GPU" if on_gpu else "there is no CUDA GPU"
         bundled = self.train_file is None

@@ -53,6 +53,12 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torc
     return HeldOut(loss, math.exp(min(loss, 700.0)), num_tokens)
 
 
+def has_stalled(evaluations: dict[int, HeldOut], patience: int | None) -> bool:
+    """Whether the lowest held-out loss is `patience` evaluations old; a loss that is NaN is none. None never is."""
+    losses = [math.inf if math.isnan(evaluations[step].loss) else evaluations[step].loss for step in sorted(evaluations)]
+    return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
+
+
 class Sampling(NamedTuple):
     """How a token is drawn: from the logits over the temperature, cut to the top_k likeliest, then to the top_p share."""
 

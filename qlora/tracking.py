@@ -170,6 +170,14 @@ class Tracker:
         self.flush()
         self.say(f"epoch {epoch}  held-out loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
 
+    def end_early(self, step: int) -> None:
+        """Make `step` the last one of the run, as the held-out loss stopped falling, and say which was best."""
+        self.total_steps = step
+        self.progress.update(self.task, total=step)
+        best = min(self.evaluations, key=lambda step: self.evaluations[step].loss)
+        lowest = f"the lowest held-out loss, {self.evaluations[best].loss:.4f}, was that after step {best}"
+        self.say(f"Ended early, after step {step}: {lowest}. Checkpoints keep it beside the last, which adapter/ is of.")
+
     def samples(self, samples: list[Sample], of: str) -> None:
         """Record and show greedy answers at the end of the run; `of` says which prompts they answer."""
         rows = [{"step": self.total_steps, **sample._asdict()} for sample in samples]

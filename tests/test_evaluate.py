@@ -55,6 +55,25 @@ def test_an_overflowing_perplexity_is_large_not_an_error(model, samples):
     assert result.loss == 1e6 and 1e300 < result.perplexity < math.inf
 
 
+@pytest.mark.parametrize(
+    ("losses", "patience", "stalled"),
+    [
+        ([3, 2, 1], 1, False),
+        ([3, 2, 2], 1, True),  # as low is not lower
+        ([3, 2, 2.5], 2, False),
+        ([3, 2, 2.5, 2.1], 2, True),
+        ([3, 2, 2.5, 1.9], 2, False),
+        ([3, math.nan], 1, True),
+        ([math.nan, 3], 1, False),
+        ([1, 2, 3, 4], None, False),
+        ([], 1, False),
+    ],
+)
+def test_patience_is_counted_in_evaluations_since_the_lowest(losses, patience, stalled):
+    evaluations = {10 * step: evaluate.HeldOut(loss, 0.0, 1) for step, loss in enumerate(losses)}
+    assert evaluate.has_stalled(evaluations, patience) is stalled
+
+
 def test_a_batch_generates_what_each_prompt_generates_alone(model, tokenizer, form):
     wake_adapters(model)
     prompts = [tokenizer(text).input_ids for text in ("Create an AVRO schema", "a", '"name": "id"')]

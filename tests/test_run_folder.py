@@ -50,6 +50,28 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
 
 
+def test_a_run_ends_early_for_good_and_goes_on_when_told_to(tiny, tmp_path, capsys):
+    folder = tmp_path / "run"
+    flags = ["--learning-rate", "1e-12", "--num-train-epochs", "4", "--early-stopping-patience"]
+    assert run(folder, *flags, "1") == 0
+    assert "Ended early, after step 6: the lowest held-out loss" in capsys.readouterr().out
+    assert json.loads((folder / "finished.json").read_text()) == {"step": 6}
+    assert json.loads((folder / "samples.jsonl").read_text().splitlines()[0])["step"] == 6
+    assert run(folder, *flags, "1") == 0 and "it is complete" in capsys.readouterr().out
+    for name in ("finished.json", "samples.jsonl"):  # as if it had been killed after the evaluation
+        (folder / name).unlink()
+    assert run(folder, *flags, "1") == 0 and "Ended early, after step 6" in capsys.readouterr().out
+    assert run(folder, *flags, "2") == ExitCode.CONFIGURATION and "early_stopping_patience" in capsys.readouterr().err
+    assert run(folder, *flags, "2", "--override", "early_stopping_patience") == 0
+    assert "Ended early, after step 12" in capsys.readouterr().out
+    assert max(checkpoint.by_step(folder / "checkpoints")) == 12
+
+
+def test_early_stopping_wants_held_out_data(tiny, tmp_path, capsys):
+    flags = ["--train-file", str(BUNDLED_TRAIN), "--early-stopping-patience", "2"]
+    assert run(tmp_path / "run", *flags) == ExitCode.CONFIGURATION and "--eval-file" in capsys.readouterr().err
+
+
 # -- exactness ---------------------------------------------------------------------------------------------------------
 
 
