@@ -34,7 +34,7 @@ from qlora.demo import model_source
 from qlora.guards import check_first_gradients, count_not_finite
 from qlora.layers import choose_layers, prepare_layers
 from qlora.loss import read_head, token_loss_sum
-from qlora.memory import estimated_memory_gib, explained, peak_memory_gib, probe_memory
+from qlora.memory import estimated_memory_gib, explained, leave_no_gaps, peak_memory_gib, probe_memory
 from qlora.model import (
     add_adapters,
     audit_targets,
@@ -210,8 +210,7 @@ def train(
                     since = time.perf_counter()  # saving and evaluation are not training time
             seen = 0
             result = evaluate_held_out(step, epoch)
-            if evaluate.has_stalled(tracker.evaluations, config.early_stopping_patience):
-                tracker.end_early(step)
+            if tracker.ends_early(step, config.early_stopping_patience):
                 break
             since = time.perf_counter()
     return result
@@ -240,9 +239,8 @@ def main(config: TrainConfig, stop: Signals) -> None:
     console = Console()
     say = functools.partial(tracking.say, console)
     torch.use_deterministic_algorithms(config.deterministic)
-    # Read when CUDA starts: leave no gaps between tensors that come and go; and by flash attention's backward.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if config.deterministic:
+    leave_no_gaps()
+    if config.deterministic:  # read when CUDA starts, and by flash attention's backward
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config, line = with_init_adapter(config).resolved(on_gpu=device.type == "cuda")
@@ -281,7 +279,7 @@ def main(config: TrainConfig, stop: Signals) -> None:
             model = load_nf4_model(source, config, attn.loaded_as, device)
             model = add_adapters(model, config, targets, source)
             fine_tune(config, model, form, samples, held_out, console, run, stop, predicted_gib)
-        say(tracking.closing_words(run.folder, report.after_training(run.folder)))
+        say(tracking.closing_words(run.folder, report.after_training(run.folder), predicted_gib))
 
 
 def fine_tune(

@@ -12,7 +12,6 @@ import functools
 import importlib.metadata
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -242,9 +241,10 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
     from qlora import model as room
     from qlora.config import TrainConfig
     from qlora.loss import read_head, token_loss_sum
+    from qlora.memory import leave_no_gaps
     from qlora.optimizer import build_optimizer
 
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    leave_no_gaps()
     source = str((folder / "fused").resolve())
     config = TrainConfig(
         model=source,

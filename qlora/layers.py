@@ -29,7 +29,7 @@ from qlora import nf4_linear
 from qlora.attention import FAMILIES
 from qlora.config import Compile, ExitCode, GradientCheckpointing, TrainConfig, UserError
 from qlora.graphs import Graphs, graph_obstacle
-from qlora.memory import ATTENTION_INPUTS, estimated_memory_gib
+from qlora.memory import ATTENTION_INPUTS, memory_terms
 from qlora.model import Target
 
 # torch warns of in-place operators in what is computed again; there are none in a layer.
@@ -111,7 +111,8 @@ def choose_layers(
     tried = policies if config.gradient_checkpointing == "auto" else (config.gradient_checkpointing,)
     for compile, policy in itertools.product(hows, tried):
         config = dataclasses.replace(config, compile=compile, gradient_checkpointing=policy)
-        predicted_gib = estimated_memory_gib(skeleton, targets, config, longest)
+        terms_gib = memory_terms(skeleton, targets, config, longest)
+        predicted_gib = sum(terms_gib.values())
         if predicted_gib < MARGIN * free_gib:
             break
     fits = "the fastest that fits" if predicted_gib < MARGIN * free_gib else "the smallest, which may not fit"
@@ -120,7 +121,9 @@ def choose_layers(
     how = HOW[config.compile] + (f" ({why})" if why else "")
     chosen = fits if len(tried) > 1 else "as asked"
     memory = f"{predicted_gib:.2f} GiB predicted, {free_gib:.1f} free"
-    return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({chosen}: {memory})"
+    line = f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({chosen}: {memory})"
+    terms = ", ".join(f"{name} {size:.2f}" for name, size in terms_gib.items() if size >= 0.005)
+    return config, f"{line}\nMemory predicted, in GiB: {terms}"
 
 
 def offloaded(hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:

@@ -1,6 +1,7 @@
 """Memory: the measured peak, an estimate beside it, and what to change when it does not suffice."""
 
 import contextlib
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,14 @@ def peak_memory_gib(device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated(device) + held) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def leave_no_gaps() -> None:
+    """Have torch grow its blocks of GPU memory instead of adding others, which leaves gaps where lengths vary.
+
+    To be called before CUDA starts, as its allocator reads the variable then; a PYTORCH_ALLOC_CONF of the user's stays.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longest: int) -> dict[str, float]:

@@ -20,7 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from qlora.checkpoint import cannot_write, write_file
 from qlora.config import TrainConfig, redact
-from qlora.evaluate import HeldOut, Sample
+from qlora.evaluate import HeldOut, Sample, has_stalled
+from qlora.memory import peak_memory_gib
 from qlora.model import Target
 from qlora.record import whole_rows
 
@@ -170,13 +171,16 @@ class Tracker:
         self.flush()
         self.say(f"epoch {epoch}  held-out loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
 
-    def end_early(self, step: int) -> None:
-        """Make `step` the last one of the run, as the held-out loss stopped falling, and say which was best."""
+    def ends_early(self, step: int, patience: int | None) -> bool:
+        """Whether the held-out loss has stopped falling; then `step` becomes the last of the run, and it says which was best."""
+        if not has_stalled(self.evaluations, patience):
+            return False
         self.total_steps = step
         self.progress.update(self.task, total=step)
         best = min(self.evaluations, key=lambda step: self.evaluations[step].loss)
         lowest = f"the lowest held-out loss, {self.evaluations[best].loss:.4f}, was that after step {best}"
         self.say(f"Ended early, after step {step}: {lowest}. Checkpoints keep it beside the last, which adapter/ is of.")
+        return True
 
     def samples(self, samples: list[Sample], of: str) -> None:
         """Record and show greedy answers at the end of the run; `of` says which prompts they answer."""
@@ -239,11 +243,20 @@ def _held_out_of(row: dict[str, Any]) -> HeldOut:
     return HeldOut(loss, perplexity, row["num_tokens"])
 
 
-def closing_words(run_folder: Path, report: str) -> str:
-    """Where everything is, and the commands to go on with; `report` says where the report is, or why there is none."""
+def closing_words(run_folder: Path, report: str, predicted_gib: float) -> str:
+    """Where everything is, and the commands to go on with; on a GPU the peak of its memory beside what was predicted.
+
+    Args:
+        run_folder: of a run that is complete.
+        report: where its report is, or why there is none.
+        predicted_gib: peak of a GPU's memory.
+    """
     adapter = run_folder / "adapter"
+    memory = ""
+    if torch.cuda.is_available():
+        memory = f"GPU memory:   {peak_memory_gib(torch.device('cuda')):.2f} GiB at its peak, {predicted_gib:.2f} predicted\n"
     return f"""
-Adapter:      {adapter}
+{memory}Adapter:      {adapter}
 Report:       {report}
 Metrics:      {run_folder / "metrics.jsonl"}, samples.jsonl beside it
 TensorBoard:  tensorboard --logdir {shlex.quote(str(run_folder / "tensorboard"))}

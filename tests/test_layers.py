@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import re
 import shutil
 import weakref
 from types import SimpleNamespace
@@ -295,7 +296,11 @@ def test_on_a_gpu_auto_is_the_fastest_that_is_predicted_to_fit(card, phi3, free,
     assert (chosen.compile, chosen.gradient_checkpointing) == (how, policy)
     words = {"graphs": "compiled, replayed as CUDA graphs", "layers": "compiled (graphs would need more memory)"}[how]
     assert line.startswith(f"Layers: {words}; gradient checkpointing: {policy} ({why}: ")
+    line, terms = line.split("\n")
     assert line.endswith(f" GiB predicted, {free:.1f} free)")
+    assert terms.startswith("Memory predicted, in GiB: base in NF4 1.74, embeddings, head, norms 0.37, adapters in fp32 0.19, ")
+    sizes = map(float, re.findall(r"\d+\.\d+", terms))
+    assert sum(sizes) == pytest.approx(float(re.search(r"([\d.]+) GiB predicted", line)[1]), abs=0.05)
     asked = dataclasses.replace(config, gradient_checkpointing="selective", compile="none")
     chosen, line = layers.choose_layers(asked, phi3, audit_targets(phi3, config), 2048, GPU)
     assert chosen == asked and "as written (as asked); gradient checkpointing: selective (as asked: " in line

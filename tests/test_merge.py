@@ -28,7 +28,7 @@ from tests.conftest import CPU, adapted_model, wake_adapters
 def write(config, tokenizer, tmp_path):
     """Write an adapter for a base into tmp_path; its folder."""
 
-    def written(base: str | None = None, scale: float = 0.3):
+    def written(base: str | None = None, scale: float = 1.0):
         model = adapted_model(dataclasses.replace(config, model=base or config.model))
         wake_adapters(model, scale)
         checkpoint.write_folder(tmp_path / "adapter", dict(checkpoint.adapter_files(model, tokenizer)))
@@ -47,8 +47,8 @@ def held_out(form, config) -> data.Samples:
     return data.encode_all(data.read_examples(BUNDLED_EVAL, "test"), BUNDLED_EVAL, form, config)[0]
 
 
-def command(folder, *flags) -> list[str]:
-    options = ("--prompt-format", "plain", "--eval-file", str(BUNDLED_EVAL), "--limit", "3", "--device", "cpu")
+def command(folder, *flags, prompt_format: str = "plain") -> list[str]:
+    options = ("--prompt-format", prompt_format, "--eval-file", str(BUNDLED_EVAL), "--limit", "3", "--device", "cpu")
     return ["merge", str(folder), *options, *map(str, flags)]
 
 
@@ -75,6 +75,9 @@ def test_merged_weights_are_the_sum_rounded_once(adapter, route):
 
 def test_differences_are_those_of_whole_logits(adapter, held_out, monkeypatch):
     reference, other = load_adapted(adapter, "nf4"), load_adapted(adapter, "bf16")
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.mul_(3 if "lora_B" in name else 1)
     monkeypatch.setattr(merge, "CHUNK_TOKENS", 17)
     found = merge.difference(reference, other, held_out)
     kl, agreed, loss, tokens = 0.0, 0, 0.0, 0
@@ -104,7 +107,8 @@ def test_what_is_measured_is_the_adapter_its_base_and_each_way_to_merge(adapter,
     losses = [evaluate.evaluate_loss(model, batches, lambda h, b: token_loss_sum(h, b, head)).loss]
     with model.disable_adapter():
         losses.append(evaluate.evaluate_loss(model, batches, lambda h, b: token_loss_sum(h, b, head)).loss)
-    assert [found["unmerged"].loss, found["base"].loss] == pytest.approx(losses, rel=1e-4) and losses[0] != losses[1]
+    assert [found["unmerged"].loss, found["base"].loss] == pytest.approx(losses, rel=1e-4)
+    assert abs(losses[0] - losses[1]) > 1e-3 * losses[0]
     assert 0 < found["dequantized"].kl < found["bf16"].kl < found["base"].kl
 
 
@@ -130,15 +134,18 @@ def test_an_adapter_that_is_not_finite_is_refused(write):
 
 def test_a_saved_folder_loads_as_any_model(write, form, capsys, tmp_path):
     folder = write()
-    assert main(command(folder, "--into", "recommended")) == 0
+    assert main(command(folder, "--into", "recommended", prompt_format="chat")) == 0
     out = capsys.readouterr().out
     saved = tmp_path / "adapter-merged-dequantized"
     assert f"vllm serve {saved}" in out and "--max-lora-rank 8 " in out and "convert_hf_to_gguf.py" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", saved.name]
     assert checkpoint.verify(saved) is None
     assert all(stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044 for path in saved.iterdir())
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
-    assert loaded.dtype == torch.bfloat16 and form.stop_id in loaded.generation_config.eos_token_id
+    loaded, chat = (
+        transformers.AutoModelForCausalLM.from_pretrained(saved, dtype="auto"),
+        data.read_format(form.tokenizer, "chat"),
+    )
+    assert loaded.dtype == torch.bfloat16 and loaded.generation_config.eos_token_id == [form.stop_id, chat.stop_id]
     merged = merge.merged_model(open_adapter(folder, prompt_format="plain", device="cpu"), "dequantized")
     tensors = merged.state_dict()
     assert tensors.keys() == loaded.state_dict().keys()
