@@ -172,7 +172,7 @@ class Tracker:
         self.say(f"epoch {epoch}  held-out loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
 
     def ends_early(self, step: int, patience: int | None) -> bool:
-        """Whether the held-out loss has stopped falling; then `step` becomes the last of the run, and it says which was best."""
+        """Whether the held-out loss has stopped falling; then `step` is the last of the run, and it says which is best."""
         if not has_stalled(self.evaluations, patience):
             return False
         self.total_steps = step
