@@ -18,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora import data, teaching
-from qlora.checkpoint import write_file
-from qlora.commands import InspectDataOptions
-from qlora.config import ExitCode, TrainConfig, UserError
+from qlora.checkpoint import require_writable, write_file
+from qlora.commands import InspectDataOptions, refuse_below
+from qlora.config import TrainConfig
 from qlora.demo import model_source
 from qlora.model import load_skeleton, load_tokenizer
 from qlora.tracking import say
@@ -277,10 +277,9 @@ def run(options: InspectDataOptions) -> int:
     Raises:
         UserError: as training, but that any share of examples may be longer than --max-length.
     """
-    if options.examples < 0:
-        raise UserError(ExitCode.CONFIGURATION, f"--examples {options.examples} cannot be used: it must be at least 0.")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise UserError(ExitCode.CONFIGURATION, f"--json {options.json} cannot be written: there is no folder for it.")
+    refuse_below(0, options, "examples")
+    if options.json is not None:
+        require_writable(options.json)
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     chosen: dict[str, Any] = {name: value for name, value in vars(options).items() if name in names}
     config = TrainConfig(**chosen)

@@ -38,7 +38,15 @@ def test_help_of_a_command_imports_no_torch_and_tells_every_option(name):
     )
     assert done.returncode == 0, done.stderr
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "tyro" in imported and not imported & {"torch", "transformers", "peft", "bitsandbytes", "matplotlib", "datasets"}
+    assert "tyro" in imported and not imported & {
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "matplotlib",
+        "datasets",
+        "numpy",
+    }
     words = done.stdout.lower()
     for field in dataclasses.fields(commands.COMMANDS[name][0]):
         assert field.name.replace("_", "-") in words or field.name in words, field.name

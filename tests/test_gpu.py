@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora import attention, checkpoint, data
+from qlora import attention, checkpoint, data, doctor, merge
 from qlora.__main__ import train as command_line
+from qlora.adapter import open_adapter
 from qlora.config import ExitCode, TrainConfig
 from qlora.layers import prepare_layers
 from qlora.loss import read_head, token_loss_sum
@@ -291,3 +292,23 @@ def test_out_of_gpu_memory_is_exit_6(tiny, tmp_path, capsys):
     err = capsys.readouterr().err
     assert "The GPU ran out of memory: the peak so far was" in err and "--attn-implementation sdpa" in err
     assert not (tmp_path / "run" / "checkpoints").exists()  # it was found out by the probe
+
+
+# -- before and after training ---------------------------------------------------------------------------------------
+
+
+def test_the_doctor_finds_the_gpu_and_tries_it():
+    rows = {row.check: row for row in doctor.examine()}
+    assert doctor.verdict(list(rows.values())) is None and rows["GPU 0 (a run takes this one)"].ok and rows["bf16"].ok
+    assert "on the GPU" in rows["NF4 forward and backward"].detail and "Triton" in rows["NF4 dequantised"].detail
+    assert all(rows[name].ok for name in ("compiled layers", "CUDA graphs", "attention sdpa"))
+
+
+def test_merging_on_the_gpu_is_closest_into_the_dequantised_base(config, tokenizer, samples, tmp_path):
+    model = gpu_model(config, "sdpa")
+    checkpoint.write_folder(tmp_path / "adapter", dict(checkpoint.adapter_files(model, tokenizer)))
+    adapter = open_adapter(tmp_path / "adapter", prompt_format="plain", device="cuda")
+    found = merge.measured(adapter, ["bf16", "dequantized"], samples)
+    assert found["unmerged"].kl == 0 and found["dequantized"].kl < found["bf16"].kl < found["base"].kl
+    merge.save(merge.merged_model(adapter, "dequantized"), adapter, tmp_path / "merged", {}, None)
+    assert checkpoint.verify(tmp_path / "merged") is None

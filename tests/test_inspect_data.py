@@ -150,7 +150,7 @@ def test_bad_input_is_one_paragraph(files, tmp_path, capsys):
         (["--examples", "-1"], 2),
         (["--max-length", "0"], 2),
         (["--per-device-train-batch-size", "0"], 2),
-        (["--json", str(tmp_path / "no" / "x.json")], 2),
+        (["--json", str(tmp_path / "no" / "x.json")], 4),
         (["--eval-file", str(tmp_path / "none.jsonl")], 3),
         (["--model", str(tmp_path)], 7),
     )
