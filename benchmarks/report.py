@@ -254,6 +254,22 @@ def plan_fits() -> str:
     return f"{table(['card', '2 x 2,048 tokens', '1 x 2,048 tokens'], rows)}\n\n{words}"
 
 
+def plan_measured(pattern: str) -> str:
+    """Predicted and measured peak of each setting that ran, and by how much they differ."""
+    if not any(RESULTS.glob(pattern)):
+        return "Not measured yet."
+    name, record = load(pattern)
+    headers = ["checkpointing", "compile", "attention", "rows", "tokens", "rank", "predicted GiB", "measured GiB", ""]
+    rows = []
+    for cell in record["cells"]:
+        shown = [str(cell[key]) for key in ("checkpointing", "compile", "backend", "batch", "length", "lora_r")]
+        result = [cell["unavailable"].replace("|", "/"), ""]
+        if "peak_gib" in cell:
+            result = [f"{cell['peak_gib']:.2f}", f"{cell['predicted_gib'] / cell['peak_gib'] - 1:+.1%}"]
+        rows.append([*shown, f"{cell['predicted_gib']:.2f}", *result])
+    return f"{table(headers, rows)}\n\n{source(name, record)}"
+
+
 def newest_peers(record: dict[str, Any], shape: str) -> list[Cell]:
     """One cell for each contender and dropout: the file keeps each `trl` that another cell was compared with."""
     return list({(cell["contender"], cell["dropout"]): cell for cell in record["cells"] if cell["shape"] == shape}.values())
@@ -627,6 +643,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "peers-short": lambda: peers_short("peers_h100_*.json", "2x2048x2"),
     "peers-cpu": lambda: peers("peers_cpu_*.json", "cpu"),
     "plan-fits": plan_fits,
+    "plan-measured": lambda: plan_measured("plan_h100_*.json"),
     "survival": survival,
     "guide-claims": claims,
     "guide-claims-short": claims_short,
@@ -752,6 +769,34 @@ def plot_peers(card: str) -> None:
     plt.close(figure)
 
 
+def plot_plan(card: str) -> None:
+    """Measured over predicted peak, a point a setting, with the tenth on either side that the prediction promises."""
+    import matplotlib.pyplot as plt
+    import matplotlib.ticker
+
+    if not any(RESULTS.glob(f"plan_{card}_*.json")):
+        return
+    name, record = load(f"plan_{card}_*.json")
+    cells = [cell for cell in record["cells"] if "peak_gib" in cell]
+    figure, panel = plt.subplots(figsize=(4.8, 4.4), layout="constrained")
+    ends = [0.9 * min(cell["predicted_gib"] for cell in cells), 1.1 * max(cell["predicted_gib"] for cell in cells)]
+    panel.fill_between(ends, [0.9 * end for end in ends], [1.1 * end for end in ends], color="0.92", zorder=0)
+    panel.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
+    for colour, how in zip((BLUE, ORANGE, "#000000"), ("graphs", "layers", "none"), strict=True):
+        points = [(cell["predicted_gib"], cell["peak_gib"]) for cell in cells if cell["compile"] == how]
+        if points:
+            panel.scatter(*zip(*points, strict=True), color=colour, s=24, label=f"--compile {how}", zorder=2)
+    panel.set(xscale="log", yscale="log", xlabel="predicted GiB", ylabel="measured GiB", xlim=ends, ylim=ends)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+    panel.minorticks_off()
+    panel.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{name}: {record['environment']['device']}. Grey: 10 %", x=0.01, ha="left", fontsize=8, color="0.4")
+    save(figure, f"plan_{card}")
+    plt.close(figure)
+
+
 def save(figure: Any, name: str) -> None:
     """As PNG and SVG, the same bytes each time."""
     for suffix in ("png", "svg"):
@@ -785,6 +830,7 @@ def main() -> None:
     plot_demo()
     plot_attention("h100")
     plot_peers("h100")
+    plot_plan("h100")
     for document in DOCUMENTS:
         document.write_text(rendered(document.read_text()))
 

@@ -51,6 +51,8 @@ class Options:
     """--cache-dequantized."""
     dropout: float = 0.1
     """--lora-dropout."""
+    lora_r: int = 32
+    """--lora-r."""
     steps: int = 8
     """Timed steps, after 3 to warm up."""
     out: Path | None = None
@@ -92,6 +94,7 @@ def configuration(options: Options) -> Any:
     folder, backend, checkpointing, how = options.cell
     return TrainConfig(
         model=folder,
+        lora_r=options.lora_r,
         lora_dropout=options.dropout,
         max_length=options.length,
         per_device_train_batch_size=options.batch,
@@ -109,11 +112,12 @@ def time_cell(options: Options) -> dict:
     from qlora import attention, data
     from qlora.layers import prepare_layers
     from qlora.loss import read_head, token_loss_sum
-    from qlora.memory import peak_memory_gib
+    from qlora.memory import leave_no_gaps, peak_memory_gib
     from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton
     from train_loop import train_step
 
     folder, backend, checkpointing, how = options.cell
+    leave_no_gaps()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config = configuration(options)
     skeleton = load_skeleton(folder, config)
@@ -219,7 +223,7 @@ def run_cell(options: Options, folder: str, backend: str, checkpointing: str, ho
     """The row of a cell from a process of its own; a cell that cannot run is a row with the reason."""
     arguments = [
         f"--{name.replace('_', '-')}={getattr(options, name)}"
-        for name in ("shape", "length", "batch", "accumulation", "dropout", "steps")
+        for name in ("shape", "length", "batch", "accumulation", "dropout", "lora_r", "steps")
     ]
     arguments += ["--cache-dequantized"] if options.cache_dequantized else []
     done = subprocess.run(

@@ -1,10 +1,16 @@
 """The profile of a step: kernels by kind, and the table that is made of it."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks import report, train_step
+from benchmarks import plan, report, train_step
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -56,3 +62,29 @@ def test_the_table_has_a_row_for_each_cell_and_a_profile_where_there_is_one(tmp_
         "| `sdpa` | none | as written | 313 | 26,206 | 12.75 |" in text and "| `eager` | none | as written | no room |" in text
     )
     assert text.count("| `sdpa` | none | compiled, CUDA graphs | 14 | 41 | 199 | 47 | 13 |") == 1
+
+
+def test_a_setting_s_prediction_stands_beside_its_peak(tmp_path):
+    command = [sys.executable, "benchmarks/plan.py", "--shape", "tiny", "--only", "6", "--out", str(tmp_path / "plan.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for more in ([], ["--missing"]):  # the second has nothing to do
+        done = subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "plan.json").read_text())
+        assert [cell["compile"] for cell in record["cells"]] == ["none"] and bool(more) == (not done.stdout)
+    cell = record["cells"][0]
+    assert 0.01 < cell["predicted_gib"] < 0.1 < cell["peak_gib"]  # on a CPU that of the process
+    assert len(plan.SETTINGS) >= 12 and len({tuple(setting.items()) for setting in plan.SETTINGS}) == len(plan.SETTINGS)
+
+
+def test_the_table_of_predictions_says_how_far_off_each_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.plan_measured("plan_h100_*.json") == "Not measured yet."
+    cells = [plan.FIRST | {"predicted_gib": 11.0, "peak_gib": 10.0}]
+    cells.append(plan.FIRST | {"predicted_gib": 99.0, "unavailable": "out of memory"})
+    packages = dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1")
+    environment = {"device": "NVIDIA H100", "packages": packages, "commit": "x"}
+    (tmp_path / "plan_h100_202601.json").write_text(json.dumps({"environment": environment, "runs": [], "cells": cells}))
+    text = report.plan_measured("plan_h100_*.json")
+    assert "| none | graphs | sdpa | 2 | 2048 | 32 | 11.00 | 10.00 | +10.0% |" in text
+    assert "| 99.00 | out of memory |  |" in text
