@@ -263,7 +263,7 @@ def plan_measured(pattern: str) -> str:
     rows = []
     for cell in record["cells"]:
         shown = [str(cell[key]) for key in ("checkpointing", "compile", "backend", "batch", "length", "lora_r")]
-        result = [cell["unavailable"].replace("|", "/"), ""]
+        result = [cell.get("unavailable", "").replace("|", "/"), ""]
         if "peak_gib" in cell:
             result = [f"{cell['peak_gib']:.2f}", f"{cell['predicted_gib'] / cell['peak_gib'] - 1:+.1%}"]
         rows.append([*shown, f"{cell['predicted_gib']:.2f}", *result])

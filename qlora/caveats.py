@@ -75,6 +75,9 @@ def _of_the_data(record: Record) -> list[Caveat]:
 def _of_what_is_measured(record: Record) -> list[Caveat]:
     found = []
     evaluations, steps = record.evaluations, record.steps
+    if patience := record.config["early_stopping_patience"]:
+        fact = f"The run was to end once {patience} evaluations brought no lower held-out loss, so that data had a say in it."
+        found.append(Caveat("A held-out loss on data that decided nothing", fact))
     if len(evaluations) > 1:
         best, last = min(evaluations, key=lambda row: row["eval_loss"]), evaluations[-1]
         if last["eval_loss"] > TURNED * best["eval_loss"]:
@@ -87,7 +90,7 @@ def _of_what_is_measured(record: Record) -> list[Caveat]:
         if last["eval_loss"] > RECITED * training:
             fact = f"In the last epoch the training loss was {training:.4f}, the held-out loss {last['eval_loss']:.4f}: "
             found.append(Caveat("Learning without learning by heart", fact + "some of the fit is to the examples themselves."))
-    if record.samples:
+    if record.samples and not record.evaluation:
         of = "held-out" if record.facts.get("held_out") else "training"
         fact = f"Answers are to {len(record.samples)} {of} prompts, greedy. A loss has the right answer so far in view."
         found.append(Caveat("How often a whole answer is right", fact))

@@ -20,19 +20,6 @@ from qlora.config import ExitCode, UserError
 from qlora.loss import CHUNK_TOKENS, Head, read_head
 from qlora.model import Precision, prepare_inference
 
-SHOWN = {  # name in the JSON -> label in the table, factor for people, decimals
-    "loss": ("held-out loss", 1, 3),  # in nats a token
-    "perplexity": ("perplexity", 1, 3),
-    "token_accuracy": ("token accuracy", 100, 1),  # this and what follows in per cent
-    "exact_match": ("exact match", 100, 1),
-    "valid_json": ("valid JSON", 100, 1),
-    "valid_avro": ("valid AVRO", 100, 1),
-    "rouge_l": ("ROUGE-L", 100, 1),
-    "bleu": ("BLEU", 1, 1),  # of the corpus
-    "chrf": ("chrF", 1, 1),  # mean of the answers
-}
-
-
 SIDES = ("base", "adapter")  # always in this order
 
 
@@ -192,7 +179,7 @@ def token_scores(hidden: torch.Tensor, batch: data.Batch, head: Head) -> tuple[t
 
 
 def comparisons(sides: Sequence[Side], references: list[str], seed: int) -> dict[str, scores.Comparison]:
-    """Every metric of both sides, by the names of SHOWN and in their order."""
+    """Every metric of both sides, by the names of scores.SHOWN and in their order."""
     found = {}
     for name, columns, metric in (("loss", [0, 2], scores.ratio), ("perplexity", [0, 2], scores.perplexity),
                                   ("token_accuracy", [1, 2], scores.ratio)):  # fmt: skip
@@ -201,7 +188,7 @@ def comparisons(sides: Sequence[Side], references: list[str], seed: int) -> dict
     texts = [scores.of_answers(side.answers, references) for side in sides]
     for name, (statistics, metric) in texts[0].items():
         found[name] = scores.compare(statistics, texts[1][name][0], metric, seed)
-    return {name: found[name] for name in SHOWN if name in found}
+    return {name: found[name] for name in scores.SHOWN if name in found}
 
 
 def results_table(compared: dict[str, scores.Comparison], num_examples: int, num_tokens: int) -> Table:
@@ -211,7 +198,7 @@ def results_table(compared: dict[str, scores.Comparison], num_examples: int, num
     for header in ("", *SIDES, "adapter - base"):
         table.add_column(header, justify="right" if header else "left")
     for name, found in compared.items():
-        label, factor, decimals = SHOWN[name]
+        label, factor, decimals = scores.SHOWN[name]
         cells = [[f"{factor * number:.{decimals}f}" for number in each] for each in found]
         table.add_row(label, *(Text(f"{value} [{low}, {high}]") for value, low, high in cells))
     caption = "[low, high]: 95 % by bootstrap over examples. Loss in nats a token; from accuracy on in %."

@@ -28,11 +28,11 @@ from qlora.compare import read_held_out
 from qlora.config import ExitCode, UserError
 from qlora.loss import CHUNK_TOKENS, read_head
 from qlora.model import peft
+from qlora.model_card import VLLM_RANKS
 
 Route = Literal["bf16", "dequantized"]
 LABELS = {"bf16": "merged into the base in bf16", "dequantized": "merged into the base's NF4 weights, turned to bf16"}
 FACTS = "merge.json"  # in the saved folder: what it was made of, and what was measured
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that --max-lora-rank takes; its own default is 16
 LLAMA_CPP = "https://github.com/ggml-org/llama.cpp"
 # transformers tells of the dtype that it dequantises to, which is the one that was asked for.
 logging.getLogger("transformers.integrations.bitsandbytes").addFilter(lambda r: "modules are dequantized" not in str(r.msg))

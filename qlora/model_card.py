@@ -11,7 +11,7 @@ from qlora.record import Record
 from qlora.rendering import render
 
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$")  # a model in the hub's cache
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that --max-lora-rank takes; its own default is 16
 ANSWER_LINES = 24
 EMBEDDED = {  # model -> hub id that its weights come from, licence, description
     "demo": (
@@ -87,7 +87,7 @@ def model_card(record: Record) -> str:
     config, base = record.config, base_of(record)
     train, held_out = record.counts
     sample = record.samples[0] if record.samples else None
-    rank = next((rank for rank in LORA_RANKS if rank >= config["lora_r"]), None)
+    rank = next((rank for rank in VLLM_RANKS if rank >= config["lora_r"]), None)
     values = {
         "head": _head(record, base),
         "base": base,

@@ -236,9 +236,7 @@ def _for_a_page(svg: str, name: str, said: str) -> str:
     for variable, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{variable}, {colour})")
     svg = re.sub(r"font-family: [^;\"]*;", "", svg)
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
-    svg = re.sub(r' id="([^"]+)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     (view,) = re.findall(r'viewBox="[^"]+"', svg)
     svg = re.sub(r"^<svg[^>]*>", f'<svg {view} role="img" aria-label="{said}">', svg)
     return re.sub(r"\s*\n\s*", " ", svg).replace("xlink:href", "href")

@@ -22,6 +22,7 @@ class Record:
     facts: dict[str, Any]  # run.json
     rows: list[dict[str, Any]]  # metrics.jsonl
     samples: list[dict[str, Any]]  # samples.jsonl, of a run that has ended
+    evaluation: dict[str, Any]  # evaluation.json, where python -m qlora evaluate was told to write it there
     trained_parameters: int | None  # of the adapter, or of the newest checkpoint
 
     @property
@@ -91,6 +92,7 @@ def read(folder: Path) -> Record:
         facts=_json(folder / run_folder.RUN),
         rows=whole_rows(folder / run_folder.METRICS),
         samples=whole_rows(folder / "samples.jsonl", keys={"prompt", "base", "tuned", "reference"}),
+        evaluation=_json(folder / "evaluation.json"),
         trained_parameters=_trained_parameters(folder),
     )
 

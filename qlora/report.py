@@ -10,6 +10,7 @@ from qlora.config import TrainConfig, UserError
 from qlora.model_card import base_of, data_name, model_card
 from qlora.record import Record, read
 from qlora.rendering import render
+from qlora.scores import SHOWN
 
 if TYPE_CHECKING:
     from qlora.commands import ReportOptions
@@ -105,6 +106,8 @@ def html(record: Record, curves: list[plots.Curve]) -> str:
             "of": "held-out" if record.facts.get("held_out") else "training",
             "evaluations": _evaluations(record),
             "held_out_tokens": f"{record.evaluations[-1]['num_tokens']:,}" if record.evaluations else "",
+            "compared": _compared(record.evaluation),
+            "compared_examples": f"{record.evaluation.get('num_examples', 0):,}",
             "caveats": caveats(record),
             "data": _data(record, train, held_out),
             "memory": _memory(record),
@@ -165,6 +168,16 @@ def _evaluations(record: Record) -> list[tuple[str, ...]]:
     if len(evaluations) > 1:
         rows += [("lowest loss", best), ("at the end" if record.status == "finished" else "last so far", last)]
     return [(name, f"{row['step']:,}", f"{row['eval_loss']:.4f}", f"{row['perplexity']:.3f}") for name, row in rows]
+
+
+def _compared(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Metric, and value and interval of base, adapter and their difference, as python -m qlora evaluate has them."""
+    rows = []
+    for name, found in evaluation.get("metrics", {}).items():
+        label, factor, decimals = SHOWN[name]
+        cells = [[f"{factor * side[key]:.{decimals}f}" for key in ("value", "low", "high")] for side in found.values()]
+        rows.append((label, [(value, f"[{low}, {high}]") for value, low, high in cells]))
+    return rows
 
 
 def _data(record: Record, train: dict[str, int], held_out: dict[str, int]) -> list[tuple[str, str, str]]:

@@ -11,6 +11,17 @@ from qlora.config import ExitCode, UserError
 
 RESAMPLES = 2000
 LOW, HIGH = 2.5, 97.5  # percentiles of an interval of 95 %
+SHOWN = {  # name in the JSON -> label in the table, factor for people, decimals
+    "loss": ("held-out loss", 1, 3),  # in nats a token
+    "perplexity": ("perplexity", 1, 3),
+    "token_accuracy": ("token accuracy", 100, 1),  # this and what follows in per cent
+    "exact_match": ("exact match", 100, 1),
+    "valid_json": ("valid JSON", 100, 1),
+    "valid_avro": ("valid AVRO", 100, 1),
+    "rouge_l": ("ROUGE-L", 100, 1),
+    "bleu": ("BLEU", 1, 1),  # of the corpus
+    "chrf": ("chrF", 1, 1),  # mean of the answers
+}
 PACKAGES = {"fastavro": "fastavro", "rouge_score": "rouge-score", "sacrebleu": "sacrebleu"}  # import name -> package
 
 

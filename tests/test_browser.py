@@ -1,8 +1,11 @@
 """The report in headless Chromium, on a desktop and on a phone, light and dark: `pytest -m browser`."""
 
+import json
+
 import pytest
 
 from qlora import report
+from qlora.scores import SHOWN
 from tests import chromium
 from tests.test_report import write_run
 
@@ -55,6 +58,10 @@ def page(tmp_path_factory):
 @pytest.fixture(scope="module", params=["finished", "stopped", "empty"])
 def path(request, tmp_path_factory):
     folder = write_run(tmp_path_factory.mktemp("runs") / "run", finished=request.param == "finished")
+    if request.param == "finished":
+        side = {"value": -0.512, "low": -0.745, "high": -0.321}
+        found = {name: {"base": side, "adapter": side, "difference": side} for name in SHOWN}
+        (folder / "evaluation.json").write_text(json.dumps({"num_examples": 1234, "metrics": found}))
     if request.param == "empty":
         for name in ("metrics.jsonl", "samples.jsonl"):
             (folder / name).unlink()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from qlora import attention, compare, data, evaluate
+from qlora import attention, compare, data, evaluate, scores
 from qlora.__main__ import main
 from qlora.adapter import load_adapted, open_adapter
 from qlora.config import BUNDLED_EVAL
@@ -29,7 +29,7 @@ def test_every_number_is_in_the_file_and_the_table(run, rows, tmp_path, capsys):
     flags = ["evaluate", str(run), "--eval-file", str(rows), "--max-new-tokens", "6", "--batch-size", "2", "--json", str(out)]
     assert main(flags) == 0
     shown, record = capsys.readouterr().out, json.loads(out.read_text())
-    assert list(record["metrics"]) == [name for name in compare.SHOWN if name != "valid_avro"]
+    assert list(record["metrics"]) == [name for name in scores.SHOWN if name != "valid_avro"]
     assert "held-out loss" in shown and "3 held-out examples" in shown and "[" in shown and str(out) in shown
     assert record["num_examples"] == 3 and record["precision"] == "nf4" and record["environment"]["packages"]["torch"]
     assert record["answers"][0]["reference"] == '{"a": 1}' and record["answers"][1]["line"] == 2

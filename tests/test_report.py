@@ -20,6 +20,7 @@ from qlora.__main__ import main
 from qlora.caveats import caveats
 from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.run_folder import RunFolder
+from qlora.scores import SHOWN
 from qlora.tracking import environment
 
 HOSTILE = '<script>alert("x")</script> & <b>bold</b>'
@@ -148,7 +149,7 @@ def test_rows_of_other_held_out_data_and_torn_ones_do_not_count(tmp_path):
     folder = write_run(tmp_path / "run", steps=20)
     add_rows(folder, evaluation(20, 0.001, held_out="c" * 64), evaluation(20, 9.0) | {"eval_loss": None})
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "step", "st')
+        file.write('{"step": 30}\n' + json.dumps(evaluation(30, 0.1)) + '\n{"event": "step", "st')  # up to the first torn one
     run = record.read(folder)
     assert [row["step"] for row in run.evaluations] == [0, 10, 20] and run.evaluations[-1]["eval_loss"] > 0.3
     assert (run.last_step, run.trained_parameters, run.times_seen[3]) == (20, 440, 2)
@@ -183,6 +184,18 @@ def test_the_page_has_the_numbers_of_the_run(tmp_path):
     assert not re.search(r"\bNone\b|\bnan\b|\{\{|Undefined", page.text)
     assert "note" not in [value for _, name, value in page.attributes if name == "class"]
     assert "/home/me" not in page.text.partition("Configuration")[0]
+
+
+def test_scores_of_the_evaluate_command_stand_in_the_page_with_their_intervals(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert "qlora evaluate" not in page_of(folder).words
+    side = {"value": 0.5, "low": 0.25, "high": 0.75}
+    found = {name: {"base": side, "adapter": side | {"value": 0.625}, "difference": side} for name in SHOWN}
+    (folder / "evaluation.json").write_text(json.dumps({"num_examples": 1234, "metrics": found}))
+    words = page_of(folder).words
+    assert "1,234 held-out examples" in words and "exact match 50.0 [25.0, 75.0] 62.5 [25.0, 75.0] 50.0 [25.0, 75.0]" in words
+    assert "held-out loss 0.500 [0.250, 0.750] 0.625" in words and "BLEU 0.5 [0.2, 0.8]" in words
+    assert "How often a whole answer is right" not in words  # which is known by now
 
 
 def test_the_page_can_be_heard_and_walked_through(tmp_path):
@@ -261,6 +274,7 @@ ALWAYS = {"What it did before and may do no longer", "How much of it is chance",
         ({}, "How much of it is chance", "seed 42"),
         ({"seed": 7}, "How much of it is chance", "seed 7."),
         ({}, "Speed and memory on a GPU", "on a CPU"),
+        ({"early_stopping_patience": 3}, "A held-out loss on data that decided nothing", "once 3 evaluations"),
         ({"total_steps": 90}, "The whole schedule", "after step 60 of 90"),
         ({"finished": False}, "The end of the run", "stopped after step 60 of 60"),
         ({}, "How often a whole answer is right", "2 held-out prompts"),

@@ -232,7 +232,7 @@ MUTANTS = [
     ),
     mutant(
         "torn-row-read",
-        TRACKING,
+        "qlora/record.py",
         f"{DAMAGE}::test_metrics_torn_or_gone",
         "        except ValueError:\n            break\n",
         "        except ValueError:\n            raise\n",
@@ -272,8 +272,8 @@ MUTANTS = [
         "stopped-is-a-success",
         "qlora/__main__.py",
         f"{SIGNALS}::test_one_signal[loading]",
-        "    return 128 + stop.received\n",
-        "    return 0\n",
+        '{redact(stop.advice())}", file=sys.stderr)\n    return 128 + stop.received\n',
+        '{redact(stop.advice())}", file=sys.stderr)\n    return 0\n',
     ),
     # -- numbers that are none
     mutant(
