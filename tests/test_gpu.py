@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from qlora import attention, checkpoint, data, doctor, merge
+from qlora.__main__ import main as any_command
 from qlora.__main__ import train as command_line
 from qlora.adapter import open_adapter
 from qlora.config import ExitCode, TrainConfig
@@ -312,3 +313,26 @@ def test_merging_on_the_gpu_is_closest_into_the_dequantised_base(config, tokeniz
     assert found["unmerged"].kl == 0 and found["dequantized"].kl < found["bf16"].kl < found["base"].kl
     merge.save(merge.merged_model(adapter, "dequantized"), adapter, tmp_path / "merged", {}, None)
     assert checkpoint.verify(tmp_path / "merged") is None
+
+
+def test_a_run_is_evaluated_and_answers_on_the_gpu(tiny, tmp_path, capsys):
+    """The held-out loss that evaluate finds is the one that training told, in NF4; int8 is near."""
+    flags = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "--max-steps", "12"]
+    assert command_line([*flags, "--attn-implementation", "sdpa", "--output-dir", str(tmp_path / "run")]) == 0
+    trained = [row["eval_loss"] for row in metrics(tmp_path / "run") if row["event"] == "eval"]
+    for more, within in (([], 1e-3), (["--int8"], 0.05)):
+        out = tmp_path / "evaluation.json"
+        command = ["evaluate", str(tmp_path / "run"), "--max-new-tokens", "8", "--json", str(out), *more]
+        assert any_command([*command]) == 0
+        loss = json.loads(out.read_text())["metrics"]["loss"]
+        assert loss["base"]["value"] == pytest.approx(trained[0], rel=within)
+        assert loss["adapter"]["value"] == pytest.approx(trained[-1], rel=within)
+    capsys.readouterr()
+    assert any_command(["generate", str(tmp_path / "run"), "--prompt", "Create", "--max-new-tokens", "8", "--compare"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_plan_knows_the_memory_of_this_gpu(capsys):
+    assert any_command(["plan"]) == 0
+    told = capsys.readouterr().out
+    assert torch.cuda.get_device_name() in told and "It fits with --gradient-checkpointing" in told
