@@ -28,9 +28,17 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, Python has only this file's folder there
 
 from benchmarks import report  # noqa: E402
-from benchmarks.guide_claims_list import CLAIMS, GROUPS, Claim  # noqa: E402
+from benchmarks.guide_claims_list import CLAIMS, COMMANDS, GROUPS, Claim  # noqa: E402
 
 TEXT = "Python's own reference, pydoc_data.topics of Python {python} (PSF licence), its first {tokens:,} tokens"
+
+
+def newest() -> Path:
+    """The newest file there is, so that a later month goes on with it; this month's if there is none."""
+    try:
+        return report.RESULTS / report.load(report.CLAIMS_FILE)[0]
+    except ValueError:
+        return report.RESULTS / f"guide_claims_cpu_{datetime.date.today():%Y%m}.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +55,8 @@ class Options:
     """Of the short runs. Unset: 4."""
     minutes: float | None = None
     """Start no further row after so long; a later call with --missing goes on."""
-    out: Path = ROOT / "benchmarks" / "results" / f"guide_claims_cpu_{datetime.date.today():%Y%m}.json"
-    """Where the JSON is, or goes."""
+    out: Path = dataclasses.field(default_factory=newest)
+    """Where the JSON is, or goes. Unset: the newest of benchmarks/results."""
 
 
 def alone(function: Any, *arguments: Any) -> Any:
@@ -69,7 +77,7 @@ def row_of(claim: Claim, figures: dict[str, Any], **about: Any) -> dict[str, Any
         "fact": claim.fact(figures),
         "figures": figures,
         "how": f"from {report.load(claim.how)[0]}" if is_file else claim.how,
-        "command": f"python benchmarks/guide_claims.py --only {claim.id}",
+        "command": COMMANDS[claim.how] if is_file else f"python benchmarks/guide_claims.py --only {claim.id}",
         **about,
     }
 

@@ -4,6 +4,7 @@ Phi-3-mini stands here as its exact shape on the meta device. MB and GB are 1e6 
 Shapes: D hidden size, r rank, N x K a weight of N outputs and K inputs.
 """
 
+import functools
 import math
 import tempfile
 import warnings
@@ -25,6 +26,7 @@ from qlora.model import audit_targets, bitsandbytes, linear_layers, load_skeleto
 Figures = dict[str, Any]
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # the guide's targets
 RANK, BATCH, LENGTH = 32, 2, 2048  # the guide's
+PEERS, SHAPE = "peers_h100_*.json", "2x2048x2"  # rows x tokens x micro-batches of a step there
 TOTAL_GB, FULL_GB = 2.0, 60.8  # what it says QLoRA and full fine-tuning take
 
 
@@ -88,10 +90,20 @@ def adapter_bytes(source: Source) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, Path(folder) / "adapter_model.safetensors")
         file_bytes = (Path(folder) / "adapter_model.safetensors").stat().st_size
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    training = 4 * 4 * parameters  # weight, gradient, two moments
-    return {"file_mb": file_bytes / 1e6, "parameters": parameters, "training_mb": training / 1e6,
-            "guide_formula_mb": 7 * 2 * RANK * 4096 * 4 / 1e6}  # fmt: skip
+    parameters = [torch.nn.Parameter(tensor) for tensor in tensors.values()]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    training = sum(tensor.nbytes for tensor in (*parameters, *(p.grad for p in parameters if p.grad is not None), *moments))
+    return {"file_mb": file_bytes / 1e6, "parameters": sum(p.numel() for p in parameters), "training_mb": training / 1e6}
+
+
+def adapter_formula(source: Source) -> Figures:
+    """The guide's formula for the bytes of its adapters, and r (in + out) of each layer of Phi-3-mini, in MB."""
+    real = sum(target.adapter_parameters for target in audit_targets(phi3_mini(), TrainConfig()))
+    return {"guide_mb": 7 * 2 * RANK * 4096 * 4 / 1e6, "real_mb": 4 * real / 1e6}
 
 
 def audit_names(model: Any) -> list[str]:
@@ -175,7 +187,8 @@ def layer_4096(source: Source) -> Figures:
     return {"stored": 1 - (base + adapter) / full, "training": 1 - (base + 4 * adapter) / full, "own_formula": 1 - formula}
 
 
-def quantized_model(source: Source) -> Figures:
+@functools.cache
+def _quantized_phi3() -> Figures:
     """Phi-3-mini in memory: each of its linear shapes quantised and weighed, the rest in 16 bits."""
     model = phi3_mini()
     layers = linear_layers(model).values()
@@ -193,6 +206,11 @@ def quantized_model(source: Source) -> Figures:
         "below_fp32": 1 - total / (4 * parameters),
         "fp32_ratio": 4 * parameters / total,
     }
+
+
+def quantized_model(source: Source) -> Figures:
+    """Phi-3-mini in memory, weighed."""
+    return dict(_quantized_phi3())
 
 
 def levels(source: Source) -> Figures:
@@ -213,8 +231,14 @@ def blocks(source: Source) -> Figures:
     largest = weight.view(-1, state.blocksize).abs().amax(1, keepdim=True)  # [blocks, 1]
     distance = (back / largest)[..., None] - state.code  # [blocks, 64, 16]
     indices = torch.cat([packed >> 4, packed & 15]).unique()  # [16]
-    return {"block": state.blocksize, "off_level": distance.abs().amin(-1).max().item(), "indices": len(indices),
-            "stored_as": str(packed.dtype).removeprefix("torch."), "values_a_byte": weight.numel() / packed.nbytes}  # fmt: skip
+    return {
+        "block": state.blocksize,
+        "elements": weight.numel(),
+        "off_level": distance.abs().amin(-1).max().item(),
+        "indices": len(indices),
+        "stored_as": str(packed.dtype).removeprefix("torch."),
+        "values_a_byte": weight.numel() / packed.nbytes,
+    }
 
 
 def clusters(source: Source) -> Figures:
@@ -238,20 +262,29 @@ def relative_rms(approximation: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def uniform_levels(weight: torch.Tensor, block: int = 64) -> torch.Tensor:
-    """[N, K] rounded to 15 equally spaced levels in each block: int4 by the largest value."""
+    """[N, K] rounded to 16 equally spaced levels in each block, from minus to plus its largest absolute value."""
     rows = weight.float().reshape(-1, block)  # [blocks, 64]
-    scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 7  # [blocks, 1]
-    return ((rows / scale).round() * scale).view_as(weight)
+    largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-12)  # [blocks, 1]
+    index = ((rows / largest + 1) * 7.5).round()  # [blocks, 64], 0 to 15
+    return ((index / 7.5 - 1) * largest).view_as(weight)
+
+
+def signed_levels(weight: torch.Tensor, block: int = 64) -> torch.Tensor:
+    """[N, K] rounded to 16 equally spaced levels in each block, -8 to 7 times a scale that puts the largest at -8 (Q4_0)."""
+    rows = weight.float().reshape(-1, block)  # [blocks, 64]
+    scale = rows.gather(1, rows.abs().argmax(1, keepdim=True)) / -8  # [blocks, 1]
+    return ((rows / scale).round().clamp(-8, 7) * scale).view_as(weight)
 
 
 def four_bit_formats(source: Source) -> Figures:
-    """Relative error of normal weights in NF4, FP4 and equally spaced levels, each with a scale for 64."""
+    """Relative error of normal weights in NF4, FP4 and 16 equally spaced levels, two ways, each with a scale for 64."""
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))  # [N, K]
     errors = {"uniform": relative_rms(uniform_levels(weight), weight)}
+    errors["uniform, -8 to 7"] = relative_rms(signed_levels(weight), weight)
     for kind in ("nf4", "fp4"):
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type=kind)
         errors[kind] = relative_rms(bitsandbytes.functional.dequantize_4bit(packed, state), weight)
-    return {"error": errors, "better": 1 - errors["nf4"] / errors["uniform"]}
+    return {"error": errors}
 
 
 def float_formats(source: Source) -> Figures:
@@ -282,8 +315,21 @@ def schedule_formula(source: Source) -> Figures:
 
 
 def first_rate(source: Source) -> Figures:
-    """The share of the peak rate at the first update, in transformers and here."""
-    return {"transformers": cosine_rates(12, 120)[0], "here": train_loop.lr_multiplier(0, 12, 120)}
+    """transformers' rates in warmup against t / warmup, and what its first update moves; the share of the first rate here."""
+    warmup = 12
+    weight = torch.nn.Parameter(torch.ones(4))
+    weight.grad = torch.ones(4)
+    optimizer = torch.optim.AdamW([weight], lr=1e-3)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, 120)
+    rates, moved = [], []
+    for _ in range(warmup):
+        before = weight.detach().clone()  # [4]
+        rates.append(optimizer.param_groups[0]["lr"] / 1e-3)
+        optimizer.step()
+        schedule.step()
+        moved.append((weight.detach() - before).abs().max().item())
+    off = max(abs(rate - step / warmup) for step, rate in enumerate(rates))
+    return {"off_formula": off, "moved": moved[:2], "here": train_loop.lr_multiplier(0, warmup, 120)}
 
 
 def scheduler_default(source: Source) -> Figures:
@@ -298,17 +344,36 @@ def scheduler_default(source: Source) -> Figures:
     return {"default": str(scheduler.value), "warmup_ratio": refused, "transformers": transformers.__version__}
 
 
+class _Toy(torch.nn.Module):
+    """A model for Trainer that notes how many examples each forward gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.sizes: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Args: x: [B, 1]."""
+        self.sizes.append(len(x))
+        return {"loss": (x * self.weight).mean()}
+
+
 def steps(source: Source) -> Figures:
-    """Micro-batches, windows and updates of the guide's 22 examples."""
-    examples = len(list(data.read_examples(BUNDLED_TRAIN, "train")))
-    config = TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=20)
-    per_epoch, total = train_loop.count_steps(config, examples)
-    windows = [sum(map(len, window)) for window in data.windows(_chunks(list(range(examples)), 2), 2)]
-    return {"examples": examples, "per_epoch": per_epoch, "total": total, "warmup": math.ceil(0.1 * total), "windows": windows}
-
-
-def _chunks(rows: list[int], size: int) -> list[list[int]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+    """Updates of transformers.Trainer, over a toy model, with the guide's numbers; examples of each in the first epoch."""
+    examples, toy = len(list(data.read_examples(BUNDLED_TRAIN, "train"))), _Toy()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=20,
+            warmup_steps=0.1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        trainer = transformers.Trainer(toy, arguments, train_dataset=[{"x": torch.ones(1)}] * examples)
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    total = trainer.state.global_step
+    micro_batches = toy.sizes[: len(toy.sizes) // 20]
+    windows = [sum(micro_batches[start : start + 2]) for start in range(0, len(micro_batches), 2)]
+    return {"examples": examples, "per_epoch": total // 20, "total": total, "warmup": arguments.get_warmup_steps(total),
+            "windows": windows}  # fmt: skip
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
@@ -326,16 +391,60 @@ def tiny_tokenizer() -> Any:
     return load_tokenizer(source, load_skeleton(source, TrainConfig()), TrainConfig())
 
 
-def pad_labels(source: Source) -> Figures:
-    """Stop tokens that stay trained when pad = eos: by the usual collator, which masks by id, and here, by length."""
+@functools.cache
+def guides_batch() -> Any:
+    """The 22 samples as the guide's SFTTrainer makes and collates them: formatting_func, pad = eos, 2,048 tokens at most."""
+    import datasets
+    import trl
+
+    datasets.disable_progress_bars()
     tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = [
+        {"instruction": example.prompt[-1].content, "response": example.response}
+        for example in data.read_examples(BUNDLED_TRAIN, "train")
+    ]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TRL calls transformers by an old name
+        trainer = trl.SFTTrainer(
+            model=fresh_tiny(),
+            train_dataset=datasets.Dataset.from_list(rows),
+            peft_config=peft.LoraConfig(r=4, target_modules=["qkv_proj"], task_type="CAUSAL_LM"),
+            formatting_func=lambda row: f"### Instruction:\n{row['instruction']}\n\n### Response:\n{row['response']}",
+            processing_class=tokenizer,
+            args=trl.SFTConfig(output_dir=folder, use_cpu=True, report_to=[], max_length=LENGTH),
+        )
+        batch = trainer.data_collator([trainer.train_dataset[row] for row in range(len(rows))])
+    return {"labels": batch["labels"], "lengths": batch["attention_mask"].sum(1), "stop": tokenizer.eos_token_id,
+            "version": trl.__version__}  # fmt: skip
+
+
+def pad_labels(source: Source) -> Figures:
+    """Stop tokens that stay trained when pad = eos: in SFTTrainer, with transformers' collator, which masks by id, and here."""
+    tokenizer, theirs = tiny_tokenizer(), guides_batch()
     form = data.read_format(tokenizer, "plain")
     samples = [data.encode(example, form, "all") for example in data.read_examples(BUNDLED_TRAIN, "train")]
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    theirs = collator([{"input_ids": sample.input_ids, "attention_mask": [1] * len(sample.input_ids)} for sample in samples])
-    ours = data.collate(samples).labels  # [22, T]
-    stop = tokenizer.eos_token_id
-    return {"examples": len(samples), "collator": int((theirs["labels"] == stop).sum()), "here": int((ours == stop).sum())}
+    by_id = collator([{"input_ids": sample.input_ids, "attention_mask": [1] * len(sample.input_ids)} for sample in samples])
+    counts = {"trl": theirs["labels"], "transformers": by_id["labels"], "here": data.collate(samples).labels}  # [22, T] each
+    stops = {name: int((labels == tokenizer.eos_token_id).sum()) for name, labels in counts.items()}
+    return {"examples": len(samples), "trl_version": theirs["version"], **stops}
+
+
+def stop_token(source: Source) -> Figures:
+    """How many of the guide's samples end with a stop token, as SFTTrainer makes them and here, and what is trained of each."""
+    form, theirs = data.read_format(tiny_tokenizer(), "plain"), guides_batch()
+    last = theirs["labels"].gather(1, theirs["lengths"][:, None] - 1)[:, 0]  # [22]
+    ours = [data.encode(example, form, "response") for example in data.read_examples(BUNDLED_TRAIN, "train")]
+    positions = sum(len(sample.input_ids) for sample in ours)
+    return {
+        "examples": len(ours),
+        "trl_version": theirs["version"],
+        "trl": int((last == theirs["stop"]).sum()),
+        "trl_trained": int((theirs["labels"] != data.IGNORED).sum()) / int(theirs["lengths"].sum()),
+        "here": sum(sample.input_ids[-1] == form.stop_id and sample.labels[-1] == form.stop_id for sample in ours),
+        "here_trained": sum(label != data.IGNORED for sample in ours for label in sample.labels) / positions,
+    }
 
 
 def added_pad(source: Source) -> Figures:
@@ -351,16 +460,6 @@ def added_pad(source: Source) -> Figures:
         error = type(raised).__name__
     return {"id": tokenizer.pad_token_id, "rows": model.get_input_embeddings().weight.shape[0], "error": error,
             "phi3_rows": transformers.Phi3Config().vocab_size}  # fmt: skip
-
-
-def stop_token(source: Source) -> Figures:
-    """How many of the guide's formatted texts end with a stop token, and how many samples do here."""
-    form = data.read_format(tiny_tokenizer(), "plain")
-    examples = list(data.read_examples(BUNDLED_TRAIN, "train"))
-    texts = [f"### Instruction:\n{example.prompt[-1].content}\n\n### Response:\n{example.response}" for example in examples]
-    guide = sum(form.tokenizer(text).input_ids[-1] == form.stop_id for text in texts)
-    here = sum(data.encode(example, form, "response").input_ids[-1] == form.stop_id for example in examples)
-    return {"examples": len(examples), "guide": guide, "here": here}
 
 
 def streaming(source: Source) -> Figures:
@@ -380,10 +479,8 @@ def streaming(source: Source) -> Figures:
 
 
 def native_class(source: Source) -> Figures:
-    """Where transformers' Phi-3 comes from without trust_remote_code, and how its layers are numbered."""
-    model = phi3_mini()
-    layers = [int(name.split(".")[2]) for name in linear_layers(model)]
-    return {"module": type(model).__module__, "first_layer": min(layers), "last_layer": max(layers)}
+    """Where transformers' Phi-3 comes from without trust_remote_code."""
+    return {"module": type(phi3_mini()).__module__}
 
 
 def fresh_tiny(dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -397,18 +494,19 @@ def fresh_tiny(dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def offloading(source: Source) -> Figures:
-    """What loading in 4 bits says to a layer that device_map puts on the disk."""
+    """What loading in 4 bits with device_map="auto" gives with room for all of the tiny model, and for a part of it."""
     quantization = transformers.BitsAndBytesConfig(load_in_4bit=True)
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
-              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
-    try:
-        transformers.AutoModelForCausalLM.from_pretrained(
-            str(tiny_random_model()), quantization_config=quantization, device_map=places
-        )
-        error = None
-    except ValueError as raised:
-        error = " ".join(str(raised).split())[:120]
-    return {"refused": error is not None, "error": error}
+    errors: dict[str, str | None] = {}
+    for name, room in (("enough", "1GB"), ("too_little", "400KB")):
+        try:
+            transformers.AutoModelForCausalLM.from_pretrained(
+                str(tiny_random_model()), quantization_config=quantization, device_map="auto", max_memory={"cpu": room}
+            )
+            errors[name] = None
+        except ValueError as raised:
+            errors[name] = " ".join(str(raised).split())[:120]
+    layers = [int(name.split(".")[2]) for name in linear_layers(phi3_mini())]
+    return {"error": errors, "first_layer": min(layers), "last_layer": max(layers)}
 
 
 def peft_and_checkpointing(source: Source) -> Figures:
@@ -511,17 +609,25 @@ def attention_step(backend: str, length: int, checkpointing: str = "full") -> di
 
 
 def flash_speed(source: Source) -> Figures:
-    """Flash attention against eager and sdpa: alone, and in a step."""
-    found: Figures = {"length": LENGTH}
-    flash = attention_kernel("flash_attention_2", LENGTH)
-    ms = flash["forward_ms"] + flash["backward_ms"]
-    for backend in ("eager", "sdpa"):
-        cell = attention_kernel(backend, LENGTH)
-        found[f"kernel_against_{backend}"] = (cell["forward_ms"] + cell["backward_ms"]) / ms
-        times = [attention_step(name, LENGTH)["step_ms"] for name in (backend, "flash_attention_2")]
-        found[f"step_against_{backend}"] = times[0] / times[1]
-    times = [attention_step(name, 8192)["step_ms"] for name in ("sdpa", "eager", "flash_attention_2")]
-    return {**found, "step_at_8192_against_sdpa": times[0] / times[2], "step_at_8192_against_eager": times[1] / times[2]}
+    """Flash attention against eager and sdpa, in ms: forward and backward alone, and a step, with 10th and 90th percentile.
+
+    A step that ran out of memory is None.
+    """
+    kernels = {name: attention_kernel(name, LENGTH) for name in ("eager", "sdpa", "sdpa_flash", "flash_attention_2")}
+    steps: dict[str, dict[str, Any]] = {}
+    for rows, length in ((BATCH, LENGTH), (1, 8192)):
+        for policy in ("full", "none"):
+            cells = {name: attention_step(name, length, policy) for name in ("eager", "sdpa", "flash_attention_2")}
+            steps[f"{rows} x {length:,}, {policy}"] = {
+                name: [cell[key] for key in ("step_ms", "step_ms_p10", "step_ms_p90")] if cell.get("step_ms") else None
+                for name, cell in cells.items()
+            }
+    return {
+        "length": LENGTH,
+        "kernel_ms": {name: cell["forward_ms"] + cell["backward_ms"] for name, cell in kernels.items()},
+        "sdpa_ran": kernels["sdpa"]["ran"],
+        "steps": steps,
+    }
 
 
 def flash_memory(source: Source) -> Figures:
@@ -535,15 +641,20 @@ def flash_memory(source: Source) -> Figures:
     return {"peak_gib": named, "growth_gib": growth, "at_2048_gib": short}
 
 
+def peers_gb(contender: str, shape: str = SHAPE) -> float:
+    """Measured peak of a contender of peers.py on an H100, in GB."""
+    return float(measured_cell(PEERS, contender=contender, shape=shape)["peak_gib"]) * 2**30 / 1e9
+
+
 def out_of_memory(source: Source) -> Figures:
-    """What the advice against running out of memory is worth, from measured peaks of compiled steps."""
-    peaks = {name: measured_cell("first_ladder_*.json", name=name)["peak_gib"] for name in ("none", "full", "none512")}
-    halved = 18 * adapter_bytes(source)["parameters"] / 2 / 2**30
-    return {"none_2x2048": peaks["none"], "checkpointing": peaks["full"], "1x512": peaks["none512"], "half_rank_gib": halved}
+    """What the advice against running out of memory is worth: measured peaks in GB, and by its formula half the rank."""
+    halved = 16 * sum(target.adapter_parameters for target in audit_targets(phi3_mini(), TrainConfig())) / 2
+    return {"none_2x2048": peers_gb("ours_none"), "checkpointing": peers_gb("ours_full"),
+            "none_1x512": peers_gb("ours_none", "1x512x4"), "half_rank": halved / 1e9}  # fmt: skip
 
 
 def memory_of_phi3(source: Source) -> Figures:
-    """Each term of a step at 2 x 2,048 tokens with full checkpointing, in GB, and the measured peak."""
+    """Each term of this loop's step at 2 x 2,048 tokens with full checkpointing, in GB, and measured peaks, TRL's too."""
     model = phi3_mini()
     config = TrainConfig(gradient_checkpointing="full", compile="layers", attn_implementation="sdpa")
     targets = audit_targets(model, config)
@@ -562,11 +673,17 @@ def memory_of_phi3(source: Source) -> Figures:
     }
     predicted = estimated_memory_gib(model, targets, config, LENGTH) * 2**30 / 1e9
     terms["the layer at work, and scratch"] = predicted - sum(terms.values())
-    peak = measured_cell("first_ladder_*.json", name="full")["peak_gib"] * 2**30 / 1e9
-    plain = measured_cell("train_step_h100_*.json", attn_implementation="sdpa", gradient_checkpointing="full")["peak_gib"]
-    none = measured_cell("first_ladder_*.json", name="none")["peak_gib"]
-    return {"terms_gb": terms, "predicted_gb": predicted, "measured_gb": peak, "measured_plain_gb": plain * 2**30 / 1e9,
-            "measured_none_gb": none * 2**30 / 1e9, "guide_gb": TOTAL_GB}  # fmt: skip
+    states = ("linear layers, NF4", "embeddings, head, norms, bf16", "adapters, fp32", "their gradients", "AdamW's moments")
+    return {
+        "terms_gb": terms,
+        "states_gb": sum(terms[name] for name in states),
+        "predicted_gb": predicted,
+        "measured_gb": peers_gb("ours_full_layers"),
+        "measured_none_gb": peers_gb("ours_none"),
+        "trl_gb": peers_gb("trl"),
+        "trl_best_gb": peers_gb("trl_best"),
+        "guide_gb": TOTAL_GB,
+    }
 
 
 def full_fine_tuning(source: Source) -> Figures:
@@ -575,26 +692,54 @@ def full_fine_tuning(source: Source) -> Figures:
 
 
 def reduction(source: Source) -> Figures:
-    """The measured peak of a QLoRA step against 16 bytes a parameter; and against full bf16 weights with 8-bit moments."""
-    peak = memory_of_phi3(source)["measured_gb"]
-    return {"measured": 1 - peak / full_fine_tuning(source)["gb"], "peak_gb": peak, "guide": 0.967}
+    """How much less than full fine-tuning: like against like, without activations and with a step's, and measured peaks.
+
+    "activations" stands for all of the measured peak that is no weight, gradient or moment, on both sides.
+    """
+    memory, full = memory_of_phi3(source), full_fine_tuning(source)["gb"]
+    peak = memory["measured_gb"]
+    return {
+        "states": 1 - memory["states_gb"] / full,
+        "with_activations": 1 - peak / (full + peak - memory["states_gb"]),
+        "peak": 1 - peak / full,
+        "trl_peak": 1 - memory["trl_gb"] / full,
+        "guide": 0.967,
+    }
 
 
 def small_card(source: Source) -> Figures:
-    """Measured peaks against 6 GB, the least that the guide asks for."""
+    """Measured peaks of this loop and of TRL in GB against 6 GB, the least that the guide asks for."""
     peaks = {
-        "2 x 2,048, full checkpointing": measured_cell("first_ladder_*.json", name="full")["peak_gib"],
-        "2 x 2,048, none": measured_cell("first_ladder_*.json", name="none")["peak_gib"],
-        "1 x 512, none": measured_cell("first_ladder_*.json", name="none512")["peak_gib"],
+        "this loop with full checkpointing, 2 x 2,048": peers_gb("ours_full_layers"),
+        "this loop without, 2 x 2,048": peers_gb("ours_none"),
+        "this loop without, 1 x 512": peers_gb("ours_none", "1x512x4"),
+        "SFTTrainer, 2 x 2,048": peers_gb("trl"),
+        "SFTTrainer, 1 x 512": peers_gb("trl", "1x512x4"),
     }
-    fits = [name for name, gib in peaks.items() if gib * 2**30 < 5.5e9]  # half a GB for the CUDA context
-    return {"peaks_gib": peaks, "fits": fits, "card_gb": 6}
+    return {"peaks_gb": peaks, "fits": [name for name, gb in peaks.items() if gb < 5.5], "card_gb": 6}  # 0.5 for CUDA
+
+
+def disk(source: Source) -> Figures:
+    """What the guide's run puts on a disk, in GB: weights, packages as installed here, three checkpoints as measured."""
+    _, record = report.load("kill_resume_*.json")
+    packages = Path(torch.__file__).parents[1]
+    installed = sum(path.stat().st_size for path in packages.rglob("*") if path.is_file() and not path.is_symlink())
+    return {"weights": 2 * phi3_mini().num_parameters() / 1e9, "checkpoints": 3 * record["checkpoint_bytes"] / 1e9,
+            "packages": installed / 1e9, "guide": 20}  # fmt: skip
 
 
 def epochs(source: Source) -> Figures:
-    """When the default run of 20 epochs stopped gaining."""
+    """When runs of 20 epochs stopped gaining: the default one, and for each peak rate the epoch from which the loss
+    stays within twice its last."""
     _, record = report.load("demo_cpu_*.json")
     losses = record["runs"][0]["eval_loss"]
+    plateau = {
+        f"{run['learning_rate']:g}": [
+            max(epoch for epoch, loss in enumerate(run["eval_loss"]) if loss > 2 * run["eval_loss"][-1]) + 1,
+            run["tuned_right"],
+        ]
+        for run in sorted(record["runs"], key=lambda run: run["learning_rate"])
+    }
     best = min(losses)
     near = next(epoch for epoch, loss in enumerate(losses) if loss < 1.1 * best)
     return {
@@ -602,20 +747,21 @@ def epochs(source: Source) -> Figures:
         "best_epoch": losses.index(best),
         "last": losses[-1],
         "within_a_tenth": near,
+        "plateau": plateau,
+        "of": record["runs"][0]["held_out"],
         "epochs": len(losses) - 1,
     }
 
 
 def signs_of_success(source: Source) -> Figures:
-    """Held-out loss and answers of the default run, and of the run whose held-out loss got lowest."""
+    """Held-out loss before and after 20 epochs and right answers, for each peak rate."""
     _, record = report.load("demo_cpu_*.json")
-    default, lowest = record["runs"][0], min(record["runs"], key=lambda run: min(run["eval_loss"]))
-    return {
-        "of": default["held_out"],
-        **{name: {"before": run["eval_loss"][0], "best": min(run["eval_loss"]), "right": run["tuned_right"],
-                  "right_before": run["base_right"], "rate": run["learning_rate"]}
-           for name, run in (("default", default), ("lowest", lowest))},
+    runs = {
+        f"{run['learning_rate']:g}": {"before": run["eval_loss"][0], "last": run["eval_loss"][-1], "right": run["tuned_right"],
+                                      "right_before": run["base_right"]}
+        for run in sorted(record["runs"], key=lambda run: run["learning_rate"])
     }  # fmt: skip
+    return {"of": record["runs"][0]["held_out"], "runs": runs}
 
 
 def trl_checkpointing(source: Source) -> Figures:

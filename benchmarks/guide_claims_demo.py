@@ -16,7 +16,14 @@ import torch
 
 import train_loop
 from benchmarks import guide_claims_training as training
-from benchmarks.guide_claims_cells import Figures, Source, relative_rms, uniform_levels
+from benchmarks.guide_claims_cells import (
+    Figures,
+    Source,
+    relative_rms,
+    signed_levels,
+    signs_of_success,
+    uniform_levels,
+)
 from qlora import attention, checkpoint, data
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, TrainConfig
 from qlora.demo import model_source
@@ -95,13 +102,14 @@ def quality(source: Source, rows: int = training.TEXT_ROWS, length: int = traini
 
 
 def format_errors(source: Source) -> Figures:
-    """Relative error of all of the demo's linear weights in NF4 and in equally spaced levels."""
-    errors: dict[str, list[float]] = {"nf4": [], "uniform": []}
+    """Relative error of all of the demo's linear weights in NF4 and in 16 equally spaced levels, two ways."""
+    errors: dict[str, list[float]] = {"nf4": [], "uniform": [], "uniform, -8 to 7": []}
     for layer in linear_layers(base_model(source, "bf16")).values():
         weight = layer.weight.detach().float()
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
         errors["nf4"].append(relative_rms(bitsandbytes.functional.dequantize_4bit(packed, state), weight))
         errors["uniform"].append(relative_rms(uniform_levels(weight), weight))
+        errors["uniform, -8 to 7"].append(relative_rms(signed_levels(weight), weight))
     return {name: statistics.mean(values) for name, values in errors.items()}
 
 
@@ -440,13 +448,18 @@ def dropouts(source: Source) -> Figures:
 
 
 def rates(source: Source) -> Figures:
-    """Held-out loss for each peak rate."""
-    return runs(source, dict(sorted({4e-4: training.BASE, **training.RATES}.items())))
+    """Held-out loss for each peak rate: after the guide's 20 epochs, and of the short runs, which have the extremes."""
+    whole = {name: {"last": run["last"], "right": run["right"]} for name, run in signs_of_success(source)["runs"].items()}
+    return {**runs(source, dict(sorted({4e-4: training.BASE, **training.RATES}.items()))), "whole": whole}
 
 
 def decay(source: Source) -> Figures:
-    """Held-out loss with and without weight decay."""
-    return runs(source, {"0.01": training.BASE, "0": training.NO_DECAY})
+    """Held-out loss with and without weight decay, and the largest share of a weight that decay takes in the run."""
+    row = of(source, training.BASE)
+    config = training.configured(source.model, {})
+    assert config.learning_rate is not None  # as resolved
+    share = len(row["train_loss"]) * config.learning_rate * config.weight_decay
+    return {**runs(source, {"0.01": training.BASE, "0": training.NO_DECAY}), "decays_by_at_most": share}
 
 
 def knowledge(source: Source) -> Figures:

@@ -6,6 +6,7 @@ python benchmarks/report.py          # rewrites what stands between the markers,
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -539,13 +540,36 @@ def claims_in_numbers(rows: list[Cell]) -> str:
     """How many claims there are, how they came out, and how that was found."""
     verdicts = ", ".join(f"{sum(row['verdict'] == verdict for row in rows if row['how'] != 'not measured')} {told}"
                          for verdict, told in (("right", "right"), ("wrong", "wrong"), ("depends", "depend")))  # fmt: skip
-    kinds = [sum(map(is_measured, rows)), *(sum(row["how"] == how for row in rows) for how in ("computed", "not measured"))]
-    return f"{len(rows)} claims: {verdicts}. {kinds[0]} are measured, {kinds[1]} computed, {kinds[2]} not measured."
+    others = [
+        f"{sum(row['how'] == how for row in rows)} {how}" for how in ("computed", "read from the library", "not measured")
+    ]
+    return f"{len(rows)} claims: {verdicts}. {sum(map(is_measured, rows))} are measured, {', '.join(others)}."
+
+
+def claims_record() -> tuple[str, dict[str, Any]]:
+    """Name and contents of the newest file of claims.
+
+    Raises:
+        SystemExit: it has not a row for each claim.
+    """
+    sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]  # run as a script, Python has only this file's folder there
+    from benchmarks.guide_claims_list import CLAIMS
+
+    name, record = load(CLAIMS_FILE)
+    if lacking := sorted(CLAIMS.keys() - {row["id"] for row in record["rows"]}):
+        told = f"{name} lacks {len(lacking)} of {len(CLAIMS)} claims ({', '.join(lacking[:5])})"
+        raise SystemExit(f"{told}; measure them: python benchmarks/guide_claims.py --missing")
+    return name, record
+
+
+def how_known(row: Cell) -> str:
+    """How a row's figures came about; of a file, also the command that made it."""
+    return f"{row['how']}, `{row['command']}`" if row["how"].startswith("from ") else str(row["how"])
 
 
 def claims_short() -> str:
     """The claims that matter most."""
-    name, record = load(CLAIMS_FILE)
+    name, record = claims_record()
     rows = [[row["claim"], row["verdict"], row["fact"]] for row in record["rows"] if row["short"]]
     told = f"{claims_in_numbers(record['rows'])} {source(name, {**record, 'cells': record['rows']})}"
     return f"{table(['a guide says', 'verdict', 'measured'], rows)}\n\n{told}"
@@ -553,11 +577,11 @@ def claims_short() -> str:
 
 def claims() -> str:
     """All claims, a table for each group, and under that of memory its terms."""
-    name, record = load(CLAIMS_FILE)
+    name, record = claims_record()
     parts = [claims_in_numbers(record["rows"])]
     for group in dict.fromkeys(row["group"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["group"] == group]
-        cells = [[f"`{row['id']}`", row["claim"], row["verdict"], row["fact"], row["how"]] for row in rows]
+        cells = [[f"`{row['id']}`", row["claim"], row["verdict"], row["fact"], how_known(row)] for row in rows]
         parts += [f"## {group}", table(["id", "the guide says", "verdict", "what is so", "how it is known"], cells)]
         figures = {row["id"]: row["figures"] for row in rows}
         if {"total-2gb", "memory-terms"} <= figures.keys():
