@@ -3,20 +3,29 @@
 import ast
 import enum
 import importlib.util
-import inspect
+import io
+import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import report
+from qlora import data
 from qlora.__main__ import train as command_line
-from qlora.config import DEMO_LEARNING_RATE
+from qlora.config import DEMO_LEARNING_RATE, TrainConfig
+from qlora.data import IGNORED
+from qlora.loss import read_head
+from qlora.signals import Signals
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -82,24 +91,57 @@ def applied(diff: str, text: str) -> str:
     return text
 
 
-def run_copy(text: str, folder: Path, monkeypatch, name: str) -> list[dict]:
-    """Metrics of a short run of a changed train_loop.py, through its own main."""
-    from qlora.config import TrainConfig
-    from qlora.signals import Signals
-
+def changed_loop(text: str, folder: Path, monkeypatch, name: str) -> Any:
+    """A changed train_loop.py as a module."""
     path = folder / f"{name}.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(f"changed_{name}", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    config = TrainConfig(model="tiny-random", output_dir=folder / name, max_steps=8, learning_rate=1e-2, lora_r=4)
-    module.main(config, Signals())
+    return module
+
+
+def short_run(folder: Path, save_steps: int | None = None) -> TrainConfig:
+    """Of the tiny model, eight steps."""
+    return TrainConfig(model="tiny-random", output_dir=folder, max_steps=8, learning_rate=1e-2, lora_r=4, save_steps=save_steps)
+
+
+def run_copy(text: str, folder: Path, monkeypatch, name: str, save_steps: int | None = None) -> list[dict]:
+    """Metrics of a short run of a changed train_loop.py, through its own main."""
+    changed_loop(text, folder, monkeypatch, name).main(short_run(folder / name, save_steps), Signals())
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
+def padding(row: dict, lengths: dict[int, int], batch_size: int) -> int:
+    """Positions of a step's micro-batches that hold no token, from its lines."""
+    batches = [row["lines"][start : start + batch_size] for start in range(0, len(row["lines"]), batch_size)]
+    return sum(len(lines) * max(lengths[line] for line in lines) - sum(lengths[line] for line in lines) for lines in batches)
+
+
+def predictions(model: Any, batch: data.Batch, hidden: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    """Logits [V] and the token that they are to predict, one after the other, by the model's own head."""
+    logits = model.get_output_embeddings()(hidden).float()  # [B, T, V]
+    return [
+        (logits[row, position], int(batch.labels[row, position + 1]))
+        for row in range(len(batch.labels))
+        for position in range(batch.labels.shape[1] - 1)
+        if batch.labels[row, position + 1] != IGNORED
+    ]
+
+
+@pytest.fixture
+def fixed(model, samples) -> tuple[Any, data.Batch, torch.Tensor]:
+    """A model, a batch of two, and hidden states [B, T, D] for it."""
+    batch = data.collate(samples[:2])
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*batch.input_ids.shape, model.config.hidden_size, generator=generator)  # [B, T, D]
+    return model, batch, hidden.to(torch.bfloat16)
+
+
 @pytest.mark.parametrize(("name", "diff"), DIFFS, ids=[name for name, _ in DIFFS])
-def test_each_edit_applies_runs_and_changes_what_it_says(tiny, tmp_path, monkeypatch, name, diff):
+def test_each_edit_applies_runs_and_changes_what_it_says(tmp_path, monkeypatch, name, diff, samples):
     original = (ROOT / "train_loop.py").read_text()
     before, after = (
         [row for row in run_copy(text, tmp_path, monkeypatch, label) if row["event"] == "step"]
@@ -107,7 +149,9 @@ def test_each_edit_applies_runs_and_changes_what_it_says(tiny, tmp_path, monkeyp
     )
     assert len(after) == len(before) == 8
     if name == "metric":
-        assert [row.pop("num_padding_tokens") >= 0 for row in after] == [True] * 8
+        lengths = {sample.line: len(sample.input_ids) for sample in samples}
+        expected = [padding(row, lengths, TrainConfig().per_device_train_batch_size) for row in after]
+        assert [row["num_padding_tokens"] for row in after] == expected and max(expected) > 0
         assert [row["loss"] for row in after] == [row["loss"] for row in before]
     elif name == "schedule":
         rates = [row["learning_rate"] for row in after]
@@ -119,6 +163,18 @@ def test_each_edit_applies_runs_and_changes_what_it_says(tiny, tmp_path, monkeyp
         assert after[0]["loss"] == before[0]["loss"] and after[-1]["loss"] != before[-1]["loss"]
         state = json.loads((tmp_path / name / "checkpoints" / "step-000008" / "state.json").read_text())
         assert state["optimizer_class"] == "SGD"
+
+
+def test_the_smoothed_loss_is_torchs_of_each_next_token(fixed, tmp_path, monkeypatch):
+    model, batch, hidden = fixed
+    loop = changed_loop(applied(dict(DIFFS)["loss"], (ROOT / "train_loop.py").read_text()), tmp_path, monkeypatch, "loss")
+    found = loop.smoothed_loss_sum(hidden, batch, read_head(model))
+    smoothed = [
+        torch.nn.functional.cross_entropy(logits, torch.tensor(token), label_smoothing=0.1)
+        for logits, token in predictions(model, batch, hidden)
+    ]
+    assert len(smoothed) == batch.num_tokens
+    torch.testing.assert_close(found, torch.stack(smoothed).sum(), rtol=1e-5, atol=0)
 
 
 def test_a_killed_run_is_compared_with_a_straight_one(tmp_path):
@@ -136,46 +192,198 @@ def test_a_killed_run_is_compared_with_a_straight_one(tmp_path):
 # -- what the Trainer did ----------------------------------------------------------------------------------------------
 
 
+SFT, TRAINER = "trl.trainer.sft_trainer", "transformers.trainer"
+PREPARE, COLLATE = f"{SFT}:SFTTrainer._prepare_dataset", f"{SFT}:DataCollatorForLanguageModeling.torch_call"
+EPOCH, SAVE = f"{TRAINER}:Trainer._run_epoch", f"{TRAINER}:Trainer._save_checkpoint"
+# For each row of the map: what stands in backticks on their side, with the function and the code of it that it means, or None
+# for a default of SFTConfig; and ours.
+PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
+    (
+        {
+            "completion_mask": (PREPARE, 'mask_columns.append("completion_mask")'),
+            "formatting_func": (PREPARE, 'return {"text": formatting_func(example)}'),
+        },
+        "qlora/data.py:_encode_turns",
+        "[IGNORED] * len(context_ids)",
+    ),
+    (
+        {"add_eos": (PREPARE, "def add_eos(example, eos_token, dataset_text_field)")},
+        "qlora/data.py:_encode_turns",
+        "form.stop_id",
+    ),
+    (
+        {
+            "pad_token": (
+                f"{SFT}:SFTTrainer.__init__",
+                "args.pad_token or self._tokenizer.pad_token or self._tokenizer.eos_token",
+            )
+        },
+        "qlora/data.py:collate",
+        "torch.zeros((len(samples), longest), dtype=torch.int64)",
+    ),
+    ({"max_length=1024": None}, "qlora/data.py:_fitting", "tally.drop(example.line)"),
+    (
+        {"fully masked": (PREPARE, "Dropping fully masked examples")},
+        "qlora/data.py:fitted",
+        "any(label != IGNORED for label in cut.labels[1:])",
+    ),
+    (
+        {"RandomSampler": (f"{TRAINER}:Trainer._get_train_sampler", "return RandomSampler(")},
+        "qlora/data.py:epoch_order",
+        "torch.randperm",
+    ),
+    (
+        {"attention_mask": (COLLATE, 'output["attention_mask"] = pad(')},
+        "qlora/attention.py:decoder_inputs",
+        '{"input_ids": batch.input_ids}',
+    ),
+    (
+        {"_prepare_inputs": (f"{TRAINER}:Trainer.training_step", "inputs = self._prepare_inputs(inputs)")},
+        "qlora/data.py:Batch.to",
+        "non_blocking=True",
+    ),
+    (
+        {"set_seed": (f"{TRAINER}:Trainer.__init__", "set_seed(self.args.seed)")},
+        "qlora/checkpoint.py:seed_generators",
+        "torch.manual_seed(seed)",
+    ),
+    (
+        {"torch.bfloat16": (f"{SFT}:SFTTrainer.__init__", "param.data = param.data.to(torch.bfloat16)")},
+        "qlora/model.py:add_adapters",
+        "peft.get_peft_model(model, lora)",
+    ),
+    ({"gradient_checkpointing=True": None}, "qlora/layers.py:choose_layers", '("none", "selective", "full")'),
+    (
+        {"enable_input_require_grads": (f"{SFT}:SFTTrainer.__init__", "model.enable_input_require_grads()")},
+        "qlora/layers.py:_policy",
+        '"use_reentrant": False',
+    ),
+    (
+        {"use_cache": (f"{SFT}:SFTTrainer.compute_loss", 'inputs["use_cache"] = False')},
+        "train_loop.py:train_step",
+        "use_cache=False",
+    ),
+    ({"bf16=True": None}, "train_loop.py:train_step", "torch.autocast(device.type, torch.bfloat16)"),
+    (
+        {"add_fused_lm_head": (f"{SFT}:SFTTrainer.__init__", "add_fused_lm_head(")},
+        "qlora/loss.py:token_loss_sum",
+        "_ChunkedCrossEntropy.apply",
+    ),
+    (
+        {"num_items_in_batch": (f"{TRAINER}:Trainer.training_step", "inputs, num_items_in_batch=num_items_in_batch)")},
+        "train_loop.py:train_step",
+        "num_tokens = sum(micro_batch.num_tokens for micro_batch in window)",
+    ),
+    (
+        {"remainder": (EPOCH, "remainder = steps_in_epoch % self.args.gradient_accumulation_steps")},
+        "qlora/data.py:windows",
+        "itertools.islice(items, size)",
+    ),
+    ({"max_grad_norm=1.0": None}, "train_loop.py:train_step", "torch.nn.utils.clip_grad_norm_"),
+    ({'optim="adamw_torch_fused"': None, "weight_decay=0.0": None}, "qlora/optimizer.py:build_optimizer", "fused=True"),
+    (
+        {'lr_scheduler_type="linear"': None, "warmup_steps=0": None},
+        "train_loop.py:lr_multiplier",
+        "(step + 1) / warmup_steps",
+    ),
+    ({"zero_grad": (EPOCH, "model.zero_grad()")}, "train_loop.py:train_step", "optimizer.zero_grad(set_to_none=True)"),
+    ({"logging_steps=10": None}, "train_loop.py:train", "pending.append(row)"),
+    (
+        {"mean_token_accuracy": (f"{SFT}:SFTTrainer.compute_loss", '["mean_token_accuracy"].append(')},
+        "train_loop.py:read_pending",
+        "torch.stack",
+    ),
+    ({"logging_nan_inf_filter=True": None}, "train_loop.py:train_step", "torch.isfinite(loss) & torch.isfinite(grad_norm)"),
+    (
+        {"model.eval()": (f"{TRAINER}:Trainer.evaluation_loop", "model.eval()")},
+        "qlora/evaluate.py:evaluate_loss",
+        "model.eval()",
+    ),
+    ({'eval_strategy="no"': None}, "train_loop.py:train", "result = evaluate_held_out(step, epoch)"),
+    (
+        {"save_steps=500": None, "save_total_limit=None": None},
+        "qlora/checkpoint.py:prune",
+        "min(known, key=lambda step: losses[step])",
+    ),
+    ({"_save_rng_state": (SAVE, "self._save_rng_state(")}, "qlora/checkpoint.py:random_state", "torch.get_rng_state()"),
+    (
+        {"_save_optimizer_and_scheduler": (SAVE, "self._save_optimizer_and_scheduler(")},
+        "qlora/checkpoint.py:trainer_state",
+        "optimizer.state",
+    ),
+    (
+        {"resume_from_checkpoint=None": None},
+        "qlora/run_folder.py:RunFolder._find",
+        "self._newest(self.checkpoints, of=self.folder)",
+    ),
+    (
+        {"skip_first_batches": (EPOCH, "skip_first_batches(train_dataloader,")},
+        "train_loop.py:train",
+        "data.epoch_rows(samples, config, epoch)[seen:]",
+    ),
+]
+
+
+def uncommented(source: str) -> str:
+    """Source without its comments and docstrings."""
+    lines = source.splitlines(keepends=True)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column].rstrip() + "\n"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            first = node.body[0]
+            lines[first.lineno - 1 : first.end_lineno] = ["\n"] * ((first.end_lineno or 0) - first.lineno + 1)
+    return "".join(lines)
+
+
 def definition(path: Path, name: str) -> str:
-    """Source of a function or, by its dotted name, of a method."""
-    nodes, text = ast.parse(path.read_text()).body, path.read_text()
+    """Source of a function or, by its dotted name, of a method, without comments."""
+    text = uncommented(path.read_text())
+    nodes = ast.parse(text).body
     for part in name.split("."):
         (node,) = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == part]
         nodes = node.body
     return ast.get_source_segment(text, node) or ""
 
 
-def test_there_is_a_map_of_what_the_trainer_did():
+def test_what_is_commented_out_does_not_count():
+    source = 'def f(x):\n    """return x * 2"""\n    # x += 1\n    return "#" + x  # x * 3\n'
+    left = uncommented(source)
+    assert 'return "#" + x\n' in left and not any(gone in left for gone in ("x * 2", "x += 1", "x * 3"))
+
+
+def test_the_map_of_what_the_trainer_did_has_these_rows():
     section = README.partition("## What the Trainer did for you")[2].partition("\n## ")[0]
-    assert len(TRAINER_MAP) == section.count("\n| ") - 2 == 30  # each row is found, but for the two of the header
+    assert len(TRAINER_MAP) == section.count("\n| ") - 2 == len(PAIRS)  # each row is found, but for the two of the header
+    for (told, _, where), (theirs, place, code) in zip(TRAINER_MAP, PAIRS, strict=True):
+        assert re.findall(r"`([^`]+)`", told) == list(theirs) and where == f"`{place}` `{code}`"
 
 
-@pytest.mark.parametrize("where", [where for _, _, where in TRAINER_MAP])
-def test_what_the_trainer_did_is_done_where_the_map_says(where):
-    match = re.fullmatch(r"`(\S+\.py):([\w.]+)` `(.+)`", where)
-    assert match and match[3] in definition(ROOT / match[1], match[2])
+@pytest.mark.parametrize(("place", "code"), [pair[1:] for pair in PAIRS])
+def test_what_the_trainer_did_is_done_where_the_map_says(place, code):
+    path, _, name = place.partition(":")
+    assert code in definition(ROOT / path, name)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # an old name, still in TRL's
 def test_the_trainer_does_what_the_map_says(tmp_path):
-    """Each `name=value` is a default of SFTConfig, any other word in backticks stands in the code that trains."""
-    sft_trainer = pytest.importorskip("trl.trainer.sft_trainer")
-    import accelerate.data_loader
-    import transformers
+    """Each `name=value` is a default of SFTConfig, anything else stands in the function that trains."""
+    pytest.importorskip("trl.trainer.sft_trainer")
     from trl import SFTConfig
 
-    sources = [inspect.getsource(module) for module in (sft_trainer, transformers.trainer, accelerate.data_loader)]
-    defaults, words = SFTConfig(output_dir=str(tmp_path), use_cpu=True), 0
-    for theirs, _, _ in TRAINER_MAP:
-        for word in re.findall(r"`([^`]+)`", theirs):
+    defaults = SFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    for theirs, _, _ in PAIRS:
+        for word, where in theirs.items():
             name, given, value = word.partition("=")
-            if given:
+            if where is None:
                 seen = getattr(defaults, name)
-                assert (seen.value if isinstance(seen, enum.Enum) else seen) == ast.literal_eval(value), word
-            elif not word.startswith("Trainer"):
-                assert any(word in source for source in sources), word
-            words += 1
-    assert words > 30
+                assert given and (seen.value if isinstance(seen, enum.Enum) else seen) == ast.literal_eval(value), word
+            else:
+                module, _, function = where[0].partition(":")
+                origin = importlib.util.find_spec(module).origin
+                assert word in where[1] and where[1] in definition(Path(origin), function), word
 
 
 # -- exercises ---------------------------------------------------------------------------------------------------------
@@ -219,18 +427,68 @@ def test_exercise_2_held_out_data_is_evaluated_each_epoch(tiny, tmp_path, monkey
     assert [row["step"] for row in events(tmp_path / "runs" / "held-out", "eval")] == [0, 2, 4, 5]
 
 
+def steps_of(rows: list[dict], event: str = "eval") -> list[int]:
+    return [row["step"] for row in rows if row["event"] == event]
+
+
 def test_exercises_2_and_3_as_edits(tiny, tmp_path, monkeypatch):
     assert [name for name, _ in EXERCISE_EDITS] == ["evaluation", "accuracy"]
     original = (ROOT / "train_loop.py").read_text()
     texts = {"original": original} | {name: applied(diff, original) for name, diff in EXERCISE_EDITS}
-    rows = {name: run_copy(text, tmp_path, monkeypatch, name) for name, text in texts.items()}
+    rows = {name: run_copy(text, tmp_path, monkeypatch, name, save_steps=3) for name, text in texts.items()}
     losses = {name: [row["loss"] for row in found if row["event"] == "step"] for name, found in rows.items()}
     assert losses["evaluation"] == losses["accuracy"] == losses["original"]  # looking changes nothing
-    steps = {name: [row["step"] for row in found if row["event"] == "eval"] for name, found in rows.items()}
-    assert steps["evaluation"] == [0, 1, 5, 6, 8] and steps["accuracy"] == steps["original"] == [0, 6, 8]
+    assert steps_of(rows["evaluation"]) == [0, 3, 6, 8] and steps_of(rows["accuracy"]) == steps_of(rows["original"]) == [
+        0,
+        6,
+        8,
+    ]
     board = EventAccumulator(str(tmp_path / "accuracy" / "tensorboard")).Reload()
     values = {scalar.step: scalar.value for scalar in board.Scalars("eval/token_accuracy")}
     assert list(values) == [0, 6, 8] and 0 <= values[0] < 0.02 < values[8] < 1  # a random model, and one that has begun
+
+
+def test_ctrl_c_loses_nothing_where_checkpoints_are_evaluated(tiny, tmp_path, monkeypatch):
+    """In step 4, which is neither logged nor to be saved, and in the evaluation of step 3."""
+    text = applied(dict(EXERCISE_EDITS)["evaluation"], (ROOT / "train_loop.py").read_text())
+    straight = run_copy(text, tmp_path, monkeypatch, "straight", save_steps=3)
+    for name, call, saved in (("train_step", 4, "step-000004"), ("evaluate_loss", 2, "step-000003")):
+        loop = changed_loop(text, tmp_path, monkeypatch, name)
+        holder = loop if name == "train_step" else loop.evaluate
+        interrupted = interrupting(getattr(holder, name), call)
+        with monkeypatch.context() as patch, Signals() as stop:
+            patch.setattr(holder, name, interrupted)
+            loop.main(short_run(tmp_path / name, 3), stop)
+        assert stop.received == signal.SIGINT
+        assert max(path.name for path in (tmp_path / name / "checkpoints").iterdir()) == saved
+        rows = run_copy(text, tmp_path, monkeypatch, name, save_steps=3)
+        losses = [[row["loss"] for row in found if row["event"] == "step"] for found in (rows, straight)]
+        assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def interrupting(function: Any, when: int) -> Any:
+    """The function, with Ctrl-C at the start of one of its calls."""
+    calls = itertools.count(1)
+
+    def called(*arguments, **settings):
+        if next(calls) == when:
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*arguments, **settings)
+
+    return called
+
+
+def test_hits_are_counted_by_the_next_token(fixed, tmp_path, monkeypatch):
+    model, batch, hidden = fixed
+    text = applied(dict(EXERCISE_EDITS)["accuracy"], (ROOT / "train_loop.py").read_text())
+    loop, pairs = changed_loop(text, tmp_path, monkeypatch, "accuracy"), predictions(model, batch, hidden)
+    guesses = [int(logits.argmax()) for logits, _ in pairs]
+    rows, columns = batch.positions // batch.input_ids.shape[1], batch.positions % batch.input_ids.shape[1]  # [N], [N]
+    for right in (0, 1, 7, len(pairs)):  # as many labels are made to be what the head says
+        labels = batch.labels.clone()  # [B, T]
+        for number, guess in enumerate(guesses):
+            labels[rows[number], columns[number] + 1] = guess if number < right else (guess + 1) % model.config.vocab_size
+        assert int(loop.hits(hidden, batch._replace(labels=labels), read_head(model))) == right
 
 
 def test_exercise_4_only_the_named_modules_are_trained(tiny, tmp_path, monkeypatch, capsys):
