@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qlora import data, teaching
@@ -16,7 +17,7 @@ from qlora.data import IGNORED, Encoded
 from qlora.loss import read_head, token_loss_sum
 from qlora.model import linear_layers, load_skeleton
 from qlora.optimizer import build_optimizer
-from qlora.teaching import Count, Token
+from qlora.teaching import Count, Group, Token
 from tests.conftest import adapted_model, prepared, wake_adapters
 from train_loop import train_step
 
@@ -137,6 +138,58 @@ def test_the_middle_of_a_long_sample_is_left_out():
     assert "800 more" in text and "'[899]'" not in text and "'[900]'" in text
     whole = shown(teaching.TOKEN_ROWS)
     assert all(f"'[{index}]'" in whole for index in range(teaching.TOKEN_ROWS))
+
+
+def cells(table: Table) -> list[list[str]]:
+    """What a table prints, row by row."""
+    out = io.StringIO()
+    Console(file=out, width=200).print(table)
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    return [
+        [cell.strip() for cell in line.strip("\u2502\u2503").split("\u2502")] for line in lines if line.startswith("\u2502")
+    ]
+
+
+def test_what_is_printed_of_a_window_of_two_micro_batches():
+    """Two samples, then one: of nine tokens four are trained, counted by hand."""
+    prompt_and_answer = Encoded([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8], 3)
+    short, alone = Encoded([5, 6], [IGNORED, 6], 4), Encoded([5, 6, 7], [IGNORED, IGNORED, 7], 9)
+    counts = teaching.token_counts([data.collate([prompt_and_answer, short]), data.collate([alone])])
+    assert counts == [Count(2, 4, 2, 3, 3), Count(1, 3, 0, 2, 1)]
+    table = teaching.count_table(counts)
+    assert [column.header for column in table.columns] == [
+        "micro-batch",
+        "samples",
+        "positions",
+        "padding",
+        "context",
+        "trained",
+    ]
+    assert cells(table) == [["1", "2", "8", "2", "3", "3"], ["2", "1", "3", "0", "2", "1"]]
+    assert "over 4 tokens" in str(table.caption)
+
+
+def test_what_is_printed_of_tokens():
+    rows = [Token(0, 5, "a", False), Token(1, 17, "[b]", False), Token(2, 6, " c\n", True)]
+    table = teaching.token_table(rows, 3)
+    assert table.title == "Line 3: 1 of 3 tokens trained"
+    assert [column.header for column in table.columns] == ["position", "id", "token", ""]
+    assert cells(table) == [
+        ["0", "5", "'a'", "masked"],
+        ["1", "17", "'[b]'", "masked"],
+        ["2", "6", "' c\\n'", "trained"],
+    ]
+
+
+def test_what_is_printed_of_the_ledger():
+    groups = [Group("NF4 weights", "uint8", 6_000_000, 3_000_000), Group("adapters", "float32", 2**18, 2**20)]
+    table = teaching.ledger_table(groups)
+    assert [column.header for column in table.columns] == ["tensors", "dtype", "elements", "bytes", "MiB"]
+    assert cells(table) == [
+        ["NF4 weights", "uint8", "6,000,000", "3,000,000", "2.86"],
+        ["adapters", "float32", "262,144", "1,048,576", "1.00"],
+        ["all", "", "", "4,048,576", "3.86"],
+    ]
 
 
 @pytest.fixture(autouse=True)
