@@ -241,19 +241,23 @@ def test_dropout_is_drawn_in_the_trainers_order(course, samples, encoded, tmp_pa
     ("loss_sum", "own_layers", "dropout", "tolerance"),
     [
         (plain_loss_sum, False, 0.0, 0.0),  # only the reported loss differs, which is added up in another order
-        (token_loss_sum, False, 0.0, 0.01),  # the gradient of the logits is rounded to bf16 elsewhere
-        (plain_loss_sum, True, 0.0, 0.02),  # LoRA's product comes first, and is not rounded before it is added
-        (token_loss_sum, True, 0.0, 0.02),  # as users run it
-        (token_loss_sum, True, 0.1, 0.02),  # with PEFT's own draws
+        (token_loss_sum, False, 0.0, 0.006),  # the gradient of the logits is rounded to bf16 elsewhere
+        (plain_loss_sum, True, 0.0, 0.01),  # LoRA's product comes first, and is not rounded before it is added
+        (token_loss_sum, True, 0.0, 0.01),  # as users run it
+        (token_loss_sum, True, 0.1, 0.01),  # with PEFT's own draws
     ],
 )
 def test_our_head_and_layers_are_within_rounding(course, samples, encoded, tmp_path, monkeypatch, loss_sum, own_layers,
                                                  dropout, tolerance):  # fmt: skip
-    """Relative error of what 18 steps added to the adapter."""
+    """Relative error of what 18 steps added to the adapter; about half of the tolerance is seen.
+
+    AdamW forgives gradients that are too large throughout, so norms before clipping are compared too.
+    """
     config = course(lora_dropout=dropout)
     reference = theirs(config, samples, tmp_path, encoded, data_collator=without_mask)
     result = ours(config, tmp_path, monkeypatch, loss_sum, own_layers)
     assert result.rates == reference.rates and result.losses == pytest.approx(reference.losses, rel=2e-4)
+    assert result.norms == pytest.approx(reference.norms, rel=0.01 if tolerance else 0.0)
     error = relative_error(moved(config, result), moved(config, reference))
     assert error <= tolerance and (error > 0) == (tolerance > 0)
 
@@ -290,7 +294,8 @@ def test_as_both_are_shipped_they_differ_by_rounding(course, samples, form, tmp_
         for dtype in (torch.float32, torch.bfloat16)
     ]
     errors = [relative_error(moved(config, result), moved(config, reference)) for result in results]
-    assert 0 < errors[1] < errors[0] < 0.05
+    assert 0 < errors[1] < errors[0] < 0.05 and errors[1] < 0.02
+    assert all(result.norms == pytest.approx(reference.norms, rel=0.01) for result in results)
     assert all(result.losses == pytest.approx(reference.losses, rel=5e-4) for result in results)
 
 
