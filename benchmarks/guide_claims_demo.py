@@ -19,6 +19,7 @@ from benchmarks import guide_claims_training as training
 from benchmarks.guide_claims_cells import (
     Figures,
     Source,
+    phi3_mini,
     relative_rms,
     signed_levels,
     signs_of_success,
@@ -29,7 +30,7 @@ from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, TrainConfig
 from qlora.demo import model_source
 from qlora.layers import prepare_layers
 from qlora.loss import read_head, token_loss_sum
-from qlora.memory import NF4_BYTES
+from qlora.memory import NF4_BYTES, peak_memory_gib
 from qlora.model import (
     audit_targets,
     bitsandbytes,
@@ -290,6 +291,17 @@ def memory_terms(source: Source) -> Figures:
         "measured_mb": {name: measured / 1e6 for name, (_, measured) in sizes.items()},
         "worst": max(abs(measured / predicted - 1) for predicted, measured in sizes.values()),
     }
+
+
+def host_memory(source: Source) -> Figures:
+    """Peak memory of a process before it loads the model in NF4 and what that adds, the file it read, and Phi-3-mini's; GB."""
+    folder = Path(model_source(source.model))
+    before = peak_memory_gib(CPU)
+    base_model(source, "nf4_dq")
+    grown = peak_memory_gib(CPU) - before
+    return {"before": before * 2**30 / 1e9, "grown": grown * 2**30 / 1e9,
+            "file": sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9,
+            "phi3_file": 2 * phi3_mini().num_parameters() / 1e9, "guide": 16}  # fmt: skip
 
 
 def rank_cost(source: Source, chosen: tuple[int, ...] = (2, 8, 32, 128), rounds: int = 4) -> Figures:

@@ -141,8 +141,7 @@ ADAPTERS = (
         lambda f: right_if(f["file_mb"] < 4),
         lambda f: (
             f"{f['parameters']:,} fp32 parameters, a file of {f['file_mb']:.0f} MB; with gradients and moments, weighed after "
-            "a "
-            f"step of AdamW, {f['training_mb']:.0f}"
+            f"a step of AdamW, {f['training_mb']:.0f}"
         ),
         short=True,
     ),
@@ -315,8 +314,7 @@ NF4 = (
         lambda f: right_if(not f["same_levels"], "depends"),
         lambda f: (
             "neighbours share a level, but levels are the same for any weight, not fitted to clusters: 16 distinct values, "
-            "which "
-            f"clustering would keep exactly, get a relative error of {f['error']['clustered']:.1%}, normal ones "
+            f"which clustering would keep exactly, get a relative error of {f['error']['clustered']:.1%}, normal ones "
             f"{f['error']['normal']:.1%}"
         ),
     ),
@@ -327,8 +325,7 @@ NF4 = (
         lambda f: right_if(all(f["error"]["nf4"] < error for name, error in f["error"].items() if "uniform" in name)),
         lambda f: (
             f"relative error of normal weights, blocks of 64, 16 levels each: {listed(f['error'], '.2%')} (uniform: -1 to 1; "
-            "or -8 "
-            "to 7 by a signed scale)"
+            "or -8 to 7 by a signed scale)"
         ),
     ),
     Claim(
@@ -345,11 +342,9 @@ NF4 = (
         lambda f: right_if(f["change"]["nf4_dq"] < 0.01, "depends"),
         lambda f: (
             f"perplexity {f['perplexity']['bf16']:.2f} in bf16; {f['perplexity']['nf4']:.2f} in NF4 "
-            f"({f['change']['nf4']:+.1%}, "
-            f"standard error {f['error']['nf4']:.1%}), {f['perplexity']['nf4_dq']:.2f} with double quantisation, "
-            f"{f['perplexity']['fp4']:.2f} in FP4 ({f['change']['fp4']:+.1%}): the demo of 135 million parameters, which comes "
-            "from "
-            "4-bit weights itself"
+            f"({f['change']['nf4']:+.1%}, standard error {f['error']['nf4']:.1%}), {f['perplexity']['nf4_dq']:.2f} with double "
+            f"quantisation, {f['perplexity']['fp4']:.2f} in FP4 ({f['change']['fp4']:+.1%}): the demo of 135 million "
+            "parameters, which comes from 4-bit weights itself"
         ),
         short=True,
     ),
@@ -392,8 +387,7 @@ MEMORY = (
         lambda f: (
             f"a step of 2 x 2,048 tokens with full checkpointing peaks at {f['measured_gb']:.2f} GB in this loop with compiled "
             f"layers ({f['predicted_gb']:.2f} predicted), at {f['trl_gb']:.2f} in SFTTrainer as it comes, "
-            f"{f['trl_best_gb']:.2f} "
-            f"tuned; at {f['measured_none_gb']:.2f} in this loop without checkpointing"
+            f"{f['trl_best_gb']:.2f} tuned; at {f['measured_none_gb']:.2f} in this loop without checkpointing"
         ),
         how=PEERS,
         short=True,
@@ -423,10 +417,8 @@ MEMORY = (
         lambda f: right_if(max(abs(f[name] - f["guide"]) for name in ("states", "with_activations")) < 0.01),
         lambda f: (
             f"like against like: weights, adapters, gradients and moments {f['states']:.1%} less, with a step's activations on "
-            "both "
-            f"sides {f['with_activations']:.1%}. Measured peaks against the 60 GB, which lack activations: {f['peak']:.1%} "
-            "this loop "
-            f"with compiled layers, {f['trl_peak']:.1%} SFTTrainer"
+            f"both sides {f['with_activations']:.1%}. Measured peaks against the 60 GB, which lack activations: "
+            f"{f['peak']:.1%} this loop with compiled layers, {f['trl_peak']:.1%} SFTTrainer"
         ),
         how=PEERS,
         short=True,
@@ -442,8 +434,8 @@ MEMORY = (
         lambda f: (
             f"get_peft_model: {f['get_peft_model']}; prepare_model_for_kbit_training: {f['prepare_model_for_kbit_training']}, "
             f"and it casts {f['cast_to_fp32']} tensors (embeddings, norms, head) to fp32, by its shape "
-            f"{f['phi3_growth_gb']:.2f} GB "
-            "more for Phi-3-mini. The guide imports both and calls neither: SFTTrainer checkpoints by itself"
+            f"{f['phi3_growth_gb']:.2f} GB more for Phi-3-mini. The guide imports both and calls neither: SFTTrainer "
+            "checkpoints by itself"
         ),
         short=True,
     ),
@@ -478,8 +470,7 @@ MEMORY = (
         lambda f: right_if(f["full"]["peak_gib"] < 0.5 * f["none"]["peak_gib"]),
         lambda f: (
             f"this loop, not compiled, 2 x 2,048 tokens: {f['none']['peak_gib']:.1f} to {f['full']['peak_gib']:.1f} GiB, for "
-            f"{f['none']['step_ms']:.0f} "
-            f"to {f['full']['step_ms']:.0f} ms a step; 1 x 8,192: {f['at_8192_gib']['none']:.1f} to "
+            f"{f['none']['step_ms']:.0f} to {f['full']['step_ms']:.0f} ms a step; 1 x 8,192: {f['at_8192_gib']['none']:.1f} to "
             f"{f['at_8192_gib']['full']:.1f} GiB"
         ),
         how=TRAIN_STEP,
@@ -491,8 +482,7 @@ MEMORY = (
         lambda f: right_if(f["none_1x512"] < 0.5 * f["none_2x2048"] and f["half_rank"] > 2, "depends"),
         lambda f: (
             f"fewer tokens do: this loop, compiled with CUDA graphs and without checkpointing, {f['none_2x2048']:.1f} GB at 2 "
-            "x "
-            f"2,048, {f['none_1x512']:.1f} at 1 x 512; half the rank saves {f['half_rank']:.2f} by its formula"
+            f"x 2,048, {f['none_1x512']:.1f} at 1 x 512; half the rank saves {f['half_rank']:.2f} by its formula"
         ),
         how=PEERS,
     ),
@@ -503,13 +493,22 @@ MEMORY = (
         lambda f: right_if(len(f["fits"]) == len(f["peaks_gb"]), "depends"),
         lambda f: (
             f"peaks on an H100 (this loop compiled): {listed(f['peaks_gb'], '.2f', ' GB')}, and a context of CUDA on top. bf16 "
-            "and "
-            "flash_attention_2 want compute capability 8.0, an RTX 2060 has 7.5, so the script as it stands is not for it; and "
-            "a "
-            "desktop's RTX 3060 has 12 or 8 GB. No such card was measured"
+            "and flash_attention_2 want compute capability 8.0, an RTX 2060 has 7.5, so the script as it stands is not for "
+            "it; and a desktop's RTX 3060 has 12 or 8 GB. No such card was measured"
         ),
         how=PEERS,
         short=True,
+    ),
+    Claim(
+        "16gb-ram",
+        "16 GB of system memory are enough",
+        "host_memory",
+        lambda f: right_if(f["before"] + f["grown"] / f["file"] * f["phi3_file"] < f["guide"]),
+        lambda f: (
+            f"a process takes {f['before']:.1f} GB with the libraries; loading the demo's file of {f['file']:.2f} GB in NF4 on "
+            f"a CPU adds {f['grown']:.2f} at the peak. At that ratio Phi-3-mini's {f['phi3_file']:.1f} GB add "
+            f"{f['grown'] / f['file'] * f['phi3_file']:.1f}, file pages included; it was not loaded itself"
+        ),
     ),
     Claim(
         "20gb-disk",
@@ -518,10 +517,8 @@ MEMORY = (
         lambda f: right_if(f["weights"] + f["checkpoints"] + f["packages"] < f["guide"]),
         lambda f: (
             f"{f['weights']:.1f} GB of weights in bf16, by their number, {f['checkpoints']:.1f} of three checkpoints of full "
-            "size "
-            f"as measured, {f['packages']:.1f} of packages as installed here, with torch for a CPU and what tests need; torch "
-            "for "
-            "CUDA takes several more"
+            f"size as measured, {f['packages']:.1f} of packages as installed here, torch for a CPU among them: "
+            f"{f['guide'] - f['weights'] - f['checkpoints'] - f['packages']:.1f} are left, and torch for CUDA takes several"
         ),
     ),
     Claim(
@@ -547,10 +544,8 @@ ATTENTION_CLAIMS = (
         ),
         lambda f: (
             f"the kernel at {f['length']:,} tokens: {f['kernel_ms']['eager'] / f['kernel_ms']['flash_attention_2']:.1f} times "
-            "as "
-            f"fast as eager, {f['kernel_ms']['sdpa'] / f['kernel_ms']['flash_attention_2']:.2f} times as sdpa, which is the "
-            "default "
-            f"and runs {', '.join(f['sdpa_ran'])} there, "
+            f"as fast as eager, {f['kernel_ms']['sdpa'] / f['kernel_ms']['flash_attention_2']:.2f} times as sdpa, which is the "
+            f"default and runs {', '.join(f['sdpa_ran'])} there, "
             f"{f['kernel_ms']['sdpa_flash'] / f['kernel_ms']['flash_attention_2']:.2f} times as sdpa told to take its flash "
             "kernel"
         ),
@@ -677,8 +672,7 @@ SCHEDULE = (
         lambda f: right_if(f["off_formula"] < 1e-6),
         lambda f: (
             f"so it is in transformers (off by {f['off_formula']:.0e} at most), but its first update is of rate 0: weights "
-            "move by "
-            f"{f['moved'][0]:g}, in the second by {f['moved'][1]:.1e}. Here it starts at {f['here']:.3f} of the peak"
+            f"move by {f['moved'][0]:g}, in the second by {f['moved'][1]:.1e}. Here it starts at {f['here']:.3f} of the peak"
         ),
     ),
     Claim(
@@ -750,8 +744,7 @@ TOKENS = (
         lambda f: (
             f"it depends on who masks labels. The guide's SFTTrainer in TRL {f['trl_version']}, by length: {f['trl']} of "
             f"{f['examples']} stop tokens stay trained. transformers' DataCollatorForLanguageModeling, by id: "
-            f"{f['transformers']} of "
-            f"{f['examples']}, so that nothing teaches the model to stop. Here, by length: {f['here']}"
+            f"{f['transformers']} of {f['examples']}, so that nothing teaches the model to stop. Here, by length: {f['here']}"
         ),
         short=True,
     ),
@@ -773,8 +766,7 @@ TOKENS = (
         lambda f: (
             f"TRL {f['trl_version']} appends eos and trains it: {f['trl']} of {f['examples']} samples; here {f['here']}. With "
             f"formatting_func it trains the prompt and its headings too, {f['trl_trained']:.0%} of tokens; here the response "
-            "alone, "
-            f"{f['here_trained']:.0%}"
+            f"alone, {f['here_trained']:.0%}"
         ),
     ),
     Claim(
@@ -813,8 +805,7 @@ LOADING = (
             + " where the tiny model has room, and "
             + ("succeeds" if f["error"]["too_little"] is None else "is refused with a ValueError")
             + " where a part of it would go to the disk (tried without a GPU); layers of Phi-3-mini go from "
-            f"{f['first_layer']} to "
-            f"{f['last_layer']}"
+            f"{f['first_layer']} to {f['last_layer']}"
         ),
     ),
     Claim(
@@ -882,8 +873,7 @@ TRAINING = (
             "memory does, of adapters, gradients and moments: "
             + listed({f"r={rank}": row["training_mb"] for rank, row in f["ranks"].items()}, ".1f", " MB")
             + f" (the demo; its frozen base takes {f['ranks'][f['highest']]['base_mb']:.0f}). For speed no difference up to "
-            "rank 32 "
-            "is shown; seconds of a step on a busy machine: "
+            "rank 32 is shown; seconds of a step on a busy machine: "
             + listed({f"r={rank}": row["step_s"] for rank, row in f["ranks"].items()}, ".2f")
         ),
         short=True,
@@ -994,8 +984,7 @@ TRAINING = (
         lambda f: right_if(f["within_a_tenth"] > 15, "depends" if f["within_a_tenth"] > 1 else "wrong"),
         lambda f: (
             f"several it does; at the demo's rate held-out loss is within a tenth of its lowest after {f['within_a_tenth']}; "
-            "lowest "
-            f"after {f['best_epoch']} ({f['best']:.4f}), {f['last']:.4f} after {f['epochs']}"
+            f"lowest after {f['best_epoch']} ({f['best']:.4f}), {f['last']:.4f} after {f['epochs']}"
         ),
         how=DEMO,
     ),
@@ -1013,7 +1002,6 @@ OPEN = tuple(
             "the guide has no source, and the bundled data are 22 examples",
         ),
         ("rtx-cards", "A card of 12 GB, such as an RTX 3080 or RTX 4070", "the one GPU at hand was an H100"),
-        ("16gb-ram", "16 GB of system memory are enough", "loading weights of full size was not weighed in the host's memory"),
         ("ampere", "Flash attention needs Ampere and CUDA 11.8", "no older card or CUDA was at hand"),
         ("serving", "vLLM, TGI and ONNX serve what comes out", "no server was run"),
         ("bf16-speed", "bf16 is faster than fp32", "products in fp32 were not timed on the GPU"),

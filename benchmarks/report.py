@@ -572,7 +572,7 @@ def claims_short() -> str:
     name, record = claims_record()
     rows = [[row["claim"], row["verdict"], row["fact"]] for row in record["rows"] if row["short"]]
     told = f"{claims_in_numbers(record['rows'])} {source(name, {**record, 'cells': record['rows']})}"
-    return f"{table(['a guide says', 'verdict', 'measured'], rows)}\n\n{told}"
+    return f"{table(['a guide says', 'verdict', 'what is so'], rows)}\n\n{told}"
 
 
 def claims() -> str:
