@@ -125,7 +125,7 @@ OTHERWISE = {  # other figures for each claim that is judged, and the verdict th
     "checkpointing-gpu": ({"full.peak_gib": 20.0}, "wrong"),
     "oom-advice": ({"half_rank": 3.0}, "right"),
     "6gb": ({"fits": ["a", "b", "c", "d", "e"]}, "right"),
-    "16gb-ram": ({"grown": 1.0}, "wrong"),
+    "16gb-ram": ({"grown": [0.3, 1.0]}, "wrong"),
     "20gb-disk": ({"packages": 15.0}, "wrong"),
     "only-adapters": ({"checkpoint_mb": 7600.0}, "depends"),
     "flash-kernel": ({"kernel_ms.eager": 7.0, "kernel_ms.sdpa": 6.0}, "right"),
@@ -316,8 +316,8 @@ def test_formats_and_sizes(tiny):
     assert found["change"]["bf16"] == 0 < abs(found["change"]["nf4"]) and found["tokens"] == 2 * 63
     assert abs(found["change"]["int8"]) < abs(found["change"]["fp4"]) and set(found["perplexity"]) >= {"fp32", "nf4_dq"}
     assert 0.5 < demo.printed_size(TINY)["share"] < 0.9
-    memory = demo.host_memory(TINY)
-    assert memory["grown"] >= 0 and 0 < memory["file"] < 0.1 < memory["before"] and memory["phi3_file"] > 7
+    memory = demo.host_memory(TINY, rounds=1)
+    assert len(memory["grown"]) == 1 and 0 < memory["file"] < 0.1 < memory["before"] < 3 and memory["phi3_file"] > 7
     loss = demo.prompt_forms(TINY)["loss"]
     assert loss["plain"] != loss["chat"]
     assert demo.kv_cache(TINY, new_tokens=8)["default"]
