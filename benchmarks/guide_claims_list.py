@@ -509,8 +509,8 @@ MEMORY = (
         ),
         lambda f: (
             f"a process takes {f['before']:.1f} GB with the libraries; loading the demo's file of {f['file']:.2f} GB in NF4 on "
-            f"a CPU adds {min(f['grown']):.2f} to {max(f['grown']):.2f} at the peak, in {len(f['grown'])} runs. At these ratios "
-            f"Phi-3-mini's {f['phi3_file']:.1f} GB add {min(f['grown']) / f['file'] * f['phi3_file']:.0f} to "
+            f"a CPU adds {min(f['grown']):.2f} to {max(f['grown']):.2f} at the peak, in {len(f['grown'])} runs. At these "
+            f"ratios Phi-3-mini's {f['phi3_file']:.1f} GB add {min(f['grown']) / f['file'] * f['phi3_file']:.0f} to "
             f"{max(f['grown']) / f['file'] * f['phi3_file']:.0f}, file pages included; it was not loaded itself"
         ),
     ),
@@ -579,8 +579,9 @@ ATTENTION_CLAIMS = (
         "flash_memory",
         lambda f: right_if(f["growth_gib"]["flash_attention_2"] < 0.25 * f["growth_gib"]["eager"]),
         lambda f: (
-            f"peak of a step from 4,096 to 8,192 tokens: {listed(f['growth_gib'], '+.1f', ' GiB')}. At 2 x 2,048, with "
-            f"checkpointing, eager costs {f['at_2048_gib']['eager'] - f['at_2048_gib']['sdpa']:.1f} GiB more than either"
+            f"peak of a step of this loop with checkpointing, from 4,096 to 8,192 tokens: "
+            f"{listed(f['growth_gib'], '+.1f', ' GiB')}. At 2 x 2,048 eager "
+            f"costs {f['at_2048_gib']['eager'] - f['at_2048_gib']['sdpa']:.1f} GiB more than either"
         ),
         how=ATTENTION,
     ),
