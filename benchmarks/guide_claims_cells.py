@@ -93,9 +93,9 @@ def adapter_bytes(source: Source) -> Figures:
     parameters = [torch.nn.Parameter(tensor) for tensor in tensors.values()]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.AdamW(parameters)
-    optimizer.step()
-    moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    adamw = torch.optim.AdamW(parameters)
+    adamw.step()
+    moments = [value for state in adamw.state.values() for value in state.values() if value.dim()]
     training = sum(tensor.nbytes for tensor in (*parameters, *(p.grad for p in parameters if p.grad is not None), *moments))
     return {"file_mb": file_bytes / 1e6, "parameters": sum(p.numel() for p in parameters), "training_mb": training / 1e6}
 
@@ -319,13 +319,13 @@ def first_rate(source: Source) -> Figures:
     warmup = 12
     weight = torch.nn.Parameter(torch.ones(4))
     weight.grad = torch.ones(4)
-    optimizer = torch.optim.AdamW([weight], lr=1e-3)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, 120)
+    adamw = torch.optim.AdamW([weight], lr=1e-3)
+    schedule = transformers.get_cosine_schedule_with_warmup(adamw, warmup, 120)
     rates, moved = [], []
     for _ in range(warmup):
         before = weight.detach().clone()  # [4]
-        rates.append(optimizer.param_groups[0]["lr"] / 1e-3)
-        optimizer.step()
+        rates.append(adamw.param_groups[0]["lr"] / 1e-3)
+        adamw.step()
         schedule.step()
         moved.append((weight.detach() - before).abs().max().item())
     off = max(abs(rate - step / warmup) for step, rate in enumerate(rates))

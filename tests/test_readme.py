@@ -448,7 +448,15 @@ def test_exercises_2_and_3_as_edits(tiny, tmp_path, monkeypatch):
     assert list(values) == [0, 6, 8] and 0 <= values[0] < 0.02 < values[8] < 1  # a random model, and one that has begun
 
 
-def test_ctrl_c_loses_nothing_where_checkpoints_are_evaluated(tiny, tmp_path, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """SIGINT is heard, also by a test that runs in the background, where shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_loses_nothing_where_checkpoints_are_evaluated(tiny, tmp_path, monkeypatch, ctrl_c):
     """In step 4, which is neither logged nor to be saved, and in the evaluation of step 3."""
     text = applied(dict(EXERCISE_EDITS)["evaluation"], (ROOT / "train_loop.py").read_text())
     straight = run_copy(text, tmp_path, monkeypatch, "straight", save_steps=3)
