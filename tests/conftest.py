@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from qlora import data, demo
+from qlora import data, demo, report
 from qlora.config import BUNDLED_TRAIN, TrainConfig
 from qlora.layers import prepare_layers
 from qlora.loss import Head, read_head
@@ -37,6 +37,13 @@ def tokenizer(tiny: Path):
 @pytest.fixture(scope="session")
 def form(tokenizer) -> data.Format:
     return data.read_format(tokenizer, "plain")
+
+
+@pytest.fixture(autouse=True)
+def report_left_out(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no report, which takes as long as training here, but where it is what is tested."""
+    if request.module.__name__ not in ("tests.test_model_card", "tests.test_report"):
+        monkeypatch.setattr(report, "after_training", lambda folder: "left out")
 
 
 @pytest.fixture
