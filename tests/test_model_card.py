@@ -20,6 +20,8 @@ from qlora.__main__ import train as command_line
 from qlora.model_card import base_of, data_name, model_card
 from tests.test_report import write_run
 
+pytestmark = pytest.mark.draws_report
+
 
 @pytest.fixture(scope="module", params=["plain", "chat"])
 def folder(request, tiny, tmp_path_factory) -> Path:

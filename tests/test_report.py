@@ -23,6 +23,8 @@ from qlora.run_folder import RunFolder
 from qlora.scores import SHOWN
 from qlora.tracking import environment
 
+pytestmark = pytest.mark.draws_report
+
 HOSTILE = '<script>alert("x")</script> & <b>bold</b>'
 LONG_WORD = "an_identifier_without_a_place_to_break_it" * 6
 

@@ -328,6 +328,7 @@ def run(tmp_path, *flags: str) -> tuple[int, list[dict]]:
     return code, [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
 
 
+@pytest.mark.draws_report
 def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_path, capsys):
     tokens = sum(label != IGNORED for sample in samples for label in sample.labels[1:])
     code, rows = run(tmp_path, "--num-train-epochs", "4")
@@ -356,6 +357,8 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_p
         "env.json",
         "finished.json",
         "metrics.jsonl",
+        "plots",
+        "report.html",
         "run.json",
         "run.lock",
         "samples.jsonl",
