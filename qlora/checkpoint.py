@@ -149,12 +149,21 @@ def cannot_write(path: Path, needed: int, error: OSError) -> UserError:
     return UserError(ExitCode.CHECKPOINT, f"{path} cannot be written: {error.strerror}. {space}. {advice}.")
 
 
-def require_writable(path: Path) -> None:
-    """Refuse to begin if a file that is to be written at the end could not be; nothing is left of the attempt.
+def require_writable(path: Path, *read: str | Path | None) -> None:
+    """Refuse to begin if a file or folder that is to be written at the end could not be; nothing is left of the attempt.
+
+    Args:
+        path: of the file.
+        read: what the command reads, which it must not replace; None and names of the hub are no files.
 
     Raises:
-        UserError: exit 4.
+        UserError: exit 4, or 2 if it is one of the files that are read.
     """
+    if path.exists() and any(other is not None and Path(other).exists() and path.samefile(other) for other in read):
+        text = f"{path} is read by this command, and would be replaced by what it writes. Name another file."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    if path.is_dir():
+        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be written: it is a folder. Name a file.")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass

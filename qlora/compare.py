@@ -46,7 +46,7 @@ def run(options: EvaluateOptions) -> int:
     say = functools.partial(tracking.say, console)
     refuse_below(1, options, "limit", "batch_size", "max_length", "max_new_tokens")
     if options.json is not None:
-        checkpoint.require_writable(options.json)
+        checkpoint.require_writable(options.json, options.eval_file)
     scores.require_packages()
     adapter = open_adapter(options.adapter, options.model, options.prompt_format, options.trust_remote_code, options.device)
     for note in adapter.notes:

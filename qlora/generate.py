@@ -72,7 +72,7 @@ def _check(options: GenerateOptions) -> evaluate.Sampling | None:
     if options.json is not None:
         if options.prompt is None and options.prompts_file is None:
             raise UserError(ExitCode.CONFIGURATION, "--json wants --prompt or --prompts-file: a chat is not written down.")
-        checkpoint.require_writable(options.json)
+        checkpoint.require_writable(options.json, options.prompts_file)
     if options.temperature:
         return evaluate.Sampling(options.temperature, options.top_p or 1.0, options.top_k)
     given = [name for name in ("top_p", "top_k") if getattr(options, name) is not None]

@@ -279,7 +279,7 @@ def run(options: InspectDataOptions) -> int:
     """
     refuse_below(0, options, "examples")
     if options.json is not None:
-        require_writable(options.json)
+        require_writable(options.json, options.train_file, options.eval_file)
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     chosen: dict[str, Any] = {name: value for name, value in vars(options).items() if name in names}
     config = TrainConfig(**chosen)

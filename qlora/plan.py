@@ -10,6 +10,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from qlora.checkpoint import require_writable, write_file
 from qlora.commands import PlanOptions, refuse_below
 from qlora.config import ExitCode, GradientCheckpointing, TrainConfig, UserError
 from qlora.layers import MARGIN
@@ -64,6 +65,8 @@ def run(options: PlanOptions) -> int:
         UserError: exit 2 for values that no run could use, 7 if the model's configuration cannot be read.
     """
     refuse_below(1, options, "max_length", "per_device_train_batch_size", "lora_r")
+    if options.json is not None:
+        require_writable(options.json)
     config = configuration(options)
     skeleton = shape_skeleton(options, config)
     targets = audit_targets(skeleton, config)
@@ -88,7 +91,7 @@ def run(options: PlanOptions) -> int:
             if not steps or not steps[-1][1].fits(free_gib):
                 console.print("Nothing that can be set makes it fit: take a smaller model or a larger card.")
     if options.json is not None:
-        options.json.write_text(json.dumps(_record(what, free_gib, plans, steps), indent=1) + "\n", encoding="utf-8")
+        write_file(options.json, json.dumps(_record(what, free_gib, plans, steps), indent=1).encode() + b"\n")
     return 0
 
 

@@ -59,15 +59,20 @@ def after_training(folder: Path) -> str:
 
 
 def write(record: Record) -> Path:
-    """Write report.html and plots/ into the folder of a run, each whole or not at all; nothing else in it changes.
+    """Write report.html and plots/*.png into the folder of a run, each whole or not at all; nothing else in it changes.
 
     Raises:
         UserError: exit 4 if they cannot be written.
     """
     curves = plots.draw(record)
     if curves:
-        pngs = {f"{curve.name}.png": curve.png for curve in curves if curve.name != "loss-narrow"}
-        checkpoint.write_folder(record.folder / "plots", pngs)
+        plotted = record.folder / "plots"
+        try:
+            plotted.mkdir(exist_ok=True)
+        except OSError as error:
+            raise checkpoint.cannot_write(plotted, 0, error) from error
+        for curve in (curve for curve in curves if curve.name != "loss-narrow"):
+            checkpoint.write_file(plotted / f"{curve.name}.png", curve.png)
     path = record.folder / "report.html"
     checkpoint.write_file(path, html(record, curves).encode())
     return path

@@ -173,13 +173,18 @@ class Tracker:
 
     def ends_early(self, step: int, patience: int | None) -> bool:
         """Whether the held-out loss has stopped falling; then `step` is the last of the run, and it says which is best."""
-        if not has_stalled(self.evaluations, patience):
+        if step == self.total_steps or not has_stalled(self.evaluations, patience):
             return False
         self.total_steps = step
         self.progress.update(self.task, total=step)
-        best = min(self.evaluations, key=lambda step: self.evaluations[step].loss)
-        lowest = f"the lowest held-out loss, {self.evaluations[best].loss:.4f}, was that after step {best}"
-        self.say(f"Ended early, after step {step}: {lowest}. Checkpoints keep it beside the last, which adapter/ is of.")
+        found = {at: result.loss for at, result in self.evaluations.items() if not math.isnan(result.loss)}
+        best = min(found, key=lambda at: found[at], default=0)
+        where = f"after step {best}. Checkpoints keep it beside the last, which adapter/ is of"
+        if best == 0:
+            where = "before training: no step made it lower. adapter/ is of the last"
+        self.say(
+            f"Ended early, after step {step}: the lowest held-out loss, {found.get(best, math.nan):.4f}, was that {where}."
+        )
         return True
 
     def samples(self, samples: list[Sample], of: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from qlora import memory, plan
 from qlora.__main__ import main as command_line
+from qlora.checkpoint import require_writable
 from qlora.commands import PlanOptions
 from qlora.config import ExitCode, UserError
 from qlora.model import audit_targets
@@ -80,3 +81,17 @@ def test_a_model_s_own_configuration_is_read_and_what_cannot_be_is_refused(tiny,
     with pytest.raises(UserError, match="needs --compile layers, not none"):
         plan.configuration(PlanOptions(offload_checkpoints=True, compile="none"))
     assert plan.configuration(PlanOptions(offload_checkpoints=True)).compile == "layers"
+
+
+def test_what_is_read_is_not_replaced_and_a_folder_is_no_file(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"instruction": "a", "response": "b"}\n')
+    for command in (["inspect-data", "--model", "tiny-random", "--train-file", str(data)],):
+        assert command_line([*command, "--json", str(data)]) == ExitCode.CONFIGURATION
+        assert "is read by this command" in capsys.readouterr().err
+    assert data.read_text() == '{"instruction": "a", "response": "b"}\n'
+    for path in (tmp_path / "nowhere" / "x.json", tmp_path):
+        assert command_line(["plan", "--json", str(path)]) == ExitCode.CHECKPOINT
+        assert "cannot be written" in capsys.readouterr().err
+    with pytest.raises(UserError, match="it is a folder"):
+        require_writable(tmp_path)

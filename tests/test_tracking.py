@@ -210,3 +210,19 @@ def test_the_closing_words_have_the_measured_peak_beside_the_prediction(tmp_path
     words = tracking.closing_words(tmp_path, "report.html", 1.5)
     assert words.startswith(f"\nGPU memory:   1.25 GiB at its peak, 1.50 predicted\nAdapter:      {tmp_path}/adapter\n")
     assert "Report:       report.html" in words
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [({0: 1.0, 3: 2.0}, "was that before training: no step made it lower"),
+     ({0: math.nan, 3: 1.0, 6: 2.0}, "1.0000, was that after step 3. Checkpoints keep it")],
+)  # fmt: skip
+def test_a_run_that_ends_early_says_which_evaluation_was_best(tmp_path, losses, words):
+    told = io.StringIO()
+    with tracking.Tracker(tmp_path, Console(file=told, width=200), step=0) as tracker:
+        tracker.begin(0, total_steps=9, logging_steps=3)
+        for at, loss in losses.items():
+            tracker.held_out(at, 1, HeldOut(loss, 2.0, 10))
+        assert not tracker.ends_early(9, 1)  # it ends there anyway
+        assert tracker.ends_early(max(losses), 1) and tracker.total_steps == max(losses)
+    assert words in told.getvalue()
