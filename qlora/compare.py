@@ -45,6 +45,7 @@ def run(options: EvaluateOptions) -> int:
     console = Console()
     say = functools.partial(tracking.say, console)
     refuse_below(1, options, "limit", "batch_size", "max_length", "max_new_tokens")
+    refuse_below(0, options, "seed")
     if options.json is not None:
         checkpoint.require_writable(options.json, options.eval_file)
     scores.require_packages()

@@ -61,6 +61,7 @@ def _check(options: GenerateOptions) -> evaluate.Sampling | None:
     """How to draw tokens; None is greedy."""
     refuse_below(1, options, "max_new_tokens", "batch_size", "top_k")
     refuse_below(0, options, "seed")
+    refuse_below(0, options, "seed")
     if not 0 <= options.temperature < float("inf"):
         text = f"--temperature {options.temperature} cannot be used: it must be a finite number, 0 at least."
         raise UserError(ExitCode.CONFIGURATION, text)

@@ -88,14 +88,17 @@ def difference(reference: Any, other: Any, samples: data.Samples, alone: bool = 
         samples: at least one.
         alone: switch the adapter of `other` off.
     """
-    heads = read_head(reference), read_head(other)
+    without = other.disable_adapter if alone else contextlib.nullcontext
+    head = read_head(reference)
+    with without():  # the head may have been trained too
+        heads = head, read_head(other)
     sums = torch.zeros(3, dtype=torch.float64)  # [3]
     num_tokens = 0
     for cpu_batch in data.micro_batches(samples, range(len(samples)), 1):
         batch = cpu_batch.to(reference.device)
         wanted = batch.labels.flatten()[batch.positions + 1]  # [N]
         rows = [_hidden(reference, batch)]  # [N, D] each
-        with other.disable_adapter() if alone else contextlib.nullcontext():
+        with without():
             rows.append(_hidden(other, batch))
         for start in range(0, len(wanted), CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
@@ -265,7 +268,8 @@ def _routes(adapter: Adapter, options: MergeOptions) -> list[Route]:
 
 
 def _folder(adapter: Adapter, options: MergeOptions, route: Route) -> Path:
-    return options.output_dir or adapter.folder.with_name(f"{adapter.folder.name}-merged-{route}")
+    folder = adapter.folder.resolve()
+    return options.output_dir or folder.with_name(f"{folder.name}-merged-{route}")
 
 
 def _check_place(folder: Path, adapter: Adapter, onnx: bool) -> None:

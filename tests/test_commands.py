@@ -57,3 +57,9 @@ def test_a_secret_in_a_wrong_flag_is_not_shown(capsys):
         command_line(["plan", "--shap", "hf_" + 34 * "a"])
     assert ended.value.code == 2
     assert "hf_***" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["evaluate", "nowhere"], ["generate", "nowhere", "--prompt", "a"]])
+def test_a_seed_below_0_is_refused_before_anything_is_read(command, capsys):
+    assert command_line([*command, "--seed", "-1"]) == ExitCode.CONFIGURATION
+    assert "--seed -1 cannot be used: it must be at least 0" in capsys.readouterr().err
