@@ -8,7 +8,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from qlora import attention, checkpoint, data, run_folder
 from qlora.config import EMBEDDED, ExitCode, PromptFormat, TrainConfig, UserError
 from qlora.demo import model_source
-from qlora.guards import is_out_of_memory
+from qlora.guards import out_of_memory_told
 from qlora.model import Precision, fingerprint, load_base_model, load_skeleton, load_tokenizer, peft
 
 SETTINGS = "adapter_config.json"
@@ -134,21 +133,14 @@ def prompt_ids(prompt: data.Prompt, adapter: Adapter, max_new_tokens: int) -> li
     return ids
 
 
-@contextlib.contextmanager
-def memory_explained(advice: str) -> Iterator[None]:
+def memory_explained(advice: str) -> contextlib.AbstractContextManager[None]:
     """A block in which running out of memory is an error that tells what to do.
 
     Raises:
         UserError: exit 6.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        text = f"Memory ran out ({reason}). {advice} A quantised base on a GPU with more memory, or --device cpu, may help too."
-        raise UserError(ExitCode.MEMORY, text) from error
+    more = "A quantised base on a GPU with more memory, or --device cpu, may help too."
+    return out_of_memory_told(lambda reason: f"Memory ran out ({reason}). {advice} {more}")
 
 
 def _device(name: str) -> torch.device:

@@ -67,6 +67,12 @@ class Sampling(NamedTuple):
     top_k: int | None = None
 
 
+def stop_ids(model: Any, form: Format) -> list[int]:
+    """What ends an answer: the stop token that was trained, and those that the model itself names."""
+    own = model.generation_config.eos_token_id
+    return sorted({form.stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -89,8 +95,6 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    own = model.generation_config.eos_token_id
-    stops = {form.stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
     # What is left unset here would come from the model's own generation_config, as Qwen's penalty on repetition.
     settings = GenerationConfig(
         do_sample=sampling is not None,
@@ -98,7 +102,7 @@ def generate(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stops),
+        eos_token_id=stop_ids(model, form),
         pad_token_id=form.stop_id,
     )
     if sampling is not None:

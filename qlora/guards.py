@@ -1,7 +1,8 @@
 """What ends a run: a first gradient that trains nothing, a loss that is not finite, memory that ran out."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -79,3 +80,21 @@ def count_not_finite(
             raise UserError(ExitCode.NUMERICS, text)
         say(f"{seen} It was skipped, {skipped} of {permitted} that may be.")
     return skipped
+
+
+@contextlib.contextmanager
+def out_of_memory_told(words: Callable[[str], str]) -> Iterator[None]:
+    """A block in which running out of memory is an error in these words.
+
+    Args:
+        words: from the reason that the library gave to one paragraph.
+
+    Raises:
+        UserError: exit 6.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(ExitCode.MEMORY, words(" ".join(str(error).split())[:200])) from error

@@ -4,15 +4,15 @@ import contextlib
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qlora.checkpoint import random_state, set_random_state
-from qlora.config import ExitCode, TrainConfig, UserError
+from qlora.config import TrainConfig
 from qlora.data import Samples, epoch_rows, longest_rows, micro_batches, rounded
-from qlora.guards import is_out_of_memory
+from qlora.guards import out_of_memory_told
 from qlora.loss import CHUNK_TOKENS
 
 if TYPE_CHECKING:
@@ -140,25 +140,22 @@ def settings_to_try(config: TrainConfig, longest: int) -> list[tuple[str, dict[s
     return [*found, ("--target-modules with fewer names", {})]
 
 
-@contextlib.contextmanager
-def explained(config: TrainConfig, device: torch.device, estimate_gib: float, longest: int) -> Iterator[None]:
+def explained(
+    config: TrainConfig, device: torch.device, estimate_gib: float, longest: int
+) -> contextlib.AbstractContextManager[None]:
     """Turn running out of memory in a block into the error that says what was needed and what to try.
 
     Raises:
         UserError: exit 6.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        where = "GPU" if device.type == "cuda" else "machine"
-        raise UserError(
-            ExitCode.MEMORY,
+    where = "GPU" if device.type == "cuda" else "machine"
+    return out_of_memory_told(
+        lambda reason: (
             f"The {where} ran out of memory: the peak so far was {peak_memory_gib(device):.2f} GiB, the estimate for these "
             f"settings {estimate_gib:.2f} GiB. Try {', or '.join(flags for flags, _ in settings_to_try(config, longest)[:3])}. "
-            f"({' '.join(str(error).split())[:200]})",
-        ) from error
+            f"({reason})"
+        )
+    )
 
 
 def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, samples: Samples, config: TrainConfig) -> None:

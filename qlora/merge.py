@@ -26,6 +26,7 @@ from qlora.adapter import Adapter, load_adapted, memory_explained, open_adapter
 from qlora.commands import MergeOptions, refuse_below
 from qlora.compare import read_held_out
 from qlora.config import ExitCode, UserError
+from qlora.evaluate import stop_ids
 from qlora.loss import CHUNK_TOKENS, read_head
 from qlora.model import peft
 from qlora.model_card import VLLM_RANKS
@@ -165,9 +166,7 @@ def save(model: Any, adapter: Adapter, folder: Path, facts: dict[str, Any], rows
     """
     line = None
     with _scratch(folder) as scratch:
-        own = model.generation_config.eos_token_id
-        stops = {adapter.form.stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
-        model.generation_config.eos_token_id = sorted(stops)  # the stop token that was trained ends an answer
+        model.generation_config.eos_token_id = stop_ids(model, adapter.form)
         model.save_pretrained(scratch, max_shard_size="2GB")
         adapter.form.tokenizer.save_pretrained(scratch)
         if (original := _sentencepiece(adapter)) is not None:
