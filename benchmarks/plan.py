@@ -88,7 +88,7 @@ def predicted_gib(shape: str, folder: str, setting: Setting) -> float:
 
 def measured(shape: str, folder: str, setting: Setting) -> dict[str, Any]:
     """The row of a setting: one that ran has peak_gib, one that did not `unavailable`."""
-    chosen = {name: setting[name] for name in ("batch", "length", "lora_r")}
+    chosen = {"batch": (setting["batch"],), "length": setting["length"], "lora_r": setting["lora_r"]}
     options = train_step.Options(shape=shape, accumulation=2, dropout=0.0, steps=2, **chosen)  # type: ignore[arg-type]
     cell = train_step.run_cell(options, folder, setting["backend"], setting["checkpointing"], setting["compile"])
     kept = {name: cell[name] for name in ("peak_gib", "unavailable") if name in cell}

@@ -6,6 +6,7 @@ python benchmarks/report.py          # rewrites what stands between the markers,
 import dataclasses
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,7 @@ def train_step(pattern: str) -> str:
     """One step on a GPU, by backend, checkpointing and how layers run; where it went, if it was profiled."""
     name, record = load(pattern)
     flags, rows, profiles = record["flags"], [], []
+    [batch] = flags["batch"] if isinstance(flags["batch"], list) else [flags["batch"]]
     for cell in record["cells"]:
         if "unavailable" in cell:
             measured = [cell["unavailable"].split(". ")[0], "", ""]
@@ -112,12 +114,44 @@ def train_step(pattern: str) -> str:
             profiles.append([*which, *(f"{milliseconds:.0f}" for milliseconds in profile.values())])
             kinds = list(profile)
     what = (
-        f"{flags['shape']}, random weights, {flags['accumulation']} micro-batches of {flags['batch']} x {flags['length']} "
+        f"{flags['shape']}, random weights, {flags['accumulation']} micro-batches of {batch} x {flags['length']} "
         f"tokens, LoRA dropout {flags['dropout']}, median of {flags['steps']} steps. "
     )
     headers = ["attention", "gradient checkpointing", "layers"]
     text = table([*headers, "ms a step", "tokens/s", "peak GiB allocated"], rows) + "\n\n" + what + source(name, record)
     return text + ("\n\nWhere the step went, in ms:\n\n" + table([*headers, *kinds], profiles) if profiles else "")
+
+
+def tokens(pattern: str) -> str:
+    """Time and memory of a micro-batch from few tokens to many, in rows of one length."""
+    if not any(RESULTS.glob(pattern)):
+        return "Not measured yet."
+    name, record = load(pattern)
+    flags = record["flags"]
+    cells = [cell for cell in record["cells"] if "step_ms" in cell]
+    rows, before = [], None
+    for cell in cells:
+        count = cell["batch"] * flags["length"]
+        grown = "" if before is None else f"{(cell['peak_gib'] - before[1]) * 2**20 / (count - before[0]):.0f}"
+        rows.append([f"{count:,}", f"{cell['step_ms']:,.0f}", f"{1000 * cell['step_ms'] / count:.1f}",
+                     f"{cell['tokens_per_s']:,.0f}", f"{cell['peak_gib']:.2f}", grown])  # fmt: skip
+        before = (count, cell["peak_gib"])
+    headers = ["tokens", "ms", "us a token", "tokens/s", "peak GiB", "KiB for each token more"]
+    chosen = f"`--gradient-checkpointing {cells[0]['gradient_checkpointing']} --compile {cells[0]['compile']}`"
+    what = f"A step of one micro-batch of rows of {flags['length']:,} tokens, {chosen}, no dropout, sdpa. "
+    return f"{table(headers, rows)}\n\n{what}{source(name, record)}"
+
+
+def loading(pattern: str) -> str:
+    """How long a model takes to load, in bf16 and as it was saved in NF4, and the most memory on the way."""
+    if not any(RESULTS.glob(pattern)):
+        return "Not measured yet."
+    name, record = load(pattern)
+    rows = [[cell["stored"], f"{cell['disk_gb']:.2f}", f"{cell['load_s'][0]:.1f}", f"{statistics.median(cell['load_s']):.1f}",
+             f"{cell['model_gb']:.2f}", f"{cell['peak_gb']:.2f}"] for cell in record["cells"]]  # fmt: skip
+    headers = ["stored as", "on disk, GB", "first load, s", "median, s", "loaded, GB", "peak on the way, GB"]
+    what = f"The largest linear layer is {record['largest_layer_gb']:.2f} GB in bf16. Loaded {record['loads']} times in a "
+    return f"{table(headers, rows)}\n\n{what}process of its own, files in the page cache. {source(name, record)}"
 
 
 HOW = {"none": "as written", "layers": "compiled", "graphs": "compiled, CUDA graphs"}
@@ -680,6 +714,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "first-ladder": lambda: ladder("first_ladder_*.json"),
     "second-ladder": lambda: ladder("second_ladder_*.json"),
     "train-step": lambda: train_step("train_step_*.json"),
+    "train-step-second": lambda: train_step("second_train_step_*.json"),
+    "tokens-h100": lambda: tokens("tokens_h100_*.json"),
+    "loading-h100": lambda: loading("loading_h100_*.json"),
     "train-step-first": lambda: train_step("first_train_step_*.json"),
 }
 

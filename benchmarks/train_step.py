@@ -43,8 +43,8 @@ class Options:
     """Values of --compile. Unset: graphs and none on a GPU, none on a CPU."""
     length: int = 2048
     """Tokens in a row."""
-    batch: int = 2
-    """Rows in a micro-batch."""
+    batch: tuple[int, ...] = (2,)
+    """Rows in a micro-batch; a cell for each."""
     accumulation: int = 2
     """Micro-batches in a step."""
     cache_dequantized: bool = False
@@ -60,7 +60,7 @@ class Options:
     commit: str | None = None
     """Commit of the code, where it runs without its repository."""
     cell: tuple[str, str, str, str] | None = None
-    """Internal: folder, backend, checkpointing and compile of one cell; prints its JSON."""
+    """Internal: folder, backend, checkpointing and compile of one cell, with one --batch; prints its JSON."""
 
 
 def write_random_model(shape: str, folder: Path) -> None:
@@ -97,7 +97,7 @@ def configuration(options: Options) -> Any:
         lora_r=options.lora_r,
         lora_dropout=options.dropout,
         max_length=options.length,
-        per_device_train_batch_size=options.batch,
+        per_device_train_batch_size=options.batch[0],
         attn_implementation=backend,
         gradient_checkpointing=checkpointing,
         compile=how,
@@ -128,11 +128,10 @@ def time_cell(options: Options) -> dict:
     prepare_layers(model, config)
     head = read_head(model)
     vocabulary = len(head.weight)
-    rows = torch.randint(3, vocabulary, (options.accumulation * options.batch, options.length)).tolist()
+    batch = config.per_device_train_batch_size
+    rows = torch.randint(3, vocabulary, (options.accumulation * batch, options.length)).tolist()
     samples = [data.Encoded(ids, ids, line) for line, ids in enumerate(rows, start=1)]
-    window = list(
-        data.micro_batches(samples, range(len(samples)), options.batch, device.type == "cuda", config.length_multiple)
-    )
+    window = list(data.micro_batches(samples, range(len(samples)), batch, device.type == "cuda", config.length_multiple))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     step = functools.partial(
         train_step, model.get_decoder(), optimizer, window, functools.partial(token_loss_sum, head=head), 5e-5, 1.0
@@ -149,12 +148,13 @@ def time_cell(options: Options) -> dict:
             milliseconds.append(1000 * seconds)
             losses.append(loss)
         profile = profiled(step) if clock else None
-    tokens = options.accumulation * options.batch * options.length
+    tokens = options.accumulation * batch * options.length
     median = statistics.median(milliseconds)
     return {
         "attn_implementation": backend,
         "gradient_checkpointing": checkpointing,
         "compile": how,
+        "batch": batch,
         "first_step_s": round(first_step_s, 2),
         "step_ms": round(median, 2),
         "step_ms_min_max": [round(min(milliseconds), 2), round(max(milliseconds), 2)],
@@ -223,8 +223,9 @@ def run_cell(options: Options, folder: str, backend: str, checkpointing: str, ho
     """The row of a cell from a process of its own; a cell that cannot run is a row with the reason."""
     arguments = [
         f"--{name.replace('_', '-')}={getattr(options, name)}"
-        for name in ("shape", "length", "batch", "accumulation", "dropout", "lora_r", "steps")
+        for name in ("shape", "length", "accumulation", "dropout", "lora_r", "steps")
     ]
+    arguments.append(f"--batch={options.batch[0]}")
     arguments += ["--cache-dequantized"] if options.cache_dequantized else []
     done = subprocess.run(
         [sys.executable, __file__, *arguments, "--cell", folder, backend, checkpointing, how],
@@ -239,6 +240,7 @@ def run_cell(options: Options, folder: str, backend: str, checkpointing: str, ho
         "attn_implementation": backend,
         "gradient_checkpointing": checkpointing,
         "compile": how,
+        "batch": options.batch[0],
         "unavailable": reason[:300],
     }
 
@@ -257,8 +259,8 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(options.shape, Path(folder))
         hows = options.compile or (("graphs", "none") if device.type == "cuda" else ("none",))
-        for cell in itertools.product(options.backends, options.checkpointing, hows):
-            cells.append(run_cell(options, folder, *cell))
+        for batch, *cell in itertools.product(options.batch, options.backends, options.checkpointing, hows):
+            cells.append(run_cell(dataclasses.replace(options, batch=(batch,)), folder, *cell))
             print(json.dumps(cells[-1]), flush=True)
     flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in {"out", "cell", "commit"}}
     record = {"environment": environment(device), "flags": flags, "warm_up_steps": WARM_UP_STEPS, "cells": cells}
