@@ -589,7 +589,7 @@ def measured_cell(pattern: str, **wanted: Any) -> dict[str, Any]:
 
 def checkpointing_gpu(source: Source) -> Figures:
     """Peak and time of a step at 2 x 2,048 tokens on a GPU, and of longer rows, with and without checkpointing."""
-    short = {policy: measured_cell("second_train_step_h100_*.json", attn_implementation="sdpa", gradient_checkpointing=policy)
+    short = {policy: measured_cell("train_step_h100_*.json", attn_implementation="sdpa", gradient_checkpointing=policy)
              for policy in ("none", "full")}  # fmt: skip
     found: Figures = {policy: {"peak_gib": cell["peak_gib"], "step_ms": cell["step_ms"]} for policy, cell in short.items()}
     long = {policy: measured_cell("attention_h100_*.json", level="step", backend="sdpa", length=8192, layout="full",

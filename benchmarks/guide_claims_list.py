@@ -72,7 +72,7 @@ def near(f: Figures, name: str, other: str, times: float = 2.0) -> bool:
 
 
 TRAIN_STEP, PEERS, ATTENTION, DEMO = (
-    "second_train_step_h100_*.json",
+    "train_step_h100_*.json",
     "peers_h100_*.json",
     "attention_h100_*.json",
     "demo_cpu_*.json",

@@ -242,17 +242,23 @@ def peers(pattern: str, card: str) -> str:
         cells = newest_peers(record, shape)
         rows = [peer_row(cell) for cell in sorted(cells, key=lambda cell: -cell.get("tokens_per_s", 0.0))]
         parts.append(f"`{shape}`:\n\n{table(headers, rows)}")
-    flags = record["runs"][-1]
+    runs = [record["runs"][number] for number in sorted({cell["run"] for cell in record["cells"]})]
+    steps, warm_up = (counts([run[name] for run in runs]) for name in ("steps", "warm_up"))
     if (RESULTS / f"peers_{card}.png").exists():
         parts.append(f"![Tokens a second over peak memory, one point a contender](results/peers_{card}.png)")
     counted = "allocated on the GPU" if record["cells"][0].get("reserved_gib") else "of the process"
     dropout = " and ".join(sorted({f"{cell['dropout']:g}" for cell in record["cells"]}))
     parts.append(
-        f"{flags['shape_of_model']}, LoRA dropout {dropout}; tokens without padding, the median of {flags['steps']} steps "
-        f"(10th to 90th percentile) after {flags['warm_up']}; x TRL: against `trl` in the same run; peak {counted}, GB of 1e9 "
+        f"{runs[-1]['shape_of_model']}, LoRA dropout {dropout}; tokens without padding, the median of {steps} steps "
+        f"(10th to 90th percentile) after {warm_up}; x TRL: against `trl` in the same run; peak {counted}, GB of 1e9 "
         f"bytes. {source(name, record)}"
     )
     return "\n\n".join(parts)
+
+
+def counts(values: list[int]) -> str:
+    """One number, or from the least to the most."""
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
 def peers_short(pattern: str, shape: str) -> str:
@@ -302,7 +308,9 @@ def plan_measured(pattern: str) -> str:
         if "peak_gib" in cell:
             result = [f"{cell['peak_gib']:.2f}", f"{cell['predicted_gib'] / cell['peak_gib'] - 1:+.1%}"]
         rows.append([*shown, f"{cell['predicted_gib']:.2f}", *result])
-    return f"{table(headers, rows)}\n\n{source(name, record)}"
+    card = pattern.split("_")[1]
+    plot = f"![Measured over predicted peak, one point a setting](results/plan_{card}.png)\n\n"
+    return f"{table(headers, rows)}\n\n{plot if (RESULTS / f'plan_{card}.png').exists() else ''}{source(name, record)}"
 
 
 def newest_peers(record: dict[str, Any], shape: str) -> list[Cell]:
@@ -714,7 +722,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "first-ladder": lambda: ladder("first_ladder_*.json"),
     "second-ladder": lambda: ladder("second_ladder_*.json"),
     "train-step": lambda: train_step("train_step_*.json"),
-    "train-step-second": lambda: train_step("second_train_step_*.json"),
     "tokens-h100": lambda: tokens("tokens_h100_*.json"),
     "loading-h100": lambda: loading("loading_h100_*.json"),
     "train-step-first": lambda: train_step("first_train_step_*.json"),
@@ -849,7 +856,7 @@ def plot_plan(card: str) -> None:
             panel.scatter(*zip(*points, strict=True), color=colour, s=24, label=f"--compile {how}", zorder=2)
     panel.set(xscale="log", yscale="log", xlabel="predicted GiB", ylabel="measured GiB", xlim=ends, ylim=ends)
     for axis in (panel.xaxis, panel.yaxis):
-        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
         axis.set_major_formatter("{x:g}")
     panel.minorticks_off()
     panel.legend(frameon=False, fontsize=8)

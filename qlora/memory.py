@@ -46,8 +46,9 @@ def leave_no_gaps() -> None:
 def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longest: int) -> dict[str, float]:
     """What a step's tensors take on a GPU when they take the most, in GiB, term by term, from the shape alone.
 
-    The sum is within 7 % of the peaks of Phi-3-mini in benchmarks/results (train_step, ladders and peers of the H100), which
-    the constants of activations were fitted to; other models are further off. CUDA's context, about 0.5 GiB, comes on top.
+    The sum is within 7 % of the peaks of Phi-3-mini in benchmarks/results (plan, tokens, train_step, ladders and peers of the
+    H100), which the constants of activations were fitted to; other models are further off. CUDA's context, about 0.5 GiB,
+    comes on top.
 
     Args:
         model: the base model or its skeleton.
@@ -75,7 +76,7 @@ def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longe
         kept["none"] = at_work  # and nothing beside it
     rest = 0 if config.gradient_checkpointing == "none" and config.compile == "none" else at_work
     scores = heads * tokens * longest if config.attn_implementation == "eager" else 0
-    score_copies = 6 * layers if config.gradient_checkpointing == "none" else 13
+    score_copies = 6 * layers if config.gradient_checkpointing == "none" else 13 if config.compile == "none" else 8  # bytes
     staying, scored = tokens * layers * kept[config.gradient_checkpointing], score_copies * scores
     terms = {
         "base in NF4": NF4_BYTES * linear,

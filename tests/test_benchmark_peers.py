@@ -167,12 +167,15 @@ def test_the_table_shows_the_newest_and_says_why_a_cell_is_missing(tmp_path, mon
         rows = benchmark.with_ratios(benchmark.merged(rows, {**measured, **new}))
     packages = dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1")
     environment = {"device": "NVIDIA H100", "packages": packages, "commit": "x"}
-    runs = [{"shape_of_model": "phi3-mini", "steps": 8, "warm_up": 3}]
+    runs = [{"shape_of_model": "phi3-mini", "steps": steps, "warm_up": 3} for steps in (8, 5)]
     (tmp_path / "peers_h100_202601.json").write_text(json.dumps({"environment": environment, "runs": runs, "cells": rows}))
     text = report.peers("peers_h100_*.json", "h100")
     assert "| `ours_none` | trl 1.16.0 | bfloat16 | 200 | 5 (4-6) | 2.00 | 4.29 | 4.00 | 25.0% | 10.500 |" in text
     assert text.count("| `trl` |") == 1 and "| 50 | 5 (4-6) | 1.00 |" in text
-    assert "| `ours_full` |  |  | out of memory |" in text
+    assert (
+        "| `ours_full` |  |  | out of memory |" in text
+        and "the median of 5 to 8 steps (10th to 90th percentile) after 3;" in text
+    )
 
 
 @pytest.mark.parametrize(("ahead", "order"), [(0, "a A b B c C"), (1, "a b A c B C")])
