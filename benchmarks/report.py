@@ -294,8 +294,8 @@ def plan_fits() -> str:
     name, record = load("plan_h100_*.json")
     held = [cell["predicted_gib"] / cell["peak_gib"] - 1 for cell in record["cells"] if "peak_gib" in cell]
     words = (
-        "Predicted for Phi-3-mini at rank 32; a tenth of the card and 0.5 GiB for CUDA stay free. None of these cards was there "
-        f"to try; {len(held)} settings on an 80 GB H100 peaked within {max(map(abs, held)):.1%} of what is predicted for them "
+        "Predicted for Phi-3-mini at rank 32; a tenth of the card and 0.5 GiB for CUDA stay free. No such card was there to "
+        f"try; {len(held)} settings on an 80 GB H100 peaked within {max(map(abs, held)):.1%} of what is predicted for them "
         f"([table and plot](benchmarks/README.md#memory-predicted-and-measured)). {source(name, record)}"
     )
     return f"{table(['card', '2 x 2,048 tokens', '1 x 2,048 tokens'], rows)}\n\n{words}"

@@ -10,7 +10,6 @@ computed, and to waiting for the next kernel.
 """
 
 import dataclasses
-import datetime
 import functools
 import itertools
 import json
@@ -26,6 +25,10 @@ from typing import Any, Literal
 import tyro
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # run as a script, Python has only this file's folder there
+
+from benchmarks.attention import result_file  # noqa: E402
+
 WARM_UP_STEPS = 3
 
 
@@ -246,7 +249,7 @@ def run_cell(options: Options, folder: str, backend: str, checkpointing: str, ho
 
 
 def main(options: Options) -> None:
-    """Time every cell and write the file."""
+    """Time every cell and write the file after each."""
     if options.cell:
         print(json.dumps(time_cell(options)))
         return
@@ -255,24 +258,20 @@ def main(options: Options) -> None:
     from qlora.tracking import environment
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    cells = []
+    cells: list[dict[str, Any]] = []
+    flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in {"out", "cell", "commit"}}
+    described = environment(device)
+    described["commit"] = options.commit or described["commit"]
+    record = {"environment": described, "flags": flags, "warm_up_steps": WARM_UP_STEPS, "cells": cells}
+    out = options.out or result_file("train_step", described)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         write_random_model(options.shape, Path(folder))
         hows = options.compile or (("graphs", "none") if device.type == "cuda" else ("none",))
         for batch, *cell in itertools.product(options.batch, options.backends, options.checkpointing, hows):
             cells.append(run_cell(dataclasses.replace(options, batch=(batch,)), folder, *cell))
             print(json.dumps(cells[-1]), flush=True)
-    flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in {"out", "cell", "commit"}}
-    record = {"environment": environment(device), "flags": flags, "warm_up_steps": WARM_UP_STEPS, "cells": cells}
-    record["environment"]["commit"] = options.commit or record["environment"]["commit"]
-    card = re.sub(
-        r"[^a-z0-9]+",
-        "-",
-        next((w for w in record["environment"]["device"].lower().split() if re.match(r"[a-z]+\d", w)), "cpu"),
-    )
-    out = options.out or ROOT / "benchmarks" / "results" / f"train_step_{card}_{datetime.date.today():%Y%m}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+            out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
