@@ -8,10 +8,15 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
+import re
+import warnings
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, get_type_hints
 
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from qlora import attention, checkpoint, data, run_folder
@@ -25,6 +30,45 @@ OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on
               "eval_file")  # fmt: skip
 # Starts that leave the base as it is. The others (PiSSA, OLoRA, ...) change it, and the adapter fits what they left.
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+UNREAD = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "eva_config")  # of no effect here
+# The options of the run, and their types in TrainConfig.
+OfTheRun = TypedDict("OfTheRun", {name: get_type_hints(TrainConfig)[name] for name in OF_THE_RUN})  # type: ignore[misc]
+# What an unreadable file raises when it is read: not there, no text, no JSON or of wrong types, nested without end.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError)
+
+
+class Settings(TypedDict, total=False):
+    """What adapter_config.json may set, as PEFT's LoraConfig; what else it sets is refused."""
+
+    r: int
+    lora_alpha: int | float
+    lora_dropout: int | float
+    target_modules: list[str] | str | None
+    exclude_modules: list[str] | str | None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: list[str] | str | None
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, int | float]
+    modules_to_save: list[str] | None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None
+    bias: Literal["none", "all", "lora_only"]
+    lora_bias: bool
+    use_dora: bool
+    use_rslora: bool
+    fan_in_fan_out: bool
+    ensure_weight_tying: bool
+    init_lora_weights: bool | str
+    task_type: str | None
+    base_model_name_or_path: str | None
+    revision: str | None
+
+
+class Facts(TypedDict):
+    """What run.json and a checkpoint's state.json tell that is used here."""
+
+    config: dict
+    device: str
+    weights: str
 
 
 class Adapter(NamedTuple):
@@ -192,29 +236,66 @@ def _facts(path: Path) -> dict[str, Any] | None:
         return None
     try:
         facts = json.loads(path.read_bytes())
-        return facts if isinstance(facts["config"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        text = f"{path} cannot be read ({type(error).__name__}). Move the adapter's folder elsewhere to do without it."
+        _check_types(Facts, facts)
+        _check_types(OfTheRun, facts["config"])
+        TrainConfig(max_length=facts["config"]["max_length"]).check()
+    except (*UNREADABLE, UserError) as error:
+        text = f"{path} cannot be read ({_reason(error)}). Move the adapter's folder elsewhere to do without it."
         raise UserError(ExitCode.CHECKPOINT, text) from None
+    return facts
+
+
+def _check_types(schema: Any, values: dict[str, Any]) -> None:
+    """Those of the values that a TypedDict names."""
+    validate_typed_dict(schema, {name: value for name, value in values.items() if name in schema.__annotations__})
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 # -- what it is ------------------------------------------------------------------------------------------------------
 
 
 def _read_settings(folder: Path) -> Any:
+    """The adapter's peft.LoraConfig, of known settings alone, each of its type and in its range."""
+    path = folder / SETTINGS
     try:
-        lora = peft.PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        text = f"{folder / SETTINGS} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
-        raise UserError(ExitCode.CHECKPOINT, text) from None
-    if not isinstance(lora, peft.LoraConfig):
-        kind = getattr(lora.peft_type, "value", lora.peft_type)
-        raise UserError(ExitCode.CONFIGURATION, f"{folder} is an adapter of PEFT's kind {kind}. Only LoRA is known here.")
-    if lora.init_lora_weights not in HARMLESS_STARTS:
-        text = f"{folder} was begun with init_lora_weights {lora.init_lora_weights!r}, which changes the base."
+        values = json.loads(path.read_bytes())
+        if not isinstance(values["peft_type"], str):
+            raise TypeError(f"peft_type is {values['peft_type']!r}")
+        if values["peft_type"] != "LORA":
+            text = f"{folder} is an adapter of PEFT's kind {values['peft_type']}. Only LoRA is known here."
+            raise UserError(ExitCode.CONFIGURATION, text)
+        _check_settings(folder, values)
+        with warnings.catch_warnings(action="ignore"):  # of starts, which are over
+            return peft.PeftConfig.from_pretrained(str(folder))
+    except UNREADABLE as error:
+        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be read ({_reason(error)}). Get the adapter again.") from None
+
+
+def _check_settings(folder: Path, values: dict[str, Any]) -> None:
+    """Refuse what is damaged (exit 4), and what is sound and not supported (exit 2)."""
+    usual = vars(peft.LoraConfig())
+    if unknown := [name for name in values if name not in usual and values[name]]:
+        text = f"{folder / SETTINGS} sets {', '.join(unknown)}, which the installed PEFT does not know. Is the file damaged, or"
+        raise UserError(ExitCode.CHECKPOINT, f"{text} of a newer PEFT ({values.get('peft_version')})? Then upgrade it.")
+    _check_types(Settings, values)
+    ranks = [values["r"], *values.get("rank_pattern", {}).values()]
+    scales = [values["lora_alpha"], *values.get("alpha_pattern", {}).values()]
+    if min(ranks) < 1 or not all(map(math.isfinite, scales)) or not 0 <= values.get("lora_dropout", 0) < 1:
+        raise ValueError(f"ranks {ranks}, alphas {scales}, dropout {values.get('lora_dropout', 0)}")
+    if (start := values.get("init_lora_weights", True)) not in HARMLESS_STARTS:
+        text = f"{folder} was begun with init_lora_weights {start!r}, which changes the base."
         advice = "Convert it first, by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         raise UserError(ExitCode.CONFIGURATION, f"{text} {advice}")
-    return lora
+    if values.get("task_type") not in (None, "CAUSAL_LM"):
+        text = f"{folder} was trained for the task {values['task_type']}. Only CAUSAL_LM is known here."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    others = [name for name in values if name in usual and name not in (*Settings.__annotations__, *UNREAD)]
+    if odd := [name for name in others if values[name] and values[name] != usual[name]]:
+        text = f"{folder} is LoRA of a kind that is not known here: it sets {', '.join(odd)}. Use PEFT itself for it."
+        raise UserError(ExitCode.CONFIGURATION, text)
 
 
 def _base(folder: Path, lora: Any, of_the_run: str | None, asked: str | None, notes: list[str]) -> tuple[str, str | None]:
@@ -252,19 +333,44 @@ def _check_fit(folder: Path, lora: Any, source: str, skeleton: Any) -> None:
         raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be read: {' '.join(str(error).split())}.") from None
     own = copy.deepcopy(lora)
     own.base_model_name_or_path = None  # PEFT puts in the model's, and warns where there was another
+    of_the_base = {f"base_model.model.{name}" for name in skeleton.state_dict()}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # what it warns of is compared, or refused, below
             adapted = peft.get_peft_model(skeleton, own)
+            state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except ValueError as error:
         reason = " ".join(str(error).split())[:300]
         text = f"{folder} does not fit {source}: {reason} Is that its base? --model names another."
         raise UserError(ExitCode.CONFIGURATION, text) from None
-    state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    except (re.error, TypeError, KeyError, AttributeError, RuntimeError) as error:  # a pattern, for the most part
+        raise UserError(ExitCode.CHECKPOINT, f"{folder / SETTINGS} cannot be read ({_reason(error)}).") from None
+    _check_ends(folder, adapted)
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differing = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+    if surplus := [name for name in differing if name in of_the_base and name not in wanted]:
+        text = f"{path} holds weights of the base itself, {surplus[0]} first, as PEFT saves them with a resized vocabulary."
+        advice = "That is not supported: save it with save_embedding_layers=False, if the vocabulary is the base's."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} {advice}")
     if differing:
         name = differing[0]
         here, there = (f"of shape {shapes[name]}" if name in shapes else "not" for shapes in (stored, wanted))
         text = f"{folder} does not fit {source}: {len(differing)} tensors differ. {name} is {here} in the file, and would be"
         advice = "Either the base is another (--model names it), or adapter_config.json and the weights do not belong together."
         raise UserError(ExitCode.CONFIGURATION, f"{text} {there} there with rank {lora.r}. {advice}")
+
+
+def _check_ends(folder: Path, adapted: Any) -> None:
+    """Refuse low-rank or partial updates of the embedding and the head; whole ones (modules_to_save) are fine.
+
+    A loss is had of the head's weight (loss.Head), and not of LoRA beside it. Where embedding and head are one tied weight,
+    PEFT merges into both what was trained into one.
+    """
+    head = adapted.get_output_embeddings()
+    ends = {"embedding": adapted.get_input_embeddings(), "head": head}
+    if found := [name for name, layer in ends.items() if isinstance(layer, peft.tuners.lora.LoraLayer)]:
+        text = f"{folder} has LoRA on the {' and the '.join(found)} of its base. That is not supported: losses and merges could"
+        advice = "Train them whole, with modules_to_save, or only the layers between them; PEFT itself can load it."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} be wrong. {advice}")
+    if isinstance(head, peft.utils.other.TrainableTokensWrapper):
+        text = f"{folder} trains single tokens (trainable_token_indices) of the head, or of an embedding tied to it."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} That is not supported; PEFT itself can load it.")

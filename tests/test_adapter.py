@@ -3,11 +3,13 @@
 import fcntl
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from qlora import adapter, checkpoint, run_folder
 from qlora.adapter import load_adapted, open_adapter
@@ -138,6 +140,80 @@ def test_damage_is_found_before_anything_is_loaded(run, bare):
     assert "adapter_config.json cannot be read" in refused(ExitCode.CHECKPOINT, bare)
 
 
+SETTINGS_DAMAGED = {
+    "r": (None, "4", 0, -4, 4.5, [4], True, 10**30),
+    "lora_alpha": (None, "8", [8], float("nan"), float("inf"), {}),
+    "lora_dropout": (None, "0", 1.5, -1),
+    "target_modules": (5, {"a": 1}, [1], "[", "(*", [None]),
+    "exclude_modules": (5, "[", [2]),
+    "rank_pattern": (None, [], {"o_proj": "2"}, {"o_proj": 0}, {"[": 2}, "o_proj"),
+    "alpha_pattern": (None, [], {"o_proj": [1]}, {"o_proj": float("nan")}),
+    "modules_to_save": ("norm", {}, [1]),
+    "layers_to_transform": ("1", {}, ["1"], 1.5),
+    "layers_pattern": (1, {}),
+    "trainable_token_indices": ("5", 5, {"embed_tokens": 5}, ["5"]),
+    "bias": (None, "some", True),
+    "lora_bias": (None, "yes", []),
+    "use_dora": (None, "false", 1),
+    "use_rslora": (None, {}),
+    "fan_in_fan_out": ("x",),
+    "init_lora_weights": (None, [True], {}),
+    "base_model_name_or_path": (5, [], {}),
+    "revision": (5, ["main"]),
+    "task_type": (5, ["CAUSAL_LM"]),
+    "peft_type": (None, 5, ["LORA"]),
+    "no_such_setting": (True, 1, {"a": 1}),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in SETTINGS_DAMAGED for value in SETTINGS_DAMAGED[name]])
+def test_damaged_settings_are_told_by_their_file(bare, name, value):
+    change(bare, **{name: value})
+    assert str(bare / "adapter_config.json") in refused(ExitCode.CHECKPOINT, bare, prompt_format="plain")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[]", b"5", b'"LORA"', b"{}", b'{"peft_type": "LORA"}', b"\xff", b"[" * 10**5]
+)
+@pytest.mark.parametrize("name", ["adapter_config.json", "run.json", "state.json"])
+def test_files_of_something_else_are_told_by_their_name(run, name, content):
+    folder = run / "checkpoints" / "step-000004" if name == "state.json" else run / "adapter"
+    path = (run if name == "run.json" else folder) / name
+    path.write_bytes(content)
+    (folder / checkpoint.MANIFEST).unlink()
+    assert f"{path} cannot be read" in refused(ExitCode.CHECKPOINT, folder)
+
+
+FACTS_DAMAGED = {
+    "config": (None, [], "plain", {}, GONE := object()),
+    "device": (None, 5, ["cpu"], GONE),
+    "weights": (None, 5, {}, GONE),
+    "config.model": (5, ["demo"], GONE),
+    "config.revision": (5, GONE),
+    "config.prompt_format": (None, "other", ["plain"], GONE),
+    "config.loss_on": ("none", None, GONE),
+    "config.max_length": (None, "300", 0, -1, 300.5, True, GONE),
+    "config.on_long": ("cut", None, GONE),
+    "config.allow_drop": ("yes", None, GONE),
+    "config.train_file": (5, [], GONE),
+    "config.eval_file": (5, ["held.jsonl"], GONE),
+}
+
+
+@pytest.mark.parametrize("of", ["run.json", "state.json"])
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in FACTS_DAMAGED for value in FACTS_DAMAGED[name]])
+def test_damaged_facts_of_a_run_or_checkpoint_are_told_by_their_file(run, of, name, value):
+    folder = run if of == "run.json" else run / "checkpoints" / "step-000004"
+    facts = json.loads((folder / of).read_bytes())
+    owner = facts["config"] if "." in name else facts
+    owner[name.rpartition(".")[2]] = value
+    if value is GONE:
+        del owner[name.rpartition(".")[2]]
+    (folder / of).write_text(json.dumps(facts))
+    (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
+    assert str(folder / of) in refused(ExitCode.CHECKPOINT, folder)
+
+
 def test_rank_shape_and_base_must_fit(run, bare, tmp_path, tiny):
     form = {"prompt_format": "plain"}
     change(bare, r=8)
@@ -187,6 +263,57 @@ def test_only_lora_that_leaves_the_base_alone_is_loaded(bare):
     ia3 = {"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["o_proj"], "feedforward_modules": []}
     (bare / "adapter_config.json").write_text(json.dumps(ia3))
     assert "IA3" in refused(ExitCode.CONFIGURATION, bare, prompt_format="plain")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("task_type", "SEQ_CLS"), ("layer_replication", [[0, 2], [0, 2]]), ("target_parameters", ["weight"]),
+     ("alora_invocation_tokens", [5]), ("use_qalora", True), ("use_bdlora", {"nblocks": 2})],
+)  # fmt: skip
+def test_kinds_of_lora_that_were_not_tried_are_refused(bare, name, value):
+    change(bare, **{name: value})
+    assert str(value if name == "task_type" else name) in refused(ExitCode.CONFIGURATION, bare, prompt_format="plain")
+
+
+def of_peft(tiny, folder, tied: bool = False, save_embedding_layers=False, **settings) -> Path:
+    """An adapter as PEFT itself leaves it, and in base/ the tiny model, whose embedding may be its head."""
+    base = Path(shutil.copytree(tiny, folder / "base"))
+    model_config = json.loads((base / "config.json").read_bytes()) | {"tie_word_embeddings": tied}
+    (base / "config.json").write_text(json.dumps(model_config))
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    with warnings.catch_warnings(action="ignore"):
+        chosen = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "o_proj"], "task_type": "CAUSAL_LM", **settings}
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**chosen))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                parameter += parameter.requires_grad * 0.05 * torch.randn_like(parameter)
+        adapted.save_pretrained(folder / "adapter", save_embedding_layers=save_embedding_layers)
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"target_modules": ["qkv_proj", "lm_head"]}, "LoRA on the head"),
+        ({"target_modules": ["qkv_proj", "embed_tokens"]}, "LoRA on the embedding"),
+        ({"target_modules": ".*(embed_tokens|lm_head)", "save_embedding_layers": "auto"}, "LoRA on the embedding and the head"),
+        ({"save_embedding_layers": True}, "holds weights of the base itself"),
+        ({"trainable_token_indices": {"lm_head": [5]}}, "single tokens"),
+    ],
+)
+def test_what_changes_the_ends_of_a_base_otherwise_than_whole_is_refused(tiny, tmp_path, tied, settings, words):
+    folder = of_peft(tiny, tmp_path, tied, **settings)
+    text = refused(ExitCode.CONFIGURATION, folder, prompt_format="plain")
+    assert words in text and str(folder) in text
+
+
+def test_tokens_of_an_embedding_that_is_the_head_are_refused(tiny, tmp_path):
+    settings = {"trainable_token_indices": [5, 6]}
+    folder = of_peft(tiny, tmp_path, True, **settings)
+    assert "tied to it" in refused(ExitCode.CONFIGURATION, folder, prompt_format="plain")
+    assert open_adapter(of_peft(tiny, tmp_path / "apart", **settings), prompt_format="plain")
 
 
 def test_the_gpu_that_is_not_there_is_missed_first(run, monkeypatch):
