@@ -12,6 +12,7 @@ import logging
 import math
 import shlex
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,6 +34,8 @@ from qlora.model_card import VLLM_RANKS
 
 Route = Literal["bf16", "dequantized"]
 LABELS = {"bf16": "merged into the base in bf16", "dequantized": "merged into the base's NF4 weights, turned to bf16"}
+ROUNDING = 1e-3  # nats of KL that weights rounded to bf16 may cost; 2e-4 on the demo model
+NOT_FOR_VLLM = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
 FACTS = "merge.json"  # in the saved folder: what it was made of, and what was measured
 LLAMA_CPP = "https://github.com/ggml-org/llama.cpp"
 # transformers tells of the dtype that it dequantises to, which is the one that was asked for.
@@ -145,6 +148,30 @@ def recommendation(found: dict[str, Difference]) -> tuple[Route, str]:
     return best, text
 
 
+def check_merges(found: dict[str, Difference], route: Route) -> None:
+    """Refuse to merge if that loses, or spoils, what the adapter does.
+
+    Merging itself is tried where it is the same function but for a rounding: into the dequantised base. Into the base in bf16
+    an adapter of little effect may well come out further from the unmerged one than no adapter, as the base's own rounding to
+    NF4 is undone too; that is refused only where held-out data are predicted worse than without.
+
+    Raises:
+        UserError: exit 5.
+    """
+    base, merged = found["base"], found[route]
+    lost = not found["dequantized"].kl <= max(base.kl / 2, ROUNDING)  # NaN is lost, too
+    near, good = merged.kl <= max(base.kl, ROUNDING), merged.loss <= max(base.loss, found["unmerged"].loss)
+    if lost or not (near or good):
+        seen = found["dequantized"] if lost else merged
+        text = (
+            f"Merged, the model is off by KL {seen.kl:.2g} from the unmerged adapter, and without any adapter by {base.kl:.2g};"
+        )
+        text = (
+            f"{text} held-out losses are {seen.loss:.4f} and {base.loss:.4f}. That is no merge of this adapter, so that nothing"
+        )
+        raise UserError(ExitCode.NUMERICS, f"{text} is saved. Use it unmerged: python -m qlora generate, or PEFT.")
+
+
 # -- saving ----------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +206,7 @@ def save(model: Any, adapter: Adapter, folder: Path, facts: dict[str, Any], rows
         files: dict[str, Any] = {str(path.relative_to(scratch)): path for path in scratch.rglob("*") if path.is_file()}
         for path in files.values():
             path.chmod(0o644)  # safetensors lets nobody else read, as a server may have to
+        _require_new(folder)  # still: another merge may have been faster
         checkpoint.write_folder(folder, {**files, FACTS: json.dumps(facts, indent=1).encode()})
     return line
 
@@ -186,15 +214,12 @@ def save(model: Any, adapter: Adapter, folder: Path, facts: dict[str, Any], rows
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """A folder beside the one that is to be made, on the same disk."""
-    scratch = folder.with_name(f".{folder.name}.scratch.tmp")
+    name = {"prefix": f".{folder.name}.", "suffix": ".tmp"}  # and what no other process has in between
     try:
-        shutil.rmtree(scratch, ignore_errors=True)  # of a process that died
-        scratch.mkdir()
-        yield scratch
+        with tempfile.TemporaryDirectory(**name, dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+            yield Path(scratch)
     except OSError as error:
         raise checkpoint.cannot_write(folder, 0, error) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _sentencepiece(adapter: Adapter) -> Path | None:
@@ -230,6 +255,9 @@ def run(options: MergeOptions) -> int:
     adapter = open_adapter(options.adapter, options.model, options.prompt_format, options.trust_remote_code, options.device)
     for note in adapter.notes:
         say(note)
+    if adapter.lora.lora_bias:
+        text = f"{adapter.folder} has biases of its own (lora_bias), which layers without a bias have no place for. Use it"
+        raise UserError(ExitCode.CONFIGURATION, f"{text} unmerged: python -m qlora generate, or PEFT.")
     routes = _routes(adapter, options)
     for place in [_folder(adapter, options, route) for route in routes] if options.into else []:
         _check_place(place, adapter, options.onnx)
@@ -237,11 +265,12 @@ def run(options: MergeOptions) -> int:
     say(f"{notes}; {file}")
     with memory_explained("Merging needs the base in bf16 and in NF4 at once, about 3 bytes a parameter."):
         found = measured(adapter, routes, samples)
-        best, line = recommendation(found)
         console.print(differences_table(found))
+        best, line = recommendation(found)
+        route: Route = options.into if options.into in ("bf16", "dequantized") else best
+        check_merges(found, route)
         say(line)
         if options.into is not None:
-            route: Route = best if options.into == "recommended" else options.into
             folder = _folder(adapter, options, route)
             facts: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "into": route, "eval_file": file}
             facts["differences"] = {name: {**row._asdict(), "perplexity": row.perplexity} for name, row in found.items()}
@@ -271,10 +300,14 @@ def _folder(adapter: Adapter, options: MergeOptions, route: Route) -> Path:
     return options.output_dir or folder.with_name(f"{folder.name}-merged-{route}")
 
 
-def _check_place(folder: Path, adapter: Adapter, onnx: bool) -> None:
+def _require_new(folder: Path) -> None:
     if folder.exists():
         text = f"{folder} is there already, and nothing is replaced. Remove it, or choose another --output-dir."
         raise UserError(ExitCode.CHECKPOINT, text)
+
+
+def _check_place(folder: Path, adapter: Adapter, onnx: bool) -> None:
+    _require_new(folder)
     checkpoint.require_writable(folder)
     needed = adapter.skeleton.num_parameters() * (2 + 4 * onnx)
     checkpoint.require_space(folder.absolute().parent, needed, "the merged model")
@@ -313,11 +346,13 @@ GGUF:          git clone {LLAMA_CPP}
 def adapter_lines(adapter: Adapter) -> str:
     """How to serve the adapter without merging."""
     lora = adapter.lora
-    odd = [name for name in ("use_dora", "modules_to_save", "lora_bias") if getattr(lora, name, None)]
-    rank = max([lora.r, *(lora.rank_pattern or {}).values()])
-    fitting = next((most for most in VLLM_RANKS if most >= rank), None)
-    if odd or fitting is None or lora.bias != "none":
-        return "\nUnmerged:      vLLM serves plain LoRA up to rank 512 only, and this adapter is none: serve the merged folder."
+    fitting = next((most for most in VLLM_RANKS if most >= lora.r), None)
+    reasons = [name for name in NOT_FOR_VLLM if getattr(lora, name, None)] + (["bias"] if lora.bias != "none" else [])
+    if reasons or fitting is None:
+        reason = f"sets {', '.join(reasons)}" if reasons else f"has rank {lora.r}"
+        return (
+            f"\nUnmerged:      vLLM serves plain LoRA up to rank 512 only, and this adapter {reason}: serve the merged folder."
+        )
     folder, base = shlex.quote(str(adapter.folder)), shlex.quote(adapter.source)
     return f"""
 Unmerged:      vllm serve {base} --enable-lora --max-lora-rank {fitting} --lora-modules tuned={folder}

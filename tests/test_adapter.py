@@ -275,6 +275,14 @@ def test_kinds_of_lora_that_were_not_tried_are_refused(bare, name, value):
     assert str(value if name == "task_type" else name) in refused(ExitCode.CONFIGURATION, bare, prompt_format="plain")
 
 
+def test_biases_that_stay_when_the_adapter_is_off_are_refused(bare):
+    weights = safetensors.torch.load_file(bare / "adapter_model.safetensors")
+    weights["base_model.model.model.layers.0.self_attn.o_proj.base_layer.bias"] = torch.ones(192)
+    safetensors.torch.save_file(weights, bare / "adapter_model.safetensors")
+    change(bare, bias="all")
+    assert "biases of the base itself (bias all)" in refused(ExitCode.CONFIGURATION, bare, prompt_format="plain")
+
+
 def of_peft(tiny, folder, tied: bool = False, save_embedding_layers=False, **settings) -> Path:
     """An adapter as PEFT itself leaves it, and in base/ the tiny model, whose embedding may be its head."""
     base = Path(shutil.copytree(tiny, folder / "base"))

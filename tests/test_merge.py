@@ -121,6 +121,72 @@ def test_the_closest_is_recommended_and_a_lower_loss_is_told():
     assert merge.recommendation({"dequantized": far})[0] == "dequantized"
 
 
+UNMERGED = Difference(0.0, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("base", "dequantized", "bf16", "refused"),
+    [
+        ((1.1, 1.2), (2e-4, 0.5), (2e-2, 0.6), ()),
+        ((8e-2, 0.7), (49.0, 54.0), (49.0, 54.0), ("bf16", "dequantized")),  # spoiled
+        ((0.3, 0.7), (0.3, 0.7), (0.3, 0.7), ("bf16", "dequantized")),  # the adapter got lost
+        ((0.3, 0.7), (math.nan, math.nan), (0.01, 0.5), ("bf16", "dequantized")),
+        ((1e-7, 0.5), (2e-5, 0.5), (2e-3, 0.49), ()),  # an adapter of next to no effect
+        ((6e-4, 0.55), (3e-6, 0.5), (2e-3, 0.52), ()),  # of less effect than NF4's rounding
+        ((0.1, 0.55), (2e-4, 0.5), (0.2, 0.6), ("bf16",)),
+        ((0.1, 0.55), (2e-4, 0.5), (math.nan, math.nan), ("bf16",)),
+    ],
+)
+def test_what_loses_the_adapter_is_no_merge(base, dequantized, bf16, refused):
+    found = {"unmerged": UNMERGED}
+    for name, (kl, loss) in (("base", base), ("bf16", bf16), ("dequantized", dequantized)):
+        found[name] = Difference(kl, 0.9, loss)
+    for route in ("bf16", "dequantized"):
+        if route in refused:
+            with pytest.raises(UserError, match="nothing is saved") as caught:
+                merge.check_merges(found, route)
+            assert caught.value.exit_code == ExitCode.NUMERICS
+        else:
+            merge.check_merges(found, route)
+
+
+def test_a_spoiled_merge_is_not_saved(write, monkeypatch, capsys, tmp_path):
+    whole = merge.merged_model
+
+    def spoiled(adapter, route):
+        model = whole(adapter, route)
+        model.get_input_embeddings().weight.data.mul_(-9)
+        return model
+
+    monkeypatch.setattr(merge, "merged_model", spoiled)
+    for flags in ([], ["--into", "bf16"], ["--into", "recommended"]):
+        assert main(command(write(), *flags)) == 5
+        shown = capsys.readouterr()
+        assert "into dequantized" in shown.out and "Recommended" not in shown.out
+        assert "no merge of this adapter" in shown.err and shown.err.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_biases_of_the_adapter_are_refused_before_weights_are_loaded(adapter, monkeypatch, capsys):
+    adapter.lora.lora_bias = True
+    monkeypatch.setattr(merge, "open_adapter", lambda *_: adapter)
+    monkeypatch.setattr(merge, "load_adapted", None)
+    assert main(command(adapter.folder)) == 2
+    assert "lora_bias" in capsys.readouterr().err
+
+
+def test_two_merges_to_one_place_share_nothing_and_the_second_replaces_nothing(adapter, tmp_path):
+    folder = tmp_path / "merged"
+    with merge._scratch(folder) as one, merge._scratch(folder) as other:
+        assert one != other and one.is_dir() and other.is_dir() and one.parent == other.parent == tmp_path
+    assert not one.exists() and not other.exists()
+    merge.save(merge.merged_model(adapter, "bf16"), adapter, folder, {"first": True}, None)
+    with pytest.raises(UserError, match="nothing is replaced"):
+        merge.save(merge.merged_model(adapter, "bf16"), adapter, folder, {"first": False}, None)
+    assert json.loads((folder / merge.FACTS).read_text()) == {"first": True}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
+
+
 def test_an_adapter_that_is_not_finite_is_refused(write):
     folder = write(scale=math.inf)
     adapter = open_adapter(folder, prompt_format="plain", device="cpu")
@@ -226,9 +292,22 @@ def test_vllm_gets_a_rank_that_it_takes(adapter):
         return merge.adapter_lines(adapter._replace(lora=lora))
 
     assert "--max-lora-rank 32 " in line() and f"tuned={adapter.folder}" in line() and adapter.source in line()
-    assert "--max-lora-rank 64 " in line(r=33) and "--max-lora-rank 128 " in line(rank_pattern={"qkv_proj": 100})
-    for odd in ({"use_dora": True}, {"r": 1000}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}):
-        assert "plain LoRA up to rank 512 only" in line(**odd), odd
+    assert "--max-lora-rank 64 " in line(r=33) and "--max-lora-rank 8 " in line(r=8, use_rslora=True)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]},
+     {"rank_pattern": {"o_proj": 4}}, {"alpha_pattern": {"o_proj": 4}}, {"trainable_token_indices": [5]}],
+)  # fmt: skip
+def test_an_adapter_that_vllm_would_refuse_or_scale_wrongly_gets_no_line_for_it(adapter, odd):
+    lines = merge.adapter_lines(adapter._replace(lora=peft.LoraConfig(r=32, **odd)))
+    assert "vllm serve" not in lines and f"this adapter sets {next(iter(odd))}:" in lines
+
+
+def test_a_rank_beyond_vllm_gets_no_line_for_it(adapter):
+    lines = merge.adapter_lines(adapter._replace(lora=peft.LoraConfig(r=1000)))
+    assert "vllm serve" not in lines and "has rank 1000" in lines
 
 
 def test_the_sentencepiece_file_that_gguf_wants_comes_along(write, config, tmp_path, capsys):
