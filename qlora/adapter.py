@@ -30,6 +30,7 @@ OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on
               "eval_file")  # fmt: skip
 # Starts that leave the base as it is. The others (PiSSA, OLoRA, ...) change it, and the adapter fits what they left.
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 UNREAD = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "eva_config")  # of no effect here
 # The options of the run, and their types in TrainConfig.
 OfTheRun = TypedDict("OfTheRun", {name: get_type_hints(TrainConfig)[name] for name in OF_THE_RUN})  # type: ignore[misc]
@@ -102,8 +103,9 @@ def open_adapter(
         device: where the model will be; auto takes the GPU if there is one.
 
     Raises:
-        UserError: exit 4 if there is no sound adapter, or its run is not complete or still going; 2 if it is no plain LoRA,
-            does not fit the base, or does not tell its base or prompt format; 7 if the base or the GPU is not there.
+        UserError: exit 4 if there is no sound adapter, or its run is not complete or still going; 2 if it is of a kind that is
+            not supported (see Settings), does not fit the base, or does not tell its base or prompt format; 7 if the base or
+            the GPU is not there.
     """
     place = _device(device)
     folder, facts = _find(path)
@@ -202,6 +204,8 @@ def _find(path: Path) -> tuple[Path, dict[str, Any] | None]:
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         text = f"{path} {what}. Give a run folder, its adapter/, one of its checkpoints, or a folder with {SETTINGS}."
+        if re.fullmatch(HUB_ID, str(path)) and not path.parent.exists():
+            text += f" If it is an adapter on the hub, download it first: hf download {path} --local-dir {path.name}"
         raise UserError(ExitCode.CHECKPOINT, text)
     is_run = (path / run_folder.LOCK).exists() or (path / run_folder.RUN).exists()
     folder = path / "adapter" if is_run else path

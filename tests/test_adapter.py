@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from qlora import adapter, checkpoint, run_folder
+from qlora.__main__ import main
 from qlora.adapter import load_adapted, open_adapter
 from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.model import fingerprint, load_skeleton, peft
@@ -109,6 +110,21 @@ def test_what_is_no_adapter_is_told_apart(run, tiny, tmp_path):
     assert "is a file" in refused(ExitCode.CHECKPOINT, run / "run.json")
     assert "holds no adapter" in refused(ExitCode.CHECKPOINT, tmp_path)
     assert "whole model" in refused(ExitCode.CHECKPOINT, tiny)
+
+
+def test_an_adapter_on_the_hub_is_to_be_downloaded_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hint = "on the hub, download it first: hf download some-one/My.lora_1 --local-dir My.lora_1"
+    assert hint in refused(ExitCode.CHECKPOINT, Path("some-one/My.lora_1"))
+    (tmp_path / "some-one").mkdir()  # so that it is a folder that was mistyped
+    for path in ("some-one/My.lora_1", "a/b/c", "/a/b", "../a", "a"):
+        assert "hf download" not in refused(ExitCode.CHECKPOINT, Path(path)), path
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "merge"])
+def test_a_folder_that_is_not_there_ends_every_command_alike(command, tmp_path, capsys):
+    assert main([command, str(tmp_path / "nowhere")]) == ExitCode.CHECKPOINT
+    assert "nowhere" in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 def test_a_run_that_is_still_going_or_not_complete_is_refused_but_its_checkpoints_are_not(run):
