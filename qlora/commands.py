@@ -8,8 +8,10 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import io
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +98,7 @@ class EvaluateOptions(HeldOutOptions):
     int8: bool = False
     """Base in 8 bits (LLM.int8) instead of NF4, which training saw."""
     seed: int = 42
-    """Of the resampling."""
+    """Of the resampling, below 2**63."""
     json: Path | None = None
     """Also write all numbers and answers to this file."""
 
@@ -112,7 +114,7 @@ class GenerateOptions(AdapterOptions):
     compare: bool = False
     """The base's answer beside the adapter's."""
     temperature: float = 0.0
-    """0: the likeliest token, always. Above: tokens are drawn from the logits over the temperature."""
+    """0: the likeliest token, always. From 0.001 on: tokens are drawn from the logits over the temperature."""
     top_p: float | None = None
     """Draw among the likeliest tokens that have this share of the probability together. Unset: among all."""
     top_k: int | None = None
@@ -120,7 +122,7 @@ class GenerateOptions(AdapterOptions):
     max_new_tokens: int = 256
     """Longest answer. It ends earlier at the stop token."""
     seed: int = 42
-    """Of what is drawn; a file's answers depend on --batch-size too."""
+    """Of what is drawn, below 2**63; a file's answers depend on --batch-size too."""
     batch_size: int = 8
     """Prompts of a file at a time."""
     int8: bool = False
@@ -215,6 +217,33 @@ def refuse_below(least: int, options: Any, *names: str) -> None:
         if value is not None and value < least:
             text = f"--{name.replace('_', '-')} {value} cannot be used: it must be at least {least}."
             raise UserError(ExitCode.CONFIGURATION, text)
+
+
+def refuse_seed(seed: int) -> None:
+    """Refuse a seed that torch's generators do not take.
+
+    Raises:
+        UserError: exit 2.
+    """
+    if not 0 <= seed < 2**63:
+        raise UserError(ExitCode.CONFIGURATION, f"--seed {seed} cannot be used: it must be at least 0 and below 2**63.")
+
+
+def require_packages(what: str, packages: Mapping[str, str], extra: str) -> None:
+    """Refuse to begin without the packages of an extra.
+
+    Args:
+        what: needs them.
+        packages: import name -> package.
+        extra: of setup.cfg, which installs them.
+
+    Raises:
+        UserError: exit 7.
+    """
+    missing = [package for name, package in packages.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        text = f"{what} needs {', '.join(missing)}, which this Python lacks. Install the extra: pip install -e '.[{extra}]'"
+        raise UserError(ExitCode.ENVIRONMENT, text)
 
 
 def summary(options: type) -> str:

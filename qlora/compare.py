@@ -15,7 +15,7 @@ from rich.text import Text
 
 from qlora import attention, checkpoint, data, evaluate, scores, tracking
 from qlora.adapter import Adapter, load_adapted, memory_explained, open_adapter, positions_of, prompt_ids
-from qlora.commands import EvaluateOptions, HeldOutOptions, refuse_below
+from qlora.commands import EvaluateOptions, HeldOutOptions, refuse_below, refuse_seed, require_packages
 from qlora.config import ExitCode, UserError
 from qlora.loss import CHUNK_TOKENS, Head, read_head
 from qlora.model import Precision, prepare_inference
@@ -45,10 +45,10 @@ def run(options: EvaluateOptions) -> int:
     console = Console()
     say = functools.partial(tracking.say, console)
     refuse_below(1, options, "limit", "batch_size", "max_length", "max_new_tokens")
-    refuse_below(0, options, "seed")
+    refuse_seed(options.seed)
     if options.json is not None:
         checkpoint.require_writable(options.json, options.eval_file)
-    scores.require_packages()
+    require_packages("Scoring answers", scores.PACKAGES, extra="evaluate")
     adapter = open_adapter(options.adapter, options.model, options.prompt_format, options.trust_remote_code, options.device)
     for note in adapter.notes:
         say(note)

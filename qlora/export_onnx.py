@@ -3,7 +3,6 @@
 The graph gives the logits of all positions, without a KV cache: for scoring, or to build on. Batch and length are free.
 """
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,25 +13,13 @@ import torch
 
 from qlora.config import ExitCode, UserError
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PACKAGES = {name: name for name in ("onnx", "onnxscript", "onnxruntime")}  # import name -> package
 MODEL = "model.onnx"  # its weights beside it, in model.onnx.data
 INPUTS = ("input_ids", "attention_mask")
 ROWS = 4  # of held-out samples that are compared
 PARITY = 1e-4  # relative error of logits; fp32 in another order of sums is off by 1e-6
 # torch tells that torchvision, which nobody needs here, is not there.
 logging.getLogger("torch.onnx._internal.exporter._registration").addFilter(lambda r: "torchvision" not in r.getMessage())
-
-
-def require_packages() -> None:
-    """Refuse to begin without them.
-
-    Raises:
-        UserError: exit 7.
-    """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        text = f'--onnx needs {", ".join(missing)}, not installed here. Install the extra: pip install -e ".[onnx]"'
-        raise UserError(ExitCode.ENVIRONMENT, text)
 
 
 class _Logits(torch.nn.Module):

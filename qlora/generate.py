@@ -11,11 +11,12 @@ import transformers
 
 from qlora import checkpoint, data, evaluate
 from qlora.adapter import Adapter, load_adapted, memory_explained, open_adapter, prompt_ids
-from qlora.commands import GenerateOptions, refuse_below
+from qlora.commands import GenerateOptions, refuse_below, refuse_seed
 from qlora.config import ExitCode, UserError, redact
 from qlora.model import prepare_inference
 
 CHAT = "Ctrl-D ends the chat, /reset begins another."
+COLDEST = 1e-3  # temperature above 0
 
 
 def run(options: GenerateOptions) -> int:
@@ -60,11 +61,12 @@ def run(options: GenerateOptions) -> int:
 def _check(options: GenerateOptions) -> evaluate.Sampling | None:
     """How to draw tokens; None is greedy."""
     refuse_below(1, options, "max_new_tokens", "batch_size", "top_k")
-    refuse_below(0, options, "seed")
-    refuse_below(0, options, "seed")
-    if not 0 <= options.temperature < float("inf"):
-        text = f"--temperature {options.temperature} cannot be used: it must be a finite number, 0 at least."
-        raise UserError(ExitCode.CONFIGURATION, text)
+    refuse_seed(options.seed)
+    if options.temperature and not COLDEST <= options.temperature < float("inf"):
+        text = (
+            f"--temperature {options.temperature} cannot be used: it must be finite and at least {COLDEST}, as logits over less"
+        )
+        raise UserError(ExitCode.CONFIGURATION, f"{text} overflow; or 0, which is greedy: the likeliest token, always.")
     if options.prompt is not None and options.prompts_file is not None:
         raise UserError(ExitCode.CONFIGURATION, "--prompt and --prompts-file were both given. Keep one of them.")
     if options.top_p is not None and not 0 < options.top_p <= 1:
@@ -151,8 +153,11 @@ def chat(model: Any, adapter: Adapter, options: GenerateOptions, sampling: evalu
             _say(f"{error} /reset begins another chat.")
             continue
         answer = streamed(model, adapter, ids, options, sampling, turn)["adapter"]
-        messages = (*asked, data.Message("assistant", answer)) if answer.strip() else ()
         turn += 1
+        if answer.strip():
+            messages = (*asked, data.Message("assistant", answer))
+        else:  # a turn without an answer would leave two lines of the user in a row
+            _say("(The answer is empty. The chat goes on without your last line.)")
 
 
 def _read_line() -> str | None:

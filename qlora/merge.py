@@ -24,7 +24,7 @@ from rich.table import Table
 
 from qlora import checkpoint, data, export_onnx, tracking
 from qlora.adapter import Adapter, load_adapted, memory_explained, open_adapter
-from qlora.commands import MergeOptions, refuse_below
+from qlora.commands import MergeOptions, refuse_below, require_packages
 from qlora.compare import read_held_out
 from qlora.config import ExitCode, UserError
 from qlora.evaluate import stop_ids
@@ -251,7 +251,7 @@ def run(options: MergeOptions) -> int:
         text = f"{flag} goes with --into: say which model to save, --into bf16, dequantized or recommended."
         raise UserError(ExitCode.CONFIGURATION, text)
     if options.onnx:
-        export_onnx.require_packages()
+        require_packages("--onnx", export_onnx.PACKAGES, extra="onnx")
     adapter = open_adapter(options.adapter, options.model, options.prompt_format, options.trust_remote_code, options.device)
     for note in adapter.notes:
         say(note)

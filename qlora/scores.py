@@ -1,13 +1,10 @@
 """How good answers are beside what was wanted, and how sure that is: text metrics, validity, bootstrap. No torch in here."""
 
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy
-
-from qlora.config import ExitCode, UserError
 
 RESAMPLES = 2000
 LOW, HIGH = 2.5, 97.5  # percentiles of an interval of 95 %
@@ -39,18 +36,6 @@ class Comparison(NamedTuple):
     base: Estimate
     adapter: Estimate
     difference: Estimate
-
-
-def require_packages() -> None:
-    """Refuse to begin without the packages that score answers.
-
-    Raises:
-        UserError: exit 7.
-    """
-    missing = [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]
-    if missing:
-        text = f"Scoring answers needs {', '.join(missing)}, which this Python lacks."
-        raise UserError(ExitCode.ENVIRONMENT, f"{text} Install it with: pip install {' '.join(missing)}")
 
 
 # -- one answer --------------------------------------------------------------------------------------------------------

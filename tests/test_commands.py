@@ -10,7 +10,7 @@ import pytest
 
 from qlora import commands
 from qlora.__main__ import main as command_line
-from qlora.config import ExitCode
+from qlora.config import ExitCode, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,6 +60,14 @@ def test_a_secret_in_a_wrong_flag_is_not_shown(capsys):
 
 
 @pytest.mark.parametrize("command", [["evaluate", "nowhere"], ["generate", "nowhere", "--prompt", "a"]])
-def test_a_seed_below_0_is_refused_before_anything_is_read(command, capsys):
-    assert command_line([*command, "--seed", "-1"]) == ExitCode.CONFIGURATION
-    assert "--seed -1 cannot be used: it must be at least 0" in capsys.readouterr().err
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**30])
+def test_a_seed_that_generators_do_not_take_is_refused_before_anything_is_read(command, seed, capsys):
+    assert command_line([*command, "--seed", str(seed)]) == ExitCode.CONFIGURATION
+    assert f"--seed {seed} cannot be used: it must be at least 0 and below 2**63." in capsys.readouterr().err
+
+
+def test_missing_packages_are_named_with_the_extra_that_installs_them():
+    with pytest.raises(UserError, match=r"^Scoring needs rouge-score, which .* pip install -e '\.\[evaluate\]'$") as caught:
+        commands.require_packages("Scoring", {"no_such_module": "rouge-score", "json": "json"}, extra="evaluate")
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    commands.require_packages("Scoring", {"json": "json"}, extra="evaluate")

@@ -45,6 +45,14 @@ def test_seeds_and_sampling_flags_count(run, tmp_path):  # noqa: F811
     assert found[0] == found[1] and len({found[0], found[2], found[3]}) == 3
 
 
+def test_the_coldest_temperature_and_the_largest_seed_draw(run, capsys):  # noqa: F811
+    drawn = ["--temperature", "0.001", "--seed", str(2**63 - 1)]
+    assert main(["generate", str(run), *SHORT, "--prompt", "Say a", *drawn]) == 0
+    cold = capsys.readouterr().out
+    assert main(["generate", str(run), *SHORT, "--prompt", "Say a"]) == 0
+    assert cold == capsys.readouterr().out
+
+
 def test_int8_is_another_base(run, capsys, monkeypatch):  # noqa: F811
     seen = []
     load = generate.load_adapted
@@ -60,6 +68,23 @@ def test_a_chat_goes_on_after_a_line_that_is_too_long(run, capsys, monkeypatch):
     assert "more than the model's positions" in shown.err and "/reset begins another chat" in shown.err and shown.out.strip()
 
 
+def test_a_chat_goes_on_after_an_empty_answer_without_that_line(run, capsys, monkeypatch):  # noqa: F811
+    asked, answers = [], iter(["one", " \n", "three", "four"])
+    encode = generate.prompt_ids
+
+    def seen(prompt, *rest):
+        asked.append([(message.role, message.content) for message in prompt.messages])
+        return encode(prompt, *rest)
+
+    monkeypatch.setattr(generate, "prompt_ids", seen)
+    monkeypatch.setattr(generate, "streamed", lambda *_: {"adapter": next(answers)})
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\n/reset\nd\n"))
+    assert main(["generate", str(run), *SHORT]) == 0
+    first = [("user", "a"), ("assistant", "one")]
+    assert asked == [first[:1], [*first, ("user", "b")], [*first, ("user", "c")], [("user", "d")]]
+    assert capsys.readouterr().err.count("answer is empty") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
@@ -69,6 +94,8 @@ def test_a_chat_goes_on_after_a_line_that_is_too_long(run, capsys, monkeypatch):
         (["--prompts-file", "EMPTY"], 3, "holds no prompt"),
         (["--prompt", "a", "--temperature", "-1"], 2, "--temperature -1"),
         (["--prompt", "a", "--temperature", "nan"], 2, "--temperature nan"),
+        (["--prompt", "a", "--temperature", "inf"], 2, "--temperature inf"),
+        (["--prompt", "a", "--temperature", "1e-6"], 2, "at least 0.001, as logits over less overflow; or 0, which is greedy"),
         (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], 2, "--top-p 1.5"),
         (["--prompt", "a", "--temperature", "1", "--top-k", "0"], 2, "--top-k 0"),
         (["--prompt", "a", "--top-k", "5"], 2, "no effect without --temperature"),

@@ -7,7 +7,6 @@ import pytest
 import sacrebleu
 
 from qlora import scores
-from qlora.config import ExitCode, UserError
 
 SCHEMA = '{"type": "record", "name": "A", "fields": [{"name": "x", "type": "int"}]}'
 TEXTS = ["the cat sat on the mat", "a dog barked at the moon", "it rained all day long", "she sells sea shells here"]
@@ -80,10 +79,3 @@ def test_bleu_is_resampled_as_a_corpus():
     twice = numpy.array([2, 0, 1, 1]) @ rows
     texts, wanted = ([each[0], each[0], *each[2:]] for each in (TEXTS, WANTED))
     assert metric(numpy.stack([twice, rows.sum(axis=0)]))[0] == pytest.approx(sacrebleu.corpus_bleu(texts, [wanted]).score)
-
-
-def test_a_missing_package_is_named_with_the_command_that_gets_it(monkeypatch):
-    monkeypatch.setattr(scores, "PACKAGES", {"no_such_module": "rouge-score", "json": "json"})
-    with pytest.raises(UserError, match=r"pip install rouge-score$") as caught:
-        scores.require_packages()
-    assert caught.value.exit_code == ExitCode.ENVIRONMENT
