@@ -77,10 +77,10 @@ def read(folder: Path) -> Record:
         folder: as --output-dir named it.
 
     Raises:
-        UserError: exit 2 if there is no such folder; exit 4 if it holds no run, or one of its files cannot be read.
+        UserError: exit 4 if there is no such folder, it holds no run, or one of its files cannot be read.
     """
     if not folder.is_dir():
-        raise UserError(ExitCode.CONFIGURATION, f"{folder}: there is no such folder. Give that of a run, as in runs/demo-avro.")
+        raise UserError(ExitCode.CHECKPOINT, f"{folder}: there is no such folder. Give that of a run, as in runs/demo-avro.")
     if not (folder / "config.yaml").is_file():
         text = f"{folder} holds no run: it has no config.yaml, which a run writes before its first step. "
         raise UserError(ExitCode.CHECKPOINT, text + "Give a folder that --output-dir named.")

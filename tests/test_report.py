@@ -118,7 +118,7 @@ def page_of(folder: Path) -> Page:
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
-    for folder, code in ((tmp_path / "nowhere", ExitCode.CONFIGURATION), (tmp_path, ExitCode.CHECKPOINT)):
+    for folder, code in ((tmp_path / "nowhere", ExitCode.CHECKPOINT), (tmp_path, ExitCode.CHECKPOINT)):
         assert main(["report", str(folder)]) == code
         err = capsys.readouterr().err
         assert err.startswith(f"error: {folder}") and err.count("\n") == 1
