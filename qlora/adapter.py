@@ -34,8 +34,8 @@ HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 UNREAD = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "eva_config")  # of no effect here
 # The options of the run, and their types in TrainConfig.
 OfTheRun = TypedDict("OfTheRun", {name: get_type_hints(TrainConfig)[name] for name in OF_THE_RUN})  # type: ignore[misc]
-# What an unreadable file raises when it is read: not there, no text, no JSON or of wrong types, nested without end.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError)
+# What an unreadable file raises when it is read: not there, no text, no JSON, of wrong types, out of range, nested without end.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, StrictDataclassError)
 
 
 class Settings(TypedDict, total=False):
@@ -285,6 +285,7 @@ def _check_settings(folder: Path, values: dict[str, Any]) -> None:
         text = f"{folder / SETTINGS} sets {', '.join(unknown)}, which the installed PEFT does not know. Is the file damaged, or"
         raise UserError(ExitCode.CHECKPOINT, f"{text} of a newer PEFT ({values.get('peft_version')})? Then upgrade it.")
     _check_types(Settings, values)
+    Path(values.get("base_model_name_or_path") or "").is_dir()  # raises OSError on what is too long for a path
     ranks = [values["r"], *values.get("rank_pattern", {}).values()]
     scales = [values["lora_alpha"], *values.get("alpha_pattern", {}).values()]
     if min(ranks) < 1 or not all(map(math.isfinite, scales)) or not 0 <= values.get("lora_dropout", 0) < 1:

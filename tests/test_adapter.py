@@ -121,7 +121,7 @@ def test_an_adapter_on_the_hub_is_to_be_downloaded_first(tmp_path, monkeypatch):
         assert "hf download" not in refused(ExitCode.CHECKPOINT, Path(path)), path
 
 
-@pytest.mark.parametrize("command", ["evaluate", "generate", "merge"])
+@pytest.mark.parametrize("command", ["evaluate", "generate", "merge", "report"])
 def test_a_folder_that_is_not_there_ends_every_command_alike(command, tmp_path, capsys):
     assert main([command, str(tmp_path / "nowhere")]) == ExitCode.CHECKPOINT
     assert "nowhere" in (error := capsys.readouterr().err) and error.count("\n") == 1
@@ -158,7 +158,7 @@ def test_damage_is_found_before_anything_is_loaded(run, bare):
 
 SETTINGS_DAMAGED = {
     "r": (None, "4", 0, -4, 4.5, [4], True, 10**30),
-    "lora_alpha": (None, "8", [8], float("nan"), float("inf"), {}),
+    "lora_alpha": (None, "8", [8], float("nan"), float("inf"), {}, 10**400),
     "lora_dropout": (None, "0", 1.5, -1),
     "target_modules": (5, {"a": 1}, [1], "[", "(*", [None]),
     "exclude_modules": (5, "[", [2]),
@@ -174,7 +174,7 @@ SETTINGS_DAMAGED = {
     "use_rslora": (None, {}),
     "fan_in_fan_out": ("x",),
     "init_lora_weights": (None, [True], {}),
-    "base_model_name_or_path": (5, [], {}),
+    "base_model_name_or_path": (5, [], {}, 300 * "a"),
     "revision": (5, ["main"]),
     "task_type": (5, ["CAUSAL_LM"]),
     "peft_type": (None, 5, ["LORA"]),
