@@ -1,7 +1,8 @@
 """What a run does not show: each sentence from a fact of the run, for the report and the model card."""
 
 import statistics
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from qlora.record import Record
 
@@ -38,10 +39,17 @@ def _of_the_course(record: Record) -> list[Caveat]:
         fact = f"{lost} of {last:,} steps had a loss or gradient that was not finite, and changed nothing."
         found.append(Caveat("What all of the data would have done", fact))
     for event in record.facts.get("history", []):
-        if changes := ", ".join(f"{name} from {old} to {new}" for name, (old, new) in event["overrides"].items()):
-            fact = f"After step {event['step']:,} the run went on with other settings: {changes}."
+        changes = [f"{name} from {_known(old)} to {_known(new)}" for name, (old, new) in event["overrides"].items()]
+        if changes:
+            fact = f"After step {event['step']:,} the run went on with other settings: {', '.join(changes)}."
             found.append(Caveat("The effect of one set of settings", fact))
     return found
+
+
+def _known(value: Any) -> Any:
+    """A value as others may know it: of a path of this machine the last part; a hub id has one slash and stays."""
+    is_path = isinstance(value, str) and (value.startswith(("/", ".", "~")) or value.count("/") > 1 or Path(value).exists())
+    return Path(value).name if is_path else value
 
 
 def _of_the_data(record: Record) -> list[Caveat]:

@@ -142,6 +142,18 @@ def test_the_base_is_named_as_others_can_find_it(tmp_path, model, source, hub_id
         assert 'AutoPeftModelForCausalLM.from_pretrained(".", dtype=torch.bfloat16)' in card
 
 
+def test_what_a_run_went_on_with_is_named_without_paths(tmp_path):
+    changes = {
+        "model": ["/home/me/secret/phi3", "org/name"],
+        "eval_file": ["./secret/held.jsonl", "secret/deep/other.jsonl"],
+        "compile": ["none", "layers"],
+        "learning_rate": [0.1, None],
+    }
+    card = model_card(records.read(write_run(tmp_path / "run", history=[{"step": 3, "overrides": changes}])))
+    assert "model from phi3 to org/name, eval_file from held.jsonl to other.jsonl, compile from none to layers" in card
+    assert "learning_rate from 0.1 to None" in card and "secret" not in card and "/home" not in card
+
+
 def test_data_are_named_without_paths_and_a_hub_data_set_stands_in_the_head(tmp_path):
     assert data_name("/home/me/my.jsonl") == "my.jsonl" and data_name("org/set:train") == "org/set:train"
     assert data_name("my.parquet") == "my.parquet" and data_name(None) == "none"
