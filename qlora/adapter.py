@@ -148,13 +148,19 @@ def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
         raise UserError(ExitCode.CONFIGURATION, f"{text} Name the same model in bf16 with --model.")
     attn = attention.choose_attention(adapter.config, adapter.device, adapter.skeleton)
     base = load_base_model(adapter.source, adapter.config, attn.loaded_as, adapter.device, precision)
-    model = peft.PeftModel.from_pretrained(base, str(adapter.folder))
+    model = put_on(base, adapter)
     facts = adapter.facts or {}
     comparable = precision == "nf4" and facts.get("weights") and facts.get("device") == adapter.device.type
     if comparable and fingerprint(model) != facts["weights"]:
         text = f"{adapter.source} is not the base that {adapter.folder} was trained against: weights or config.json differ."
         raise UserError(ExitCode.CONFIGURATION, f"{text} Name that base with --model.")
     return model.eval()
+
+
+def put_on(base: Any, adapter: Adapter) -> Any:
+    """A base as a PeftModel with the adapter on it; what PEFT warns of, open_adapter has compared or refused."""
+    with warnings.catch_warnings(action="ignore"):
+        return peft.PeftModel.from_pretrained(base, str(adapter.folder))
 
 
 def positions_of(adapter: Adapter) -> int | None:

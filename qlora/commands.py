@@ -57,7 +57,7 @@ class AdapterOptions:
     """Which adapter, and on which base: the options of all commands that load one (qlora/adapter.py)."""
 
     adapter: Path
-    """Run folder, its adapter/, one of its checkpoints, or any folder with a LoRA adapter in PEFT's format."""
+    """Run folder, its adapter/, one of its checkpoints, or a folder with a LoRA adapter in PEFT's format."""
     model: str | None = None
     """Base: hub id, folder, `demo` or `tiny-random`. Unset: the one that the adapter names."""
     prompt_format: PromptFormat | None = None

@@ -13,6 +13,7 @@ import math
 import shlex
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,13 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora import checkpoint, data, export_onnx, tracking
-from qlora.adapter import Adapter, load_adapted, memory_explained, open_adapter
+from qlora.adapter import Adapter, load_adapted, memory_explained, open_adapter, put_on
 from qlora.commands import MergeOptions, refuse_below, require_packages
 from qlora.compare import read_held_out
 from qlora.config import ExitCode, UserError
 from qlora.evaluate import stop_ids
 from qlora.loss import CHUNK_TOKENS, read_head
-from qlora.model import peft
 from qlora.model_card import VLLM_RANKS
 
 Route = Literal["bf16", "dequantized"]
@@ -72,9 +72,12 @@ def merged_model(adapter: Adapter, route: Route) -> Any:
         adapted = load_adapted(adapter, "bf16")
     else:
         base = load_adapted(adapter, "nf4").unload()
-        adapted = peft.PeftModel.from_pretrained(base.dequantize(torch.bfloat16), str(adapter.folder))
+        adapted = put_on(base.dequantize(torch.bfloat16), adapter)
     # Not PEFT's safe_merge: it rounds the adapter's product to bf16 before the sum, which is then rounded again.
-    merged = adapted.merge_and_unload(progressbar=False)
+    with warnings.catch_warnings():
+        # Of a base that ties the two, where one was trained whole: config.json tells it from then on.
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied", category=UserWarning)
+        merged = adapted.merge_and_unload(progressbar=False)
     broken = [name for name, parameter in merged.named_parameters() if not torch.isfinite(parameter).all()]
     if broken:
         text = f"{adapter.folder}: merged, {len(broken)} tensors are not finite, {broken[0]} first. Is the adapter sound?"

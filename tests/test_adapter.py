@@ -15,6 +15,7 @@ from qlora import adapter, checkpoint, run_folder
 from qlora.__main__ import main
 from qlora.adapter import load_adapted, open_adapter
 from qlora.config import ExitCode, TrainConfig, UserError
+from qlora.loss import read_head
 from qlora.model import fingerprint, load_skeleton, peft
 from tests.conftest import adapted_model, wake_adapters
 
@@ -302,8 +303,13 @@ def test_biases_that_stay_when_the_adapter_is_off_are_refused(bare):
 def of_peft(tiny, folder, tied: bool = False, save_embedding_layers=False, **settings) -> Path:
     """An adapter as PEFT itself leaves it, and in base/ the tiny model, whose embedding may be its head."""
     base = Path(shutil.copytree(tiny, folder / "base"))
-    model_config = json.loads((base / "config.json").read_bytes()) | {"tie_word_embeddings": tied}
-    (base / "config.json").write_text(json.dumps(model_config))
+    if tied:
+        (base / "config.json").write_text(
+            json.dumps(json.loads((base / "config.json").read_bytes()) | {"tie_word_embeddings": True})
+        )
+        weights = safetensors.torch.load_file(base / "model.safetensors")
+        del weights["lm_head.weight"]
+        safetensors.torch.save_file(weights, base / "model.safetensors", {"format": "pt"})
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     with warnings.catch_warnings(action="ignore"):
@@ -358,17 +364,32 @@ def test_nf4_on_disk_gives_no_other_precision(run, tmp_path, tiny):
     assert caught.value.exit_code == ExitCode.CONFIGURATION
 
 
-def test_adapters_with_other_settings_of_peft_are_loaded(tiny, tmp_path):
-    base = adapter.load_base_model(str(tiny), TrainConfig(), "sdpa", torch.device("cpu"), "nf4")
-    lora = peft.LoraConfig(r=4, target_modules="all-linear", rank_pattern={"o_proj": 2}, use_dora=True, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base, lora)
-    model.peft_config["default"].base_model_name_or_path = str(tiny)
-    wake_adapters(model)
-    model.save_pretrained(tmp_path / "dora")
+@pytest.mark.parametrize(
+    ("tied", "settings"),
+    [
+        (False, {"target_modules": "all-linear", "rank_pattern": {"o_proj": 2}, "use_dora": True}),
+        (False, {"use_rslora": True, "alpha_pattern": {"o_proj": 3}, "layers_to_transform": [1], "task_type": None}),
+        (False, {"target_modules": r".*\.(o|down)_proj", "exclude_modules": ["model.layers.0.mlp.down_proj"]}),
+        (False, {"trainable_token_indices": [5, 6], "lora_bias": True}),
+        (False, {"modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+        (True, {"modules_to_save": ["lm_head"]}),
+        (True, {"modules_to_save": ["embed_tokens"]}),
+        (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    ],
+)
+def test_adapters_with_other_settings_of_peft_compute_what_they_do_there(tiny, tmp_path, tied, settings):
+    folder = of_peft(tiny, tmp_path, tied, **settings)
     ids = torch.tensor([[5, 6, 7, 8]])
-    loaded = load_adapted(open_adapter(tmp_path / "dora", prompt_format="chat"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).eval()
     with torch.no_grad():
-        assert torch.allclose(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-2)
+        without = base(input_ids=ids).logits
+        with warnings.catch_warnings(action="ignore"):
+            theirs = peft.PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
+        loaded = load_adapted(open_adapter(folder, prompt_format="chat"), "bf16")
+        assert torch.equal(loaded(input_ids=ids).logits, theirs) and not torch.equal(theirs, without)
+        with loaded.disable_adapter():
+            assert torch.equal(loaded(input_ids=ids).logits, without)
+        read_head(loaded)  # which refuses what it does not understand
 
 
 def test_memory_that_runs_out_is_explained_and_other_errors_are_not():

@@ -22,6 +22,7 @@ from qlora.loss import read_head, token_loss_sum
 from qlora.merge import Difference
 from qlora.model import load_nf4_model, peft
 from tests.conftest import CPU, adapted_model, wake_adapters
+from tests.test_adapter import of_peft
 
 
 @pytest.fixture
@@ -221,6 +222,16 @@ def test_a_saved_folder_loads_as_any_model(write, form, capsys, tmp_path):
     facts = json.loads((saved / merge.FACTS).read_text())
     assert facts["into"] == "dequantized" and facts["differences"].keys() == {"unmerged", "base", "bf16", "dequantized"}
     assert facts["environment"]["packages"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_a_tied_layer_that_was_trained_whole_is_saved_apart(tiny, tmp_path, layer):
+    folder = of_peft(tiny, tmp_path, tied=True, modules_to_save=[layer])
+    assert main(command(folder, "--into", "dequantized", "--output-dir", tmp_path / "merged")) == 0
+    merged = merge.merged_model(open_adapter(folder, prompt_format="plain", device="cpu"), "dequantized")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+    assert all(torch.equal(tensor, merged.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_without_into_nothing_is_written(write, capsys, tmp_path):
