@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, get_type_hints
 
 import torch
-from huggingface_hub.dataclasses import validate_typed_dict
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from qlora import attention, checkpoint, data, run_folder
@@ -34,8 +32,6 @@ HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 UNREAD = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "eva_config")  # of no effect here
 # The options of the run, and their types in TrainConfig.
 OfTheRun = TypedDict("OfTheRun", {name: get_type_hints(TrainConfig)[name] for name in OF_THE_RUN})  # type: ignore[misc]
-# What an unreadable file raises when it is read: not there, no text, no JSON, of wrong types, out of range, nested without end.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, StrictDataclassError)
 
 
 class Settings(TypedDict, total=False):
@@ -246,22 +242,13 @@ def _facts(path: Path) -> dict[str, Any] | None:
         return None
     try:
         facts = json.loads(path.read_bytes())
-        _check_types(Facts, facts)
-        _check_types(OfTheRun, facts["config"])
+        checkpoint.check_types(Facts, facts)
+        checkpoint.check_types(OfTheRun, facts["config"])
         TrainConfig(max_length=facts["config"]["max_length"]).check()
-    except (*UNREADABLE, UserError) as error:
-        text = f"{path} cannot be read ({_reason(error)}). Move the adapter's folder elsewhere to do without it."
+    except (*checkpoint.UNREADABLE, UserError) as error:
+        text = f"{path} cannot be read ({checkpoint.reason(error)}). Move the adapter's folder elsewhere to do without it."
         raise UserError(ExitCode.CHECKPOINT, text) from None
     return facts
-
-
-def _check_types(schema: Any, values: dict[str, Any]) -> None:
-    """Those of the values that a TypedDict names."""
-    validate_typed_dict(schema, {name: value for name, value in values.items() if name in schema.__annotations__})
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 # -- what it is ------------------------------------------------------------------------------------------------------
@@ -280,8 +267,10 @@ def _read_settings(folder: Path) -> Any:
         _check_settings(folder, values)
         with warnings.catch_warnings(action="ignore"):  # of starts, which are over
             return peft.PeftConfig.from_pretrained(str(folder))
-    except UNREADABLE as error:
-        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be read ({_reason(error)}). Get the adapter again.") from None
+    except checkpoint.UNREADABLE as error:
+        raise UserError(
+            ExitCode.CHECKPOINT, f"{path} cannot be read ({checkpoint.reason(error)}). Get the adapter again."
+        ) from None
 
 
 def _check_settings(folder: Path, values: dict[str, Any]) -> None:
@@ -290,7 +279,7 @@ def _check_settings(folder: Path, values: dict[str, Any]) -> None:
     if unknown := [name for name in values if name not in usual and values[name]]:
         text = f"{folder / SETTINGS} sets {', '.join(unknown)}, which the installed PEFT does not know. Is the file damaged, or"
         raise UserError(ExitCode.CHECKPOINT, f"{text} of a newer PEFT ({values.get('peft_version')})? Then upgrade it.")
-    _check_types(Settings, values)
+    checkpoint.check_types(Settings, values)
     Path(values.get("base_model_name_or_path") or "").is_dir()  # raises OSError on what is too long for a path
     ranks = [values["r"], *values.get("rank_pattern", {}).values()]
     scales = [values["lora_alpha"], *values.get("alpha_pattern", {}).values()]
@@ -361,7 +350,7 @@ def _check_fit(folder: Path, lora: Any, source: str, skeleton: Any) -> None:
         text = f"{folder} does not fit {source}: {reason} Is that its base? --model names another."
         raise UserError(ExitCode.CONFIGURATION, text) from None
     except (re.error, TypeError, KeyError, AttributeError, RuntimeError) as error:  # a pattern, for the most part
-        raise UserError(ExitCode.CHECKPOINT, f"{folder / SETTINGS} cannot be read ({_reason(error)}).") from None
+        raise UserError(ExitCode.CHECKPOINT, f"{folder / SETTINGS} cannot be read ({checkpoint.reason(error)}).") from None
     _check_ends(folder, adapted)
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differing = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))

@@ -15,11 +15,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy
 import safetensors.torch
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from qlora.config import ExitCode, UserError
@@ -30,6 +32,33 @@ ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safe
 NAME = re.compile(r"step-(\d{6,})")
 OURS = r"step-\d{6,}|adapter|plots|(config|env|run|finished|metrics|samples|report|README)\.\w+"
 LEFTOVER = re.compile(rf"\.({OURS})(\.old)?\.tmp")
+
+
+# What an unreadable file raises when it is read: not there, no text, no JSON, of wrong types, out of range, nested without end.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, StrictDataclassError)
+
+
+class Environment(TypedDict):
+    """Of tracking.environment, what a resumed run is compared with."""
+
+    packages: dict[str, str | None]
+    python: str
+    device: str
+    cuda: str | None
+    commit: str | None
+
+
+class State(TypedDict):
+    """What state.json tells that going on from a checkpoint needs."""
+
+    step: int
+    epoch: int
+    samples: int
+    skipped: int
+    optimizer_class: str
+    optimizer: dict
+    environment: dict
+    weights: str
 
 
 class Progress(NamedTuple):
@@ -214,10 +243,29 @@ def problem_of(folder: Path) -> str | None:
     if missing := sorted({ADAPTER, TRAINER_STATE, STATE} - entries.keys()):
         return f"{MANIFEST} does not list {missing[0]}"
     try:
-        step = read_state(folder)["step"]
-        return None if folder.name == f"step-{step:06d}" else f"{STATE} is that of step {step}"
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return f"{STATE} is damaged"
+        state = read_state(folder)
+        check_types(State, state)
+        check_types(Environment, state["environment"])
+    except UNREADABLE as error:
+        return f"{STATE} is damaged ({reason(error)})"
+    return None if folder.name == f"step-{state['step']:06d}" else f"{STATE} is that of step {state['step']}"
+
+
+def check_types(schema: Any, values: dict[str, Any]) -> None:
+    """Refuse JSON values of other types than a TypedDict names, or that lack one; what it does not name may be anything.
+
+    Raises:
+        StrictDataclassError: as much as the rest of UNREADABLE, for whatever is no JSON object.
+    """
+    if missing := sorted(schema.__required_keys__ - values.keys()):
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    validate_typed_dict(schema, {name: value for name, value in values.items() if name in schema.__annotations__})
+
+
+def reason(error: BaseException) -> str:
+    """An error in some words, on one line."""
+    told = error.__cause__ or error  # a StrictDataclassError only wraps what says it
+    return f"{type(told).__name__}: {' '.join(str(told).split())[:200]}"
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shlex
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
 import torch
 from rich.console import Console
@@ -16,7 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora import checkpoint
-from qlora.config import ExitCode, Overridable, TrainConfig, UserError, redact
+from qlora.config import (
+    AttnImplementation,
+    Compile,
+    ExitCode,
+    GradientCheckpointing,
+    Overridable,
+    TrainConfig,
+    UserError,
+    redact,
+)
 
 if TYPE_CHECKING:
     from qlora.evaluate import HeldOut
@@ -30,6 +39,28 @@ EARLIER = TrainConfig(compile="none").plain()  # what an option was before there
 RESOLVED = ("attn_implementation", "compile", "gradient_checkpointing")  # from auto, by what the machine has
 OF_A_WINDOW = ("per_device_train_batch_size", "gradient_accumulation_steps")
 SAVED_BYTES = 3 * 4  # of a trained parameter in a checkpoint: itself and AdamW's two moments, in fp32; less with 8 bits
+
+
+class Facts(TypedDict):
+    """What run.json tells that going on needs."""
+
+    config: dict
+    data: str
+    held_out: str | None
+    targets: list[str]
+    device: str
+    history: list[dict]
+    origin: str | None
+
+
+class Options(TypedDict, total=False):
+    """Those of its options that are computed with, or taken over."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    attn_implementation: AttnImplementation
+    compile: Compile
+    gradient_checkpointing: GradientCheckpointing
 
 
 class RunFolder:
@@ -302,9 +333,13 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        text = f"{path} cannot be read ({error}). Remove it to go on: checkpoints hold what it told."
+        values = json.loads(path.read_bytes())
+        if path.name == RUN:
+            checkpoint.check_types(Facts, values)
+            checkpoint.check_types(Options, values["config"])
+        return values
+    except checkpoint.UNREADABLE as error:
+        text = f"{path} cannot be read ({checkpoint.reason(error)}). Remove it to go on: checkpoints hold what it told."
         raise UserError(ExitCode.CHECKPOINT, text) from None
 
 

@@ -38,7 +38,8 @@ def trained(config, samples):
     return model, optimizer
 
 
-FACTS = {"config": {"seed": 1}, "history": []}
+ENVIRONMENT = {"packages": {"torch": "2", "flash-attn": None}, "python": "3", "device": "cpu", "cuda": None, "commit": None}
+FACTS = {"config": {"seed": 1}, "history": [], "weights": "digest", "environment": ENVIRONMENT}
 
 
 def save(checkpoints: Path, trained, step: int) -> Path:
@@ -64,6 +65,36 @@ def test_a_checkpoint_holds_adapter_moments_generators_and_place(trained, tmp_pa
             assert (
                 torch.equal(stored[f"{kind}.{name}"], value) and stored[f"{kind}.{name}"].dtype == value.dtype == torch.float32
             )
+
+
+def test_a_checkpoint_of_damaged_state_is_not_gone_on_from(trained, tmp_path):
+    older, folder = save(tmp_path, trained, 1), save(tmp_path, trained, 2)
+    files = {n: (folder / n).read_bytes() for n in json.loads((folder / "MANIFEST.json").read_text())["files"]}
+    state = checkpoint.read_state(folder)
+    damaged: list = [
+        None,
+        [],
+        5,
+        "state",
+        *({k: v for k, v in state.items() if k != name} for name in checkpoint.State.__annotations__),
+    ]
+    wrong = {
+        "step": "2",
+        "epoch": None,
+        "samples": 1.5,
+        "skipped": True,
+        "optimizer": [],
+        "optimizer_class": 5,
+        "weights": None,
+    }
+    damaged += [{**state, name: value} for name, value in wrong.items()]
+    odd = [{"packages": []}, {"python": 3}, {"device": None}, {"cuda": 12}, {"commit": []}]
+    damaged += [{**state, "environment": {**ENVIRONMENT, **each}} for each in odd] + [{**state, "environment": {}}]
+    assert len(damaged) > 20
+    for content in damaged:
+        checkpoint.write_folder(folder, files | {"state.json": json.dumps(content).encode()})
+        found, skipped = checkpoint.newest(tmp_path)
+        assert found == older and skipped[folder].startswith("state.json is damaged ("), content
 
 
 @pytest.mark.parametrize("make", [

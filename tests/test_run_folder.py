@@ -399,6 +399,27 @@ def test_a_damaged_mark_is_told(straight, tmp_path, capsys, name):
     assert f"{name} cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("config", None), ("config", []), ("data", 5), ("held_out", []), ("targets", 5), ("device", None), ("history", {}),
+     ("history", [5]), ("origin", 5), ("per_device_train_batch_size", None), ("gradient_accumulation_steps", "2"),
+     ("compile", "all"), ("gradient_checkpointing", 5), ("attn_implementation", ["sdpa"])],
+)  # fmt: skip
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_run_of_damaged_facts_is_not_gone_on_with(straight, tmp_path, capsys, name, value, gone):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    facts = json.loads((folder / "run.json").read_text())
+    owner = facts if name in facts else facts["config"]
+    if gone and owner is not facts:
+        return  # an option that is not there is from before there was that option
+    del owner[name]
+    owner |= {} if gone else {name: value}
+    (folder / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"run\.json cannot be read") as caught, RunFolder(folder, "auto"):
+        pass
+    assert caught.value.exit_code == ExitCode.CHECKPOINT and "\n" not in str(caught.value)
+
+
 def test_what_a_process_that_died_has_not_removed_goes_when_the_run_goes_on(tiny, tmp_path):
     """Killed after its last save and before the prune that follows: there is no other save to do it."""
     flags = ("--max-steps", "3", "--save-steps", "1", "--save-total-limit", "2")
