@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from qlora.commands import EvaluateOptions, HeldOutOptions, refuse_below, refuse
 from qlora.config import ExitCode, UserError
 from qlora.loss import CHUNK_TOKENS, Head, read_head
 from qlora.model import Precision, prepare_inference
+from qlora.record import sha256_of
 
 SIDES = ("base", "adapter")  # always in this order
 
@@ -64,6 +66,7 @@ def run(options: EvaluateOptions) -> int:
     console.print(results_table(compared, len(examples), sides[0].held_out.num_tokens))
     if options.json is not None:
         record: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "precision": precision}
+        record |= {"adapter_sha256": sha256_of(adapter.folder), "held_out_sha256": samples.sha256}  # as in run.json
         record |= {"eval_file": str(file), "num_examples": len(examples), "num_tokens": sides[0].held_out.num_tokens}
         record |= {"max_new_tokens": limit, "batch_size": options.batch_size, "seed": options.seed}
         record |= recorded(sides, compared, examples)
@@ -75,7 +78,10 @@ def run(options: EvaluateOptions) -> int:
 
 def recorded(sides: Sequence[Side], compared: dict[str, scores.Comparison], examples: list[data.Example]) -> dict[str, Any]:
     """Metrics with their intervals, seconds, and answers, as JSON knows them."""
-    metrics = {name: {side: each._asdict() for side, each in found._asdict().items()} for name, found in compared.items()}
+    metrics = {
+        name: {side: {key: _finite(number) for key, number in each._asdict().items()} for side, each in found._asdict().items()}
+        for name, found in compared.items()
+    }
     seconds = {name: {"loss": side.loss_s, "generation": side.generation_s} for name, side in zip(SIDES, sides, strict=True)}
     answers = [
         {"line": example.line, "prompt": example.prompt[-1].content, "reference": example.response}
@@ -83,6 +89,11 @@ def recorded(sides: Sequence[Side], compared: dict[str, scores.Comparison], exam
         for example, *both in zip(examples, *(side.answers for side in sides), strict=True)
     ]
     return {"resamples": scores.RESAMPLES, "metrics": metrics, "seconds": seconds, "answers": answers}
+
+
+def _finite(number: float | None) -> float | None:
+    """None for NaN and infinities, which JSON does not know."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def read_held_out(options: HeldOutOptions, adapter: Adapter) -> tuple[str, data.Samples, list[data.Example], str]:
@@ -199,9 +210,9 @@ def results_table(compared: dict[str, scores.Comparison], num_examples: int, num
     for header in ("", *SIDES, "adapter - base"):
         table.add_column(header, justify="right" if header else "left")
     for name, found in compared.items():
-        label, factor, decimals = scores.SHOWN[name]
-        cells = [[f"{factor * number:.{decimals}f}" for number in each] for each in found]
-        table.add_row(label, *(Text(f"{value} [{low}, {high}]") for value, low, high in cells))
-    caption = "[low, high]: 95 % by bootstrap over examples. Loss in nats a token; from accuracy on in %."
-    table.caption = Text(caption)
+        table.add_row(scores.SHOWN[name][0], *(Text(" ".join(scores.shown(each, name))) for each in found))
+    intervals = "[low, high]: 95 % by bootstrap over examples."
+    if num_examples < scores.FEWEST:
+        intervals = f"[-]: no interval, as fewer than {scores.FEWEST} examples do not tell how much they vary."
+    table.caption = Text(f"{intervals} Loss in nats a token; from accuracy on in %.")
     return table

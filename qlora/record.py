@@ -1,14 +1,18 @@
 """What a run folder tells, read without changing anything: for the report and the model card."""
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora import run_folder
+from qlora import checkpoint, run_folder, schema
 from qlora.config import ExitCode, UserError, redact
+
+EVALUATION = "evaluation.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Record:
     facts: dict[str, Any]  # run.json
     rows: list[dict[str, Any]]  # metrics.jsonl
     samples: list[dict[str, Any]]  # samples.jsonl, of a run that has ended
-    evaluation: dict[str, Any]  # evaluation.json, where python -m qlora evaluate was told to write it there
+    evaluation: dict[str, Any]  # evaluation.json by python -m qlora evaluate, where it is of the adapter the run ended with
+    evaluation_of_another: bool  # whether there is one that is not
     trained_parameters: int | None  # of the adapter, or of the newest checkpoint
 
     @property
@@ -33,7 +38,8 @@ class Record:
     @property
     def evaluations(self) -> list[dict[str, Any]]:
         """The rows of evaluations on the held-out data that the run ended with, oldest first; loss is finite in each."""
-        rows = [row for row in self.rows if row["event"] == "eval" and row.get("eval_loss") is not None]
+        rows = [row for row in self.rows if row["event"] == "eval"]
+        rows = [row for row in rows if None not in (row.get("eval_loss"), row.get("perplexity"))]
         return [row for row in rows if row.get("held_out") == self.facts.get("held_out", row.get("held_out"))]
 
     @property
@@ -55,7 +61,7 @@ class Record:
     @property
     def times_seen(self) -> Counter[int]:
         """Line of the training data -> how often it was trained on."""
-        return Counter(line for row in self.steps for line in row.get("lines", []))
+        return Counter(line for row in self.steps for line in row.get("lines") or [])
 
     def curve(self, name: str) -> list[float]:
         """A number of each step; NaN where it was not finite or was not recorded."""
@@ -84,35 +90,62 @@ def read(folder: Path) -> Record:
     if not (folder / "config.yaml").is_file():
         text = f"{folder} holds no run: it has no config.yaml, which a run writes before its first step. "
         raise UserError(ExitCode.CHECKPOINT, text + "Give a folder that --output-dir named.")
+    status, evaluation = _status(folder), _json(folder / EVALUATION, schema.COMPARED)
+    is_own = status == "finished" and evaluation.get("adapter_sha256") == sha256_of(folder / "adapter")
     return Record(
         folder=folder,
-        status=_status(folder),
-        config=run_folder.EARLIER | _config(folder / "config.yaml"),
-        environment=_json(folder / "env.json"),
-        facts=_json(folder / run_folder.RUN),
-        rows=whole_rows(folder / run_folder.METRICS),
-        samples=whole_rows(folder / "samples.jsonl", keys={"prompt", "base", "tuned", "reference"}),
-        evaluation=_json(folder / "evaluation.json"),
+        status=status,
+        config=_config(folder / "config.yaml"),
+        environment=_json(folder / "env.json", schema.ENVIRONMENT),
+        facts=_json(folder / run_folder.RUN, schema.FACTS),
+        rows=_rows(folder / run_folder.METRICS, schema.ROW),
+        samples=_rows(folder / "samples.jsonl", schema.SAMPLE),
+        evaluation=evaluation if is_own else {},
+        evaluation_of_another=bool(evaluation) and not is_own,
         trained_parameters=_trained_parameters(folder),
     )
 
 
-def whole_rows(path: Path, keys: set[str] | None = None) -> list[dict[str, Any]]:
+def sha256_of(adapter: Path) -> str | None:
+    """SHA-256 of the weights in an adapter's folder; None where there are none."""
+    path = adapter / checkpoint.ADAPTER
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def whole_rows(path: Path, keys: Set[str] = frozenset({"event", "step"})) -> list[dict[str, Any]]:
     """The rows of a JSONL file up to the first that is not whole, as the last is if the process died while writing it.
 
     Args:
         path: a file; where there is none, there are no rows.
-        keys: that a row has at least; None: event and step, those of metrics.jsonl.
+        keys: that a row has at least.
     """
     rows = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(row, dict) or not (keys or {"event", "step"}) <= row.keys():
+        if not isinstance(row, dict) or not keys <= row.keys():
             break
         rows.append(row)
+    return rows
+
+
+def _rows(path: Path, fields: dict[str, schema.Schema]) -> list[dict[str, Any]]:
+    """All rows of a JSONL file; only its last line may be torn, by the death of a process, or as it is just being written."""
+    try:
+        written = path.read_bytes().count(b"\n") if path.exists() else 0  # first, as a run that is going adds to it
+        rows = whole_rows(path, keys=set())
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if len(rows) < written:
+        raise _unreadable(path, f"its line {len(rows) + 1} is not whole")
+    for line, row in enumerate(rows, start=1):
+        if name := schema.misfit(row, fields):
+            raise _unreadable(path, f"its line {line} has {_shown(row, name)}")
     return rows
 
 
@@ -127,28 +160,43 @@ def _config(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise _unreadable(path, error) from None
     if not isinstance(values, dict) or "model" not in values:
         raise _unreadable(path, "it has no `model:` line")
+    values = run_folder.EARLIER | values
+    if name := schema.misfit(values, schema.CONFIG):
+        raise _unreadable(path, f"it has {_shown(values, name)}")
     return values
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, fields: dict[str, schema.Schema]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
     if not isinstance(values, dict):
         raise _unreadable(path, "it is not a JSON object")
+    if name := schema.misfit(values, fields):
+        raise _unreadable(path, f"it has {_shown(values, name)}")
     return values
 
 
+def _shown(values: dict[str, Any], name: str) -> str:
+    """A name with its value, at most 60 characters of it."""
+    value = repr(values[name]) if name in values else ""
+    return f"{name}: {value[:60]}{'...' * (len(value) > 60)}" if value else f"no {name}"
+
+
 def _unreadable(path: Path, why: object) -> UserError:
-    text = f"{path} cannot be read as what a run writes: {' '.join(str(why).split())}. "
-    return UserError(ExitCode.CHECKPOINT, redact(text) + "The report is made of it; restore the file, or run again.")
+    advice = "The report is made of it; restore the file, or run again."
+    if path.name == EVALUATION:
+        advice = f"Remove it, or write it again: python -m qlora evaluate {path.parent} --json {path}"
+    by = "python -m qlora evaluate" if path.name == EVALUATION else "a run"
+    text = f"{path} cannot be read as what {by} writes: {' '.join(str(why).split())}. "
+    return UserError(ExitCode.CHECKPOINT, redact(text) + advice)
 
 
 def _trained_parameters(folder: Path) -> int | None:
@@ -157,7 +205,7 @@ def _trained_parameters(folder: Path) -> int | None:
 
     for place in (folder / "adapter", *sorted((folder / "checkpoints").glob("step-*"), reverse=True)):
         try:
-            with safetensors.safe_open(place / "adapter_model.safetensors", framework="np") as file:
+            with safetensors.safe_open(place / checkpoint.ADAPTER, framework="np") as file:
                 return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         except (OSError, safetensors.SafetensorError):
             continue

@@ -4,13 +4,12 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import checkpoint, plots
+from qlora import checkpoint, plots, scores
 from qlora.caveats import caveats
 from qlora.config import TrainConfig, UserError
 from qlora.model_card import base_of, data_name, model_card
 from qlora.record import Record, read
 from qlora.rendering import render
-from qlora.scores import SHOWN
 
 if TYPE_CHECKING:
     from qlora.commands import ReportOptions
@@ -74,12 +73,12 @@ def write(record: Record) -> Path:
         for curve in (curve for curve in curves if curve.name != "loss-narrow"):
             checkpoint.write_file(plotted / f"{curve.name}.png", curve.png)
     path = record.folder / "report.html"
-    checkpoint.write_file(path, html(record, curves).encode())
+    checkpoint.write_file(path, html(record, curves).encode(errors="replace"))  # a command line may hold what is no UTF-8
     return path
 
 
 def _write_card(record: Record) -> None:
-    checkpoint.write_file(record.folder / "adapter" / "README.md", model_card(record).encode())
+    checkpoint.write_file(record.folder / "adapter" / "README.md", model_card(record).encode(errors="replace"))
 
 
 def html(record: Record, curves: list[plots.Curve]) -> str:
@@ -112,7 +111,10 @@ def html(record: Record, curves: list[plots.Curve]) -> str:
             "evaluations": _evaluations(record),
             "held_out_tokens": f"{record.evaluations[-1]['num_tokens']:,}" if record.evaluations else "",
             "compared": _compared(record.evaluation),
-            "compared_examples": f"{record.evaluation.get('num_examples', 0):,}",
+            "compared_on": _compared_on(record),
+            "compared_few": record.evaluation.get("num_examples", scores.FEWEST) < scores.FEWEST,
+            "compared_another": record.evaluation_of_another,
+            "fewest": scores.FEWEST,
             "caveats": caveats(record),
             "data": _data(record, train, held_out),
             "memory": _memory(record),
@@ -178,11 +180,21 @@ def _evaluations(record: Record) -> list[tuple[str, ...]]:
 def _compared(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Metric, and value and interval of base, adapter and their difference, as python -m qlora evaluate has them."""
     rows = []
-    for name, found in evaluation.get("metrics", {}).items():
-        label, factor, decimals = SHOWN[name]
-        cells = [[f"{factor * side[key]:.{decimals}f}" for key in ("value", "low", "high")] for side in found.values()]
-        rows.append((label, [(value, f"[{low}, {high}]") for value, low, high in cells]))
+    found = evaluation.get("metrics", {})
+    for name, (label, _, _) in scores.SHOWN.items():
+        if name in found:
+            sides = [found[name][side] for side in scores.Comparison._fields]
+            estimates = [scores.Estimate(*map(side.get, scores.Estimate._fields)) for side in sides]
+            rows.append((label, [scores.shown(estimate, name) for estimate in estimates]))
     return rows
+
+
+def _compared_on(record: Record) -> str:
+    """What that comparison was made on."""
+    found = record.evaluation
+    same = found.get("held_out_sha256") == record.facts.get("held_out")
+    which = "held-out examples" if same else "examples that are not this run's held-out data, or not all of it"
+    return f"{found['num_examples']:,} {which}" if found else ""
 
 
 def _data(record: Record, train: dict[str, int], held_out: dict[str, int]) -> list[tuple[str, str, str]]:

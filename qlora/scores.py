@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy
 
 RESAMPLES = 2000
+FEWEST = 5  # examples that have an interval: of n there are only (2n-1 over n) resamplings, 35 of 4
 LOW, HIGH = 2.5, 97.5  # percentiles of an interval of 95 %
 SHOWN = {  # name in the JSON -> label in the table, factor for people, decimals
     "loss": ("held-out loss", 1, 3),  # in nats a token
@@ -23,11 +24,11 @@ PACKAGES = {"fastavro": "fastavro", "rouge_score": "rouge-score", "sacrebleu": "
 
 
 class Estimate(NamedTuple):
-    """A value and its bootstrap interval of 95 %."""
+    """A value and its bootstrap interval of 95 %, which fewer than FEWEST examples do not have."""
 
-    value: float
-    low: float
-    high: float
+    value: float | None  # None in a file, where it is not finite
+    low: float | None
+    high: float | None
 
 
 class Comparison(NamedTuple):
@@ -134,7 +135,7 @@ def of_answers(answers: Sequence[str], references: Sequence[str]) -> dict[str, t
 
 
 def compare(base: numpy.ndarray, adapter: numpy.ndarray, metric: Callable, seed: int) -> Comparison:
-    """A metric of both, with intervals from a paired percentile bootstrap over examples.
+    """A metric of both, with intervals from a paired percentile bootstrap over FEWEST examples or more.
 
     Args:
         base: statistics of each example [n, k].
@@ -145,14 +146,23 @@ def compare(base: numpy.ndarray, adapter: numpy.ndarray, metric: Callable, seed:
     Source: Efron and Tibshirani, 1993, chapter 13; in pairs, as Koehn, 2004, for BLEU.
     """
     n, k = base.shape
+    values = [metric(each.sum(axis=0)) for each in (base, adapter)]
+    if n < FEWEST:
+        return Comparison(*(Estimate(float(value), None, None) for value in (*values, values[1] - values[0])))
     both = numpy.concatenate([base, adapter], axis=1)  # [n, 2 k]
     generator = numpy.random.default_rng(seed)
     # A resampling is how often each example was drawn; one at a time, so that memory is that of the examples.
     sums = numpy.stack([generator.multinomial(n, numpy.full(n, 1 / n)) @ both for _ in range(RESAMPLES)])  # [R, 2 k]
-    values = [metric(each.sum(axis=0)) for each in (base, adapter)]
     resampled = [metric(sums[:, :k]), metric(sums[:, k:])]  # [R] each
     difference = _estimate(values[1] - values[0], resampled[1] - resampled[0])
     return Comparison(_estimate(values[0], resampled[0]), _estimate(values[1], resampled[1]), difference)
+
+
+def shown(estimate: Estimate, name: str) -> tuple[str, str]:
+    """A value and its interval for people, in the unit of SHOWN[name]; a dash for what there is not."""
+    _, factor, decimals = SHOWN[name]
+    value, low, high = ("-" if number is None else f"{factor * number:.{decimals}f}" for number in estimate)
+    return value, "[-]" if estimate.low is None else f"[{low}, {high}]"
 
 
 def _estimate(value: float, resampled: numpy.ndarray) -> Estimate:

@@ -1,6 +1,8 @@
 """python -m qlora evaluate, on the tiny model: its numbers against training's own, and what it refuses."""
 
+import hashlib
 import json
+import math
 
 import pytest
 import torch
@@ -36,12 +38,15 @@ def test_every_number_is_in_the_file_and_the_table(run, rows, tmp_path, capsys):
     for found in record["metrics"].values():
         assert set(found) == {"base", "adapter", "difference"}
         assert found["difference"]["value"] == pytest.approx(found["adapter"]["value"] - found["base"]["value"])
-        assert all(side["low"] <= side["value"] + 1e-9 and side["value"] <= side["high"] + 1e-9 for side in found.values())
+        assert {side[end] for side in found.values() for end in ("low", "high")} == {None}  # of three examples
+    assert "[-]: no interval, as fewer than 5 examples" in " ".join(shown.split())
+    assert record["adapter_sha256"] == hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
     # The same numbers from training's own functions, one sample at a time.
     opened = open_adapter(run)
     model = load_adapted(opened)
     head = read_head(model)
     samples, _ = data.encode_all(data.read_examples(rows, "test"), rows, opened.form, opened.config)
+    assert record["held_out_sha256"] == samples.sha256
     with attention.for_training(model, opened.config):
         batches = data.micro_batches(samples, range(3), 1)
         wanted = evaluate.evaluate_loss(model, batches, lambda hidden, batch: token_loss_sum(hidden, batch, head))
@@ -56,6 +61,29 @@ def test_every_number_is_in_the_file_and_the_table(run, rows, tmp_path, capsys):
     assert int8["precision"] == "int8"
     assert int8["metrics"]["loss"]["base"]["value"] == pytest.approx(record["metrics"]["loss"]["base"]["value"], rel=0.05)
     assert int8["metrics"]["loss"] != record["metrics"]["loss"]
+
+
+def test_what_evaluate_writes_stands_in_the_report_of_its_run(run, tmp_path, capsys):  # noqa: F811
+    opened = open_adapter(run)
+    held_out, _ = data.encode_all(data.read_examples(BUNDLED_EVAL, "test"), BUNDLED_EVAL, opened.form, opened.config)
+    facts = json.loads((run / "run.json").read_text()) | {"held_out": held_out.sha256, "targets": [], "history": []}
+    (run / "run.json").write_text(json.dumps(facts))
+    (run / "config.yaml").write_text(json.dumps(facts["config"] | {"train_file": "x.jsonl", "learning_rate": 1e-3}))
+    flags = ["--eval-file", str(BUNDLED_EVAL), "--max-new-tokens", "3", "--json", str(run / "evaluation.json")]
+    assert main(["evaluate", str(run), *flags]) == 0
+    record = json.loads((run / "evaluation.json").read_text())
+    for found in record["metrics"].values():
+        assert all(side["low"] <= side["value"] + 1e-9 and side["value"] <= side["high"] + 1e-9 for side in found.values())
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "on 8 held-out examples: base and adapter" in page and page.count('<span class="interval">') == 27
+
+
+def test_json_knows_no_nan(rows):
+    nan = scores.Estimate(math.nan, -math.inf, math.inf)
+    sides = [compare.Side(None, None, [], 1.0, 2.0)] * 2
+    found = compare.recorded(sides, {"loss": scores.Comparison(nan, nan, nan._replace(value=1.0))}, [])["metrics"]["loss"]
+    assert found["base"] == {"value": None, "low": None, "high": None} and found["difference"]["value"] == 1.0
 
 
 def test_tokens_are_scored_as_by_transformers_and_counted_by_sample(model, head, samples):

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import yaml
 
 from qlora import plots, record, report
 from qlora.__main__ import main
 from qlora.caveats import caveats
 from qlora.config import ExitCode, TrainConfig, UserError
+from qlora.model_card import model_card
 from qlora.run_folder import RunFolder
 from qlora.scores import SHOWN
 from qlora.tracking import environment
@@ -137,6 +139,91 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content):
     assert caught.value.exit_code == ExitCode.CHECKPOINT
 
 
+SIDE = {"value": 0.5, "low": 0.25, "high": 0.75}
+SIDES = {name: dict(SIDE) for name in ("base", "adapter", "difference")}
+EVALUATED = {"adapter_sha256": "d" * 64, "held_out_sha256": "b" * 64, "num_examples": 8, "metrics": {"loss": SIDES}}
+FILES = ("run.json", "env.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "config.yaml")
+
+
+def evaluated_run(folder: Path, **changes) -> Path:
+    """A run whose evaluation.json is of its own adapter."""
+    folder = write_run(folder, **{"steps": 12, "history": [{"step": 3, "overrides": {"lora_r": [1, 2]}}], **changes})
+    evaluation = EVALUATED | {"adapter_sha256": record.sha256_of(folder / "adapter")}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"null\n", b"[]\n", b"[{}]\n", b'"x"\n', b"3\n", b"\xff\xfe\n", b'{"step": NaN}\n', b"[" * 5000 + b"\n"],
+)
+def test_a_damaged_file_is_one_paragraph_and_does_not_spoil_a_finished_training(tmp_path, capsys, name, content):
+    folder = evaluated_run(tmp_path / "run")
+    (folder / name).write_bytes(content)
+    if name.endswith(".jsonl") and not content.endswith(b"\n"):  # no rows, or one that is just being written
+        assert record.read(folder).status == "finished"
+        return
+    assert main(["report", str(folder)]) == ExitCode.CHECKPOINT
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {folder / name} cannot be read as what ") and err.count("\n") == 1 and len(err) < 600
+    said = report.after_training(folder)
+    assert said.startswith("none, as it could not be written: ") and name in said and "The run is complete" in said
+
+
+WRONG = (None, "x", "\ud800", True, -1, 1.5, math.nan, math.inf, 10**400, [], [None], [[1, 2]], {}, {"x": None})
+
+
+def wronged(values, wrongs=WRONG, depth=3):
+    """Copies of a JSON value, in each of which one part is wrong or gone."""
+    yield from wrongs
+    if not depth or not isinstance(values, dict | list):
+        return
+    for key in list(values) if isinstance(values, dict) else range(len(values)):
+        for wrong in wronged(values[key], wrongs, depth - 1):
+            copy = values.copy()
+            copy[key] = wrong
+            yield copy
+        copy = values.copy()
+        del copy[key]
+        yield copy
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_whatever_a_file_holds_it_is_reported_on_or_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(plots, "_curve", lambda name, title, said, lines, units, room: plots.Curve(name, said, "", b""))
+    folder = evaluated_run(tmp_path / "run")
+    path = folder / name
+    read = yaml.safe_load if name == "config.yaml" else json.loads
+    lines = path.read_text().splitlines() if name.endswith(".jsonl") else [path.read_text()]
+    outcomes = set()
+    for line in {0, 1, len(lines) - 1} & set(range(len(lines))):
+        for wrong in wronged(read(lines[line]), WRONG[::3] if name == "config.yaml" else WRONG):  # PyYAML is slow
+            text = yaml.safe_dump(wrong) if name == "config.yaml" else json.dumps(wrong)
+            path.write_text("\n".join([*lines[:line], text, *lines[line + 1 :], ""]))
+            try:
+                run = record.read(folder)
+            except UserError as error:
+                assert error.exit_code == ExitCode.CHECKPOINT and str(path) in str(error) and "\n" not in str(error)
+                outcomes.add("refused")
+                continue
+            assert "<html" in report.html(run, plots.draw(run)) and "library_name: peft" in model_card(run)
+            outcomes.add("reported on")
+    assert outcomes == {"refused", "reported on"}
+
+
+def test_a_line_that_is_torn_in_the_middle_is_named(tmp_path):
+    folder = write_run(tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([*lines[:4], lines[4][:30], *lines[5:]]) + "\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be read .* its line 5 is not whole"):
+        record.read(folder)
+    lines[4] = json.dumps(json.loads(lines[4]) | {"loss": "low"})
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="its line 5 has loss: 'low'"):
+        record.read(folder)
+
+
 def test_a_run_is_finished_going_or_stopped(tmp_path):
     folder = write_run(tmp_path / "run", finished=False, steps=25)
     assert record.read(folder).status == "stopped"
@@ -151,7 +238,7 @@ def test_rows_of_other_held_out_data_and_torn_ones_do_not_count(tmp_path):
     folder = write_run(tmp_path / "run", steps=20)
     add_rows(folder, evaluation(20, 0.001, held_out="c" * 64), evaluation(20, 9.0) | {"eval_loss": None})
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 30}\n' + json.dumps(evaluation(30, 0.1)) + '\n{"event": "step", "st')  # up to the first torn one
+        file.write('{"event": "step", "st')  # as it is when the process dies, or just then
     run = record.read(folder)
     assert [row["step"] for row in run.evaluations] == [0, 10, 20] and run.evaluations[-1]["eval_loss"] > 0.3
     assert (run.last_step, run.trained_parameters, run.times_seen[3]) == (20, 440, 2)
@@ -191,13 +278,37 @@ def test_the_page_has_the_numbers_of_the_run(tmp_path):
 def test_scores_of_the_evaluate_command_stand_in_the_page_with_their_intervals(tmp_path):
     folder = write_run(tmp_path / "run")
     assert "qlora evaluate" not in page_of(folder).words
-    side = {"value": 0.5, "low": 0.25, "high": 0.75}
-    found = {name: {"base": side, "adapter": side | {"value": 0.625}, "difference": side} for name in SHOWN}
-    (folder / "evaluation.json").write_text(json.dumps({"num_examples": 1234, "metrics": found}))
+    found = {name: {"base": SIDE, "adapter": SIDE | {"value": 0.625}, "difference": SIDE} for name in SHOWN}
+    own = record.sha256_of(folder / "adapter")
+    evaluated = EVALUATED | {"num_examples": 1234, "metrics": found, "adapter_sha256": own}
+    (folder / "evaluation.json").write_text(json.dumps(evaluated))
     words = page_of(folder).words
-    assert "1,234 held-out examples" in words and "exact match 50.0 [25.0, 75.0] 62.5 [25.0, 75.0] 50.0 [25.0, 75.0]" in words
+    assert (
+        "1,234 held-out examples: base" in words
+        and "exact match 50.0 [25.0, 75.0] 62.5 [25.0, 75.0] 50.0 [25.0, 75.0]" in words
+    )
     assert "held-out loss 0.500 [0.250, 0.750] 0.625" in words and "BLEU 0.5 [0.2, 0.8]" in words
     assert "How often a whole answer is right" not in words  # which is known by now
+    found["bleu"]["base"] = {"value": 0.5, "low": None, "high": None}
+    other = evaluated | {"num_examples": 4, "held_out_sha256": "c" * 64}
+    (folder / "evaluation.json").write_text(json.dumps(other))
+    words = page_of(folder).words
+    assert "on 4 examples that are not this run's held-out data, or not all of it: base and adapter." in words
+    assert "BLEU 0.5 [-] 0.6 [0.2, 0.8]" in words and "No intervals, as fewer than 5 examples" in words
+
+
+def test_an_evaluation_of_another_adapter_is_left_out_and_that_is_told(tmp_path):
+    folder = write_run(tmp_path / "run")
+    own = record.sha256_of(folder / "adapter")
+    told = "evaluation.json is of another adapter than the one this run ended with, and was left out."
+    for digest, ended, shown in ((own, True, True), ("d" * 64, True, False), (own, False, False)):
+        (folder / "evaluation.json").write_text(json.dumps(EVALUATED | {"adapter_sha256": digest}))
+        (folder / "finished.json").unlink(missing_ok=not ended)
+        if ended:
+            (folder / "finished.json").write_text("{}")
+        words = page_of(folder).words
+        assert ("held-out loss 0.500 [0.250, 0.750]" in words, told in words) == (shown, not shown)
+        assert ("How often a whole answer is right" in words) is not shown
 
 
 def test_the_page_can_be_heard_and_walked_through(tmp_path):
@@ -252,7 +363,15 @@ def test_what_an_older_run_did_not_write_is_left_out(tmp_path):
 
 def test_numbers_that_are_not_finite_leave_gaps(tmp_path):
     folder = write_run(tmp_path / "run", steps=3)
-    step = {"event": "step", "epoch": 1, "loss": None, "grad_norm": None, "learning_rate": 1e-4, "tokens_per_s": 1.0}
+    step = {
+        "event": "step",
+        "epoch": 1,
+        "num_tokens": 9,
+        "loss": None,
+        "grad_norm": None,
+        "learning_rate": 1e-4,
+        "tokens_per_s": 1.0,
+    }
     add_rows(folder, {**step, "step": 4}, {**step, "step": 5})
     page = page_of(folder)
     assert "2 of 5 steps had a loss or gradient that was not finite" in page.words and "nan" not in page.words

@@ -68,10 +68,20 @@ def test_an_interval_is_that_of_the_mean_and_pairs_stay_together():
 
 
 def test_a_ratio_weighs_by_what_it_is_divided_by():
-    rows = numpy.array([[10.0, 1.0], [0.0, 9.0]])
+    rows = numpy.array([[10.0, 1.0], [0.0, 9.0]] * 5)
     found = scores.compare(rows, rows, scores.ratio, seed=0)
-    assert found.base.value == 1.0 and found.base.high == 10.0 and found.base.low == 0.0
+    assert found.base.value == 1.0 and found.base.high > 3.0 and found.base.low < 0.4  # means of numbers: 5.0 and 2 to 8
     assert scores.compare(rows, rows, scores.perplexity, seed=0).base.value == pytest.approx(math.e)
+
+
+def test_few_examples_have_a_value_and_no_interval():
+    rows = numpy.array([[1.0, 1.0], [2.0, 1.0], [3.0, 1.0], [6.0, 1.0], [8.0, 1.0]])
+    found = scores.compare(rows[:4], rows[:4] + numpy.array([1.0, 0.0]), scores.ratio, seed=0)
+    assert found == ((3.0, None, None), (4.0, None, None), (1.0, None, None))
+    assert scores.shown(found.base, "token_accuracy") == ("300.0", "[-]")
+    found = scores.compare(rows, rows, scores.ratio, seed=0)
+    assert found.base.low < 4.0 < found.base.high
+    assert scores.shown(found.base._replace(low=2.0, high=6.0), "loss") == ("4.000", "[2.000, 6.000]")
 
 
 def test_bleu_is_resampled_as_a_corpus():
