@@ -154,10 +154,10 @@ class PlanOptions:
     Only the shape of the model counts, so no weights are read; values of training's flags are those of a first run.
     """
 
-    shape: Literal["phi3-mini", "phi3-medium", "demo"] = "phi3-mini"
-    """Built in, so that nothing is fetched: 3.8, 14.0 and 0.13 billion parameters."""
+    shape: Literal["phi3-mini", "phi3-medium", "demo"] | None = None
+    """Built in, so that nothing is fetched: 3.8, 14.0 and 0.13 billion parameters. Unset: phi3-mini."""
     model: str | None = None
-    """Hub id or folder whose config.json is read instead."""
+    """Hub id, folder, `demo` or `tiny-random`, whose config.json is read in place of a --shape."""
     gpu_gib: float | None = None
     """Memory of the card, in GiB. Unset: what is free on this machine's GPU, if there is one."""
     max_length: int = 2048

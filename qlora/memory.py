@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qlora.model import Target
 
 ATTENTION_INPUTS = ("qkv_proj", "q_proj", "k_proj", "v_proj")  # layers whose output attention reads
+LEAST_LENGTH, LEAST_RANK = 128, 4  # below which a run would hardly be the one that was wanted
 NF4_BYTES = 4.127 / 8  # of a parameter, scales in double quantisation included
 
 
@@ -103,7 +104,15 @@ def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfi
     return sum(memory_terms(model, targets, config, longest).values())
 
 
-def settings_to_try(config: TrainConfig, longest: int) -> list[tuple[str, dict[str, Any]]]:
+class Setting(NamedTuple):
+    """A change that needs less memory."""
+
+    flags: str  # of the command line, perhaps with a remark
+    changes: dict[str, Any]  # fields of the configuration; nothing where what to give them is the user's choice
+    same_training: bool  # whether nothing changes but speed, and rounding
+
+
+def settings_to_try(config: TrainConfig, longest: int) -> list[Setting]:
     """Changes that need less memory, those first that change nothing but speed.
 
     Args:
@@ -111,34 +120,37 @@ def settings_to_try(config: TrainConfig, longest: int) -> list[tuple[str, dict[s
         longest: tokens of the longest row.
 
     Returns:
-        Flags, perhaps with a remark, and the fields of the configuration that they set.
+        One setting at least; lengths and ranks are halved down to LEAST_LENGTH and LEAST_RANK.
     """
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    found: list[tuple[str, dict[str, Any]]] = []
+    same: list[tuple[str, dict[str, Any]]] = []
     if config.cache_dequantized:
-        found.append(("--no-cache-dequantized", {"cache_dequantized": False}))
+        same.append(("--no-cache-dequantized", {"cache_dequantized": False}))
     if config.gradient_checkpointing != "full":
-        found.append(("--gradient-checkpointing full", {"gradient_checkpointing": "full"}))
+        same.append(("--gradient-checkpointing full", {"gradient_checkpointing": "full"}))
     if config.attn_implementation == "eager":
-        found.append(("--attn-implementation sdpa", {"attn_implementation": "sdpa"}))
+        same.append(("--attn-implementation sdpa", {"attn_implementation": "sdpa"}))
     if config.compile == "graphs":
-        found.append(("--compile layers", {"compile": "layers"}))
+        same.append(("--compile layers", {"compile": "layers"}))
     if config.compile == "layers" and not config.offload_checkpoints:
-        found.append(("--offload-checkpoints", {"offload_checkpoints": True}))
+        same.append(("--offload-checkpoints", {"offload_checkpoints": True}))
     if batch > 1:
         smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
         step = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": accumulation * batch // smaller}
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in step.items())
-        found.append((f"{flags} (the same step)", step))
+        same.append((f"{flags} (the same step)", step))
+    other: list[tuple[str, dict[str, Any]]] = []
     if config.optimizer == "adamw":
         saved = "6 bytes less for each trained parameter"
-        found.append((f"--optimizer adamw_8bit ({saved})", {"optimizer": "adamw_8bit"}))
-    if longest > 1:
-        flags = f"--max-length {longest // 2} (the longest row has {longest} tokens)"
-        found.append((flags, {"max_length": longest // 2}))
-    if config.lora_r > 1:
-        found.append((f"--lora-r {config.lora_r // 2}", {"lora_r": config.lora_r // 2}))
-    return [*found, ("--target-modules with fewer names", {})]
+        other.append((f"--optimizer adamw_8bit ({saved})", {"optimizer": "adamw_8bit"}))
+    if longest > LEAST_LENGTH:
+        shorter = max(longest // 2, LEAST_LENGTH)
+        other.append((f"--max-length {shorter} (the longest row has {longest} tokens)", {"max_length": shorter}))
+    if config.lora_r > LEAST_RANK:
+        smaller = max(config.lora_r // 2, LEAST_RANK)
+        other.append((f"--lora-r {smaller}", {"lora_r": smaller}))
+    other.append(("--target-modules with fewer names", {}))
+    return [*(Setting(*each, True) for each in same), *(Setting(*each, False) for each in other)]
 
 
 def explained(
@@ -150,11 +162,11 @@ def explained(
         UserError: exit 6.
     """
     where = "GPU" if device.type == "cuda" else "machine"
+    advice = ", or ".join(setting.flags for setting in settings_to_try(config, longest)[:3])
     return out_of_memory_told(
         lambda reason: (
             f"The {where} ran out of memory: the peak so far was {peak_memory_gib(device):.2f} GiB, the estimate for these "
-            f"settings {estimate_gib:.2f} GiB. Try {', or '.join(flags for flags, _ in settings_to_try(config, longest)[:3])}. "
-            f"({reason})"
+            f"settings {estimate_gib:.2f} GiB. Try {advice}. ({reason})"
         )
     )
 

@@ -13,8 +13,9 @@ from rich.table import Table
 from qlora.checkpoint import require_writable, write_file
 from qlora.commands import PlanOptions, refuse_below
 from qlora.config import ExitCode, GradientCheckpointing, TrainConfig, UserError
+from qlora.demo import model_source
 from qlora.layers import MARGIN
-from qlora.memory import memory_terms, settings_to_try
+from qlora.memory import LEAST_LENGTH, LEAST_RANK, memory_terms, settings_to_try
 from qlora.model import Target, audit_targets, load_skeleton
 
 SHAPES: dict[str, dict[str, Any]] = {  # arguments of transformers' Phi3Config, whose own defaults are Phi-3-mini
@@ -38,6 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # arguments of transformers' Phi3Config, 
         "tie_word_embeddings": True,
     },
 }
+DEFAULT_SHAPE = "phi3-mini"
 POLICIES: tuple[GradientCheckpointing, ...] = ("none", "selective", "full")
 CONTEXT_GIB = 0.5  # of CUDA and cuBLAS, which torch does not count
 
@@ -75,7 +77,7 @@ def run(options: PlanOptions) -> int:
     changed = (dataclasses.replace(config, gradient_checkpointing=policy) for policy in tried)
     plans = [planned(skeleton, each) for each in changed]
     console = Console()
-    what = options.model or options.shape
+    what = options.model or options.shape or DEFAULT_SHAPE
     console.print(terms_table(f"{what}: {config.per_device_train_batch_size} x {config.max_length} tokens", plans))
     trained = sum(target.adapter_parameters for target in targets)
     console.print(f"Rank {config.lora_r}: {trained:,} parameters trained of {skeleton.num_parameters() + trained:,}.")
@@ -89,14 +91,22 @@ def run(options: PlanOptions) -> int:
             steps = list(steps_down(skeleton, plans[-1].config, free_gib))
             console.print(ways_table(steps, free_gib))
             if not steps or not steps[-1][1].fits(free_gib):
-                console.print("Nothing that can be set makes it fit: take a smaller model or a larger card.")
+                least = f"down to {LEAST_LENGTH} tokens and rank {LEAST_RANK}"
+                console.print(f"Nothing that can be set, {least}, makes it fit: take a smaller model or a larger card.")
     if options.json is not None:
         write_file(options.json, json.dumps(_record(what, free_gib, plans, steps), indent=1).encode() + b"\n")
     return 0
 
 
 def configuration(options: PlanOptions) -> TrainConfig:
-    """The training configuration whose memory is predicted, its policy still open if that is auto."""
+    """The training configuration whose memory is predicted, its policy still open if that is auto.
+
+    Raises:
+        UserError: exit 2 for options that exclude each other.
+    """
+    if options.model is not None and options.shape is not None:
+        text = f"--model {options.model} and --shape {options.shape} were both given. Keep one of them."
+        raise UserError(ExitCode.CONFIGURATION, text)
     asked = dataclasses.asdict(options)
     shared = {field.name for field in dataclasses.fields(TrainConfig)} & set(asked)
     config = TrainConfig(**{name: asked[name] for name in shared})
@@ -111,12 +121,11 @@ def configuration(options: PlanOptions) -> TrainConfig:
 def shape_skeleton(options: PlanOptions, config: TrainConfig) -> Any:
     """The model on the meta device: one of the built-in shapes, or that of a hub id or folder."""
     if options.model is not None:
-        return load_skeleton(options.model, config)
-    shape = transformers.Phi3Config(**SHAPES[options.shape], pad_token_id=0)
+        return load_skeleton(model_source(options.model), config)
+    name = options.shape or DEFAULT_SHAPE
+    shape = transformers.Phi3Config(**SHAPES[name], pad_token_id=0)
     if config.max_length > shape.max_position_embeddings:
-        text = (
-            f"--max-length {config.max_length} is more than the {shape.max_position_embeddings} positions of {options.shape}."
-        )
+        text = f"--max-length {config.max_length} is more than the {shape.max_position_embeddings} positions of {name}."
         raise UserError(ExitCode.CONFIGURATION, text)
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation="eager")
@@ -129,14 +138,16 @@ def planned(skeleton: Any, config: TrainConfig) -> Plan:
 
 
 def steps_down(skeleton: Any, config: TrainConfig, free_gib: float) -> Iterator[tuple[str, Plan]]:
-    """What to change, one after the other, until it fits: first what changes nothing but speed."""
+    """What to change, one after the other, until it fits: the largest saving first, what changes the training last."""
     plan = planned(skeleton, config)
     while not plan.fits(free_gib):
-        words, changes = settings_to_try(plan.config, plan.config.max_length)[0]
-        if not changes:
+        settings = settings_to_try(plan.config, plan.config.max_length)
+        tried = [(each, planned(skeleton, dataclasses.replace(plan.config, **each.changes))) for each in settings]
+        saving = [(each, then) for each, then in tried if then.total_gib < plan.total_gib]
+        if not saving:
             return
-        plan = planned(skeleton, dataclasses.replace(plan.config, **changes))
-        yield words, plan
+        setting, plan = min(saving, key=lambda pair: (not pair[0].same_training, pair[1].total_gib))
+        yield setting.flags, plan
 
 
 def flags(config: TrainConfig) -> str:

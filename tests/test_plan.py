@@ -1,6 +1,7 @@
 """What a run needs of memory before it is one: shapes, columns, verdicts, and the way down to a card."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -52,8 +53,10 @@ def test_a_card_gets_the_fastest_that_fits_or_the_way_down_to_it(capsys):
     )
     told = planned(capsys, "--gpu-gib", "4.5")
     assert "To make it fit, one after the other" in told and told.count("fits") == 1
-    assert told.index("--compile layers") < told.index("--offload-checkpoints") < told.index("fits")
-    assert "Nothing that can be set makes it fit" in planned(capsys, "--gpu-gib", "2")
+    assert told.index("-batch-size 1") < told.index("--compile layers") < told.index("--offload-check") < told.index("fits")
+    told = planned(capsys, "--gpu-gib", "2")
+    assert "Nothing that can be set, down to 128 tokens and rank 4, makes it fit" in told
+    assert "--max-length 128" in told and "--max-length 64" not in told and "--lora-r 4" in told and "--lora-r 2" not in told
     asked = ("--gpu-gib", "24", "--gradient-checkpointing", "full")
     assert "It fits with --gradient-checkpointing full" in planned(capsys, *asked)
 
@@ -64,14 +67,37 @@ def test_each_change_comes_on_top_of_those_before_it():
     skeleton = plan.shape_skeleton(options, config)
     steps = list(plan.steps_down(skeleton, config, 4.2))
     totals = [step.total_gib for _, step in steps]
-    assert totals == sorted(totals, reverse=True) and len(totals) == 5
+    assert totals == sorted(totals, reverse=True)
     assert [step.fits(4.2) for _, step in steps] == [False] * (len(steps) - 1) + [True]
     last = steps[-1][1].config
     assert (last.cache_dequantized, last.gradient_checkpointing, last.compile) == (False, "full", "layers")
 
 
+def test_each_change_is_the_one_that_saves_most_and_training_is_changed_last():
+    options = PlanOptions(attn_implementation="eager", cache_dequantized=True)
+    config = dataclasses.replace(plan.configuration(options), gradient_checkpointing="none")
+    skeleton = plan.shape_skeleton(options, config)
+    found = [(None, plan.planned(skeleton, config)), *plan.steps_down(skeleton, config, 0.1)]
+    kinds = []
+    for (_, before), (words, then) in itertools.pairwise(found):
+        settings = memory.settings_to_try(before.config, before.config.max_length)
+        totals = {each: [] for each in (True, False)}
+        for each in settings:
+            changed = plan.planned(skeleton, dataclasses.replace(before.config, **each.changes))
+            totals[each.same_training].append(changed.total_gib)
+        (kind,) = (each.same_training for each in settings if each.flags == words)
+        assert then.total_gib == min(totals[kind]) < before.total_gib
+        assert kind or min([*totals[True], before.total_gib]) >= before.total_gib  # nothing else was left that saves
+        kinds.append(kind)
+    assert kinds == sorted(kinds, reverse=True) and {True, False} == set(kinds)
+    assert (found[-1][1].config.max_length, found[-1][1].config.lora_r) == (128, 4)
+
+
 def test_a_model_s_own_configuration_is_read_and_what_cannot_be_is_refused(tiny, capsys):
-    assert "135,168 parameters trained of 799,680" in planned(capsys, "--model", str(tiny), "--max-length", "256")
+    for model in (str(tiny), "tiny-random"):
+        assert "135,168 parameters trained of 799,680" in planned(capsys, "--model", model, "--max-length", "256")
+    assert command_line(["plan", "--model", "tiny-random", "--shape", "phi3-mini"]) == ExitCode.CONFIGURATION
+    assert "--model tiny-random and --shape phi3-mini were both given" in capsys.readouterr().err
     assert command_line(["plan", "--max-length", "9999"]) == ExitCode.CONFIGURATION
     assert "more than the 4096 positions of phi3-mini" in capsys.readouterr().err
     assert command_line(["plan", "--gpu-gib", "0"]) == ExitCode.CONFIGURATION
