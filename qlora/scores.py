@@ -1,10 +1,12 @@
 """How good answers are beside what was wanted, and how sure that is: text metrics, validity, bootstrap. No torch in here."""
 
 import json
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy
+import regex
 
 RESAMPLES = 2000
 FEWEST = 5  # examples that have an interval: of n there are only (2n-1 over n) resamplings, 35 of 4
@@ -20,6 +22,7 @@ SHOWN = {  # name in the JSON -> label in the table, factor for people, decimals
     "bleu": ("BLEU", 1, 1),  # of the corpus
     "chrf": ("chrF", 1, 1),  # mean of the answers
 }
+UNSPACED = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")  # scripts whose words no space parts
 PACKAGES = {"fastavro": "fastavro", "rouge_score": "rouge-score", "sacrebleu": "sacrebleu"}  # import name -> package
 
 
@@ -80,6 +83,23 @@ def _parsed(text: str) -> tuple[dict[str, object] | list[object]] | None:
         return None
 
 
+class Words:
+    """A tokenizer for rouge-score, whose own knows a-z and 0-9 alone: a word is a run of letters, marks and digits.
+
+    On ASCII both find the same. Where a script has no spaces between words (UNSPACED), each
+    character stands for itself, with the marks on it.
+    """
+
+    def __init__(self) -> None:
+        # Not Unicode's own segmentation (UAX 29), which keeps "can't" and "3.14" whole, where published scores part them.
+        unspaced = "".join(rf"\p{{Script={name}}}" for name in UNSPACED)
+        self.pattern = regex.compile(rf"(?V1)[\p{{L}}\p{{N}}&&[{unspaced}]]\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}--[{unspaced}]]+")
+
+    def tokenize(self, text: str) -> list[str]:
+        """Words in lower case, in their order; a letter and its accent are one character."""
+        return self.pattern.findall(unicodedata.normalize("NFC", text).lower())
+
+
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +137,7 @@ def of_answers(answers: Sequence[str], references: Sequence[str]) -> dict[str, t
     from sacrebleu.metrics import BLEU, CHRF
 
     pairs = list(zip(answers, references, strict=True))
-    scorer, corpus_bleu, chrf = RougeScorer(["rougeL"]), BLEU(), CHRF()
+    scorer, corpus_bleu, chrf = RougeScorer(["rougeL"], tokenizer=Words()), BLEU(), CHRF()
     shares: dict[str, list[float]] = {
         "exact_match": [is_exact(answer, reference) for answer, reference in pairs],
         "rouge_l": [scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs],

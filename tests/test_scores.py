@@ -5,6 +5,9 @@ import math
 import numpy
 import pytest
 import sacrebleu
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.tokenizers import DefaultTokenizer
 
 from qlora import scores
 
@@ -42,6 +45,33 @@ def test_metrics_are_those_of_the_libraries():
     # The longest common subsequence by hand: 5 of 6 and 6, 5 of 6 and 6, 3 of 5 and 4, all of 5.
     assert found["rouge_l"] == pytest.approx((5 / 6 + 5 / 6 + 2 * 3 / 9 + 1) / 4)
     assert "valid_json" not in found and "valid_avro" not in found  # no reference is
+
+
+@given(st.text(st.characters(max_codepoint=127)))
+def test_words_of_ascii_are_those_of_rouge_score(text):
+    assert scores.Words().tokenize(text) == DefaultTokenizer().tokenize(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Привет, мир!", ["привет", "мир"]),
+        ("我学习AI。", ["我", "学", "习", "ai"]),
+        ("ที่ นี่", ["ที่", "นี่"]),  # a letter with the marks on it
+        ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),
+        ("e\u0301te\u0301_1", ["\xe9t\xe9", "1"]),
+        ("+-= \N{GRINNING FACE}", []),
+    ],
+)
+def test_words_are_found_in_every_script(text, words):
+    assert scores.Words().tokenize(text) == words
+
+
+def test_rouge_sees_letters_of_every_script():
+    answers = ["Москва - столица", "我喜欢北京", "Größe", "x"]
+    wanted = ["Москва - не столица", "我喜欢上海", "Große", "我"]
+    rows, _ = scores.of_answers(answers, wanted)["rouge_l"]
+    assert rows[:, 0] == pytest.approx([2 * 2 / (2 + 3), 3 / 5, 0.0, 0.0])
 
 
 def test_validity_counts_only_where_every_reference_is_valid():
