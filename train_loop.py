@@ -34,7 +34,7 @@ from qlora.demo import model_source
 from qlora.guards import check_first_gradients, count_not_finite
 from qlora.layers import choose_layers, prepare_layers
 from qlora.loss import read_head, token_loss_sum
-from qlora.memory import estimated_memory_gib, explained, leave_no_gaps, peak_memory_gib, probe_memory
+from qlora.memory import explained, leave_no_gaps, memory_terms, peak_memory_gib, probe_memory
 from qlora.model import (
     add_adapters,
     audit_targets,
@@ -273,7 +273,7 @@ def main(config: TrainConfig, stop: Signals) -> None:
         run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
         for note in run.notes:
             say(note)
-        predicted_gib = run.facts["predicted_gib"] = estimated_memory_gib(skeleton, targets, config, longest)
+        predicted_gib = run.keep_prediction(memory_terms(skeleton, targets, config, longest))
         with explained(config, device, predicted_gib, longest):
             checkpoint.seed_generators(config.seed)
             model = load_nf4_model(source, config, attn.loaded_as, device)

@@ -118,6 +118,7 @@ def html(record: Record, curves: list[plots.Curve]) -> str:
             "caveats": caveats(record),
             "data": _data(record, train, held_out),
             "memory": _memory(record),
+            "memory_terms": _memory_terms(record),
             "on_gpu": record.on_gpu(),
             "environment": _environment(record.environment),
             "changed": [(name, value) for name, value, marked in rows if marked],
@@ -234,6 +235,12 @@ def _memory(record: Record) -> list[tuple[str, str]]:
             rows.append(("predicted over measured", f"{100 * (predicted / measured - 1):+.1f} %"))
         rows.append(("the GPU has", f"{record.environment['device_memory_gib']:.2f} GiB"))
     return rows
+
+
+def _memory_terms(record: Record) -> list[tuple[str, str]]:
+    """Name and size of what the prediction is the sum of, but for what is nothing; an older run did not keep them."""
+    terms_gib = record.facts.get("predicted_terms_gib") or {}
+    return [(name, f"{size:.3f} GiB") for name, size in terms_gib.items() if size]
 
 
 def _environment(environment: dict[str, Any]) -> list[tuple[str, str]]:

@@ -233,6 +233,11 @@ class RunFolder:
         missing = max(keep + 1 - len(checkpoint.by_step(self.checkpoints)), 1)
         checkpoint.require_space(self.folder, trained_parameters * (SAVED_BYTES * missing + 4))
 
+    def keep_prediction(self, terms_gib: dict[str, float]) -> float:
+        """Keep what memory.memory_terms predicts, for the report, and give the sum, in GiB."""
+        self.facts |= {"predicted_gib": sum(terms_gib.values()), "predicted_terms_gib": terms_gib}
+        return self.facts["predicted_gib"]
+
     def restore(self, model: Any, optimizer: torch.optim.Optimizer, weights: str) -> checkpoint.Progress:
         """Put model, optimizer and generators in the state of the checkpoint, if there is one.
 

@@ -35,6 +35,7 @@ FACTS = {
     "targets": [_text],
     "parameters": MAYBE_COUNT,
     "predicted_gib": MAYBE_NUMBER,
+    "predicted_terms_gib": (_null, {ANY: _number}),
     "total_steps": MAYBE_COUNT,
     "counts": (_null, [OF_DATA, (OF_DATA, _null)]),
     "history": [{"step": _count, "overrides": {ANY: [_anything, _anything]}}],

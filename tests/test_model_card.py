@@ -68,6 +68,10 @@ def test_training_leaves_a_report_of_what_it_counted_and_predicted(folder):
     assert f"tokens that carry the loss {train['tokens']:,} {held_out['tokens']:,} " in words
     assert train["shortest"] < train["median"] < train["longest"] < train["input_tokens"] / 10
     assert f"predicted for a GPU {facts['predicted_gib']:.2f} GiB" in words and "Steps 2 of 2" in words
+    terms_gib = facts["predicted_terms_gib"]
+    assert (
+        sum(terms_gib.values()) == facts["predicted_gib"] and f"adapters in fp32 {terms_gib['adapters in fp32']:.3f}" in words
+    )
     assert facts["parameters"] > 400_000 and "% of the model" in words
 
 

@@ -40,6 +40,7 @@ def write_run(folder: Path, finished: bool = True, steps: int = 60, **changes) -
         "total_steps": 60,
         "parameters": 1_000_000,
         "predicted_gib": 2.5,
+        "predicted_terms_gib": {"base in NF4": 1.75, "base in bf16": 0, "kept until backward": 0.75},
         "counts": [
             {"read": 22, "examples": 22, "tokens": 2000, "input_tokens": 4000, "shortest": 90, "median": 120, "longest": 148,
              "cut": 0, "dropped": 0},
@@ -266,7 +267,9 @@ def test_the_page_has_the_numbers_of_the_run(tmp_path):
     for words in (
         "tiny-random fine-tuned on my.jsonl", "1.200 → 0.066", "perplexity 3.320 → 1.068", f"1.140 → {last:.4f}", "60 of 60",
         "5,460", "1,500 tokens/s", "1.75 GiB", "440", "0.04 % of the model", "before training 0 1.2000 3.320",
-        "at the end 60 0.0661 1.068", "examples read 22 8", "times each was seen 5 to 6", "predicted for a GPU 2.50 GiB",
+        "at the end 60 0.0661 1.068", "examples read 22 8", "times each was seen 5 to 6",
+        "predicted for a GPU 2.50 GiB measured 1.75 GiB",
+        "The prediction is the sum of these: base in NF4 1.750 GiB kept until backward 0.750 GiB",
         "Python " + sys.version.split()[0], "lora_alpha 64", "After, as wanted",
     ):  # fmt: skip
         assert words in page.words, words
@@ -358,7 +361,12 @@ def test_what_an_older_run_did_not_write_is_left_out(tmp_path):
     for name in ("env.json", "run.json"):
         (folder / name).unlink()
     page = page_of(folder)
-    assert "60" in page.words and "examples read" not in page.words and not re.search(r"\bNone\b|\bnan\b", page.text)
+    assert (
+        "60" in page.words
+        and "examples read" not in page.words
+        and "sum of these" not in page.words
+        and not re.search(r"\bNone\b|\bnan\b", page.text)
+    )
 
 
 def test_numbers_that_are_not_finite_leave_gaps(tmp_path):
