@@ -225,6 +225,16 @@ def test_a_line_that_is_torn_in_the_middle_is_named(tmp_path):
         record.read(folder)
 
 
+def test_a_command_line_or_a_name_that_is_no_utf_8_is_reported_on(tmp_path):
+    folder = write_run(tmp_path / "run", train_file="/data/caf\udce9.jsonl")
+    environment = json.loads((folder / "env.json").read_text()) | {"command": ["train_loop.py", "caf\udce9.jsonl"]}
+    (folder / "env.json").write_text(json.dumps(environment))
+    assert main(["report", str(folder)]) == 0
+    assert (
+        "caf?.jsonl" in (folder / "report.html").read_text() and "caf?.jsonl" in (folder / "adapter" / "README.md").read_text()
+    )
+
+
 def test_a_run_is_finished_going_or_stopped(tmp_path):
     folder = write_run(tmp_path / "run", finished=False, steps=25)
     assert record.read(folder).status == "stopped"
