@@ -28,7 +28,6 @@ teaching.py      what --explain shows: dtypes and bytes, trained and masked toke
 memory.py        measured peak, an estimate, the probe, what to try when it does not suffice
 demo.py          the embedded default: demo model and the tiny random model
 record.py        what a run folder tells, read without changing anything
-schema.py        what the files of a run folder hold, to be checked as they are read
 report.py        report.html of a run
 plots.py         its curves, as SVG and PNG
 caveats.py       what a run does not show

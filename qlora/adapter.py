@@ -12,10 +12,11 @@ import math
 import re
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
 
 from qlora import attention, checkpoint, data, run_folder
 from qlora.config import EMBEDDED, ExitCode, PromptFormat, TrainConfig, UserError
@@ -63,7 +64,7 @@ class Settings(TypedDict, total=False):
 class Facts(TypedDict):
     """What run.json and a checkpoint's state.json tell that is used here."""
 
-    config: dict
+    config: OfTheRun
     device: str
     weights: str
 
@@ -243,7 +244,6 @@ def _facts(path: Path) -> dict[str, Any] | None:
     try:
         facts = json.loads(path.read_bytes())
         checkpoint.check_types(Facts, facts)
-        checkpoint.check_types(OfTheRun, facts["config"])
         TrainConfig(max_length=facts["config"]["max_length"]).check()
     except (*checkpoint.UNREADABLE, UserError) as error:
         text = f"{path} cannot be read ({checkpoint.reason(error)}). Move the adapter's folder elsewhere to do without it."

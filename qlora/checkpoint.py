@@ -5,6 +5,7 @@ the data. Tensors as safetensors, the rest as JSON; nothing in it is ever execut
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -15,14 +16,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy
+import pydantic
 import safetensors.torch
 import torch
-from huggingface_hub.dataclasses import validate_typed_dict
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on alone
 
 from qlora.config import ExitCode, UserError
 from qlora.optimizer import begin_state
@@ -35,7 +36,7 @@ LEFTOVER = re.compile(rf"\.({OURS})(\.old)?\.tmp")
 
 
 # What an unreadable file raises when it is read: not there, no text, no JSON, of wrong types, out of range, nested without end.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError, StrictDataclassError)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class Environment(TypedDict):
@@ -57,7 +58,7 @@ class State(TypedDict):
     skipped: int
     optimizer_class: str
     optimizer: dict
-    environment: dict
+    environment: Environment
     weights: str
 
 
@@ -245,27 +246,32 @@ def problem_of(folder: Path) -> str | None:
     try:
         state = read_state(folder)
         check_types(State, state)
-        check_types(Environment, state["environment"])
     except UNREADABLE as error:
         return f"{STATE} is damaged ({reason(error)})"
     return None if folder.name == f"step-{state['step']:06d}" else f"{STATE} is that of step {state['step']}"
 
 
-def check_types(schema: Any, values: dict[str, Any]) -> None:
-    """Refuse JSON values of other types than a TypedDict names, or that lack one; what it does not name may be anything.
+def check_types(schema: Any, values: object) -> None:
+    """Refuse values, as JSON has them, of other types than a TypedDict names, or that lack one; the rest may be anything.
 
     Raises:
-        StrictDataclassError: as much as the rest of UNREADABLE, for whatever is no JSON object.
+        ValueError: naming the first that is wrong, and its value.
     """
-    if missing := sorted(schema.__required_keys__ - values.keys()):
-        raise ValueError(f"it lacks {', '.join(missing)}")
-    validate_typed_dict(schema, {name: value for name, value in values.items() if name in schema.__annotations__})
+    try:
+        checker(schema).validate_python(values, strict=True)
+    except pydantic.ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in wrong["loc"]) or "the whole"
+        value = "" if wrong["type"] == "missing" else f" ({place}: {str(repr(wrong['input']))[:60]})"
+        raise ValueError(f"{place}: {wrong['msg']}{value}") from None
+
+
+checker = functools.cache(pydantic.TypeAdapter)
 
 
 def reason(error: BaseException) -> str:
     """An error in some words, on one line."""
-    told = error.__cause__ or error  # a StrictDataclassError only wraps what says it
-    return f"{type(told).__name__}: {' '.join(str(told).split())[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -7,12 +7,149 @@ import math
 from collections import Counter
 from collections.abc import Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
-from qlora import checkpoint, run_folder, schema
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from qlora import checkpoint, run_folder
 from qlora.config import ExitCode, UserError, redact
 
 EVALUATION = "evaluation.json"
+
+# -- the types of what is read; the rest of a file is free --------------------------------------------------------------
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Number = Annotated[float, Field(gt=-1e300, lt=1e300)]  # which NaN is not
+
+
+class OfData(TypedDict):
+    """What was counted of a data set."""
+
+    read: Count
+    examples: Count
+    tokens: Count
+    input_tokens: Count
+    shortest: Count
+    median: Count
+    longest: Count
+    cut: Count
+    dropped: Count
+    shared: NotRequired[Count | None]
+
+
+class Change(TypedDict):
+    """Options that a resumed run had otherwise than before, as both."""
+
+    step: Count
+    overrides: dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]
+
+
+class Facts(TypedDict):
+    """run.json."""
+
+    data: NotRequired[str | None]
+    held_out: NotRequired[str | None]
+    targets: list[str]
+    parameters: NotRequired[Count | None]
+    predicted_gib: NotRequired[Number | None]
+    predicted_terms_gib: NotRequired[dict[str, Number] | None]
+    total_steps: NotRequired[Count | None]
+    counts: NotRequired[Annotated[list[OfData | None], Field(min_length=2, max_length=2)] | None]
+    history: list[Change]
+
+
+class Environment(TypedDict):
+    """env.json."""
+
+    python: str
+    device: str
+    device_memory_gib: NotRequired[Number | None]
+    packages: dict[str, str | None]
+    command: NotRequired[list[str] | None]
+    cuda: NotRequired[str | None]
+    platform: NotRequired[str | None]
+    commit: NotRequired[str | None]
+
+
+class Row(TypedDict):
+    """A line of metrics.jsonl."""
+
+    event: str
+    step: Count
+    epoch: Count
+    num_tokens: Count
+    lines: NotRequired[list[Count] | None]
+    loss: NotRequired[Number | None]
+    grad_norm: NotRequired[Number | None]
+    learning_rate: NotRequired[Number | None]
+    tokens_per_s: NotRequired[Number | None]
+    peak_memory_gib: NotRequired[Number | None]
+    held_out: NotRequired[str | None]
+    eval_loss: NotRequired[Number | None]
+    perplexity: NotRequired[Number | None]
+
+
+class Sample(TypedDict):
+    """A line of samples.jsonl."""
+
+    prompt: str
+    base: str
+    tuned: str
+    reference: str
+
+
+class Estimate(TypedDict):
+    """scores.Estimate."""
+
+    value: NotRequired[Number | None]
+    low: NotRequired[Number | None]
+    high: NotRequired[Number | None]
+
+
+class Comparison(TypedDict):
+    """scores.Comparison."""
+
+    base: Estimate
+    adapter: Estimate
+    difference: Estimate
+
+
+class Evaluation(TypedDict):
+    """evaluation.json."""
+
+    adapter_sha256: str
+    held_out_sha256: str
+    num_examples: Count
+    metrics: dict[str, Comparison]
+
+
+class Config(TypedDict):
+    """config.yaml."""
+
+    model: str
+    train_file: str
+    prompt_format: str
+    loss_on: str
+    optimizer: str
+    eval_file: NotRequired[str | None]
+    revision: NotRequired[str | None]
+    init_adapter: NotRequired[str | None]
+    per_device_train_batch_size: Count
+    gradient_accumulation_steps: Count
+    lora_r: Count
+    max_length: Count
+    learning_rate: Number
+    lora_alpha: Number
+    lora_dropout: Number
+    warmup_ratio: Number
+    weight_decay: Number
+    seed: Number
+    max_grad_norm: NotRequired[Number | None]
+    early_stopping_patience: NotRequired[Count | None]
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +227,16 @@ def read(folder: Path) -> Record:
     if not (folder / "config.yaml").is_file():
         text = f"{folder} holds no run: it has no config.yaml, which a run writes before its first step. "
         raise UserError(ExitCode.CHECKPOINT, text + "Give a folder that --output-dir named.")
-    status, evaluation = _status(folder), _json(folder / EVALUATION, schema.COMPARED)
+    status, evaluation = _status(folder), _json(folder / EVALUATION, Evaluation)
     is_own = status == "finished" and evaluation.get("adapter_sha256") == sha256_of(folder / "adapter")
     return Record(
         folder=folder,
         status=status,
         config=_config(folder / "config.yaml"),
-        environment=_json(folder / "env.json", schema.ENVIRONMENT),
-        facts=_json(folder / run_folder.RUN, schema.FACTS),
-        rows=_rows(folder / run_folder.METRICS, schema.ROW),
-        samples=_rows(folder / "samples.jsonl", schema.SAMPLE),
+        environment=_json(folder / "env.json", Environment),
+        facts=_json(folder / run_folder.RUN, Facts),
+        rows=_rows(folder / run_folder.METRICS, Row),
+        samples=_rows(folder / "samples.jsonl", Sample),
         evaluation=evaluation if is_own else {},
         evaluation_of_another=bool(evaluation) and not is_own,
         trained_parameters=_trained_parameters(folder),
@@ -134,7 +271,7 @@ def whole_rows(path: Path, keys: Set[str] = frozenset({"event", "step"})) -> lis
     return rows
 
 
-def _rows(path: Path, fields: dict[str, schema.Schema]) -> list[dict[str, Any]]:
+def _rows(path: Path, schema: Any) -> list[dict[str, Any]]:
     """All rows of a JSONL file; only its last line may be torn, by the death of a process, or as it is just being written."""
     try:
         written = path.read_bytes().count(b"\n") if path.exists() else 0  # first, as a run that is going adds to it
@@ -144,8 +281,7 @@ def _rows(path: Path, fields: dict[str, schema.Schema]) -> list[dict[str, Any]]:
     if len(rows) < written:
         raise _unreadable(path, f"its line {len(rows) + 1} is not whole")
     for line, row in enumerate(rows, start=1):
-        if name := schema.misfit(row, fields):
-            raise _unreadable(path, f"its line {line} has {_shown(row, name)}")
+        _check(path, schema, row, f"in line {line} ")
     return rows
 
 
@@ -165,29 +301,26 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or "model" not in values:
         raise _unreadable(path, "it has no `model:` line")
     values = run_folder.EARLIER | values
-    if name := schema.misfit(values, schema.CONFIG):
-        raise _unreadable(path, f"it has {_shown(values, name)}")
+    _check(path, Config, values)
     return values
 
 
-def _json(path: Path, fields: dict[str, schema.Schema]) -> dict[str, Any]:
+def _json(path: Path, schema: Any) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
-    if not isinstance(values, dict):
-        raise _unreadable(path, "it is not a JSON object")
-    if name := schema.misfit(values, fields):
-        raise _unreadable(path, f"it has {_shown(values, name)}")
+    _check(path, schema, values)
     return values
 
 
-def _shown(values: dict[str, Any], name: str) -> str:
-    """A name with its value, at most 60 characters of it."""
-    value = repr(values[name]) if name in values else ""
-    return f"{name}: {value[:60]}{'...' * (len(value) > 60)}" if value else f"no {name}"
+def _check(path: Path, schema: Any, values: object, where: str = "") -> None:
+    try:
+        checkpoint.check_types(schema, values)
+    except ValueError as error:
+        raise _unreadable(path, f"{where}{error}") from None
 
 
 def _unreadable(path: Path, why: object) -> UserError:

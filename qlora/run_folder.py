@@ -8,12 +8,13 @@ import shlex
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import TypedDict
 
 from qlora import checkpoint
 from qlora.config import (
@@ -41,26 +42,26 @@ OF_A_WINDOW = ("per_device_train_batch_size", "gradient_accumulation_steps")
 SAVED_BYTES = 3 * 4  # of a trained parameter in a checkpoint: itself and AdamW's two moments, in fp32; less with 8 bits
 
 
-class Facts(TypedDict):
-    """What run.json tells that going on needs."""
-
-    config: dict
-    data: str
-    held_out: str | None
-    targets: list[str]
-    device: str
-    history: list[dict]
-    origin: str | None
-
-
 class Options(TypedDict, total=False):
-    """Those of its options that are computed with, or taken over."""
+    """Those of a run's options that are computed with, or taken over."""
 
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     attn_implementation: AttnImplementation
     compile: Compile
     gradient_checkpointing: GradientCheckpointing
+
+
+class Facts(TypedDict):
+    """What run.json tells that going on needs."""
+
+    config: Options
+    data: str
+    held_out: str | None
+    targets: list[str]
+    device: str
+    history: list[dict]
+    origin: str | None
 
 
 class RunFolder:
@@ -341,7 +342,6 @@ def _read(path: Path) -> dict[str, Any] | None:
         values = json.loads(path.read_bytes())
         if path.name == RUN:
             checkpoint.check_types(Facts, values)
-            checkpoint.check_types(Options, values["config"])
         return values
     except checkpoint.UNREADABLE as error:
         text = f"{path} cannot be read ({checkpoint.reason(error)}). Remove it to go on: checkpoints hold what it told."
