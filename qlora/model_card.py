@@ -47,10 +47,8 @@ def base_of(record: Record) -> Base:
     if model in EMBEDDED:
         origin, licence, description = EMBEDDED[model]
         return Base(None, None, origin.rpartition("/")[2] if origin else model, origin, licence, description)
-    settings_file = record.folder / "adapter" / "adapter_config.json"
-    settings = json.loads(settings_file.read_bytes()) if settings_file.exists() else {}
-    source = str(settings.get("base_model_name_or_path") or model)
-    hub_id, revision = model, settings.get("revision") or record.config["revision"]
+    source = str(record.settings.get("base_model_name_or_path") or model)
+    hub_id, revision = model, record.settings.get("revision") or record.config["revision"]
     if cached := SNAPSHOT.search(source):
         hub_id, revision = f"{cached[1]}/{cached[2]}", cached[3]
     elif Path(source).is_absolute():

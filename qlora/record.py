@@ -149,6 +149,13 @@ class Config(TypedDict):
     early_stopping_patience: NotRequired[Count | None]
 
 
+class Settings(TypedDict):
+    """adapter/adapter_config.json."""
+
+    base_model_name_or_path: NotRequired[str | None]
+    revision: NotRequired[str | None]
+
+
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +168,7 @@ class Record:
     config: dict[str, Any]  # resolved, as in config.yaml
     environment: dict[str, Any]  # env.json
     facts: dict[str, Any]  # run.json
+    settings: dict[str, Any]  # adapter_config.json of its adapter, once it has ended
     rows: list[dict[str, Any]]  # metrics.jsonl
     samples: list[dict[str, Any]]  # samples.jsonl, of a run that has ended
     evaluation: dict[str, Any]  # evaluation.json by python -m qlora evaluate, where it is of the adapter the run ended with
@@ -235,6 +243,7 @@ def read(folder: Path) -> Record:
         config=_config(folder / "config.yaml"),
         environment=_json(folder / "env.json", Environment),
         facts=_json(folder / run_folder.RUN, Facts),
+        settings=_json(folder / "adapter" / "adapter_config.json", Settings),
         rows=_rows(folder / run_folder.METRICS, Row),
         samples=_rows(folder / "samples.jsonl", Sample),
         evaluation=evaluation if is_own else {},

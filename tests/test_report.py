@@ -213,6 +213,14 @@ def test_whatever_a_file_holds_it_is_reported_on_or_refused(tmp_path, monkeypatc
     assert outcomes == {"refused", "reported on"}
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"base_model_name_or_path": 3}', b'{"revision": []}'])
+def test_damaged_settings_of_the_adapter_are_told(tmp_path, capsys, content):
+    folder = write_run(tmp_path / "run")
+    (folder / "adapter" / "adapter_config.json").write_bytes(content)
+    assert main(["report", str(folder)]) == ExitCode.CHECKPOINT
+    assert "adapter_config.json cannot be read as what a run writes" in capsys.readouterr().err
+
+
 def test_a_line_that_is_torn_in_the_middle_is_named(tmp_path):
     folder = write_run(tmp_path / "run")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
