@@ -182,7 +182,7 @@ def train(
         since = time.perf_counter()
         for epoch in range(first_epoch, math.ceil(total_steps / steps_per_epoch) + 1):
             rows_left = data.epoch_rows(samples, config, epoch)[seen:]
-            batches = data.micro_batches(samples, rows_left, batch_size, pin=on_gpu, multiple=config.length_multiple)
+            batches = data.training_batches(samples, rows_left, config, pin=on_gpu)
             for window in itertools.islice(data.windows(batches, window_size), total_steps - step):
                 learning_rate = config.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
                 loss, grad_norm = train_step(decoder, optimizer, window, loss_sum, learning_rate, config.max_grad_norm)

@@ -765,16 +765,17 @@ def kept_examples(examples: Iterable[Example], samples: Sequence[Encoded], count
 # -- collation and order ---------------------------------------------------------------------------------------------
 
 
-def collate(samples: Sequence[Encoded], multiple: int = 1) -> Batch:
+def collate(samples: Sequence[Encoded], multiple: int = 1, least: int = 1) -> Batch:
     """Pad on the right with id 0: any would do, as padding is told by length, never by its id.
 
     Args:
         samples: of the rows.
         multiple: of which T is the smallest that the longest sample fits into.
+        least: rows; those behind the samples' are of padding alone.
     """
     longest = rounded(max(len(sample.input_ids) for sample in samples), multiple)
-    input_ids = torch.zeros((len(samples), longest), dtype=torch.int64)  # [B, T]
-    labels = torch.full((len(samples), longest), IGNORED)  # [B, T]
+    input_ids = torch.zeros((max(len(samples), least), longest), dtype=torch.int64)  # [B, T]
+    labels = torch.full(input_ids.shape, IGNORED)  # [B, T]
     for row, sample in enumerate(samples):
         input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)  # [T of this sample]
         labels[row, : len(sample.labels)] = torch.tensor(sample.labels)  # [T of this sample]
@@ -784,17 +785,18 @@ def collate(samples: Sequence[Encoded], multiple: int = 1) -> Batch:
     return Batch(input_ids, labels, positions, len(positions), num_input_tokens, lines)
 
 
-def collate_packed(rows: Sequence[Sequence[Encoded]], multiple: int = 1) -> Batch:
+def collate_packed(rows: Sequence[Sequence[Encoded]], multiple: int = 1, least: int = 1) -> Batch:
     """Put the samples of a row one behind the other: positions start anew in each, and no label is predicted across.
 
     What pads a row is a sample too; samples without a token make their number, and that of the ends, a multiple.
     """
-    batch = collate([_joined(samples) for samples in rows], multiple)
-    width = batch.input_ids.shape[1]
+    batch = collate([_joined(samples) for samples in rows], multiple, least)
+    height, width = batch.input_ids.shape
     lengths: list[int] = []  # of samples, and of the padding behind them
     for samples in rows:
         own = [len(sample.input_ids) for sample in samples]
         lengths += own if sum(own) == width else [*own, width - sum(own)]
+    lengths += (height - len(rows)) * [width]
     ends = [0, *itertools.accumulate(lengths)]
     ends += [ends[-1]] * (rounded(len(ends), multiple) - len(ends))
     return batch._replace(
@@ -878,16 +880,26 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
 
 
 def micro_batches(
-    samples: Sequence[Encoded], rows: Iterable[Row], batch_size: int, pin: bool = False, multiple: int = 1
+    samples: Sequence[Encoded], rows: Iterable[Row], batch_size: int, pin: bool = False, multiple: int = 1, least: int = 1
 ) -> Iterator[Batch]:
-    """Collate `batch_size` rows at a time in the given order; the last batch may be smaller."""
+    """Collate `batch_size` rows at a time in the given order; the last batch may be smaller, but for padding."""
     for group in windows(rows, batch_size):
         packed = [[samples[index] for index in row] for row in group if isinstance(row, list)]
         if packed:
-            batch = collate_packed(packed, multiple)
+            batch = collate_packed(packed, multiple, least)
         else:
-            batch = collate([samples[row] for row in group if isinstance(row, int)], multiple)
+            batch = collate([samples[row] for row in group if isinstance(row, int)], multiple, least)
         yield batch.pin() if pin else batch
+
+
+def training_batches(
+    samples: Sequence[Encoded], rows: Iterable[Row], config: TrainConfig, pin: bool = False
+) -> Iterator[Batch]:
+    """The micro-batches of training. Where layers are compiled all have the same number of rows, so that one layer's code, and
+    memory, is that of all: rows of padding fill up the last of an epoch."""
+    size = config.per_device_train_batch_size
+    least = 1 if config.compile == "none" else size
+    return micro_batches(samples, rows, size, pin, config.length_multiple, least)
 
 
 def windows(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -96,14 +96,13 @@ class _Replay(torch.autograd.Function):
 class Graphs:
     """The decoder in training, replayed where its batch has a shape that was seen before."""
 
-    def __init__(self, decoder: Any, rows: int) -> None:
+    def __init__(self, decoder: Any) -> None:
         """Nothing is recorded yet.
 
         Args:
             decoder: with layers prepared; its forward is replaced.
-            rows: of a micro-batch; one with fewer, the last of an epoch, is not worth a recording.
         """
-        self.decoder, self.rows = decoder, rows
+        self.decoder = decoder
         self.parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
         self.gradients: list[torch.Tensor | None] = []  # where the graphs add
         self.recordings: dict[Any, _Recording] = {}
@@ -118,7 +117,7 @@ class Graphs:
             torch.is_autocast_enabled(self.anchor.device.type),
             *((name, tuple(value.shape)) for name, value in tensors.items()),
         )
-        trains = self.decoder.training and torch.is_grad_enabled() and len(inputs["input_ids"]) == self.rows
+        trains = self.decoder.training and torch.is_grad_enabled()
         if not trains or (key not in self.recordings and len(self.recordings) == MOST):
             return self.recorded(**inputs)
         self._put_gradients_back()

@@ -190,9 +190,10 @@ def padding(samples: data.Samples, config: TrainConfig) -> Padding:
         config: packing, per_device_train_batch_size, max_length and seed are read.
     """
     rows = [data.row_length(samples, row) for row in data.epoch_rows(samples, config, epoch=1)]
-    groups = list(data.windows(rows, config.per_device_train_batch_size))
+    size = config.per_device_train_batch_size
+    groups = list(data.windows(rows, size))
     positions = sum(len(group) * max(group) for group in groups)
-    rounded = sum(len(group) * data.rounded(max(group), GRAPH_MULTIPLE) for group in groups)
+    rounded = sum(size * data.rounded(max(group), GRAPH_MULTIPLE) for group in groups)
     return Padding(len(rows), len(groups), positions, 1 - sum(rows) / positions, 1 - sum(rows) / rounded)
 
 
@@ -261,7 +262,7 @@ def padding_table(found: dict[str, Padding], packing: bool) -> Table:
         counts = (f"{value:,}" for value in (row.rows, row.micro_batches, row.positions))
         asked = " *" if name == ("packed" if packing else "single samples") else ""
         table.add_row(name + asked, *counts, f"{100 * row.wasted:.1f} %", f"{100 * row.wasted_with_graphs:.1f} %")
-    table.caption = f"* as asked. CUDA graphs pad rows to a multiple of {GRAPH_MULTIPLE}."
+    table.caption = f"* as asked. CUDA graphs pad rows to a multiple of {GRAPH_MULTIPLE} tokens, and the last batch."
     return table
 
 

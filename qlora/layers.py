@@ -184,7 +184,7 @@ def prepare_layers(model: Any, config: TrainConfig, backend: str = "inductor") -
         if isinstance(layer, GradientCheckpointingLayer):
             layer.forward = functools.partial(_forward, layer, run, compiled, config)
     if config.compile == "graphs":
-        Graphs(decoder, config.per_device_train_batch_size)
+        Graphs(decoder)
 
 
 def _decoder_forward(decoder: Any, adapted: list[nf4_linear.LoRALinear], seeded: bool, **inputs: Any) -> Any:
@@ -213,10 +213,10 @@ def _forward(
     *args: Any,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """[B, T, D] -> [B, T, D]. The last micro-batch of an epoch, if it is smaller, is not worth compiling for."""
+    """[B, T, D] -> [B, T, D]."""
     if not layer.training:
         return type(layer).forward(layer, hidden, *args, **kwargs)
-    if compiled is None or len(hidden) != config.per_device_train_batch_size:
+    if compiled is None:
         return run(layer, hidden, *args, **kwargs)
     # One compilation for all lengths: without a word here, each new one would begin another.
     for tensor in (hidden, kwargs.get("position_ids"), *kwargs.get("position_embeddings", ())):

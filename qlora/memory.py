@@ -11,7 +11,7 @@ import torch
 
 from qlora.checkpoint import random_state, set_random_state
 from qlora.config import TrainConfig
-from qlora.data import Samples, epoch_rows, longest_rows, micro_batches, rounded
+from qlora.data import Samples, longest_rows, rounded, training_batches
 from qlora.guards import out_of_memory_told
 from qlora.loss import CHUNK_TOKENS
 
@@ -182,18 +182,13 @@ def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, sam
         samples: all of the training data.
         config: batch size and accumulation are read.
     """
-    rows, size = longest_rows(samples, config), config.per_device_train_batch_size
-    left = len(epoch_rows(samples, config, epoch=1)) % size
-    multiple, several = config.length_multiple, min(2, config.gradient_accumulation_steps)
-    batch = next(micro_batches(samples, rows, size, multiple=multiple))
-    windows = 2 * [several * [batch]]  # the first makes the moments, which lie in memory beside the activations ever after
-    if config.compile == "graphs" and left:  # an epoch's last batch is not recorded: it needs room beside the graphs'
-        windows.append(list(micro_batches(samples, rows[-left:], left, multiple=multiple)))
+    batch = next(training_batches(samples, longest_rows(samples, config), config))
+    window = min(2, config.gradient_accumulation_steps) * [batch]
     before = random_state()
     # bitsandbytes never frees pages: those of a paged `scratch`, 2 bytes a parameter, move to the host when room is needed.
     same_kind: Any = type(optimizer)
     scratch = same_kind([dict(group) for group in optimizer.param_groups])
-    for window in windows:
+    for _ in range(2):  # the first makes the moments, which lie in memory beside the activations ever after
         step(optimizer=scratch, window=window)
     scratch.zero_grad(set_to_none=True)  # the parameters' own
     set_random_state(before)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora.config import TrainConfig
-from qlora.data import IGNORED, Batch, Encoded, Samples, epoch_rows, micro_batches, windows
+from qlora.data import IGNORED, Batch, Encoded, Samples, epoch_rows, training_batches, windows
 from qlora.tracking import Tracker, say
 
 KINDS = ("NF4 weights", "NF4 constants", "NF4 weights, dequantised", "embeddings", "norms", "other parameters", "head",
@@ -157,8 +157,7 @@ def explain_start(config: TrainConfig, model: Any, samples: Samples, tokenizer: 
     say(console, f"Parameters: {total:,}, of which {trained:,} are trained ({100 * trained / total:.2f} %)")
     sample = samples[min(range(len(samples)), key=samples.length)]
     console.print(token_table(tokens(sample, tokenizer), sample.line))
-    rows, size = epoch_rows(samples, config, 1), config.per_device_train_batch_size
-    batches = micro_batches(samples, rows, size, multiple=config.length_multiple)
+    batches = training_batches(samples, epoch_rows(samples, config, 1), config)
     console.print(count_table(token_counts(next(windows(batches, config.gradient_accumulation_steps)))))
 
 

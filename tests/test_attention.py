@@ -382,6 +382,27 @@ def test_a_step_over_packed_rows_is_the_step_over_their_samples(config, monkeypa
     assert relative_error(ours, padded) < 1e-5 and losses[0][0][1] > 0.7  # clipped
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_rows_of_padding_that_fill_up_a_batch_train_nothing(config, monkeypatch, backend, packing):
+    """In fp32: the same loss, norm and gradients as of the smaller batch."""
+    monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
+    samples, rows = random_samples(*LENGTHS), ROWS[:1] if packing else [2]
+    found = []
+    for compile in ("none", "layers"):
+        model = awake(config)
+        loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        changed = dataclasses.replace(config, compile=compile, packing=packing, per_device_train_batch_size=3)
+        window = list(data.training_batches(samples, rows, changed))
+        assert [len(batch.input_ids) for batch in window] == [1 if compile == "none" else 3]
+        with attend(model, backend, None):
+            loss, norm = train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)
+        found.append((loss.item(), norm.item(), gradients(model)))
+    one, other = found
+    assert one[:2] == pytest.approx(other[:2], rel=1e-5) and relative_error(other[2], one[2]) < 1e-5
+
+
 @pytest.mark.parametrize("policy", ["selective", "full"])
 @pytest.mark.parametrize("backend", ["sdpa", "eager", "varlen", "flash_attention_2"])
 def test_checkpointing_recomputes_packed_rows_as_they_were(config, slow_kernels, backend, policy):

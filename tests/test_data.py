@@ -726,6 +726,23 @@ def test_micro_batches_follow_the_order_and_lose_none():
     assert [batch.input_ids[:, 0].tolist() for batch in batches] == [[4, 0], [3, 1], [2]]
 
 
+@pytest.mark.parametrize("compile", ["none", "layers", "graphs"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_where_layers_are_compiled_rows_of_padding_fill_up_the_last_batch(compile, packing):
+    samples = [Encoded([i, i], [i, i], i) for i in range(1, 6)]
+    rows = [[4, 0], [3], [1, 2]] if packing else [4, 0, 3]
+    config = TrainConfig(compile=compile, packing=packing, per_device_train_batch_size=2)
+    whole, last = data.training_batches(samples, rows, config)
+    assert len(whole.input_ids) == 2 and last.lines == ((2, 3) if packing else (4,))
+    assert last.num_input_tokens == 2 * len(last.lines) and last.num_tokens == len(last.lines)
+    assert len(last.input_ids) == (1 if compile == "none" else 2) and not last.input_ids[1:].any()
+    assert (last.labels[1:] == IGNORED).all() and int(last.positions.max()) < last.input_ids.shape[1]
+    if packing:
+        width = last.input_ids.shape[1]
+        assert last.cu_seqlens[-1] == last.input_ids.numel() and last.max_seqlen == (2 if compile == "none" else width)
+        assert last.position_ids[1:].tolist() == [list(range(width))] * (len(last.input_ids) - 1)
+
+
 def test_order_is_a_pure_function_of_seed_and_epoch():
     orders = {(seed, epoch): data.epoch_order(22, seed, epoch) for seed in (0, 42) for epoch in (1, 2)}
     torch.rand(3)

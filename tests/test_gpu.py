@@ -113,8 +113,8 @@ def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, 
     run_layers(model, config, "full", compile)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
-    multiple = dataclasses.replace(config, compile=compile).length_multiple
-    window = list(data.micro_batches(samples, [*ROWS, [6]] if packing else range(4), 2, pin=True, multiple=multiple))
+    changed = dataclasses.replace(config, compile=compile, per_device_train_batch_size=2)
+    window = list(data.training_batches(samples, [*ROWS, [6]] if packing else range(4), changed, pin=True))
     assert window[0].input_ids.is_pinned() and (not packing or window[0].cu_seqlens.is_pinned())
     trained = dataclasses.replace(config, attn_implementation=backend)
     with attention.for_training(model, trained), warnings.catch_warnings(record=True) as waits:
@@ -138,11 +138,12 @@ def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, 
      pytest.param("flash_attention_2", True, 0.0, marks=FLASH.marks), pytest.param("varlen", True, 0.0, marks=VARLEN.marks)],
 )  # fmt: skip
 def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend, packing, dropout):
-    """Windows of several shapes, one of them new in the middle of a window, a smaller last batch, and gradients that were set
+    """Windows of several shapes, one of them new in the middle of a window, a last batch filled up, and gradients that were set
     to None, zeroed or replaced in between. Flash's backward adds in no fixed order, so that only losses are near. Dropout
     draws other seeds in layers, as recording draws none: it is compared with another run of graphs."""
     config = dataclasses.replace(config, attn_implementation=backend, packing=packing, lora_dropout=dropout)
     rows = [[[0, 2], [1]], [[3, 4, 5], [6]], [[7], [8]], [[9, 10]]] if packing else [[0, 1], [16, 17], [2, 3], [5]]
+    recorded = dataclasses.replace(config, compile="graphs", per_device_train_batch_size=2)
     found: list[list] = [[], []]
     for run, compile in zip(found, ("graphs" if dropout else "layers", "graphs"), strict=True):
         model = gpu_model(config, backend)
@@ -154,7 +155,7 @@ def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend
         with attention.for_training(model.train(), config):
             for number in range(4):
                 order = [*rows[number:-1], *rows[:number], rows[-1]]
-                batches = [next(data.micro_batches(samples, two, 2, multiple=128)) for two in order]
+                batches = [next(data.training_batches(samples, two, recorded)) for two in order]
                 loss, norm = train_step(model.get_decoder(), optimizer, batches, loss_sum, 1e-3, 1.0)
                 run.append([loss.clone(), norm.clone(), *(p.detach().clone() for p in parameters)])
                 if number == 1:

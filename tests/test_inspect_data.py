@@ -79,7 +79,8 @@ def test_padding_is_that_of_the_batches_of_an_epoch(packing):
     positions, tokens = sum(batch.input_ids.numel() for batch in batches), sum(samples.lengths)
     assert (found.rows, found.micro_batches, found.positions) == (len(rows), len(batches), positions)
     assert found.wasted == pytest.approx(1 - tokens / positions)
-    recorded = sum(batch.input_ids.numel() for batch in data.micro_batches(samples, rows, 2, multiple=128))
+    graphs = dataclasses.replace(config, compile="graphs")
+    recorded = sum(batch.input_ids.numel() for batch in data.training_batches(samples, rows, graphs))
     assert found.wasted_with_graphs == pytest.approx(1 - tokens / recorded) and recorded > positions
 
 

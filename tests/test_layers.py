@@ -149,11 +149,11 @@ def test_what_is_kept_falls_from_policy_to_policy(awake, window, compile):
 
 
 def test_all_lengths_and_layers_share_one_compilation(awake, samples):
-    """Two graphs: the first layer's input needs no gradient. A smaller last micro-batch is not compiled for."""
+    """Two graphs: the first layer's input needs no gradient. The last micro-batch of an epoch has rows of padding."""
     model, config = awake()
     prepared(model, config, "full", "layers")
     torch._dynamo.utils.counters.clear()
-    windows = [list(data.micro_batches(samples, rows, 2)) for rows in ([0, 1], [2, 3], [4, 5], [6], [7, 8])]
+    windows = [list(data.training_batches(samples, rows, config)) for rows in ([0, 1], [2, 3], [4, 5], [6], [7, 8])]
     assert len({batch.input_ids.shape for (batch,) in windows}) >= 4
     for one in windows:
         step(model, config, one)

@@ -131,9 +131,12 @@ def test_the_probe_leaves_nothing_behind(config, samples, woken, packing, optimi
     assert kinds == [set(), {torch.uint8, torch.float32} if config.optimizer == "adamw_8bit" else set()]
 
 
-@pytest.mark.parametrize(("compile", "steps"), [("graphs", [[4, 4], [4, 4], [2]]), ("layers", [[4, 4], [4, 4]])])
-def test_the_probe_takes_a_smaller_last_batch_beside_the_graphs(config, samples, compile, steps):
-    config = dataclasses.replace(config, compile=compile, per_device_train_batch_size=4)
+@pytest.mark.parametrize(
+    ("compile", "size", "rows"), [("none", 4, 4), ("none", 50, 22), ("layers", 50, 50), ("graphs", 50, 50)]
+)
+def test_the_probe_takes_the_largest_batch_of_an_epoch(config, samples, compile, size, rows):
+    """Compiled, each has that many rows, so that none needs memory or code of its own."""
+    config = dataclasses.replace(config, compile=compile, per_device_train_batch_size=size)
     parameter = torch.nn.Parameter(torch.zeros(2))
     seen = []
     memory.probe_memory(
@@ -142,7 +145,7 @@ def test_the_probe_takes_a_smaller_last_batch_beside_the_graphs(config, samples,
         samples,
         config,
     )
-    assert seen == steps
+    assert seen == 2 * [2 * [rows]]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no"),
