@@ -62,6 +62,7 @@ class Clock:
         self.load_s = self.first_step_s = self.cold_peak_gib = self.window_began = math.nan
         self.steps: list[tuple[Any, Any]] = []  # begin and end of each
         self.losses: list[float] = []  # the first step's alone
+        self.attention: str | None = None  # where the model's configuration does not tell
 
     def now(self, wait: bool = False) -> float:
         """Seconds; with `wait` when the device has done all that it was given."""
@@ -269,6 +270,7 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
     optimizer = build_optimizer(parameters, config)
     step = functools.partial(train_loop.train_step, model.get_decoder(), optimizer, loss_sum=loss_sum)
     with attention.for_training(model.train(), config):
+        clock.attention = attn.implementation
         clock.loaded()
         for window in windows(work, clock.on_gpu, config.length_multiple):
             clock.begin()
@@ -357,7 +359,7 @@ def measure(contender: str, work: Work, folder: Path, dropout: float) -> dict[st
         "gflop_per_token": round(flops / 1e9, 3),
         "adapter_dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})),
         "adapter_parameters": sum(parameter.numel() for parameter in trained),
-        "attention": getattr(model.config, "_attn_implementation", None),
+        "attention": clock.attention or getattr(model.config, "_attn_implementation", None),
         "first_loss": clock.losses[0] if clock.losses else None,
         "first_step_s": round(clock.first_step_s, 2),
         "load_s": round(clock.load_s, 2),

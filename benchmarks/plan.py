@@ -82,7 +82,7 @@ def predicted_gib(shape: str, folder: str, setting: Setting) -> float:
         gradient_checkpointing=setting["checkpointing"],
         compile=setting["compile"],
     )
-    config = plan.configuration(options)
+    config = dataclasses.replace(plan.configuration(options), lora_dropout=0.0)
     return plan.planned(plan.shape_skeleton(options, config), config).total_gib
 
 

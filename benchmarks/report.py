@@ -3,8 +3,8 @@
 python benchmarks/report.py          # rewrites what stands between the markers, and draws the plots (needs matplotlib)
 """
 
-import dataclasses
 import json
+import math
 import re
 import statistics
 import sys
@@ -139,6 +139,8 @@ def tokens(pattern: str) -> str:
     headers = ["tokens", "ms", "us a token", "tokens/s", "peak GiB", "KiB for each token more"]
     chosen = f"`--gradient-checkpointing {cells[0]['gradient_checkpointing']} --compile {cells[0]['compile']}`"
     what = f"A step of one micro-batch of rows of {flags['length']:,} tokens, {chosen}, no dropout, sdpa. "
+    if missing := [f"{size * flags['length']:,}" for size in flags["batch"] if size not in [cell["batch"] for cell in cells]]:
+        what += f"Not measured yet: {', '.join(missing)} tokens. "
     return f"{table(headers, rows)}\n\n{what}{source(name, record)}"
 
 
@@ -182,24 +184,6 @@ def ladder(pattern: str) -> str:
     headers = ["layers", "gradient checkpointing", "dropout", "tokens in a step", "ms a step", "tokens/s", "peak GiB",
                "first step, s"]  # fmt: skip
     return table(headers, rows) + f"\n\n{record['what'][0].upper()}{record['what'][1:]}. {source(name, record)}"
-
-
-def policies() -> str:
-    """Speed and memory of the three policies of --gradient-checkpointing, with and without CUDA graphs."""
-    name, record = load("second_ladder_*.json")
-    cells = {cell["name"]: cell for cell in record["cells"]}
-    rows = []
-    for policy in ("none", "selective", "full"):
-        row = [f"`{policy}`"]
-        for compile in ("graphs", "layers"):
-            cell = cells[f"{policy}_{compile}"]
-            row += [f"{cell['tokens_per_s']:,.0f}", f"{cell['peak_gib']:.2f}"]
-        rows.append(row)
-    plain = cells["none_written"]
-    rows.append(["`none --compile none`", "", "", f"{plain['tokens_per_s']:,.0f}", f"{plain['peak_gib']:.2f}"])
-    what = "Phi-3-mini's shape, random weights, 2 micro-batches of 2 x 2,048 tokens, no dropout, sdpa. "
-    headers = ["`--gradient-checkpointing`", "CUDA graphs, tokens/s", "peak GiB", "`--compile layers`, tokens/s", "peak GiB"]
-    return table(headers, rows) + "\n\n" + what + source(name, record)
 
 
 def survival() -> str:
@@ -251,9 +235,55 @@ def peers(pattern: str, card: str) -> str:
     parts.append(
         f"{runs[-1]['shape_of_model']}, LoRA dropout {dropout}; tokens without padding, the median of {steps} steps "
         f"(10th to 90th percentile) after {warm_up}; x TRL: against `trl` in the same run; peak {counted}, GB of 1e9 "
-        f"bytes. {source(name, record)}"
+        f"bytes. {source(name, record)}{other_versions(record, record['cells'])}"
     )
     return "\n\n".join(parts)
+
+
+def other_versions(record: dict[str, Any], cells: list[Cell]) -> str:
+    """Versions that contenders had of their own, where there are any."""
+    usual, found = record["environment"]["packages"], {}
+    for cell in cells:
+        versions = cell.get("versions", {})
+        if any(usual.get(package, version) != version for package, version in versions.items()):
+            named = (f"{package} {versions[package]}" for package in ("transformers", "peft", "trl") if package in versions)
+            found[cell["contender"].partition("_")[0]] = ", ".join(named)
+    return "".join(f" {contender}'s had {versions}." for contender, versions in found.items())
+
+
+def targets(pattern: str) -> str:
+    """What was to be reached, against what was."""
+    name, record = load(pattern)
+    cells = {(cell["contender"], cell["shape"]): cell for cell in record["cells"] if cell["dropout"] == 0 and "mfu" in cell}
+    full = "2x2048x2"
+    unsloth = {mode: cells[f"unsloth_{mode}", full]["tokens_per_s"] for mode in ("none", "checkpointing")}
+
+    def gb(cell: Cell) -> float:
+        return cell["peak_gib"] * 2**30 / 1e9
+
+    def row(
+        what: str, contender: str, shape: str, wanted: str, rate: float = 0, times: float = 0, most: float = math.inf
+    ) -> list[str]:
+        cell = cells[contender, shape]
+        met = cell["tokens_per_s"] >= rate and cell["ratio_to_trl"] >= times and gb(cell) <= most
+        got = f"{cell['tokens_per_s']:,.0f}, {cell['ratio_to_trl']:.2f} x `trl`, {gb(cell):.2f} GB"
+        return [what, wanted, f"`{contender}`", got, "yes" if met else "no"]
+
+    peak = gb(cells["trl", "mixed_packed"])
+    rows = [
+        row("fast", "ours_none", full, "3.3 x `trl`, 1.5 x unsloth's fastest", 1.5 * unsloth["none"], 3.3),
+        row("fast", "ours_none", full, "28,000 tokens/s", 28e3),
+        row("fast, `8x2048x1`", "ours_none", "8x2048x1", "30,000 tokens/s", 30e3),
+        row("balanced", "ours_selective", full, "2.6 x `trl`, 22,000 tokens/s", 22e3, 2.6),
+        row("balanced", "ours_selective", full, "8 GB at most", most=8.0),
+        row("small", "ours_full_layers", full, "2.3 x `trl`, 1.4 x unsloth's smallest, its 4.76 GB at most",
+            1.4 * unsloth["checkpointing"], 2.3, 4.76),
+        row("smallest", "ours_smallest", full, "as fast as `trl`", times=1.0),
+        row("smallest", "ours_smallest", full, "3.3 GB at most", most=3.3),
+        row("short, `1x512x4`", "ours_none", "1x512x4", "3 x `trl`", times=3.0),
+        row("packed, `mixed_packed`", "ours_full", "mixed_packed", "1.5 x `trl` at its peak", times=1.5, most=peak),
+    ]  # fmt: skip
+    return f"{table(['', 'wanted', 'contender', 'got', 'reached'], rows)}\n\n{source(name, record)}"
 
 
 def counts(values: list[int]) -> str:
@@ -264,14 +294,18 @@ def counts(values: list[int]) -> str:
 def peers_short(pattern: str, shape: str) -> str:
     """The contenders of one shape, the fastest first, in the columns that a reader asks for."""
     name, record = load(pattern)
-    cells = [cell for cell in newest_peers(record, shape) if "tokens_per_s" in cell]
+    cells = [cell for cell in newest_peers(record, shape) if "tokens_per_s" in cell and not cell["dropout"]]
     rows = []
     for cell in sorted(cells, key=lambda cell: -cell["tokens_per_s"]):
         contender, version, adapters, rate, _, ratio, peak_gb, *_ = peer_row(cell)
         rows.append([contender, version, adapters, rate, ratio, peak_gb])
-    words = f"Phi-3-mini's shape, random weights, `{shape}` (rows x tokens x micro-batches), no dropout, the median of 8 steps."
+    steps = counts([record["runs"][cell["run"]]["steps"] for cell in cells])
+    words = (
+        f"Phi-3-mini's shape, random weights, `{shape}` (rows x tokens x micro-batches), no dropout, "
+        f"the median of {steps} steps."
+    )
     headers = ["", "version", "adapters", "tokens/s", "x `trl`", "peak GB"]
-    return f"{table(headers, rows)}\n\n{words} {source(name, record)}"
+    return f"{table(headers, rows)}\n\n{words} {source(name, record)}{other_versions(record, cells)}"
 
 
 def plan_fits() -> str:
@@ -280,12 +314,11 @@ def plan_fits() -> str:
     from qlora.commands import PlanOptions
 
     def fastest(free_gib: float, batch: int) -> str:
-        for how in ("graphs", "layers"):
-            options = PlanOptions(compile=how, per_device_train_batch_size=batch)
-            config = plan.configuration(options)
-            skeleton = plan.shape_skeleton(options, config)
-            for policy in plan.POLICIES:
-                found = plan.planned(skeleton, dataclasses.replace(config, gradient_checkpointing=policy))
+        for policy in plan.POLICIES:
+            for how in ("graphs", "layers"):
+                options = PlanOptions(compile=how, gradient_checkpointing=policy, per_device_train_batch_size=batch)
+                config = plan.configuration(options)
+                found = plan.planned(plan.shape_skeleton(options, config), config)
                 if found.fits(free_gib):
                     return f"`{plan.flags(found.config)}`, {found.total_gib:.2f} GiB"
         return "-"
@@ -713,6 +746,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "attention-parity-cpu": lambda: attention_parity(CPU),
     "peers-h100": lambda: peers("peers_h100_*.json", "h100"),
     "peers-short": lambda: peers_short("peers_h100_*.json", "2x2048x2"),
+    "peers-targets": lambda: targets("peers_h100_*.json"),
     "peers-cpu": lambda: peers("peers_cpu_*.json", "cpu"),
     "plan-fits": plan_fits,
     "plan-measured": lambda: plan_measured("plan_h100_*.json"),
@@ -723,7 +757,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo-output": demo_output,
     "demo-sweep": lambda: sweep("demo_cpu_*.json"),
     "demo-repeated-names": lambda: sweep("demo_repeated_names_*.json"),
-    "policies": policies,
     "inference": inference,
     "first-ladder": lambda: ladder("first_ladder_*.json"),
     "second-ladder": lambda: ladder("second_ladder_*.json"),

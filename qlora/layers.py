@@ -85,8 +85,11 @@ def choose_layers(
         The configuration, and a line for the log: what was chosen and why, with the memory that is predicted.
 
     Raises:
-        UserError: exit 7 if graphs or offloaded checkpoints were asked for and cannot be had.
+        UserError: exit 7 if graphs or offloaded checkpoints were asked for and cannot be had; 2 if checkpoints were, and
+            transformers does not mark the model's layers as such that can have them.
     """
+    policies = _policies(config, skeleton)
+    config = dataclasses.replace(config, gradient_checkpointing=policies[0])
     obstacle = compile_obstacle(skeleton.config.model_type, device)
     unrecorded = obstacle or ("checkpoints go to the host" if config.offload_checkpoints else graph_obstacle(skeleton))
     hows: tuple[Compile, ...] = (config.compile,)
@@ -102,14 +105,10 @@ def choose_layers(
         text = f"--offload-checkpoints needs --compile layers, and it is {config.compile}, as {obstacle or 'asked or resumed'}."
         raise UserError(ExitCode.ENVIRONMENT, text)
     if device.type != "cuda":
-        if config.gradient_checkpointing == "auto":
-            config = dataclasses.replace(config, gradient_checkpointing="none")
         how = HOW[config.compile] + (f" ({why})" if why else "")
         return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing}"
     free_gib = torch.cuda.mem_get_info(device)[0] / 2**30
-    policies: tuple[GradientCheckpointing, ...] = ("none", "selective", "full")
-    tried = policies if config.gradient_checkpointing == "auto" else (config.gradient_checkpointing,)
-    for compile, policy in itertools.product(hows, tried):
+    for policy, compile in itertools.product(policies, hows):  # where the CPU keeps up, graphs gain less than a policy costs
         config = dataclasses.replace(config, compile=compile, gradient_checkpointing=policy)
         terms_gib = memory_terms(skeleton, targets, config, longest)
         predicted_gib = sum(terms_gib.values())
@@ -119,11 +118,23 @@ def choose_layers(
     if config.compile != hows[0]:
         why = "graphs would need more memory"
     how = HOW[config.compile] + (f" ({why})" if why else "")
-    chosen = fits if len(tried) > 1 else "as asked"
+    chosen = fits if len(policies) > 1 else "as asked"
     memory = f"{predicted_gib:.2f} GiB predicted, {free_gib:.1f} free"
     line = f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({chosen}: {memory})"
     terms = ", ".join(f"{name} {size:.2f}" for name, size in terms_gib.items() if size >= 0.005)
     return config, f"{line}\nMemory predicted, in GiB: {terms}"
+
+
+def _policies(config: TrainConfig, skeleton: Any) -> tuple[GradientCheckpointing, ...]:
+    """Those that may be chosen, the fastest first."""
+    if any(isinstance(module, GradientCheckpointingLayer) for module in skeleton.modules()):
+        asked = config.gradient_checkpointing
+        return ("none", "selective", "full") if asked == "auto" else (asked,)
+    if config.gradient_checkpointing in ("selective", "full"):
+        text = f"--gradient-checkpointing {config.gradient_checkpointing} cannot be used: transformers marks no layer of"
+        text = f"{text} {skeleton.config.model_type} as one that can be computed again. Leave it out."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    return ("none",)
 
 
 def offloaded(hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:

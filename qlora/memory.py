@@ -70,7 +70,8 @@ def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longe
     kept = {"full": 0 if config.offload_checkpoints else 2 * hidden}  # bytes of a layer and token that stay until backward
     kept["selective"] = kept["full"] + 2 * hidden + 4 * heads + 2 * attention_inputs
     kept["none"] = kept["selective"] + 2 * hidden + 4 * inner
-    at_work = 30 * hidden + 9 * inner  # bytes of a token in the layer whose backward runs
+    at_work = 27 * hidden + 8 * inner  # bytes of a token in the layer whose backward runs
+    at_work += 3 * hidden + inner if config.lora_dropout else 0  # which of the adapters' inputs were dropped
     if config.compile != "none":
         at_work = 2 * hidden + 6 * inner + (2 * attention_inputs if config.gradient_checkpointing == "full" else 0)
     elif config.gradient_checkpointing == "none":

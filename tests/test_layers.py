@@ -283,7 +283,8 @@ def card(monkeypatch):
     [
         (80, "graphs", "none", "the fastest that fits"),
         (15, "graphs", "none", "the fastest that fits"),
-        (14, "graphs", "selective", "the fastest that fits"),
+        (14, "layers", "none", "the fastest that fits"),
+        (10, "graphs", "selective", "the fastest that fits"),
         (7, "graphs", "full", "the fastest that fits"),
         (5, "layers", "full", "the fastest that fits"),
         (2, "layers", "full", "the smallest, which may not fit"),
@@ -304,6 +305,17 @@ def test_on_a_gpu_auto_is_the_fastest_that_is_predicted_to_fit(card, phi3, free,
     asked = dataclasses.replace(config, gradient_checkpointing="selective", compile="none")
     chosen, line = layers.choose_layers(asked, phi3, audit_targets(phi3, config), 2048, GPU)
     assert chosen == asked and "as written (as asked); gradient checkpointing: selective (as asked: " in line
+
+
+def test_checkpoints_that_a_model_cannot_have_are_refused(card):
+    card(80)
+    model = torch.nn.Linear(2, 2)
+    model.config = SimpleNamespace(model_type="odd")
+    with pytest.raises(UserError, match=r"--gradient-checkpointing full cannot be used: .* no layer of odd") as refused:
+        layers.choose_layers(TrainConfig(gradient_checkpointing="full"), model, [], 9, torch.device("cpu"))
+    assert refused.value.exit_code == ExitCode.CONFIGURATION
+    chosen, _ = layers.choose_layers(TrainConfig(), model, [], 9, torch.device("cpu"))
+    assert chosen.gradient_checkpointing == "none"
 
 
 @pytest.mark.parametrize("nested", [False, True])

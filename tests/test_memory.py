@@ -24,8 +24,9 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 OURS = {"ours_none": "none", "ours_cached": "none", "ours_selective": "selective", "ours_full": "full",
         "ours_full_layers": "full", "ours_smallest": "full"}  # fmt: skip
 LADDERS = {
-    "first": ("none", "selective", "full", "none8", "none512", "none_drop"),
+    "first": ("peft_none", "none", "selective", "full", "none8", "none512", "none_drop"),
     "second": (
+        "none_written",
         "none_layers",
         "selective_layers",
         "full_layers",
@@ -41,25 +42,25 @@ def measured() -> list[tuple[TrainConfig, int, float]]:
     """Settings, tokens of a row and peak in GiB of what ran on an H100 with Phi-3-mini's shape."""
     record = json.loads((RESULTS / "train_step_h100_202611.json").read_text())
     batch, length = record["flags"]["batch"], record["flags"]["length"]
-    found = [(c, c["attn_implementation"], "none", batch, length, {}) for c in record["cells"]]
+    found = [(c, c["attn_implementation"], "none", batch, length, {"lora_dropout": 0.1}) for c in record["cells"]]
     for name, kept in LADDERS.items():
         for c in json.loads((RESULTS / f"{name}_ladder_h100_202611.json").read_text())["cells"]:
             if c["name"] in kept:
-                how = "layers" if name == "first" else c["compile"]
-                found.append((c, "sdpa", how, c["per_device_train_batch_size"], c["length"], {}))
+                more = {"lora_dropout": c["lora_dropout"]}
+                found.append((c, "sdpa", c["compile"], c["per_device_train_batch_size"], c["length"], more))
     for c in json.loads((RESULTS / "peers_h100_202611.json").read_text())["cells"]:
         if c["contender"] in OURS and c["shape"][0].isdigit():
             smallest = c["contender"] == "ours_smallest"
             more = {"offload_checkpoints": True, "optimizer": "adamw_8bit"} if smallest else {}
-            more |= {"cache_dequantized": c["contender"] == "ours_cached"}
+            more |= {"cache_dequantized": c["contender"] == "ours_cached", "lora_dropout": c["dropout"]}
             batch, length, _ = map(int, c["shape"].split("x"))
             how = "layers" if smallest or c["contender"] == "ours_full_layers" else "graphs"
             found.append(({**c, "gradient_checkpointing": OURS[c["contender"]]}, "sdpa", how, batch, length, more))
     for c in json.loads((RESULTS / "plan_h100_202611.json").read_text())["cells"]:
         row = {"gradient_checkpointing": c["checkpointing"], "peak_gib": c["peak_gib"]}
-        found.append((row, c["backend"], c["compile"], c["batch"], c["length"], {"lora_r": c["lora_r"]}))
+        found.append((row, c["backend"], c["compile"], c["batch"], c["length"], {"lora_r": c["lora_r"], "lora_dropout": 0.0}))
     record = json.loads((RESULTS / "tokens_h100_202611.json").read_text())
-    found += [(c, "sdpa", c["compile"], c["batch"], record["flags"]["length"], {}) for c in record["cells"]]
+    found += [(c, "sdpa", c["compile"], c["batch"], record["flags"]["length"], {"lora_dropout": 0.0}) for c in record["cells"]]
     return [
         (TrainConfig(attn_implementation=backend, compile=how, gradient_checkpointing=c["gradient_checkpointing"],
                      per_device_train_batch_size=batch, **more), length, c["peak_gib"])

@@ -219,7 +219,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
             )
         },
         "qlora/data.py:collate",
-        "torch.zeros((len(samples), longest), dtype=torch.int64)",
+        "torch.zeros((max(len(samples), least), longest), dtype=torch.int64)",
     ),
     ({"max_length=1024": None}, "qlora/data.py:_fitting", "tally.drop(example.line)"),
     (
@@ -252,7 +252,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
         "qlora/model.py:add_adapters",
         "peft.get_peft_model(model, lora)",
     ),
-    ({"gradient_checkpointing=True": None}, "qlora/layers.py:choose_layers", '("none", "selective", "full")'),
+    ({"gradient_checkpointing=True": None}, "qlora/layers.py:_policies", '("none", "selective", "full")'),
     (
         {"enable_input_require_grads": (f"{SFT}:SFTTrainer.__init__", "model.enable_input_require_grads()")},
         "qlora/layers.py:_policy",
