@@ -169,6 +169,19 @@ def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend
         assert all(torch.equal(x, y) for one, other in zip(*found, strict=True) for x, y in zip(one, other, strict=True))
 
 
+def test_each_replay_of_a_graph_draws_dropout_of_its_own(config, samples):
+    """The same batch at rate 0: recorded and replayed, then replayed twice."""
+    config = dataclasses.replace(config, attn_implementation="sdpa", lora_dropout=0.3)
+    model = gpu_model(config, "sdpa")
+    run_layers(model, config, "selective", "graphs")
+    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    window = [next(data.micro_batches(samples, [0, 1], 2, multiple=128))]
+    with attention.for_training(model.train(), config):
+        losses = [train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)[0].item() for _ in range(3)]
+    assert len(model.get_decoder().forward.__self__.recordings) == 1 and len(set(losses)) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernel_of_the_loss_is_torch_s_own_cross_entropy(dtype):
     from qlora.cross_entropy import cross_entropy_

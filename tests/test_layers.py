@@ -86,6 +86,24 @@ def test_dropout_is_drawn_again_as_it_was_in_compiled_layers(awake, window):
     assert found[0][0] != step(prepared(awake()[0], config, "none"), config, window)[0]
 
 
+@pytest.mark.parametrize("compile", ["none", "layers"])
+def test_dropout_is_another_in_each_pass_and_in_each_layer(awake, window, compile):
+    """Passes of one model over the same micro-batch, at rate 0."""
+    model, config = awake(lora_dropout=0.3)
+    prepared(model, config, "none", compile)
+    one, other, again = (step(model, config, window[:1], dropout_seed=seed) for seed in (7, 8, 7))
+    assert one[0] != other[0] and same(one, again)
+    passes = []
+    for _ in range(2):
+        with attention.for_training(model.train(), config):
+            model.get_decoder()(input_ids=window[0].input_ids, use_cache=False)
+        passes.append([module.seed for module in model.modules() if isinstance(module, nf4_linear.LoRALinear)])
+    if compile == "none":
+        assert passes[0] == passes[1] == [None] * len(passes[0])  # torch's generator, which no layer begins again
+    else:
+        assert len({seed.item() for seeds in passes for seed in seeds}) == 2 * len(passes[0]) > 2
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """Names of the layers whose weights were dequantised, in order."""
