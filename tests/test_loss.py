@@ -1,5 +1,7 @@
 """The chunked head against the plain one, and against transformers' own loss."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qlora import data
 from qlora.config import ExitCode, UserError
 from qlora.data import IGNORED, Batch, Encoded
-from qlora.loss import Head, read_head, token_loss_sum
+from qlora.loss import CHUNK_TOKENS, Head, read_head, token_loss_sum
 from tests.conftest import gradients, relative_error, wake_adapters
 
 
@@ -52,6 +54,25 @@ def test_chunked_in_bf16_rounds_like_plain():
     (expected,) = torch.autograd.grad(plain_loss_sum(hidden, batch, head), hidden)
     (gradient,) = torch.autograd.grad(token_loss_sum(hidden, batch, head), hidden)
     torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(("tokens", "chunks"), [(1023, 1), (1024, 1), (1025, 2), (3072, 3)])
+def test_logits_are_made_for_1024_tokens_at_a_time(tokens, chunks, monkeypatch):
+    """By default, and no fewer: small products are slow. Of Phi-3 these are 131 MB in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 7, (tokens + 1,), generator=generator).tolist()
+    batch = data.collate([Encoded(ids, [IGNORED, *ids[1:]], 1)])
+    hidden = torch.randn(1, tokens + 1, 4, generator=generator)  # [1, N + 1, D]
+    sizes = []
+
+    def spy(head, rows):
+        sizes.append(len(rows))
+        return rows @ head.weight.T
+
+    monkeypatch.setattr(Head, "logits", spy)
+    token_loss_sum(hidden, batch, Head(torch.randn(7, 4, generator=generator), None, 1.0, None))
+    assert len(sizes) == chunks == math.ceil(tokens / CHUNK_TOKENS)
+    assert sum(sizes) == tokens == batch.num_tokens and max(sizes) <= CHUNK_TOKENS
 
 
 def test_it_takes_two_products_and_one_without_gradient():
