@@ -77,6 +77,22 @@ def test_the_estimate_is_near_what_was_measured_on_a_gpu(phi3):
         assert sum(terms.values()) == pytest.approx(peak_gib, rel=0.07), (config, length)
 
 
+def test_the_peak_on_a_gpu_counts_what_graphs_hold_as_a_whole(monkeypatch):
+    """What was allocated at most, and of the graphs' pools the part that the allocator takes to be free."""
+    parts = [
+        {"segment_pool_id": (0, 0), "total_size": 16 * 2**30, "allocated_size": 2**30},  # the common pool's free part is free
+        {"segment_pool_id": (0, 1), "total_size": 3 * 2**30, "allocated_size": 2**30},
+        {"segment_pool_id": (1, 0), "total_size": 2**30, "allocated_size": 2**29},
+    ]
+    asked = []
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: parts)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 4 * 2**30)
+    gpu = torch.device("cuda", 1)
+    assert memory.peak_memory_gib(gpu) == 4 + 2 + 0.5 and asked == [gpu]
+    parts[1:] = []
+    assert memory.peak_memory_gib(gpu) == 4
+
+
 def test_the_estimate_counts_the_moments_of_the_optimizer(config, model):
     """One that has stepped is asked for the bytes of its moments; its maps are the same few for any size."""
     config = dataclasses.replace(
