@@ -77,6 +77,36 @@ def test_what_surrounds_a_graph_changes_no_bit(config, samples, stand_in):
     assert len(recordings) == 2 and sum(recording.replays for recording in recordings.values()) == 9
 
 
+def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_of_its_own(config, stand_in):
+    """Packed rows of the same ids and shapes, whose samples end elsewhere: nothing but positions, ends and masks differs."""
+    config = dataclasses.replace(config, attn_implementation="sdpa", packing=True)
+    ids = torch.randint(3, 60, (128,), generator=torch.Generator().manual_seed(0)).tolist()
+    ours, plain = adapted_model(config), adapted_model(config)
+    for model in (ours, plain):
+        wake_adapters(model)
+        prepared(model, config, "none")  # not compiled, which would take its time
+    recordings = graphs.Graphs(ours.get_decoder(), rows=2).recordings
+    found = []
+    for end in (20, 34, 20):
+        cuts = [[ids[:end], ids[end:64]], [ids[64:]]]
+        batch = data.collate_packed([[data.Encoded(part, part, 1) for part in row] for row in cuts], 64)
+        for autocast in (True, False):
+            with attention.for_training(ours, config), attention.for_training(plain, config):
+                inputs = attention.decoder_inputs(batch, ours.config)
+                with torch.autocast("cpu", torch.bfloat16, autocast):
+                    hidden, expected = (
+                        model.get_decoder()(**inputs, use_cache=False).last_hidden_state for model in (ours, plain)
+                    )  # [2, 64, D] each
+            assert torch.equal(hidden, expected)
+            found.append(hidden.detach().clone())  # [2, 64, D]
+            read = list(recordings.values())[not autocast].inputs
+            tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+            assert {"input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "attention_mask"} == set(tensors)
+            assert all(torch.equal(read[name], value) for name, value in tensors.items())
+    assert [recording.replays for recording in recordings.values()] == [3, 3]
+    assert not torch.equal(found[0], found[2]) and torch.equal(found[0], found[4])
+
+
 def test_only_training_is_recorded_and_only_so_many_shapes(config, samples, stand_in, monkeypatch):
     monkeypatch.setattr(graphs, "MOST", 1)
     config = dataclasses.replace(config, attn_implementation="sdpa")
