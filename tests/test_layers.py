@@ -1,5 +1,6 @@
 """What layers keep and compute again: every policy, compiled or not, against the model as transformers and PEFT run it."""
 
+import collections
 import dataclasses
 import functools
 import gc
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch._dynamo.utils
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora import attention, data, layers, nf4_linear
 from qlora.config import ExitCode, TrainConfig, UserError
@@ -136,6 +138,52 @@ def test_what_is_multiplied_again_is_what_the_policy_says(awake, window, counted
     if compile == "none" and policy == "selective":  # without a compiler a layer is followed to its last kept tensor
         expected["down_proj"] += depth
     assert {name: counted.count(shape) for name, shape in shapes.items()} == expected
+
+
+class Counter(TorchDispatchMode):
+    """How often each operator ran, by its name without the overload; what selective checkpoints give again did not."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.counts[operator.name().partition(".")[0]] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def executed(model, config, window, compile: str) -> collections.Counter:
+    """How often a step ran each operator, once all is compiled."""
+    if compile == "none":
+        with Counter() as counter:
+            step(model, config, window)
+        return counter.counts
+    step(model, config, window)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(model, config, window)
+    counts = collections.Counter({event.key: event.count for event in profile.key_averages()})
+    counts["aten::mm"] -= counts["qlora::nf4_linear"] + 3 * counts["qlora::nf4_linear_backward"]  # within them
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("policy", "compile", "attends", "adapted", "reduced"),
+    [("none", "none", 0, 0, 0), ("selective", "none", 0, 3, 0), ("full", "none", 1, 4, 4),
+     ("none", "layers", 0, 0, 0), ("selective", "layers", 0, 2, 0), ("full", "layers", 1, 3, 4)],
+)  # fmt: skip
+def test_what_else_is_computed_again_is_what_the_policy_says(awake, window, policy, compile, attends, adapted, reduced):
+    """In a decoder layer: attention, the operator of adapted layers, and the products by A, which are small and always kept
+    but by full."""
+    model, config = awake()
+    plain = executed(prepared(model, config, "none"), config, window[:1], compile)
+    model, config = awake()
+    again = executed(prepared(model, config, policy, compile), config, window[:1], compile)
+    again.subtract(plain)
+    depth = len(model.get_decoder().layers)
+    attention_of_a_cpu = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert plain[attention_of_a_cpu] >= depth and plain["aten::mm"] >= 8 * depth  # by A, forward and backward
+    found = [again[name] for name in (attention_of_a_cpu, "qlora::nf4_linear", "aten::mm", "qlora::nf4_linear_backward")]
+    assert found == [depth * attends, depth * adapted, depth * reduced, 0]
 
 
 @pytest.mark.parametrize("compile", ["none", "layers"])
