@@ -3,16 +3,19 @@
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
 from benchmarks import peers as benchmark
-from benchmarks import peers_work, report
+from benchmarks import peers_cells, peers_work, report
 from qlora.demo import build_tiny_random
 from qlora.model import audit_targets, linear_layers, load_skeleton
 
@@ -102,6 +105,66 @@ def test_trl_trains_the_same_packed_or_not(tmp_path):
         assert theirs["tokens"] == ours["tokens"] and theirs["adapter_dtype"] == "bfloat16"
         assert theirs["ratio_to_trl"] == 1.0
         assert ours["ratio_to_trl"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"], abs=1e-3)
+
+
+@pytest.fixture
+def hand(monkeypatch):
+    """A clock that is turned by hand, and a GPU's events that read it."""
+    time_of_it = SimpleNamespace(seconds=10.0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.seconds = time_of_it.seconds
+
+        def elapsed_time(self, other):
+            return 1000 * (other.seconds - self.seconds)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: time_of_it.seconds)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
+    for name, size in (("max_memory_allocated", 3), ("max_memory_reserved", 5)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, size=size: size * 2**30)
+    return time_of_it
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_cell_tells_the_median_of_the_timed_steps_alone(monkeypatch, tmp_path, hand, on_gpu):
+    """The two steps of the warm-up take longest; what lies between steps is in the window, and in no step."""
+    work = peers_work.Work([[1] * 50] * 6, [[1] * 50] * 6, 1, 2, 64, packing=False, warm_up=2, steps=4)
+    (tmp_path / "fused").mkdir()
+    (tmp_path / "fused" / "config.json").write_text(json.dumps(PHI3_MINI))
+    model = torch.nn.Linear(3, 5)
+    model.config = SimpleNamespace(_attn_implementation="sdpa")
+
+    def contender(name, given, folder, dropout, clock):
+        assert (name, given, folder, dropout) == ("ours_none", work, tmp_path, 0.1)
+        hand.seconds += 7.0
+        clock.loaded()
+        for taken in (60.0, 30.0, 0.001, 0.004, 0.002, 0.008):
+            clock.begin()
+            hand.seconds += taken
+            clock.end()
+            hand.seconds += 0.25
+        clock.losses.append(1.5)
+        return model
+
+    monkeypatch.setattr(peers_cells, "run_of", lambda _: contender)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+    told = peers_cells.measure("ours_none", work, tmp_path, 0.1)
+    rate = statistics.median(100 / taken for taken in (0.001, 0.004, 0.002, 0.008))
+    assert (told["step_ms"], told["tokens"], told["first_loss"]) == (3, 400, 1.5)
+    assert told["tokens_per_s"] == pytest.approx(rate, abs=0.1)
+    assert told["tokens_per_s_of_window"] == pytest.approx(400 / 1.015, abs=0.1)
+    assert (told["load_s"], told["first_step_s"], told["adapter_parameters"]) == (7.0, 60.0, 20)
+    flops = peers_work.flops_per_token(PHI3_MINI, [50], 20)
+    assert told["gflop_per_token"] == pytest.approx(flops / 1e9, abs=1e-3)
+    assert told["mfu"] == (pytest.approx(flops * rate / 790e12, abs=1e-4) if on_gpu else None)
+    assert told["reserved_gib"] == (5 if on_gpu else None) and (told["peak_gib"] == 3) == on_gpu
 
 
 def row(contender: str, run: int, rate: float | None = None, shape: str = "mixed") -> dict:
