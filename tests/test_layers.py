@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import gc
+import math
 import re
 import shutil
 import weakref
@@ -12,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo.utils
+import transformers
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora import attention, data, layers, nf4_linear
 from qlora.config import ExitCode, TrainConfig, UserError
@@ -224,11 +227,25 @@ def test_all_lengths_and_layers_share_one_compilation(awake, samples):
     for one in windows:
         step(model, config, one)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_packed_rows_share_one_compilation_whatever_their_longest_sample(awake, samples, monkeypatch):
+    """Kernels are told a bound of it that stays the same; here by attention that reads it, as sdpa does not."""
+    model, config = awake()
+
+    def reads_the_bound(module, *args, max_length_q, max_length_k, **kwargs):
+        output, weights = sdpa_attention_forward(module, *args, **kwargs)
+        enough = max_length_q == max_length_k >= config.max_length or not module.training
+        return output * (1.0 if enough else math.nan), weights
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "training_sdpa", reads_the_bound)
+    prepared(model, config, "full", "layers")
     packed = dataclasses.replace(config, packing=True)
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for rows in ([[0, 1], [2]], [[3], [4, 5, 6]], [[1, 2], [7, 8]]):
-        step(model, packed, list(data.micro_batches(samples, rows, 2)))
+    windows = [list(data.micro_batches(samples, rows, 2)) for rows in ([[0, 1], [2]], [[3], [4]], [[5, 6], [7, 8, 9]])]
+    assert len({batch.max_seqlen for (batch,) in windows}) == 3
+    for one in windows:
+        assert math.isfinite(step(model, packed, one)[0])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
