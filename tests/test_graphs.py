@@ -85,7 +85,7 @@ def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_o
     for model in (ours, plain):
         wake_adapters(model)
         prepared(model, config, "none")  # not compiled, which would take its time
-    recordings = graphs.Graphs(ours.get_decoder(), rows=2).recordings
+    recordings = graphs.Graphs(ours.get_decoder()).recordings
     found = []
     for end in (20, 34, 20):
         cuts = [[ids[:end], ids[end:64]], [ids[64:]]]
