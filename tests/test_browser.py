@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from qlora import report
+from qlora import record, report
 from qlora.scores import SHOWN
 from tests import chromium
-from tests.test_report import write_run
+from tests.test_report import EVALUATED, write_run
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(chromium.find() is None, reason="there is no Chromium on this machine")]
 
@@ -60,8 +60,9 @@ def path(request, tmp_path_factory):
     folder = write_run(tmp_path_factory.mktemp("runs") / "run", finished=request.param == "finished")
     if request.param == "finished":
         side = {"value": -0.512, "low": -0.745, "high": -0.321}
+        own = record.sha256_of(folder / "adapter")
         found = {name: {"base": side, "adapter": side, "difference": side} for name in SHOWN}
-        (folder / "evaluation.json").write_text(json.dumps({"num_examples": 1234, "metrics": found}))
+        (folder / "evaluation.json").write_text(json.dumps(EVALUATED | {"metrics": found, "adapter_sha256": own}))
     if request.param == "empty":
         for name in ("metrics.jsonl", "samples.jsonl"):
             (folder / name).unlink()
