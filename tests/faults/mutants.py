@@ -234,8 +234,8 @@ MUTANTS = [
         "torn-row-read",
         "qlora/record.py",
         f"{DAMAGE}::test_metrics_torn_or_gone",
-        "        except ValueError:\n            break\n",
-        "        except ValueError:\n            raise\n",
+        "        except (ValueError, RecursionError):\n            break\n",
+        "        except (ValueError, RecursionError):\n            raise\n",
         '.split(b"\\n")[:-1]',
         '.split(b"\\n")',
     ),
@@ -527,11 +527,11 @@ MUTANTS = [
         "            pass",
     ),
     mutant(
-        "smaller-batch-compiled",
-        LAYERS,
+        "last-batch-not-filled-up",
+        "qlora/data.py",
         "test_layers.py::test_all_lengths_and_layers_share_one_compilation",
-        "compiled is None or len(hidden) != config.per_device_train_batch_size",
-        "compiled is None",
+        'least = 1 if config.compile == "none" else size',
+        "least = 1",
     ),
     mutant(
         "evaluation-recomputed",
@@ -661,7 +661,7 @@ def run(tests: Iterable[str], scratch: Path, mutant: Mutant | None) -> tuple[int
     if mutant is not None:
         (copied / mutant.file).write_text(applied(mutant, copied))
     options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow", "--basetemp", str(scratch / "temporary")]
-    command = [sys.executable, "-m", "pytest", *options, *tests]
+    command = [sys.executable, "-m", "pytest", "-n", "0", *options, *tests]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copied)}
     environment.pop("SURVIVAL_JSON", None)
     with (scratch / "output").open("w+") as output:  # no pipe, which a child that is left behind would hold open
