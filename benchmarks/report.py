@@ -240,6 +240,11 @@ def peers(pattern: str, card: str) -> str:
     return "\n\n".join(parts)
 
 
+def gb(cell: Cell) -> float:
+    """The peak of a cell in units of 1e9 bytes."""
+    return cell["peak_gib"] * 2**30 / 1e9
+
+
 def other_versions(record: dict[str, Any], cells: list[Cell]) -> str:
     """Versions that contenders had of their own, where there are any."""
     usual, found = record["environment"]["packages"], {}
@@ -257,9 +262,6 @@ def targets(pattern: str) -> str:
     cells = {(cell["contender"], cell["shape"]): cell for cell in record["cells"] if cell["dropout"] == 0 and "mfu" in cell}
     full = "2x2048x2"
     unsloth = {mode: cells[f"unsloth_{mode}", full]["tokens_per_s"] for mode in ("none", "checkpointing")}
-
-    def gb(cell: Cell) -> float:
-        return cell["peak_gib"] * 2**30 / 1e9
 
     def row(
         what: str, contender: str, shape: str, wanted: str, rate: float = 0, times: float = 0, most: float = math.inf
@@ -313,12 +315,13 @@ def plan_fits() -> str:
     from qlora import plan
     from qlora.commands import PlanOptions
 
+    shape = plan.shape_skeleton(PlanOptions(), plan.configuration(PlanOptions()))
+
     def fastest(free_gib: float, batch: int) -> str:
         for policy in plan.POLICIES:
             for how in ("graphs", "layers"):
                 options = PlanOptions(compile=how, gradient_checkpointing=policy, per_device_train_batch_size=batch)
-                config = plan.configuration(options)
-                found = plan.planned(plan.shape_skeleton(options, config), config)
+                found = plan.planned(shape, plan.configuration(options))
                 if found.fits(free_gib):
                     return f"`{plan.flags(found.config)}`, {found.total_gib:.2f} GiB"
         return "-"
@@ -369,7 +372,7 @@ def peer_row(cell: Cell) -> list[str]:
         f"{cell['tokens_per_s']:,.0f}",
         f"{cell['step_ms']:,.0f} ({cell['step_ms_p10']:,.0f}-{cell['step_ms_p90']:,.0f})",
         ratio,
-        f"{cell['peak_gib'] * 2**30 / 1e9:.2f}",
+        f"{gb(cell):.2f}",
         f"{cell['peak_gib']:.2f}",
         "" if cell["mfu"] is None else f"{cell['mfu']:.1%}",
         "" if cell["first_loss"] is None else f"{cell['first_loss']:.3f}",
@@ -850,7 +853,7 @@ def plot_peers(card: str) -> None:
         panel.set_axis_off()
     for panel, shape in zip(panels.flat, shapes, strict=False):
         cells = [cell for cell in newest_peers(record, shape) if "tokens_per_s" in cell]
-        points = sorted((cell["peak_gib"] * 2**30 / 1e9, cell["tokens_per_s"], cell["contender"]) for cell in cells)
+        points = sorted((gb(cell), cell["tokens_per_s"], cell["contender"]) for cell in cells)
         best = [point for i, point in enumerate(points) if all(point[1] > other[1] for other in points[:i])]
         panel.plot(*zip(*[point[:2] for point in best], strict=True), color="0.7", linewidth=1, zorder=1)
         top = 1.15 * max(speed for _, speed, _ in points)

@@ -333,11 +333,10 @@ def _check_fit(folder: Path, lora: Any, source: str, skeleton: Any) -> None:
         raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be read: {' '.join(str(error).split())}.") from None
     if lora.bias != "none" and any(name.endswith(".bias") and "lora_" not in name for name in stored):
         text = (
-            f"{folder} has biases of the base itself (bias {lora.bias}), which stay when the adapter is switched off, so that"
+            f"{folder} has biases of the base itself (bias {lora.bias}), which stay when the adapter is switched off, so that "
+            "there is no base to compare it with. Only bias none is supported here."
         )
-        raise UserError(
-            ExitCode.CONFIGURATION, f"{text} there is no base to compare it with. Only bias none is supported here."
-        )
+        raise UserError(ExitCode.CONFIGURATION, text)
     own = copy.deepcopy(lora)
     own.base_model_name_or_path = None  # PEFT puts in the model's, and warns where there was another
     of_the_base = {f"base_model.model.{name}" for name in skeleton.state_dict()}

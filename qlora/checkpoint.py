@@ -108,7 +108,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes | Path]) -> None:
     aside, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old.tmp")
     manifest: dict[str, dict[str, Any]] = {}
     try:
-        manifest |= {name: _entry(data) for name, data in files.items()}
+        manifest |= {name: size_and_sha256(data) for name, data in files.items()}
         for leftover in (aside, old):
             if leftover.exists():
                 shutil.rmtree(leftover)
@@ -132,8 +132,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes | Path]) -> None:
         raise UserError(ExitCode.CHECKPOINT, text)
 
 
-def _entry(data: bytes | Path) -> dict[str, Any]:
-    """Size and SHA-256, for a manifest."""
+def size_and_sha256(data: bytes | Path) -> dict[str, Any]:
+    """`size` in bytes and `sha256` of a file that is to be, or of one that is there: its entry in a manifest."""
     if isinstance(data, bytes):
         return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     with data.open("rb") as file:
@@ -223,11 +223,10 @@ def verify(folder: Path) -> str | None:
         for name, entry in entries.items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 return f"{MANIFEST} names {name}, which is not inside"
-            with (folder / name).open("rb") as file:
-                size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-            if size != entry["size"]:
-                return f"{name} has {size:,} bytes, {MANIFEST} says {entry['size']:,}"
-            if digest != entry["sha256"]:
+            found = size_and_sha256(folder / name)
+            if found["size"] != entry["size"]:
+                return f"{name} has {found['size']:,} bytes, {MANIFEST} says {entry['size']:,}"
+            if found["sha256"] != entry["sha256"]:
                 return f"{name} is not what was written: its SHA-256 differs from that in {MANIFEST}"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
@@ -251,6 +250,9 @@ def problem_of(folder: Path) -> str | None:
     return None if folder.name == f"step-{state['step']:06d}" else f"{STATE} is that of step {state['step']}"
 
 
+checker = functools.cache(pydantic.TypeAdapter)
+
+
 def check_types(schema: Any, values: object) -> None:
     """Refuse values, as JSON has them, of other types than a TypedDict names, or that lack one; the rest may be anything.
 
@@ -262,11 +264,8 @@ def check_types(schema: Any, values: object) -> None:
     except pydantic.ValidationError as error:
         wrong = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in wrong["loc"]) or "the whole"
-        value = "" if wrong["type"] == "missing" else f" ({place}: {str(repr(wrong['input']))[:60]})"
+        value = "" if wrong["type"] == "missing" else f" ({place}: {repr(wrong['input'])[:60]})"
         raise ValueError(f"{place}: {wrong['msg']}{value}") from None
-
-
-checker = functools.cache(pydantic.TypeAdapter)
 
 
 def reason(error: BaseException) -> str:

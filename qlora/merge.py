@@ -168,11 +168,10 @@ def check_merges(found: dict[str, Difference], route: Route) -> None:
         seen = found["dequantized"] if lost else merged
         text = (
             f"Merged, the model is off by KL {seen.kl:.2g} from the unmerged adapter, and without any adapter by {base.kl:.2g};"
+            f" held-out losses are {seen.loss:.4f} and {base.loss:.4f}. That is no merge of this adapter, so that nothing is "
+            "saved. Use it unmerged: python -m qlora generate, or PEFT."
         )
-        text = (
-            f"{text} held-out losses are {seen.loss:.4f} and {base.loss:.4f}. That is no merge of this adapter, so that nothing"
-        )
-        raise UserError(ExitCode.NUMERICS, f"{text} is saved. Use it unmerged: python -m qlora generate, or PEFT.")
+        raise UserError(ExitCode.NUMERICS, text)
 
 
 # -- saving ----------------------------------------------------------------------------------------------------------

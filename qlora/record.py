@@ -1,7 +1,6 @@
 """What a run folder tells, read without changing anything: for the report and the model card."""
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections import Counter
@@ -236,7 +235,7 @@ def read(folder: Path) -> Record:
         text = f"{folder} holds no run: it has no config.yaml, which a run writes before its first step. "
         raise UserError(ExitCode.CHECKPOINT, text + "Give a folder that --output-dir named.")
     status, evaluation = _status(folder), _json(folder / EVALUATION, Evaluation)
-    is_own = status == "finished" and evaluation.get("adapter_sha256") == sha256_of(folder / "adapter")
+    is_own = bool(evaluation) and status == "finished" and evaluation.get("adapter_sha256") == sha256_of(folder / "adapter")
     return Record(
         folder=folder,
         status=status,
@@ -255,10 +254,7 @@ def read(folder: Path) -> Record:
 def sha256_of(adapter: Path) -> str | None:
     """SHA-256 of the weights in an adapter's folder; None where there are none."""
     path = adapter / checkpoint.ADAPTER
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return checkpoint.size_and_sha256(path)["sha256"] if path.is_file() else None
 
 
 def whole_rows(path: Path, keys: Set[str] = frozenset({"event", "step"})) -> list[dict[str, Any]]:

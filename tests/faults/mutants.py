@@ -121,7 +121,7 @@ MUTANTS = [
         "sizes-only",
         CHECKPOINT,
         f"{DAMAGE}::test_single_bits[state.json]",
-        '            if digest != entry["sha256"]:',
+        '            if found["sha256"] != entry["sha256"]:',
         "            if False:",
     ),
     mutant(
