@@ -43,6 +43,7 @@ OURS: dict[str, dict[str, Any]] = {  # flags
     "ours_none": {"gradient_checkpointing": "none"},
     "ours_cached": {"gradient_checkpointing": "none", "cache_dequantized": True},
     "ours_selective": {"gradient_checkpointing": "selective"},
+    "ours_selective_layers": {"gradient_checkpointing": "selective", "compile": "layers"},
     "ours_full": {"gradient_checkpointing": "full"},
     "ours_full_layers": {"gradient_checkpointing": "full", "compile": "layers"},
     "ours_smallest": {"gradient_checkpointing": "full", "offload_checkpoints": True, "optimizer": "adamw_8bit"},

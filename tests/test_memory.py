@@ -21,8 +21,8 @@ from tests.conftest import CPU, adapted_model, wake_adapters
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
-OURS = {"ours_none": "none", "ours_cached": "none", "ours_selective": "selective", "ours_full": "full",
-        "ours_full_layers": "full", "ours_smallest": "full"}  # fmt: skip
+OURS = {"ours_none": "none", "ours_cached": "none", "ours_selective": "selective", "ours_selective_layers": "selective",
+        "ours_full": "full", "ours_full_layers": "full", "ours_smallest": "full"}  # fmt: skip
 LADDERS = {
     "first": ("peft_none", "none", "selective", "full", "none8", "none512", "none_drop"),
     "second": (
@@ -54,7 +54,7 @@ def measured() -> list[tuple[TrainConfig, int, float]]:
             more = {"offload_checkpoints": True, "optimizer": "adamw_8bit"} if smallest else {}
             more |= {"cache_dequantized": c["contender"] == "ours_cached", "lora_dropout": c["dropout"]}
             batch, length, _ = map(int, c["shape"].split("x"))
-            how = "layers" if smallest or c["contender"] == "ours_full_layers" else "graphs"
+            how = "layers" if smallest or c["contender"].endswith("_layers") else "graphs"
             found.append(({**c, "gradient_checkpointing": OURS[c["contender"]]}, "sdpa", how, batch, length, more))
     for c in json.loads((RESULTS / "plan_h100_202611.json").read_text())["cells"]:
         row = {"gradient_checkpointing": c["checkpointing"], "peak_gib": c["peak_gib"]}
