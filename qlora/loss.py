@@ -119,4 +119,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.gradient * d_loss, None, None, None
+        gradient, ctx.gradient = ctx.gradient, None  # backward of what comes before needs the room
+        return gradient.mul_(d_loss), None, None, None
