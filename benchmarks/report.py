@@ -137,11 +137,19 @@ def tokens(pattern: str) -> str:
                      f"{cell['tokens_per_s']:,.0f}", f"{cell['peak_gib']:.2f}", grown])  # fmt: skip
         before = (count, cell["peak_gib"])
     headers = ["tokens", "ms", "us a token", "tokens/s", "peak GiB", "KiB for each token more"]
+    kinds = list(cells[0].get("profile_ms", {}))
+    parts = [[f"{cell['batch'] * flags['length']:,}", *(share(cell["profile_ms"], kind) for kind in kinds)] for cell in cells]
     chosen = f"`--gradient-checkpointing {cells[0]['gradient_checkpointing']} --compile {cells[0]['compile']}`"
     what = f"A step of one micro-batch of rows of {flags['length']:,} tokens, {chosen}, no dropout, sdpa. "
     if missing := [f"{size * flags['length']:,}" for size in flags["batch"] if size not in [cell["batch"] for cell in cells]]:
         what += f"Not measured yet: {', '.join(missing)} tokens. "
-    return f"{table(headers, rows)}\n\n{what}{source(name, record)}"
+    profile = f"Where that time goes, in ms:\n\n{table(['tokens', *kinds], parts)}\n\n" if kinds else ""
+    return f"{table(headers, rows)}\n\n{profile}{what}{source(name, record)}"
+
+
+def share(profile_ms: dict[str, float], kind: str) -> str:
+    """Milliseconds of one kind of kernels, and their share of all."""
+    return f"{profile_ms[kind]:.0f} ({profile_ms[kind] / sum(profile_ms.values()):.0%})"
 
 
 def loading(pattern: str) -> str:
@@ -150,10 +158,12 @@ def loading(pattern: str) -> str:
         return "Not measured yet."
     name, record = load(pattern)
     rows = [[cell["stored"], f"{cell['disk_gb']:.2f}", f"{cell['load_s'][0]:.1f}", f"{statistics.median(cell['load_s']):.1f}",
-             f"{cell['model_gb']:.2f}", f"{cell['peak_gb']:.2f}"] for cell in record["cells"]]  # fmt: skip
+             f"{cell['model_gb']:.2f}", f"{cell['peak_gb']:.2f}" if cell["peak_gb"] else "not measured"]
+            for cell in record["cells"]]  # fmt: skip
     headers = ["stored as", "on disk, GB", "first load, s", "median, s", "loaded, GB", "peak on the way, GB"]
     what = f"The largest linear layer is {record['largest_layer_gb']:.2f} GB in bf16. Loaded {record['loads']} times in a "
-    return f"{table(headers, rows)}\n\n{what}process of its own, files in the page cache. {source(name, record)}"
+    what += f"process of its own, files in the page cache. {record.get('note', '')}".strip()
+    return f"{table(headers, rows)}\n\n{what} {source(name, record)}"
 
 
 HOW = {"none": "as written", "layers": "compiled", "graphs": "compiled, CUDA graphs"}
@@ -222,10 +232,12 @@ def peers(pattern: str, card: str) -> str:
     name, record = load(pattern)
     headers = ["contender", "version", "adapters", "tokens/s", "ms a step", "x TRL", "peak GB", "peak GiB", "MFU", "first loss"]
     parts = []
-    for shape in dict.fromkeys(cell["shape"] for cell in record["cells"]):
-        cells = newest_peers(record, shape)
+    usual = record["cells"][0]["dropout"]
+    for shape, dropout in dict.fromkeys((cell["shape"], cell["dropout"]) for cell in record["cells"]):
+        cells = [cell for cell in newest_peers(record, shape) if cell["dropout"] == dropout]
         rows = [peer_row(cell) for cell in sorted(cells, key=lambda cell: -cell.get("tokens_per_s", 0.0))]
-        parts.append(f"`{shape}`:\n\n{table(headers, rows)}")
+        named = f"`{shape}`" if dropout == usual else f"`{shape}`, dropout {dropout:g}"
+        parts.append(f"{named}:\n\n{table(headers, rows)}")
     runs = [record["runs"][number] for number in sorted({cell["run"] for cell in record["cells"]})]
     steps, warm_up = (counts([run[name] for run in runs]) for name in ("steps", "warm_up"))
     if (RESULTS / f"peers_{card}.png").exists():
@@ -276,8 +288,7 @@ def targets(pattern: str) -> str:
         row("fast", "ours_none", full, "3.3 x `trl`, 1.5 x unsloth's fastest", 1.5 * unsloth["none"], 3.3),
         row("fast", "ours_none", full, "28,000 tokens/s", 28e3),
         row("fast, `8x2048x1`", "ours_none", "8x2048x1", "30,000 tokens/s", 30e3),
-        row("balanced", "ours_selective", full, "2.6 x `trl`, 22,000 tokens/s", 22e3, 2.6),
-        row("balanced", "ours_selective", full, "8 GB at most", most=8.0),
+        row("balanced", "ours_selective_layers", full, "2.6 x `trl`, 22,000 tokens/s, 8 GB at most", 22e3, 2.6, 8.0),
         row("small", "ours_full_layers", full, "2.3 x `trl`, 1.4 x unsloth's smallest, its 4.76 GB at most",
             1.4 * unsloth["checkpointing"], 2.3, 4.76),
         row("smallest", "ours_smallest", full, "as fast as `trl`", times=1.0),

@@ -47,7 +47,7 @@ def leave_no_gaps() -> None:
 def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longest: int) -> dict[str, float]:
     """What a step's tensors take on a GPU when they take the most, in GiB, term by term, from the shape alone.
 
-    The sum is within 7 % of the peaks of Phi-3-mini in benchmarks/results (plan, tokens, train_step, ladders and peers of the
+    The sum is within 5 % of the peaks of Phi-3-mini in benchmarks/results (plan, tokens, train_step, ladders and peers of the
     H100), which the constants of activations were fitted to; other models are further off. CUDA's context, about 0.5 GiB,
     comes on top.
 
@@ -73,7 +73,8 @@ def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longe
     at_work = 27 * hidden + 8 * inner  # bytes of a token in the layer whose backward runs
     at_work += 3 * hidden + inner if config.lora_dropout else 0  # which of the adapters' inputs were dropped
     if config.compile != "none":
-        at_work = 2 * hidden + 6 * inner + (2 * attention_inputs if config.gradient_checkpointing == "full" else 0)
+        full = config.gradient_checkpointing == "full"  # as live at the peak: gate, up, their gradients, q, k, v ...
+        at_work = 6 * hidden + 10 * inner + 2 * attention_inputs if full else 2 * hidden + 6 * inner
     elif config.gradient_checkpointing == "none":
         kept["none"] = at_work  # and nothing beside it
     rest = 0 if config.gradient_checkpointing == "none" and config.compile == "none" else at_work
@@ -96,7 +97,8 @@ def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longe
         "one weight dequantised": 2 * max((rows * columns for target in targets for rows, columns in target.shapes), default=0),
     }
     if config.compile == "graphs":  # memory of its own, and a workspace of cuBLAS for each stream
-        terms["gaps in the graphs' memory"] = 0.06 * (staying + scored + tokens * rest) + 1.3 * tokens * rest + 0.35 * 2**30
+        twice = 0.37 if config.gradient_checkpointing == "full" else 1.3  # of a layer's, in forward's and backward's graph
+        terms["gaps in the graphs' memory"] = 0.06 * (staying + scored + tokens * rest) + twice * tokens * rest + 0.35 * 2**30
     return {name: size / 2**30 for name, size in terms.items()}
 
 

@@ -164,7 +164,7 @@ def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend
                     optimizer.zero_grad(set_to_none=False)
                 if number == 2:
                     parameters[0].grad = parameters[0].grad.clone()
-    assert len(model.get_decoder().forward.__self__.recordings) == len(shapes) > 1
+    assert len(model.get_decoder().forward.__self__.recordings) == len(shapes) > packing  # padded to 128, all are alike
     losses = [[float(step[0]) for step in run] for run in found]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2) and len(set(losses[0])) == 4
     if backend == "sdpa":
