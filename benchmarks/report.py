@@ -848,7 +848,7 @@ def plot_attention(card: str) -> None:
 
 
 def plot_peers(card: str) -> None:
-    """Tokens a second over peak memory, a panel for each shape; what none beats in both is joined by a line."""
+    """Tokens a second over peak memory, a panel for each shape; what no other beats in both is joined by a line."""
     import matplotlib.pyplot as plt
     import matplotlib.ticker
 
@@ -863,7 +863,8 @@ def plot_peers(card: str) -> None:
     for panel in panels.flat[len(shapes) :]:
         panel.set_axis_off()
     for panel, shape in zip(panels.flat, shapes, strict=False):
-        cells = [cell for cell in newest_peers(record, shape) if "tokens_per_s" in cell]
+        usual = record["cells"][0]["dropout"]
+        cells = [cell for cell in newest_peers(record, shape) if "tokens_per_s" in cell and cell["dropout"] == usual]
         points = sorted((gb(cell), cell["tokens_per_s"], cell["contender"]) for cell in cells)
         best = [point for i, point in enumerate(points) if all(point[1] > other[1] for other in points[:i])]
         panel.plot(*zip(*[point[:2] for point in best], strict=True), color="0.7", linewidth=1, zorder=1)
@@ -884,7 +885,7 @@ def plot_peers(card: str) -> None:
         panel.yaxis.set_major_formatter("{x:,.0f}")
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    told = f"{name}: {record['environment']['device']}. Line: what none beats in both."
+    told = f"{name}: {record['environment']['device']}. Line: what no other beats in both."
     figure.suptitle(told, x=0.01, ha="left", fontsize=8, color="0.4")
     save(figure, f"peers_{card}")
     plt.close(figure)

@@ -239,6 +239,10 @@ def test_the_table_shows_the_newest_and_says_why_a_cell_is_missing(tmp_path, mon
         "| `ours_full` |  |  | out of memory |" in text
         and "the median of 5 to 8 steps (10th to 90th percentile) after 3;" in text
     )
+    rows.append({**measured, **row("trl", 1, 25.0), "dropout": 0.5, "ratio_to_trl": 1.0})
+    (tmp_path / "peers_h100_202601.json").write_text(json.dumps({"environment": environment, "runs": runs, "cells": rows}))
+    without, _, dropped = report.peers("peers_h100_*.json", "h100").partition("`, dropout ")
+    assert "| 50 | 5" in without and "| 25 | 5" not in without and "| 25 | 5" in dropped and "| 50 | 5" not in dropped
 
 
 @pytest.mark.parametrize(("ahead", "order"), [(0, "a A b B c C"), (1, "a b A c B C")])
