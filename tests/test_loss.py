@@ -47,6 +47,7 @@ def test_chunked_equals_plain_in_loss_and_gradient(chunk_tokens, bias, scale, so
     torch.testing.assert_close(chunked.double(), plain.double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
     assert gradient[1, 3:].abs().sum() == 0 and gradient[:, :1].abs().sum() == 0  # padding and prompt
+    assert chunked.grad_fn is not None and chunked.grad_fn.gradient is None  # gone, while the layers' backward runs
 
 
 def test_chunked_in_bf16_rounds_like_plain():
