@@ -238,6 +238,7 @@ def test_without_into_nothing_is_written(write, capsys, tmp_path):
     assert main(command(write())) == 0
     out = capsys.readouterr().out
     assert "Recommended: dequantized" in out and "heldout.jsonl" in out and "--enable-lora" in out
+    assert "(beside the base in bf16: the numbers of merging into bf16)" in out
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -248,7 +249,8 @@ def test_a_base_stored_in_nf4_merges_one_way(write, config, tokenizer, tmp_path,
     folder = write(str(base))
     assert main(command(folder, "--into", "bf16")) == 2 and "stored in NF4" in capsys.readouterr().err
     assert main(command(folder, "--into", "recommended", "--output-dir", tmp_path / "merged")) == 0
-    assert "the only one" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the only one" in out and "(beside the base in NF4, as it was trained)" in out
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert type(loaded.model.layers[0].mlp.down_proj) is torch.nn.Linear and loaded.dtype == torch.bfloat16
 
