@@ -129,27 +129,24 @@ def tokens(pattern: str) -> str:
     name, record = load(pattern)
     flags = record["flags"]
     cells = [cell for cell in record["cells"] if "step_ms" in cell]
-    rows, before = [], None
+    rows, profiles, before = [], [], None
     for cell in cells:
         count = cell["batch"] * flags["length"]
         grown = "" if before is None else f"{(cell['peak_gib'] - before[1]) * 2**20 / (count - before[0]):.0f}"
         rows.append([f"{count:,}", f"{cell['step_ms']:,.0f}", f"{1000 * cell['step_ms'] / count:.1f}",
                      f"{cell['tokens_per_s']:,.0f}", f"{cell['peak_gib']:.2f}", grown])  # fmt: skip
         before = (count, cell["peak_gib"])
+        if profile := cell.get("profile_ms"):
+            shares = (f"{taken:.0f} ({taken / sum(profile.values()):.0%})" for taken in profile.values())
+            profiles.append([f"{count:,}", *shares])
+            kinds = list(profile)
     headers = ["tokens", "ms", "us a token", "tokens/s", "peak GiB", "KiB for each token more"]
-    kinds = list(cells[0].get("profile_ms", {}))
-    parts = [[f"{cell['batch'] * flags['length']:,}", *(share(cell["profile_ms"], kind) for kind in kinds)] for cell in cells]
     chosen = f"`--gradient-checkpointing {cells[0]['gradient_checkpointing']} --compile {cells[0]['compile']}`"
     what = f"A step of one micro-batch of rows of {flags['length']:,} tokens, {chosen}, no dropout, sdpa. "
     if missing := [f"{size * flags['length']:,}" for size in flags["batch"] if size not in [cell["batch"] for cell in cells]]:
         what += f"Not measured yet: {', '.join(missing)} tokens. "
-    profile = f"Where that time goes, in ms:\n\n{table(['tokens', *kinds], parts)}\n\n" if kinds else ""
-    return f"{table(headers, rows)}\n\n{profile}{what}{source(name, record)}"
-
-
-def share(profile_ms: dict[str, float], kind: str) -> str:
-    """Milliseconds of one kind of kernels, and their share of all."""
-    return f"{profile_ms[kind]:.0f} ({profile_ms[kind] / sum(profile_ms.values()):.0%})"
+    where = f"Where that time goes, in ms:\n\n{table(['tokens', *kinds], profiles)}\n\n" if profiles else ""
+    return f"{table(headers, rows)}\n\n{where}{what}{source(name, record)}"
 
 
 def loading(pattern: str) -> str:
@@ -234,7 +231,7 @@ def peers(pattern: str, card: str) -> str:
     parts = []
     usual = record["cells"][0]["dropout"]
     for shape, dropout in dict.fromkeys((cell["shape"], cell["dropout"]) for cell in record["cells"]):
-        cells = [cell for cell in newest_peers(record, shape) if cell["dropout"] == dropout]
+        cells = newest_peers(record, shape, dropout)
         rows = [peer_row(cell) for cell in sorted(cells, key=lambda cell: -cell.get("tokens_per_s", 0.0))]
         named = f"`{shape}`" if dropout == usual else f"`{shape}`, dropout {dropout:g}"
         parts.append(f"{named}:\n\n{table(headers, rows)}")
@@ -307,7 +304,7 @@ def counts(values: list[int]) -> str:
 def peers_short(pattern: str, shape: str) -> str:
     """The contenders of one shape, the fastest first, in the columns that a reader asks for."""
     name, record = load(pattern)
-    cells = [cell for cell in newest_peers(record, shape) if "tokens_per_s" in cell and not cell["dropout"]]
+    cells = [cell for cell in newest_peers(record, shape, 0.0) if "tokens_per_s" in cell]
     rows = []
     for cell in sorted(cells, key=lambda cell: -cell["tokens_per_s"]):
         contender, version, adapters, rate, _, ratio, peak_gb, *_ = peer_row(cell)
@@ -366,9 +363,10 @@ def plan_measured(pattern: str) -> str:
     return f"{table(headers, rows)}\n\n{plot if (RESULTS / f'plan_{card}.png').exists() else ''}{source(name, record)}"
 
 
-def newest_peers(record: dict[str, Any], shape: str) -> list[Cell]:
-    """One cell for each contender and dropout: the file keeps each `trl` that another cell was compared with."""
-    return list({(cell["contender"], cell["dropout"]): cell for cell in record["cells"] if cell["shape"] == shape}.values())
+def newest_peers(record: dict[str, Any], shape: str, dropout: float) -> list[Cell]:
+    """One cell for each contender: the file keeps each `trl` that another cell was compared with."""
+    cells = [cell for cell in record["cells"] if (cell["shape"], cell["dropout"]) == (shape, dropout)]
+    return list({cell["contender"]: cell for cell in cells}.values())
 
 
 def peer_row(cell: Cell) -> list[str]:
@@ -862,9 +860,9 @@ def plot_peers(card: str) -> None:
     figure, panels = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.8 * rows), layout="constrained", squeeze=False)
     for panel in panels.flat[len(shapes) :]:
         panel.set_axis_off()
+    usual = record["cells"][0]["dropout"]
     for panel, shape in zip(panels.flat, shapes, strict=False):
-        usual = record["cells"][0]["dropout"]
-        cells = [cell for cell in newest_peers(record, shape) if "tokens_per_s" in cell and cell["dropout"] == usual]
+        cells = [cell for cell in newest_peers(record, shape, usual) if "tokens_per_s" in cell]
         points = sorted((gb(cell), cell["tokens_per_s"], cell["contender"]) for cell in cells)
         best = [point for i, point in enumerate(points) if all(point[1] > other[1] for other in points[:i])]
         panel.plot(*zip(*[point[:2] for point in best], strict=True), color="0.7", linewidth=1, zorder=1)

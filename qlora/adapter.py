@@ -82,6 +82,11 @@ class Adapter(NamedTuple):
     facts: dict[str, Any] | None  # run.json of the run, or the state of the checkpoint
     notes: tuple[str, ...]  # lines for the log
 
+    @property
+    def is_stored_in_nf4(self) -> bool:
+        """Whether the base is, so that there is no other precision to be had of it."""
+        return getattr(self.skeleton.config, "quantization_config", None) is not None
+
 
 def open_adapter(
     path: Path,
@@ -140,7 +145,7 @@ def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
         UserError: exit 7 if the weights are not there or are broken, 2 if the base cannot be had in that precision, or if it
             is not the one that the run trained against (told by its NF4 bytes, so on the same kind of device alone).
     """
-    if precision != "nf4" and getattr(adapter.skeleton.config, "quantization_config", None) is not None:
+    if precision != "nf4" and adapter.is_stored_in_nf4:
         text = f"{adapter.source} is stored in NF4, so there is no {precision} to be had of it."
         raise UserError(ExitCode.CONFIGURATION, f"{text} Name the same model in bf16 with --model.")
     attn = attention.choose_attention(adapter.config, adapter.device, adapter.skeleton)

@@ -70,10 +70,11 @@ def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longe
     kept = {"full": 0 if config.offload_checkpoints else 2 * hidden}  # bytes of a layer and token that stay until backward
     kept["selective"] = kept["full"] + 2 * hidden + 4 * heads + 2 * attention_inputs
     kept["none"] = kept["selective"] + 2 * hidden + 4 * inner
+    full = config.gradient_checkpointing == "full"
     at_work = 27 * hidden + 8 * inner  # bytes of a token in the layer whose backward runs
     at_work += 3 * hidden + inner if config.lora_dropout else 0  # which of the adapters' inputs were dropped
     if config.compile != "none":
-        full = config.gradient_checkpointing == "full"  # as live at the peak: gate, up, their gradients, q, k, v ...
+        # As live at the peak: gate, up, their gradients, q, k, v ...; where products are kept, what is beside them.
         at_work = 6 * hidden + 10 * inner + 2 * attention_inputs if full else 2 * hidden + 6 * inner
     elif config.gradient_checkpointing == "none":
         kept["none"] = at_work  # and nothing beside it
@@ -97,7 +98,7 @@ def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longe
         "one weight dequantised": 2 * max((rows * columns for target in targets for rows, columns in target.shapes), default=0),
     }
     if config.compile == "graphs":  # memory of its own, and a workspace of cuBLAS for each stream
-        twice = 0.37 if config.gradient_checkpointing == "full" else 1.3  # of a layer's, in forward's and backward's graph
+        twice = 0.37 if full else 1.3  # of a layer's, in forward's and backward's graph
         terms["gaps in the graphs' memory"] = 0.06 * (staying + scored + tokens * rest) + twice * tokens * rest + 0.35 * 2**30
     return {name: size / 2**30 for name, size in terms.items()}
 

@@ -289,16 +289,12 @@ def run(options: MergeOptions) -> int:
 
 def _routes(adapter: Adapter, options: MergeOptions) -> list[Route]:
     """bf16 too, where the base is to be had in bf16."""
-    if not _is_stored_in_nf4(adapter):
+    if not adapter.is_stored_in_nf4:
         return ["bf16", "dequantized"]
     if options.into == "bf16":
         text = f"--into bf16: {adapter.source} is stored in NF4. Name the same model in bf16 with --model, or merge into"
         raise UserError(ExitCode.CONFIGURATION, f"{text} dequantized.")
     return ["dequantized"]
-
-
-def _is_stored_in_nf4(adapter: Adapter) -> bool:
-    return getattr(adapter.skeleton.config, "quantization_config", None) is not None
 
 
 def _folder(adapter: Adapter, options: MergeOptions, route: Route) -> Path:
@@ -360,7 +356,7 @@ def adapter_lines(adapter: Adapter) -> str:
             f"\nUnmerged:      vLLM serves plain LoRA up to rank 512 only, and this adapter {reason}: serve the merged folder."
         )
     folder, base = shlex.quote(str(adapter.folder)), shlex.quote(adapter.source)
-    beside = "NF4, as it was trained" if _is_stored_in_nf4(adapter) else "bf16: the numbers of merging into bf16"
+    beside = "NF4, as it was trained" if adapter.is_stored_in_nf4 else "bf16: the numbers of merging into bf16"
     return f"""
 Unmerged:      vllm serve {base} --enable-lora --max-lora-rank {fitting} --lora-modules tuned={folder}
                (beside the base in {beside})"""

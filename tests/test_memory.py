@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import train_loop
+from benchmarks.peers_cells import OURS
 from qlora import checkpoint, data, memory
 from qlora.__main__ import train as command_line
 from qlora.config import ExitCode, TrainConfig, parse
@@ -19,10 +20,6 @@ from qlora.optimizer import build_optimizer
 from tests.conftest import CPU, adapted_model, wake_adapters
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-
-
-OURS = {"ours_none": "none", "ours_cached": "none", "ours_selective": "selective", "ours_selective_layers": "selective",
-        "ours_full": "full", "ours_full_layers": "full", "ours_smallest": "full"}  # fmt: skip
 LADDERS = {
     "first": ("peft_none", "none", "selective", "full", "none8", "none512", "none_drop"),
     "second": (
@@ -50,12 +47,11 @@ def measured() -> list[tuple[TrainConfig, int, float]]:
                 found.append((c, "sdpa", c["compile"], c["per_device_train_batch_size"], c["length"], more))
     for c in json.loads((RESULTS / "peers_h100_202611.json").read_text())["cells"]:
         if c["contender"] in OURS and c["shape"][0].isdigit():
-            smallest = c["contender"] == "ours_smallest"
-            more = {"offload_checkpoints": True, "optimizer": "adamw_8bit"} if smallest else {}
-            more |= {"cache_dequantized": c["contender"] == "ours_cached", "lora_dropout": c["dropout"]}
+            more = OURS[c["contender"]] | {"lora_dropout": c["dropout"]}
+            row = {"gradient_checkpointing": more.pop("gradient_checkpointing"), "peak_gib": c["peak_gib"]}
+            how = more.pop("compile", "layers" if "offload_checkpoints" in more else "graphs")
             batch, length, _ = map(int, c["shape"].split("x"))
-            how = "layers" if smallest or c["contender"].endswith("_layers") else "graphs"
-            found.append(({**c, "gradient_checkpointing": OURS[c["contender"]]}, "sdpa", how, batch, length, more))
+            found.append((row, "sdpa", how, batch, length, more))
     for c in json.loads((RESULTS / "plan_h100_202611.json").read_text())["cells"]:
         row = {"gradient_checkpointing": c["checkpointing"], "peak_gib": c["peak_gib"]}
         found.append((row, c["backend"], c["compile"], c["batch"], c["length"], {"lora_r": c["lora_r"], "lora_dropout": 0.0}))
