@@ -32,7 +32,7 @@ from qlora import attention, checkpoint, data, evaluate, report, teaching, track
 from qlora.config import TrainConfig
 from qlora.demo import model_source
 from qlora.guards import check_first_gradients, count_not_finite
-from qlora.layers import choose_layers, prepare_layers
+from qlora.layers import choose_layers, free_training_memory, prepare_layers
 from qlora.loss import read_head, token_loss_sum
 from qlora.memory import explained, leave_no_gaps, memory_terms, peak_memory_gib, probe_memory
 from qlora.model import (
@@ -131,7 +131,7 @@ def train(
     tracker: tracking.Tracker,
     run: RunFolder,
     stop: Signals,
-) -> evaluate.HeldOut | None:
+) -> None:
     """The whole run, or the rest of it: epochs of windows, a log line every few steps, an evaluation each epoch.
 
     Args:
@@ -146,9 +146,6 @@ def train(
         run: where checkpoints go.
         stop: whether a signal has come; the step at hand is finished and saved first.
 
-    Returns:
-        The last evaluation on held-out data, if there is any.
-
     Raises:
         UserError: exit 5 if the first step finds an adapter without a gradient, or if a loss or norm is not finite.
         Stopped: after a signal, when all is saved.
@@ -162,21 +159,21 @@ def train(
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     save_steps = config.save_steps or total_steps
 
-    def evaluate_held_out(step: int, epoch: int) -> evaluate.HeldOut | None:
+    def evaluate_held_out(step: int, epoch: int) -> None:
         if held_out is None or step in tracker.evaluations:  # a run that goes on after this step may know it already
-            return tracker.evaluations.get(step)
+            return
         with stop.immediate():  # all is saved
             batches = data.micro_batches(held_out, range(len(held_out)), batch_size, pin=on_gpu)
             result = evaluate.evaluate_loss(model, batches, loss_sum)
         tracker.held_out(step, epoch, result)
-        return result
 
     step, first_epoch, seen, skipped = progress
     tracker.begin(step, total_steps, config.logging_steps)
     run.prune(config.save_total_limit, tracker.evaluations)  # which a process that died after its save has not done
     model.train()
     with stop.deferred():
-        result = evaluate_held_out(0, 0) if step == 0 else None
+        if step == 0:
+            evaluate_held_out(0, 0)
         pending: list[dict[str, Any]] = []  # steps not yet read from the device
         recent: list[dict[str, Any]] = []  # the last that were
         since = time.perf_counter()
@@ -209,11 +206,10 @@ def train(
                     stop.raise_if_received()
                     since = time.perf_counter()  # saving and evaluation are not training time
             seen = 0
-            result = evaluate_held_out(step, epoch)
+            evaluate_held_out(step, epoch)
             if tracker.ends_early(step, config.early_stopping_patience):
                 break
             since = time.perf_counter()
-    return result
 
 
 def read_pending(pending: list[dict[str, Any]], since: float, device: torch.device) -> list[dict[str, Any]]:
@@ -311,10 +307,17 @@ def fine_tune(
         tracker.say(f"Learning rate: {config.learning_rate:g}; run folder: {run.folder}")
         teaching.explain_start(config, model, samples, form.tokenizer, console)
         with attention.for_training(model, config):
-            result = train(config, model, optimizer, loss_sum, samples, held_out, progress, tracker, run, stop)
+            train(config, model, optimizer, loss_sum, samples, held_out, progress, tracker, run, stop)
+        adapter_step = run.step
+        if config.early_stopping_patience is not None:
+            adapter_step = run.load_best(model, tracker.evaluations, tracker.say)
+            tracker.adapter_chosen(adapter_step)
         checkpoint.write_folder(run.folder / "adapter", dict(checkpoint.adapter_files(model, form.tokenizer)))
-        tracker.hyperparameters(config, result)
+        tracker.hyperparameters(config, tracker.evaluations.get(adapter_step))
+        run.finish(tracker.total_steps, adapter_step)
+        # The run is complete; the answers below are only shown. Generation needs the memory that training no longer does.
+        free_training_memory(model, optimizer)
         file, split = (config.eval_file, "test") if held_out else (config.train_file, "train")
         shown = data.kept_examples(data.read_examples(str(file), split), held_out or samples, 3)
-        tracker.samples(evaluate.sample_responses(model, shown, form), of="held-out" if held_out else "training")
-        run.finish(step=tracker.total_steps)
+        if answers := evaluate.try_samples(model, shown, form, tracker.say):
+            tracker.samples(answers, of="held-out" if held_out else "training", step=adapter_step)

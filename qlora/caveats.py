@@ -88,11 +88,12 @@ def _of_what_is_measured(record: Record) -> list[Caveat]:
         found.append(Caveat("A held-out loss on data that decided nothing", fact))
     if len(evaluations) > 1:
         best, last = min(evaluations, key=lambda row: row["eval_loss"]), evaluations[-1]
-        if last["eval_loss"] > TURNED * best["eval_loss"]:
-            fact = (
-                f"The held-out loss was {best['eval_loss']:.4f} after step {best['step']:,} and {last['eval_loss']:.4f} at the "
+        own = record.of_the_adapter or last
+        if own["eval_loss"] > TURNED * best["eval_loss"]:
+            fact = f"The held-out loss was {best['eval_loss']:.4f} after step {best['step']:,}, and {own['eval_loss']:.4f} "
+            found.append(
+                Caveat("The best adapter of the run", f"{fact}after step {own['step']:,}, whose adapter is in adapter/.")
             )
-            found.append(Caveat("The best adapter of the run", fact + "end, whose adapter is the one in adapter/."))
         recent = [row["loss"] for row in steps if row["epoch"] == steps[-1]["epoch"] and row.get("loss") is not None]
         training = statistics.fmean(recent) if recent else last["eval_loss"]
         if last["eval_loss"] > RECITED * training:

@@ -14,7 +14,7 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -306,14 +306,19 @@ def prune(checkpoints: Path, keep: int, losses: dict[int, float]) -> None:
     folders = by_step(checkpoints)
     # Older ones count only if their files are there in full size; to hash them again at each save would take seconds.
     whole = [step for step, folder in folders.items() if _has_its_files(folder)]
-    known = [step for step in whole if math.isfinite(losses.get(step, math.nan))]
-    best = [min(known, key=lambda step: losses[step])] if known else []
+    best = lowest(losses, whole)
     kept = set(best + [step for step in reversed(whole) if step not in best][: keep - len(best)])
     for step in set(whole) - kept:
         aside = checkpoints / f".{folders[step].name}.tmp"
         with contextlib.suppress(OSError):  # a folder that cannot be removed is no reason to stop; the next time may do
             folders[step].rename(aside)  # out of sight first, so that nobody ever sees half of it
             shutil.rmtree(aside)
+
+
+def lowest(losses: dict[int, float], steps: Iterable[int]) -> list[int]:
+    """The one of `steps` with the lowest finite held-out loss, in a list; an empty list if none of them has one."""
+    known = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
+    return [min(known, key=lambda step: losses[step])] if known else []
 
 
 def _has_its_files(folder: Path) -> bool:
@@ -408,25 +413,45 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Progr
     if state["optimizer_class"] != type(optimizer).__name__:
         text = f"{folder} was saved with {state['optimizer_class']}, this loop has {type(optimizer).__name__}."
         raise UserError(ExitCode.CONFIGURATION, f"{text} Their states differ: start a new run, with --init-adapter.")
-    try:
-        adapter = safetensors.torch.load((folder / ADAPTER).read_bytes())
-        tensors = safetensors.torch.load((folder / TRAINER_STATE).read_bytes())
-    except SafetensorError as error:
-        raise UserError(ExitCode.CHECKPOINT, f"{folder} does not hold tensors as it should: {error}.") from None
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    saved_as = {name.replace(".default.", "."): parameter for name, parameter in named.items()}
+    tensors = _tensors(folder / TRAINER_STATE)
+    load_adapter(folder, model)
+    set_random_state({name[4:]: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")})
+    _restore_optimizer(folder, optimizer, _trained(model), {**tensors, **state["optimizer"]})
+    return Progress(*(state[field] for field in Progress._fields))
+
+
+def load_adapter(folder: Path, model: Any) -> None:
+    """Copy the adapter of a checkpoint into the model, each tensor in its dtype.
+
+    Args:
+        folder: a checkpoint that has been verified.
+        model: with adapters of the same names, shapes and dtypes.
+
+    Raises:
+        UserError: exit 4 if a tensor is missing, surplus, or of another shape or dtype.
+    """
+    adapter = _tensors(folder / ADAPTER)
+    saved_as = {name.replace(".default.", "."): parameter for name, parameter in _trained(model).items()}
     form = {name: _form(tensor) for name, tensor in adapter.items()}
     wanted = {name: _form(parameter) for name, parameter in saved_as.items()}
     if form != wanted:
         name = min(name for name in form.keys() | wanted.keys() if form.get(name) != wanted.get(name))
         text = f"{folder} does not fit the model: {name} is {form.get(name)} there, {wanted.get(name)} here."
         raise UserError(ExitCode.CHECKPOINT, text)
-    set_random_state({name[4:]: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")})
     with torch.no_grad():
         for name, parameter in saved_as.items():
             parameter.copy_(adapter[name])
-    _restore_optimizer(folder, optimizer, named, {**tensors, **state["optimizer"]})
-    return Progress(*(state[field] for field in Progress._fields))
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except SafetensorError as error:
+        raise UserError(ExitCode.CHECKPOINT, f"{path.parent} does not hold tensors as it should: {error}.") from None
+
+
+def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _restore_optimizer(

@@ -8,6 +8,7 @@ import torch
 
 from qlora import attention
 from qlora.data import Batch, Example, Format, encode_prompt, windows
+from qlora.guards import is_out_of_memory
 
 
 class HeldOut(NamedTuple):
@@ -147,3 +148,17 @@ def sample_responses(model: Any, examples: list[Example], form: Format) -> list[
             base = generate(model, prompts, form, limit)
     rows = zip(examples, base, tuned, strict=True)
     return [Sample(example.prompt[-1].content, base, tuned, example.response) for example, base, tuned in rows]
+
+
+def try_samples(model: Any, examples: list[Example], form: Format, say: Callable[[str], None]) -> list[Sample]:
+    """Like sample_responses, but a failure is a warning with the reason, and no samples.
+
+    By the time of the samples the run is complete and saved: an answer that cannot be generated must not end it with an error.
+    """
+    try:
+        return sample_responses(model, examples, form)
+    except (RuntimeError, MemoryError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        why = "memory ran out" if is_out_of_memory(error) else type(error).__name__
+        say(f"Warning: no sample answers were generated: {why} ({reason}). The run is complete without them.")
+        return []

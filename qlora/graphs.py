@@ -5,8 +5,10 @@ launched the next, and waits. A recorded graph launches them all at once; it rea
 inputs are copied to where it reads, and gradients are added where it found them.
 """
 
+import contextlib
 import functools
-from typing import Any
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -14,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from qlora.attention import is_uniform
 from qlora.checkpoint import random_state, set_random_state
 from qlora.config import ExitCode, UserError
-from qlora.guards import is_out_of_memory
+from qlora.guards import is_out_of_memory, require_plain_gradients
 
 MOST = 32  # shapes that are recorded; what comes after runs without a graph
 
@@ -35,42 +37,63 @@ def graph_obstacle(model: Any) -> str | None:
     return None
 
 
+def static_copies(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Copy the tensors among the arguments; two names for one tensor are two names for its copy as well.
+
+    A compiled layer treats one tensor under two names and two equal tensors as different cases. A second copy of
+    `cu_seqlens` would be a new tensor of fixed length, and every other length would compile the layer again.
+    """
+    distinct = {id(value): value for value in inputs.values() if isinstance(value, torch.Tensor)}
+    copies = {key: tensor.clone() for key, tensor in distinct.items()}
+    return {name: copies.get(id(value), value) for name, value in inputs.items()}
+
+
+class _Pool(NamedTuple):
+    """Memory of all recordings, and the stream that they are captured on."""
+
+    memory: torch.cuda.MemPool
+    stream: torch.cuda.Stream
+
+
 class _Recording:
     """Forward and backward of the decoder for inputs of one shape."""
 
     def __init__(
-        self, forward: Any, inputs: dict[str, Any], parameters: list[torch.nn.Parameter], pool: Any, first: bool
+        self, forward: Any, inputs: dict[str, Any], parameters: list[torch.nn.Parameter], pool: _Pool, first: bool
     ) -> None:
-        """Record it; the first time run it before, so that all is compiled, cuBLAS has its workspace, and gradients exist.
+        """Warm up, then capture. The warm-up compiles what is new about this shape, which must not happen during capture.
 
         Args:
-            forward: of the decoder, to be recorded, under autocast if it is to run so.
+            forward: forward of the decoder; it is captured under autocast if autocast is on.
             inputs: its arguments.
-            parameters: that are trained; their gradients must stay where they are.
-            pool: of the memory that all recordings share, as no two are at work at a time.
-            first: of this decoder. Those after it take no memory outside of the pool.
+            parameters: trained parameters; their gradients must stay where they are.
+            pool: shared by all recordings, since only one runs at a time.
+            first: whether this is the first recording of the decoder. Its warm-up also makes the gradients and the workspace
+                of cuBLAS, outside the pool. Later warm-ups run in the pool, so they need no memory beside it.
         """
-        self.inputs = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        self.inputs = static_copies(inputs)
         # What autocast has cast must not be remembered: the next replay would not cast it again.
         device = parameters[0].device.type
         autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False)
         run = functools.partial(forward, **self.inputs)
         before = random_state()
+        pool.stream.wait_stream(torch.cuda.current_stream())
+        # Only the stream that captures may reuse these blocks later, and only this thread allocates from the pool.
+        in_pool = contextlib.nullcontext() if first else torch.cuda.use_mem_pool(pool.memory)
+        with torch.cuda.stream(pool.stream), in_pool, torch.autograd.set_multithreading_enabled(first), autocast:
+            for _ in range(2 if first else 1):  # compile, then run once as captured
+                hidden = run().last_hidden_state  # [B, T, D]
+                hidden.backward(torch.zeros_like(hidden))  # adds zeros to the gradients
+                del hidden
+        torch.cuda.current_stream().wait_stream(pool.stream)
         if first:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side), autocast:
-                for _ in range(2):  # compiles, and then runs as it will be recorded
-                    hidden = run().last_hidden_state  # [B, T, D]
-                    hidden.backward(torch.zeros_like(hidden))  # adds nothing to the gradients, but makes them
-                    del hidden
-            torch.cuda.current_stream().wait_stream(side)
             torch.cuda.empty_cache()  # the pool needs as much again
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with autocast, torch.cuda.graph(self.forward, pool=pool):
+        pool_id: Any = pool.memory.id  # Any: a stub of torch's wants its own kind of tuple
+        with autocast, torch.cuda.graph(self.forward, pool_id, pool.stream):
             hidden = run().last_hidden_state  # [B, T, D]
         self.d_hidden = torch.empty_like(hidden)  # [B, T, D]
-        with torch.cuda.graph(self.backward, pool=pool):
+        with torch.cuda.graph(self.backward, pool_id, pool.stream):
             hidden.backward(self.d_hidden)
         self.hidden = hidden.detach()  # [B, T, D]
         set_random_state(before)
@@ -78,19 +101,30 @@ class _Recording:
 
 
 class _Replay(torch.autograd.Function):
-    """anchor [] -> hidden [B, T, D]; the gradients of parameters are added to by the graph, autograd knows of none."""
+    """anchor [] -> hidden [B, T, D]; the graph itself adds to the gradients of parameters, outside autograd."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, recording: _Recording) -> torch.Tensor:
-        ctx.recording = recording
+    def forward(ctx: Any, anchor: torch.Tensor, recording: _Recording, graphs: "Graphs") -> torch.Tensor:
+        graphs.passes += 1
+        ctx.recording, ctx.graphs, ctx.number = recording, graphs, graphs.passes
         recording.forward.replay()
         return recording.hidden.detach()
 
     @staticmethod
-    def backward(ctx: Any, d_hidden: torch.Tensor) -> tuple[None, None]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_hidden: torch.Tensor) -> tuple[None, None, None]:
+        if ctx.number is None:
+            text = "This forward pass of the decoder has had its backward pass: a CUDA graph keeps nothing for a second one."
+            raise RuntimeError(f"{text} Run forward again, or pass --compile layers.")
+        if ctx.number != ctx.graphs.passes:
+            text = (
+                "A later forward pass of the decoder has overwritten the activations of this one: all CUDA graphs share memory."
+            )
+            raise RuntimeError(f"{text} Call backward() before the next forward pass, or pass --compile layers.")
+        ctx.number = None
         ctx.recording.d_hidden.copy_(d_hidden)
         ctx.recording.backward.replay()
-        return None, None
+        return None, None, None
 
 
 class Graphs:
@@ -106,27 +140,46 @@ class Graphs:
         self.parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
         self.gradients: list[torch.Tensor | None] = []  # where the graphs add
         self.recordings: dict[Any, _Recording] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        self.passes = 0  # forward passes that wrote to the pool, captures included
+        self.pool = _Pool(torch.cuda.MemPool(), torch.cuda.Stream())
         self.anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)  # []
+        self.names = list(inspect.signature(type(decoder).forward).parameters)[1:]  # of its arguments, self excluded
         self.recorded, decoder.forward = decoder.forward, self.forward
 
-    def forward(self, **inputs: Any) -> Any:
-        """As the decoder's own; in training the hidden states are the graph's, and last until its next replay."""
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        key = (
-            torch.is_autocast_enabled(self.anchor.device.type),
-            *((name, tuple(value.shape)) for name, value in tensors.items()),
-        )
-        trains = self.decoder.training and torch.is_grad_enabled()
-        if not trains or (key not in self.recordings and len(self.recordings) == MOST):
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        """Like the decoder's own forward.
+
+        In training the hidden states belong to the graph: they are valid until the next forward pass, and so is backward.
+        """
+        inputs |= dict(zip(self.names, args, strict=False))
+        if not (self.decoder.training and torch.is_grad_enabled()):
             return self.recorded(**inputs)
+        key = self._key(inputs)
+        if key not in self.recordings and len(self.recordings) == MOST:
+            return self.recorded(**inputs)
+        require_plain_gradients(self.parameters)
         self._put_gradients_back()
         if key not in self.recordings:
+            self.passes += 1
             self.recordings[key] = self._record(inputs)
         recording = self.recordings[key]
-        for name, value in tensors.items():
-            recording.inputs[name].copy_(value)
-        return BaseModelOutputWithPast(last_hidden_state=_Replay.apply(self.anchor, recording))
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                recording.inputs[name].copy_(value)
+        return BaseModelOutputWithPast(last_hidden_state=_Replay.apply(self.anchor, recording, self))
+
+    def _key(self, inputs: dict[str, Any]) -> tuple[Any, ...]:
+        """What a recording depends on: autocast, shapes, and which arguments are one tensor."""
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        first = {id(value): name for name, value in reversed(tensors.items())}
+        shapes = ((name, first[id(value)], tuple(value.shape)) for name, value in tensors.items())
+        return (torch.is_autocast_enabled(self.anchor.device.type), *shapes)
+
+    def release(self) -> None:
+        """Free all recordings; from now on the decoder runs without graphs."""
+        self.decoder.forward = self.recorded
+        self.recordings.clear()
+        self.gradients.clear()
 
     def _record(self, inputs: dict[str, Any]) -> _Recording:
         try:

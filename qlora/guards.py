@@ -16,6 +16,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
+def require_plain_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Refuse gradient hooks on adapters: backward writes their `.grad` itself, so autograd would never call a hook.
+
+    Raises:
+        RuntimeError: if a parameter has a hook of `register_hook` or `register_post_accumulate_grad_hook`.
+    """
+    watched = sum(bool(p._backward_hooks) or bool(p._post_accumulate_grad_hooks) for p in parameters)
+    if watched:
+        text = f"{watched} adapter tensors have gradient hooks, which would never be called: this loop's backward pass writes"
+        raise RuntimeError(f"{text} their .grad itself, outside autograd. Read .grad after backward() instead.")
+
+
 def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm: torch.Tensor) -> None:
     """Stop a run that would train nothing. (A's gradient is exactly zero while B is: that is right.)
 

@@ -49,15 +49,26 @@ ATTENTION = {
 PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "qlora::nf4_linear", "bitsandbytes::gemm_4bit"}
 
 
-def _keep_products(context: Any, operator: Any, *args: Any, **_: Any) -> CheckpointPolicy:
-    kept = operator.name().partition(".")[0] in ATTENTION | PRODUCTS
+def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operator.name().partition(".")[0] in ATTENTION | PRODUCTS and not _draws(operator, args, kwargs)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _keep_attention(context: Any, operator: Any, *args: Any, **_: Any) -> CheckpointPolicy:
+def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operator.name().partition(".")[0]
     kept = name in ATTENTION or name == "aten::mm" or (name == "qlora::nf4_linear" and args[-1] in ATTENTION_INPUTS)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if kept and not _draws(operator, args, kwargs) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws random numbers, that is, has a dropout rate above 0.
+
+    Such a call must run again in the recomputation. If its saved output were used instead, the generator would not advance,
+    and every later dropout of the layer would draw another mask than it drew in the forward pass.
+    """
+    names = [argument.name for argument in operator._schema.arguments]
+    rate = kwargs.get("dropout_p", args[names.index("dropout_p")] if "dropout_p" in names[: len(args)] else 0.0)
+    return bool(rate)
 
 
 COMPILE_ERRORS = (
@@ -198,10 +209,21 @@ def prepare_layers(model: Any, config: TrainConfig, backend: str = "inductor") -
         Graphs(decoder)
 
 
-def _decoder_forward(decoder: Any, adapted: list[nf4_linear.LoRALinear], seeded: bool, **inputs: Any) -> Any:
+def free_training_memory(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Free CUDA graphs, gradients and optimizer state. The model keeps its weights and generates; it no longer trains."""
+    decoder = model.get_decoder()
+    if isinstance(graphs := getattr(decoder.forward, "__self__", None), Graphs):
+        graphs.release()
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.state.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _decoder_forward(decoder: Any, adapted: list[nf4_linear.LoRALinear], seeded: bool, *args: Any, **inputs: Any) -> Any:
     if decoder.training and adapted:
         nf4_linear.copy_adapters(adapted, seeded)
-    return type(decoder).forward(decoder, **inputs)
+    return type(decoder).forward(decoder, *args, **inputs)  # some families pass input_ids by position
 
 
 def _policy(config: TrainConfig, preserve_rng_state: bool = True) -> Callable[..., torch.Tensor]:
@@ -236,7 +258,8 @@ def _forward(
     if kwargs.get("attention_mask") is not None:
         torch._dynamo.maybe_mark_dynamic(kwargs["attention_mask"], (2, 3))  # T and T of [B, 1, T, T]
     if kwargs.get("cu_seq_lens_q") is not None:
-        torch._dynamo.maybe_mark_dynamic(kwargs["cu_seq_lens_q"], 0)  # S + 1
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):  # usually one tensor
+            torch._dynamo.maybe_mark_dynamic(kwargs[name], 0)  # S + 1
         bound = config.max_length + config.length_multiple  # does as well, and stays the same
         kwargs |= {"max_length_q": bound, "max_length_k": bound}
     try:

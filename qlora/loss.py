@@ -118,6 +118,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss_sum
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        if ctx.gradient is None:
+            text = "This loss has had its backward pass, which frees the gradient that its forward pass made."
+            raise RuntimeError(f"{text} Run forward again for a second backward pass.")
         gradient, ctx.gradient = ctx.gradient, None  # backward of what comes before needs the room
         return gradient.mul_(d_loss), None, None, None

@@ -134,12 +134,18 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     share = f" of {total:,} ({100 * trained / (total + trained):.2f} %)" if trained and total else ""
     clip = config["max_grad_norm"]
     tokens = sum(row.get("num_tokens", 0) for row in record.steps)
+    chosen = record.adapter_step
     return [
         ("Method", "LoRA in fp32 on a base frozen in NF4 with double quantisation; bf16 autocast"),
         ("Rank, alpha, dropout", f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}"),
         ("Adapted layers", ", ".join(record.facts.get("targets", [])) or "all linear layers but the head"),
         ("Trained parameters", f"{trained:,}{share}" if trained else "not recorded"),
         ("Steps, tokens trained on", f"{record.last_step:,}, {tokens:,}"),
+        *(
+            [("Adapter taken after step", f"{chosen:,}, the lowest held-out loss")]
+            if chosen not in (None, record.last_step)
+            else []
+        ),
         ("Samples in a step", f"{batch} ({window}){', packed rows' if config['packing'] else ''}"),
         (
             "Learning rate",
@@ -158,8 +164,9 @@ def _results(record: Record) -> list[tuple[str, str, str]]:
     """Name, held-out loss and perplexity, before and after."""
     if not record.evaluations:
         return []
-    first, last = record.evaluations[0], record.evaluations[-1]
-    rows = [("before" if first["step"] == 0 else f"after step {first['step']}", first), ("after", last)]
+    first, own = record.evaluations[0], record.of_the_adapter
+    assert own is not None
+    rows = [("before" if first["step"] == 0 else f"after step {first['step']}", first), ("after", own)]
     return [(name, f"{row['eval_loss']:.4f}", f"{row['perplexity']:.3f}") for name, row in rows]
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from qlora.guards import require_plain_gradients
 from qlora.libraries import Linear4bit, bitsandbytes
 
 
@@ -219,6 +220,7 @@ class _Copies(torch.autograd.Function):
         return tuple(copies)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None, None]:
         found = [entry for entry in zip(ctx.weights, ctx.scales, gradients, strict=True) if entry[2] is not None]
         added = [torch.empty_like(weight) for weight, _, _ in found]  # [r, K], [N, r], ...
@@ -236,6 +238,9 @@ class _Copies(torch.autograd.Function):
 def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
     """Give layers what they need for one forward and its backward: copies of A and B in autocast's dtype, if it is on.
 
+    Autograd knows the copies only. Their backward adds to `.grad` of A and B, so gradient hooks on A and B never fire and
+    `DistributedDataParallel`, which is built on such hooks, never reduces anything: sum `.grad` over ranks after backward.
+
     Args:
         layers: all that are trained.
         seeded: also a seed each, by which dropout is drawn again where a compiled layer is computed again.
@@ -245,6 +250,7 @@ def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
         seeds = torch.randint(2**31 - 1, (len(layers),), dtype=torch.int32, device=device)  # [layers]
         for layer, seed in zip(layers, seeds.unbind(), strict=True):
             layer.seed = seed
+    require_plain_gradients([weight for layer in layers for weight in layer.adapter])
     for layer in layers:
         layer.copies = None  # those of the last pass
     if torch.is_autocast_enabled(device.type):

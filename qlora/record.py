@@ -89,6 +89,12 @@ class Row(TypedDict):
     perplexity: NotRequired[Number | None]
 
 
+class Finished(TypedDict):
+    """finished.json."""
+
+    adapter_step: NotRequired[int]
+
+
 class Sample(TypedDict):
     """A line of samples.jsonl."""
 
@@ -173,6 +179,7 @@ class Record:
     evaluation: dict[str, Any]  # evaluation.json by python -m qlora evaluate, where it is of the adapter the run ended with
     evaluation_of_another: bool  # whether there is one that is not
     trained_parameters: int | None  # of the adapter, or of the newest checkpoint
+    adapter_step: int | None = None  # whose adapter is in adapter/, once the run has ended; early stopping takes the best
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -185,6 +192,12 @@ class Record:
         rows = [row for row in self.rows if row["event"] == "eval"]
         rows = [row for row in rows if None not in (row.get("eval_loss"), row.get("perplexity"))]
         return [row for row in rows if row.get("held_out") == self.facts.get("held_out", row.get("held_out"))]
+
+    @property
+    def of_the_adapter(self) -> dict[str, Any] | None:
+        """The evaluation of the adapter that the run handed over, or the last one; None if there is none."""
+        own = [row for row in self.evaluations if row["step"] == self.adapter_step]
+        return next(iter([*own, *self.evaluations[-1:]]), None)
 
     @property
     def last_step(self) -> int:
@@ -244,10 +257,11 @@ def read(folder: Path) -> Record:
         facts=_json(folder / run_folder.RUN, Facts),
         settings=_json(folder / "adapter" / "adapter_config.json", Settings),
         rows=_rows(folder / run_folder.METRICS, Row),
-        samples=_rows(folder / "samples.jsonl", Sample),
+        samples=_rows(folder / run_folder.SAMPLES, Sample),
         evaluation=evaluation if is_own else {},
         evaluation_of_another=bool(evaluation) and not is_own,
         trained_parameters=_trained_parameters(folder),
+        adapter_step=_json(folder / run_folder.FINISHED, Finished).get("adapter_step"),
     )
 
 

@@ -174,7 +174,8 @@ def _evaluations(record: Record) -> list[tuple[str, ...]]:
     start = "before training" + (", from the adapter given" if record.config["init_adapter"] else "")
     rows = [(start if evaluations[0]["step"] == 0 else "first", evaluations[0])]
     if len(evaluations) > 1:
-        rows += [("lowest loss", best), ("at the end" if record.status == "finished" else "last so far", last)]
+        chosen = " (adapter/)" if record.adapter_step == best["step"] != last["step"] else ""
+        rows += [(f"lowest loss{chosen}", best), ("at the end" if record.status == "finished" else "last so far", last)]
     return [(name, f"{row['step']:,}", f"{row['eval_loss']:.4f}", f"{row['perplexity']:.3f}") for name, row in rows]
 
 

@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -31,7 +32,7 @@ from qlora.config import (
 if TYPE_CHECKING:
     from qlora.evaluate import HeldOut
 
-LOCK, RUN, FINISHED, METRICS = "run.lock", "run.json", "finished.json", "metrics.jsonl"
+LOCK, RUN, FINISHED, METRICS, SAMPLES = "run.lock", "run.json", "finished.json", "metrics.jsonl", "samples.jsonl"
 # Options that may differ without a word: they change no number of the training, or are compared by what they give.
 FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save_total_limit", "skip_nonfinite", "debug",
         "explain", "trust_remote_code", "target_modules", "eval_file"}  # fmt: skip
@@ -212,7 +213,9 @@ class RunFolder:
         checkpoint.write_file(self.folder / RUN, json.dumps(self.facts, indent=1).encode())
         for folder in self._damaged:  # out of the way of the checkpoints to come, and kept
             folder.rename(_free_name(folder.with_name(f"{folder.name}.damaged")))
-        (self.folder / FINISHED).unlink(missing_ok=True)
+        for made_at_the_end in (FINISHED, SAMPLES):
+            (self.folder / made_at_the_end).unlink(missing_ok=True)
+        self._finished = None
         checkpoint.sync_folder(self.folder)
         self._taken_over = True
 
@@ -274,9 +277,32 @@ class RunFolder:
         """Remove old checkpoints; see checkpoint.prune."""
         checkpoint.prune(self.checkpoints, keep, {step: result.loss for step, result in evaluations.items()})
 
-    def finish(self, step: int) -> None:
-        """Mark the run as done: the last thing that is written but for what is made of the rest, the report and the card."""
-        checkpoint.write_file(self.folder / FINISHED, json.dumps({"step": step}).encode())
+    def load_best(self, model: Any, evaluations: "dict[int, HeldOut]", say: Callable[[str], None]) -> int:
+        """Give the model the adapter of the checkpoint with the lowest held-out loss, for early stopping.
+
+        Returns:
+            The step of the adapter. It is the newest if no checkpoint has a finite loss, or if the best one is damaged.
+        """
+        folders = checkpoint.by_step(self.checkpoints)
+        for step in checkpoint.lowest({step: result.loss for step, result in evaluations.items()}, folders):
+            if step == self.step:
+                return step
+            if problem := checkpoint.problem_of(folders[step]):
+                say(f"Warning: checkpoint {folders[step].name}, the best one, is damaged: {problem}.")
+                return self.step
+            checkpoint.load_adapter(folders[step], model)
+            return step
+        return self.step
+
+    def finish(self, step: int, adapter_step: int) -> None:
+        """Mark the run as complete. Only sample answers, the report and the model card are written later.
+
+        Args:
+            step: last step of the run.
+            adapter_step: step whose adapter is in adapter/; an earlier one after early stopping.
+        """
+        self._finished = {"step": step, "adapter_step": adapter_step}
+        checkpoint.write_file(self.folder / FINISHED, json.dumps(self._finished).encode())
 
     @property
     def step(self) -> int:
@@ -285,6 +311,9 @@ class RunFolder:
 
     def advice(self) -> str:
         """What a run that ends early tells: what is safe, and the command that goes on from it, in the same directory."""
+        if self._finished:
+            text = f"The run is complete, and {self.folder / 'adapter'} is final."
+            return f"{text} Its report may be missing: python -m qlora report {shlex.quote(str(self.folder))}"
         if self.checkpoint is None or not self._is_own(self.checkpoint):
             return "No checkpoint was due yet; the same command starts again."
         safe = f"All up to step {self.step} is safe in {self.checkpoint}."

@@ -172,24 +172,26 @@ class Tracker:
         self.say(f"epoch {epoch}  held-out loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
 
     def ends_early(self, step: int, patience: int | None) -> bool:
-        """Whether the held-out loss has stopped falling; then `step` is the last of the run, and it says which is best."""
+        """Whether the held-out loss has stopped falling; if so, `step` becomes the last step of the run."""
         if step == self.total_steps or not has_stalled(self.evaluations, patience):
             return False
         self.total_steps = step
         self.progress.update(self.task, total=step)
-        found = {at: result.loss for at, result in self.evaluations.items() if not math.isnan(result.loss)}
-        best = min(found, key=lambda at: found[at], default=0)
-        where = f"after step {best}. Checkpoints keep it beside the last, which adapter/ is of"
-        if best == 0:
-            where = "before training: no step made it lower. adapter/ is of the last"
-        self.say(
-            f"Ended early, after step {step}: the lowest held-out loss, {found.get(best, math.nan):.4f}, was that {where}."
-        )
+        self.say(f"Ended early, after step {step}: {patience} evaluations in a row did not lower the held-out loss.")
         return True
 
-    def samples(self, samples: list[Sample], of: str) -> None:
-        """Record and show greedy answers at the end of the run; `of` says which prompts they answer."""
-        rows = [{"step": self.total_steps, **sample._asdict()} for sample in samples]
+    def adapter_chosen(self, step: int) -> None:
+        """Tell which step early stopping took the adapter of, and how its held-out loss compares."""
+        losses = {at: result.loss for at, result in self.evaluations.items()}
+        loss = losses.get(step, math.nan)
+        line = f"adapter/ is that of step {step}, the checkpoint with the lowest held-out loss, {loss:.4f}."
+        if losses.get(0, math.inf) <= loss:
+            line += f" It was {losses[0]:.4f} before training: no step made it lower."
+        self.say(line)
+
+    def samples(self, samples: list[Sample], of: str, step: int) -> None:
+        """Record and show greedy answers of the adapter of `step`; `of` says which prompts they answer."""
+        rows = [{"step": step, **sample._asdict()} for sample in samples]
         write_file(self.run_folder / "samples.jsonl", b"".join(map(_line, rows)))
         for index, sample in enumerate(samples):
             text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample._asdict().items())

@@ -494,3 +494,58 @@ def test_dropout_of_the_model_itself_is_drawn_again_as_it_was(awake, window, pol
                 module.resid_attn_dropout = module.resid_mlp_dropout = torch.nn.Dropout(0.5)
         found.append(step(prepared(model, config, name), config, window, dropout_seed=3))
     assert same(*found) and found[0][0] != step(prepared(awake()[0], config, "none"), config, window)[0]
+
+
+# What CPUs lack: attention in one operator that draws its own dropout. sdpa with dropout takes small operators there.
+@torch.library.custom_op("qlora_test::attention", mutates_args=())
+def dropping_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, H, T, d] each -> [B, H, T, d], and the mask of what it kept [B, H, T, T]."""
+    kept = torch.dropout(torch.ones(query.shape[:3] + key.shape[2:3]), dropout_p, True).to(query.dtype)  # [B, H, T, T]
+    return (_weights(query, key) * kept) @ value, kept
+
+
+def _weights(query, key):
+    scores = (query @ key.transpose(2, 3)).masked_fill(torch.ones(query.shape[2], key.shape[2]).triu(1) > 0, -math.inf)
+    return scores.softmax(-1)
+
+
+def _differentiate(ctx, d_output, _):
+    *leaves, kept = ctx.saved_tensors
+    with torch.enable_grad():
+        query, key, value = (tensor.detach().requires_grad_() for tensor in leaves)
+        ((_weights(query, key) * kept.detach()) @ value).backward(d_output)
+    return query.grad, key.grad, value.grad, None
+
+
+dropping_attention.register_autograd(
+    _differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3], output[1])
+)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(
+    ("attention_dropout", "lora_dropout", "again"), [(0.0, 0.3, 0), (0.3, 0.0, 1), (0.3, 0.3, 1)]
+)  # what draws is computed again; what does not is kept
+def test_attention_that_draws_is_computed_again(awake, window, monkeypatch, attention_dropout, lora_dropout, by_name, again):
+    monkeypatch.setattr(layers, "ATTENTION", {*layers.ATTENTION, "qlora_test::attention"})
+
+    def attend(module, query, key, value, *_, **__):
+        key, value = (tensor.repeat_interleave(module.num_key_value_groups, 1) for tensor in (key, value))
+        tensors = (query, key, value.to(query.dtype))
+        rate = {"dropout_p": attention_dropout} if by_name else {}
+        operator = torch.ops.qlora_test.attention
+        output = operator(*tensors, **rate) if by_name else operator(*tensors, attention_dropout)
+        return output[0].transpose(1, 2).to(torch.bfloat16), None
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "training_sdpa", attend)
+    found = []
+    for policy in ("none", "selective"):
+        model, config = awake(lora_dropout=lora_dropout)
+        with Counter() as counter:
+            found.append((step(prepared(model, config, policy), config, window, dropout_seed=3), counter.counts))
+    (plain, once), (ours, twice) = found
+    assert same(ours, plain)
+    depth, name = len(model.get_decoder().layers), "qlora_test::attention"
+    assert twice[name] - once[name] == again * depth * len(window)
