@@ -263,7 +263,7 @@ def main(config: TrainConfig, stop: Signals) -> None:
         longest = data.row_length(samples, data.longest_rows(samples, config)[-1])
         config, line = choose_layers(config, skeleton, targets, longest, device)
         if not run.accept(config, facts, total_steps=count_steps(config, len(data.epoch_rows(samples, config, 1)))[1]):
-            say(f"{run.folder} holds this very run, and it is complete. Nothing was done.")
+            say(report.when_complete(run.folder))
             return
         say(line)
         run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
@@ -310,14 +310,11 @@ def fine_tune(
             train(config, model, optimizer, loss_sum, samples, held_out, progress, tracker, run, stop)
         adapter_step = run.step
         if config.early_stopping_patience is not None:
-            adapter_step = run.load_best(model, tracker.evaluations, tracker.say)
-            tracker.adapter_chosen(adapter_step)
+            adapter_step = run.load_best(model, tracker)
         checkpoint.write_folder(run.folder / "adapter", dict(checkpoint.adapter_files(model, form.tokenizer)))
         tracker.hyperparameters(config, tracker.evaluations.get(adapter_step))
         run.finish(tracker.total_steps, adapter_step)
         # The run is complete; the answers below are only shown. Generation needs the memory that training no longer does.
         free_training_memory(model, optimizer)
-        file, split = (config.eval_file, "test") if held_out else (config.train_file, "train")
-        shown = data.kept_examples(data.read_examples(str(file), split), held_out or samples, 3)
-        if answers := evaluate.try_samples(model, shown, form, tracker.say):
+        if answers := evaluate.try_samples(model, data.first_examples(config, samples, held_out, 3), form, tracker.say):
             tracker.samples(answers, of="held-out" if held_out else "training", step=adapter_step)

@@ -756,6 +756,12 @@ def _files(config: TrainConfig) -> list[tuple[str, str, str]]:
     return [(config.train_file, "train", "Data"), *held_out]
 
 
+def first_examples(config: TrainConfig, samples: Samples, held_out: Samples | None, count: int) -> list[Example]:
+    """The first `count` examples of the held-out data, or of the training data if there is none."""
+    file, split, _ = _files(config)[-1]
+    return kept_examples(read_examples(file, split), held_out or samples, count)
+
+
 def kept_examples(examples: Iterable[Example], samples: Sequence[Encoded], count: int) -> list[Example]:
     """The first `count` examples that encode_all kept; the rest is not read."""
     lines = {sample.line for sample in samples[:count]}

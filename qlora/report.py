@@ -39,6 +39,14 @@ def run(options: "ReportOptions") -> int:
     return 0
 
 
+def when_complete(folder: Path) -> str:
+    """What the command of a run that is complete tells; it draws the report if an interruption left none."""
+    told = f"{folder} holds this very run, and it is complete."
+    if (folder / "report.html").exists():
+        return f"{told} Nothing was done."
+    return f"{told} Its report was missing: {after_training(folder)}"
+
+
 def after_training(folder: Path) -> str:
     """Write model card, report and plots of a run that has just been marked as finished.
 

@@ -7,7 +7,6 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -31,6 +30,7 @@ from qlora.config import (
 
 if TYPE_CHECKING:
     from qlora.evaluate import HeldOut
+    from qlora.tracking import Tracker
 
 LOCK, RUN, FINISHED, METRICS, SAMPLES = "run.lock", "run.json", "finished.json", "metrics.jsonl", "samples.jsonl"
 # Options that may differ without a word: they change no number of the training, or are compared by what they give.
@@ -277,22 +277,26 @@ class RunFolder:
         """Remove old checkpoints; see checkpoint.prune."""
         checkpoint.prune(self.checkpoints, keep, {step: result.loss for step, result in evaluations.items()})
 
-    def load_best(self, model: Any, evaluations: "dict[int, HeldOut]", say: Callable[[str], None]) -> int:
+    def load_best(self, model: Any, tracker: "Tracker") -> int:
         """Give the model the adapter of the checkpoint with the lowest held-out loss, for early stopping.
+
+        Args:
+            model: with the adapter of the newest checkpoint.
+            tracker: has the evaluations, and logs which step was chosen.
 
         Returns:
             The step of the adapter. It is the newest if no checkpoint has a finite loss, or if the best one is damaged.
         """
         folders = checkpoint.by_step(self.checkpoints)
-        for step in checkpoint.lowest({step: result.loss for step, result in evaluations.items()}, folders):
-            if step == self.step:
-                return step
-            if problem := checkpoint.problem_of(folders[step]):
-                say(f"Warning: checkpoint {folders[step].name}, the best one, is damaged: {problem}.")
-                return self.step
-            checkpoint.load_adapter(folders[step], model)
-            return step
-        return self.step
+        losses = {step: result.loss for step, result in tracker.evaluations.items()}
+        chosen = next(iter(checkpoint.lowest(losses, folders)), self.step)
+        if chosen != self.step and (problem := checkpoint.problem_of(folders[chosen])):
+            tracker.say(f"Warning: checkpoint {folders[chosen].name}, the best one, is damaged: {problem}.")
+            chosen = self.step
+        if chosen != self.step:
+            checkpoint.load_adapter(folders[chosen], model)
+        tracker.adapter_chosen(chosen)
+        return chosen
 
     def finish(self, step: int, adapter_step: int) -> None:
         """Mark the run as complete. Only sample answers, the report and the model card are written later.

@@ -177,16 +177,18 @@ class Tracker:
             return False
         self.total_steps = step
         self.progress.update(self.task, total=step)
-        self.say(f"Ended early, after step {step}: {patience} evaluations in a row did not lower the held-out loss.")
+        self.say(f"Ended early, after step {step}: the held-out loss stopped falling (--early-stopping-patience {patience}).")
         return True
 
     def adapter_chosen(self, step: int) -> None:
         """Tell which step early stopping took the adapter of, and how its held-out loss compares."""
         losses = {at: result.loss for at, result in self.evaluations.items()}
-        loss = losses.get(step, math.nan)
-        line = f"adapter/ is that of step {step}, the checkpoint with the lowest held-out loss, {loss:.4f}."
-        if losses.get(0, math.inf) <= loss:
-            line += f" It was {losses[0]:.4f} before training: no step made it lower."
+        start, loss = losses.pop(0, math.inf), losses.get(step, math.nan)
+        is_best = loss == min(losses.values(), key=lambda value: (math.isnan(value), value), default=math.nan)
+        rank = "the checkpoint with the lowest held-out loss" if is_best else "whose held-out loss is not the lowest"
+        line = f"adapter/ is that of step {step}, {rank}, {loss:.4f}."
+        if start <= loss:
+            line += f" It was {start:.4f} before training: no step made it lower."
         self.say(line)
 
     def samples(self, samples: list[Sample], of: str, step: int) -> None:

@@ -460,7 +460,7 @@ def test_held_out_losses_that_turned_or_were_left_behind_are_told(tmp_path):
     assert "The best adapter of the run" not in dict(caveats(record.read(folder)))
     add_rows(folder, evaluation(60, 0.5))
     found = dict(caveats(record.read(folder)))
-    assert "0.0661 after step 60 and 0.5000 at the end" in found["The best adapter of the run"]
+    assert "0.0661 after step 60, and 0.5000 after step 60, whose adapter" in found["The best adapter of the run"]
     assert "the held-out loss 0.5000" in found["Learning without learning by heart"]
 
 

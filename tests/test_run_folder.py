@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train_loop
-from qlora import checkpoint, run_folder
+from qlora import checkpoint, evaluate, model_card, record, report, run_folder
 from qlora.__main__ import train as command_line
+from qlora.caveats import caveats
 from qlora.config import BUNDLED_TRAIN, ExitCode, UserError, parse
 from qlora.run_folder import RunFolder
 from tests.faults.harness import rows, tensors
@@ -46,6 +49,13 @@ def cut(straight: Path, folder: Path, step: int) -> Path:
     return folder
 
 
+SAMPLE = evaluate.Sample("prompt", "base", "tuned", "reference")
+
+
+def adapter_of(model) -> dict[str, torch.Tensor]:
+    return {n.replace(".default.", "."): p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
 
@@ -54,8 +64,8 @@ def test_a_run_ends_early_for_good_and_goes_on_when_told_to(tiny, tmp_path, caps
     folder = tmp_path / "run"
     flags = ["--learning-rate", "1e-12", "--num-train-epochs", "4", "--early-stopping-patience"]
     assert run(folder, *flags, "1") == 0
-    assert "Ended early, after step 6: the lowest held-out loss" in capsys.readouterr().out
-    assert json.loads((folder / "finished.json").read_text()) == {"step": 6}
+    assert "Ended early, after step 6: " in capsys.readouterr().out
+    assert json.loads((folder / "finished.json").read_text()) == {"step": 6, "adapter_step": 6}
     assert json.loads((folder / "samples.jsonl").read_text().splitlines()[0])["step"] == 6
     assert run(folder, *flags, "1") == 0 and "it is complete" in capsys.readouterr().out
     for name in ("finished.json", "samples.jsonl"):  # as if it had been killed after the evaluation
@@ -65,6 +75,92 @@ def test_a_run_ends_early_for_good_and_goes_on_when_told_to(tiny, tmp_path, caps
     assert run(folder, *flags, "2", "--override", "early_stopping_patience") == 0
     assert "Ended early, after step 12" in capsys.readouterr().out
     assert max(checkpoint.by_step(folder / "checkpoints")) == 12
+
+
+@pytest.mark.parametrize("ends_early", [True, False])
+def test_early_stopping_hands_over_the_best_adapter_and_names_its_step(tiny, tmp_path, capsys, monkeypatch, ends_early):
+    """Losses of evaluations are made up: the lowest is that after epoch 1, of 6 steps."""
+    losses = iter([4.0, 1.0, 2.0, 3.0, 3.5])
+    monkeypatch.setattr(evaluate, "evaluate_loss", lambda *_: evaluate.HeldOut(loss := next(losses), math.exp(loss), 10))
+    folder, answered = tmp_path / "run", []
+    monkeypatch.setattr(evaluate, "sample_responses", lambda model, *_: answered.append(adapter_of(model)) or [SAMPLE])
+    flags = ["--learning-rate", "1e-2", "--num-train-epochs", "4" if ends_early else "3", "--save-total-limit", "2"]
+    assert run(folder, *flags, "--early-stopping-patience", "2" if ends_early else "9") == 0
+    out = capsys.readouterr().out
+    assert "adapter/ is that of step 6, the checkpoint with the lowest held-out loss, 1.0000.\n" in out
+    assert ("Ended early, after step 18: the held-out loss stopped falling (--early-stopping" in out) == ends_early
+    assert json.loads((folder / "finished.json").read_text()) == {"step": 18, "adapter_step": 6}
+    assert json.loads((folder / "samples.jsonl").read_text())["step"] == 6
+    names = [folder / place / checkpoint.ADAPTER for place in ("adapter", "checkpoints/step-000006", "checkpoints/step-000018")]
+    handed_over, best, last = (path.read_bytes() for path in names)
+    assert handed_over == best != last
+    found = load_file(names[1])
+    assert all(torch.equal(tensor, found[name]) for name, tensor in answered[0].items())
+    shown = record.read(folder)
+    assert shown.adapter_step == 6 and shown.of_the_adapter["eval_loss"] == 1.0
+    assert ("after", "1.0000", f"{math.e:.3f}") in model_card._results(shown)
+    assert "Adapter taken after step" in dict(model_card._settings(shown))
+    assert not any("best adapter" in caveat.gap for caveat in caveats(shown))
+    assert ("lowest loss (adapter/)", "6") in {row[:2] for row in report._evaluations(shown)}
+
+
+def test_a_damaged_best_checkpoint_is_told_and_the_last_one_taken(tiny, tmp_path, capsys, monkeypatch):
+    losses = iter([4.0, 1.0, 2.0])
+    monkeypatch.setattr(evaluate, "evaluate_loss", lambda *_: evaluate.HeldOut(next(losses), 2.0, 10))
+    folder = tmp_path / "run"
+    original = run_folder.RunFolder.load_best
+
+    def damaged(self, *arguments):
+        (folder / "checkpoints" / "step-000006" / checkpoint.ADAPTER).write_bytes(b"x")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(run_folder.RunFolder, "load_best", damaged)
+    assert run(folder, "--num-train-epochs", "2", "--early-stopping-patience", "9") == 0
+    out = capsys.readouterr().out
+    assert "Warning: checkpoint step-000006, the best one, is damaged: " in out and "adapter/ is that of step 12, " in out
+    assert json.loads((folder / "finished.json").read_text()) == {"step": 12, "adapter_step": 12}
+
+
+# -- the end of a run --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB"), "memory ran out (CUDA out of memory. Tried to"),
+     (AttributeError("'NoneType' object has no attribute 'shape'"), "AttributeError ('NoneType' object has no")],
+)  # fmt: skip
+def test_sample_answers_that_fail_are_a_warning_of_a_complete_run(tiny, tmp_path, capsys, monkeypatch, error, words):
+    folder, flags = tmp_path / "run", ["--max-steps", "2"]
+
+    def fail(model, *_):
+        assert (folder / "finished.json").exists() and all(parameter.grad is None for parameter in model.parameters())
+        raise error
+
+    monkeypatch.setattr(evaluate, "generate", fail)
+    assert run(folder, *flags) == 0
+    out = capsys.readouterr().out
+    assert f"Warning: no sample answers were generated: {words}" in out and "The run is complete without them." in out
+    assert checkpoint.verify(folder / "adapter") is None and not (folder / "samples.jsonl").exists()
+    assert run(folder, *flags) == 0 and "it is complete" in capsys.readouterr().out
+    assert record.read(folder).status == "finished"
+
+
+def test_answers_of_an_earlier_end_do_not_outlive_it(tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    assert run(folder, "--max-steps", "2") == 0 and (folder / "samples.jsonl").exists()
+    monkeypatch.setattr(evaluate, "sample_responses", lambda *_: [])
+    assert run(folder, "--max-steps", "3", "--override", "max_steps") == 0
+    assert not (folder / "samples.jsonl").exists()
+
+
+def test_a_complete_run_without_its_report_gets_one(tiny, tmp_path, monkeypatch, capsys):
+    folder, drawn = tmp_path / "run", []
+    assert run(folder, "--max-steps", "2") == 0  # here, reports are left out
+    monkeypatch.setattr(report, "after_training", lambda path: drawn.append(path) or "drawn")
+    assert run(folder, "--max-steps", "2") == 0 and drawn == [folder]
+    assert "Its report was missing: drawn" in capsys.readouterr().out
+    (folder / "report.html").touch()
+    assert run(folder, "--max-steps", "2") == 0 and drawn == [folder]
 
 
 def test_early_stopping_wants_held_out_data(tiny, tmp_path, capsys):

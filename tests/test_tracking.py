@@ -33,7 +33,7 @@ def track(folder, terminal: bool, width: int = 150) -> str:
         tracker.steps([row(step) for step in range(2, 8)])
         tracker.held_out(7, 1, HeldOut(0.5, 1.649, 10))
         tracker.hyperparameters(TrainConfig(), HeldOut(0.5, 1.649, 10))
-        tracker.samples([SAMPLE], of="held-out")
+        tracker.samples([SAMPLE], of="held-out", step=7)
     return out.getvalue()
 
 
@@ -214,10 +214,11 @@ def test_the_closing_words_have_the_measured_peak_beside_the_prediction(tmp_path
 
 @pytest.mark.parametrize(
     ("losses", "words"),
-    [({0: 1.0, 3: 2.0}, "was that before training: no step made it lower"),
-     ({0: math.nan, 3: 1.0, 6: 2.0}, "1.0000, was that after step 3. Checkpoints keep it")],
+    [({0: 1.0, 3: 2.0}, "lowest held-out loss, 2.0000. It was 1.0000 before training: no step made it lower.\n"),
+     ({0: math.nan, 3: 1.0, 6: 2.0}, "adapter/ is that of step 3, the checkpoint with the lowest held-out loss, 1.0000.\n"),
+     ({0: 4.0, 3: 1.0, 6: 2.0}, "with the lowest held-out loss, 1.0000.\n")],
 )  # fmt: skip
-def test_a_run_that_ends_early_says_which_evaluation_was_best(tmp_path, losses, words):
+def test_a_run_that_ends_early_says_which_adapter_it_took(tmp_path, losses, words):
     told = io.StringIO()
     with tracking.Tracker(tmp_path, Console(file=told, width=200), step=0) as tracker:
         tracker.begin(0, total_steps=9, logging_steps=3)
@@ -225,4 +226,6 @@ def test_a_run_that_ends_early_says_which_evaluation_was_best(tmp_path, losses, 
             tracker.held_out(at, 1, HeldOut(loss, 2.0, 10))
         assert not tracker.ends_early(9, 1)  # it ends there anyway
         assert tracker.ends_early(max(losses), 1) and tracker.total_steps == max(losses)
-    assert words in told.getvalue()
+        tracker.adapter_chosen(3)
+    told = told.getvalue()
+    assert f"Ended early, after step {max(losses)}: the held-out loss stopped falling" in told and words in told

@@ -63,11 +63,17 @@ PHASES = {
     "evaluation": Phase(
         evaluate, "evaluate_loss", lambda call, *_: call == 2, [2, 4], [2, 4], "x/qlora/__main__.py", ("python", "-m", "qlora")
     ),
-    "adapter": Phase(checkpoint, "write_folder", lambda _, folder, *__: folder.name == "adapter", [8, 12], [8, 12]),
-    "generation": Phase(
-        evaluate, "generate", lambda call, *_: call == 1, [8, 12], [8, 12], "/venv/bin/qlora-train", ("qlora-train",)
+    "adapter": Phase(
+        checkpoint,
+        "write_folder",
+        lambda _, folder, *__: folder.name == "adapter",
+        [8, 12],
+        [8, 12],
+        "/venv/bin/qlora-train",
+        ("qlora-train",),
     ),
 }
+ANSWERS = Phase(evaluate, "generate", lambda call, *_: call == 1, [8, 12], [8, 12])
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +176,17 @@ def test_two_signals_end_it_at_once(case: Case, tmp_path, record, name: str):
     pairs = [(NUMBERS[0], NUMBERS[0]), NUMBERS if name == "step" else (NUMBERS[1], NUMBERS[1])]
     all_pass({f"trial-{second.name}": trial(first, second) for first, second in pairs}, tmp_path)
     record(f"SIGINT or SIGTERM, twice: {name}", len(pairs), start)
+
+
+@pytest.mark.parametrize("second", [None, signal.SIGTERM], ids=["once", "twice"])
+def test_a_signal_during_the_sample_answers_leaves_a_complete_run(case: Case, tmp_path, second):
+    folder = tmp_path / "run"
+    assert ended(case.start(folder, before=send(ANSWERS, signal.SIGTERM, second))) == 143, log(folder).read_text()
+    assert case.check_what_is_there(folder) == [8, 12] and not (folder / "samples.jsonl").exists()
+    words = f"Stopped by SIGTERM. The run is complete, and {folder / 'adapter'} is final."
+    assert (words in log(folder).read_text()) == (second is None)
+    case.finish(folder)
+    assert "it is complete" in log(folder).read_text() and not (folder / "samples.jsonl").exists()
 
 
 def test_a_signal_while_imports_run_ends_it_at_once(case: Case, tmp_path):
