@@ -254,11 +254,11 @@ def main(config: TrainConfig, stop: Signals) -> None:
         say(f"Attention: {attn.implementation} ({attn.reason})")
         targets = audit_targets(skeleton, config)
         console.print(tracking.targets_table(targets, skeleton.num_parameters()))
-        form = data.read_format(load_tokenizer(source, skeleton, config), config.prompt_format)
+        form = data.read_format(load_tokenizer(source, skeleton, config), config.prompt_format, run.date)
         samples, held_out = data.encode_files(config, columns, form, say)
         facts: dict[str, Any] = {"data": samples.sha256, "held_out": held_out.sha256 if held_out else None}
         facts |= {"targets": sorted(f"{target.name} x {len(target.layers)}" for target in targets), "device": device.type}
-        facts |= {"environment": tracking.environment(device), "parameters": skeleton.num_parameters()}
+        facts |= {"environment": tracking.environment(device), "parameters": skeleton.num_parameters(), "date": form.date}
         facts["counts"] = [samples.counts, held_out.counts if held_out else None]
         longest = data.row_length(samples, data.longest_rows(samples, config)[-1])
         config, line = choose_layers(config, skeleton, targets, longest, device)

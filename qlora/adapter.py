@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, NotRequired, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -67,6 +67,7 @@ class Facts(TypedDict):
     config: OfTheRun
     device: str
     weights: str
+    date: NotRequired[str]
 
 
 class Adapter(NamedTuple):
@@ -130,7 +131,7 @@ def open_adapter(
     config = dataclasses.replace(config, attn_implementation=attn.implementation)
     own_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder) if own_tokenizer else source, skeleton, config)
-    form = data.read_format(tokenizer, config.prompt_format)
+    form = data.read_format(tokenizer, config.prompt_format, facts.get("date") if facts else None)  # prompts as in training
     return Adapter(folder, lora, config, source, skeleton, form, place, facts, tuple(notes))
 
 

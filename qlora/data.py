@@ -6,6 +6,7 @@ A *token* is a label that is trained after the shift by one: the hidden state at
 
 import bisect
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -395,6 +396,7 @@ class Format(NamedTuple):
     begin_ids: tuple[int, ...]  # a BOS, where the tokenizer puts one; in the chat form the template brings its own
     stop_id: int  # the tokenizer's eos in the plain form, the template's turn end in the chat form
     special: re.Pattern[str]  # finds the text of a special token
+    date: str  # ISO 8601, local time; what a template that prints the date is told, so that ids do not change overnight
 
     def mark(self, message: Message) -> Message:
         """The message with marks around all that reads like a special token, so that `ids` takes it for plain text."""
@@ -428,33 +430,39 @@ class Format(NamedTuple):
         return both[len(before) :] if both[: len(before)] == before else self._tokenize(text, split_special)
 
 
-def read_format(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat) -> Format:
+def read_format(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat, date: str | None = None) -> Format:
     """The form to train and to prompt in.
+
+    Args:
+        tokenizer: with a chat template for the chat form.
+        name: of the form.
+        date: of the run (ISO 8601), for templates that print the date, such as Llama 3's; None takes the current time.
 
     Raises:
         UserError: exit 2 if the tokenizer has no eos, no template, or a template that ends a turn without a special token.
     """
     texts = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, texts)) or r"(?!)")  # the longest first; or what matches nothing
+    date = date or datetime.datetime.now().isoformat(timespec="seconds")
     if name == "plain":
         if tokenizer.eos_token_id is None:
             why = "The tokenizer has no eos token, so nothing would teach the model to stop. Use --prompt-format chat."
             raise UserError(ExitCode.CONFIGURATION, why)
         first = tokenizer("a").input_ids[0]
         begin_ids = (first,) if first == tokenizer.bos_token_id else ()
-        return Format(tokenizer, name, begin_ids, tokenizer.eos_token_id, special)
+        return Format(tokenizer, name, begin_ids, tokenizer.eos_token_id, special, date)
     if tokenizer.chat_template is None:
         why = "--prompt-format chat: the tokenizer has no chat template. Use --prompt-format plain."
         raise UserError(ExitCode.CONFIGURATION, why)
     try:
-        turn = _render(tokenizer, [Message("user", "question"), Message("assistant", "answer")], add_generation_prompt=False)
+        turn = _render(tokenizer, date, [Message("user", "question"), Message("assistant", "answer")])
     except ValueError as error:
         raise UserError(ExitCode.CONFIGURATION, f"--prompt-format chat: {error}. Use --prompt-format plain.") from None
     tail = tokenizer(turn.rpartition("answer")[2].lstrip(), add_special_tokens=False).input_ids
     if not tail or tail[0] not in tokenizer.added_tokens_decoder:
         why = "the template ends an answer without a special token, so the model could not learn to stop"
         raise UserError(ExitCode.CONFIGURATION, f"--prompt-format chat: {why}. Use --prompt-format plain.")
-    return Format(tokenizer, name, (), tail[0], special)
+    return Format(tokenizer, name, (), tail[0], special, date)
 
 
 def encode_prompt(messages: tuple[Message, ...], form: Format) -> list[int]:
@@ -513,15 +521,15 @@ def _chat_turns(messages: tuple[Message, ...], form: Format) -> Iterator[tuple[s
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        prompt = _render(form.tokenizer, messages[:index], add_generation_prompt=True)
+        prompt = _render(form.tokenizer, form.date, messages[:index], add_generation_prompt=True)
         before = stop_text if done else ""
         if not message.content:
             yield before, prompt.removeprefix(done), ""
             return
         marker = "(the answer)"
-        marked = _render(form.tokenizer, (*messages[:index], message._replace(content=marker)), add_generation_prompt=False)
+        marked = _render(form.tokenizer, form.date, (*messages[:index], message._replace(content=marker)))
         lead = marked.removeprefix(prompt).partition(marker)[0]
-        rest = _render(form.tokenizer, messages[: index + 1], add_generation_prompt=False).removeprefix(prompt + lead)
+        rest = _render(form.tokenizer, form.date, messages[: index + 1]).removeprefix(prompt + lead)
         answer = message.content if rest.startswith(message.content) else message.content.strip()
         if not prompt.startswith(done):
             raise ValueError(
@@ -535,9 +543,16 @@ def _chat_turns(messages: tuple[Message, ...], form: Format) -> Iterator[tuple[s
         done = prompt + lead + rest[: end + len(stop_text)]
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: Iterable[Message], add_generation_prompt: bool) -> str:
+def _render(
+    tokenizer: "PreTrainedTokenizerBase", date: str, messages: Iterable[Message], add_generation_prompt: bool = False
+) -> str:
+    from transformers.utils.chat_template_utils import _compile_jinja_template  # here, as it imports torch
+
     conversation = [message._asdict() for message in messages]
     try:
+        # transformers compiles a template once and keeps it; `strftime_now` is all that a template can ask of the clock.
+        clock = datetime.datetime.fromisoformat(date)
+        _compile_jinja_template(tokenizer.get_chat_template()).globals["strftime_now"] = clock.strftime
         return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt))
     except jinja2.TemplateError as error:  # raised by templates themselves, against system messages for one
         raise ValueError(f"the chat template refuses the conversation: {error}") from None

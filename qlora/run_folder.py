@@ -8,7 +8,7 @@ import shlex
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NotRequired, get_args
 
 import torch
 from rich.console import Console
@@ -63,6 +63,7 @@ class Facts(TypedDict):
     device: str
     history: list[dict]
     origin: str | None
+    date: NotRequired[str]
 
 
 class RunFolder:
@@ -159,6 +160,12 @@ class RunFolder:
         known = EARLIER | before["config"]
         resolved: dict[str, Any] = {name: known[name] for name in RESOLVED if getattr(config, name) == "auto"}
         return dataclasses.replace(config, **resolved)
+
+    @property
+    def date(self) -> str | None:
+        """When this run began (ISO 8601), which its chat template may print; None for a new run."""
+        _, before = self._begun()
+        return before.get("date") if before else None
 
     def accept(self, config: TrainConfig, facts: dict[str, Any], total_steps: int) -> bool:
         """Compare this run with the one that the folder holds. Nothing is touched yet; see take_over.

@@ -1,6 +1,7 @@
 """What a run goes on from, and when it may not; through the command line, on the tiny model."""
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import train_loop
-from qlora import checkpoint, evaluate, model_card, record, report, run_folder
+from qlora import checkpoint, data, evaluate, model_card, record, report, run_folder
 from qlora.__main__ import train as command_line
+from qlora.adapter import open_adapter
 from qlora.caveats import caveats
 from qlora.config import BUNDLED_TRAIN, ExitCode, UserError, parse
 from qlora.run_folder import RunFolder
@@ -166,6 +168,51 @@ def test_a_complete_run_without_its_report_gets_one(tiny, tmp_path, monkeypatch,
 def test_early_stopping_wants_held_out_data(tiny, tmp_path, capsys):
     flags = ["--train-file", str(BUNDLED_TRAIN), "--early-stopping-patience", "2"]
     assert run(tmp_path / "run", *flags) == ExitCode.CONFIGURATION and "--eval-file" in capsys.readouterr().err
+
+
+# -- a chat template that prints the date ------------------------------------------------------------------------------
+
+DATED = """{%- if strftime_now is defined %}{{ strftime_now('%d %b %Y %H:%M:%S %f') }} {% endif -%}
+{%- for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor -%}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+
+@pytest.fixture
+def dated(tiny, tmp_path) -> list[str]:
+    """Flags for the tiny model with a template that prints the date to the microsecond."""
+    shutil.copytree(tiny, tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    assert template.exists()
+    template.write_text(DATED)
+    return ["--model", str(tmp_path / "model"), "--prompt-format", "chat", "--max-length", "400"]
+
+
+def test_a_template_with_the_date_does_not_stop_a_run_from_going_on(dated, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run(folder, *dated, "--max-steps", "1", "--save-total-limit", "9") == 0
+    first = json.loads((folder / "run.json").read_text())
+    assert run(folder, *dated, "--max-steps", "1") == 0 and "it is complete" in capsys.readouterr().out
+    (folder / "run.json").unlink()  # then the checkpoint tells it
+    assert run(folder, *dated, "--max-steps", "2", "--override", "max_steps") == 0
+    second = json.loads((folder / "run.json").read_text())
+    assert (first["date"], first["data"], first["held_out"]) == (second["date"], second["data"], second["held_out"])
+    branch = tmp_path / "branch"
+    assert run(branch, *dated, "--max-steps", "3", "--resume", str(folder), "--override", "max_steps") == 0
+    assert json.loads((branch / "run.json").read_text())["date"] == first["date"]
+    assert run(tmp_path / "another", *dated, "--max-steps", "1") == 0
+    other = json.loads((tmp_path / "another" / "run.json").read_text())
+    assert other["date"] > first["date"] and other["data"] != first["data"]
+
+
+def test_a_trained_adapter_is_prompted_with_the_date_of_its_run(dated, tmp_path):
+    folder = tmp_path / "run"
+    assert run(folder, *dated, "--max-steps", "1") == 0
+    date = json.loads((folder / "run.json").read_text())["date"]
+    adapter = open_adapter(folder, device="cpu")
+    ids = data.encode_prompt((data.Message("user", "Hello"),), adapter.form)
+    text = f"{datetime.datetime.fromisoformat(date):%d %b %Y %H:%M:%S %f} <|user|>Hello<|end|><|assistant|>"
+    assert adapter.form.tokenizer.decode(ids) == text
+    assert data.read_format(adapter.form.tokenizer, "chat").date > date  # of no run: now
 
 
 # -- exactness ---------------------------------------------------------------------------------------------------------
