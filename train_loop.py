@@ -37,7 +37,7 @@ from qlora.loss import read_head, token_loss_sum
 from qlora.memory import explained, leave_no_gaps, memory_terms, peak_memory_gib, probe_memory
 from qlora.model import (
     add_adapters,
-    audit_targets,
+    checked_targets,
     fingerprint,
     load_nf4_model,
     load_skeleton,
@@ -252,7 +252,7 @@ def main(config: TrainConfig, stop: Signals) -> None:
         attn = attention.choose_attention(config, device, skeleton)
         config = dataclasses.replace(config, attn_implementation=attn.implementation)
         say(f"Attention: {attn.implementation} ({attn.reason})")
-        targets = audit_targets(skeleton, config)
+        targets = checked_targets(skeleton, config, say)
         console.print(tracking.targets_table(targets, skeleton.num_parameters()))
         form = data.read_format(load_tokenizer(source, skeleton, config), config.prompt_format, run.date)
         samples, held_out = data.encode_files(config, columns, form, say)

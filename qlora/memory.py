@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,9 +14,7 @@ from qlora.config import TrainConfig
 from qlora.data import Samples, longest_rows, rounded, training_batches
 from qlora.guards import out_of_memory_told
 from qlora.loss import CHUNK_TOKENS
-
-if TYPE_CHECKING:
-    from qlora.model import Target
+from qlora.model import Target, nf4_layers, uncovered
 
 ATTENTION_INPUTS = ("qkv_proj", "q_proj", "k_proj", "v_proj")  # layers whose output attention reads
 LEAST_LENGTH, LEAST_RANK = 128, 4  # below which a run would hardly be the one that was wanted
@@ -44,7 +42,7 @@ def leave_no_gaps() -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longest: int) -> dict[str, float]:
+def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest: int) -> dict[str, float]:
     """What a step's tensors take on a GPU when they take the most, in GiB, term by term, from the shape alone.
 
     The sum is within 5 % of the peaks of Phi-3-mini in benchmarks/results (plan, tokens, train_step, ladders and peers of the
@@ -58,9 +56,10 @@ def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longe
         longest: tokens of the longest row.
     """
     shape = model.config.get_text_config()
-    hidden, layers, heads = shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads
+    hidden, layers = shape.hidden_size, shape.num_hidden_layers
+    heads = getattr(shape, "num_attention_heads", 0)  # Mamba has none
     inner = getattr(shape, "intermediate_size", 4 * hidden)
-    linear = sum(module.weight.numel() for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear))
+    linear, in_bf16 = sum(layer.weight.numel() for layer in nf4_layers(model).values()), uncovered(model).parameters
     names = [name for target in targets for name in target.layers] if config.cache_dequantized else []
     trained = sum(target.adapter_parameters for target in targets)
     moment = 4 if config.optimizer == "adamw" else 1 + 4 / 256  # bytes: fp32, or 8 bits and an fp32 scale for each 256
@@ -84,7 +83,8 @@ def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longe
     staying, scored = tokens * layers * kept[config.gradient_checkpointing], score_copies * scores
     terms = {
         "base in NF4": NF4_BYTES * linear,
-        "embeddings, head, norms": 2 * (model.num_parameters() - linear),
+        "weights not in NF4": 2 * in_bf16,
+        "embeddings, head, norms": 2 * (model.num_parameters() - linear - in_bf16),
         "base in bf16": 2 * sum(model.get_submodule(name).weight.numel() for name in names),
         "adapters in fp32": 4 * trained,
         "their gradients": 4 * trained,
@@ -103,7 +103,7 @@ def memory_terms(model: Any, targets: "list[Target]", config: TrainConfig, longe
     return {name: size / 2**30 for name, size in terms.items()}
 
 
-def estimated_memory_gib(model: Any, targets: "list[Target]", config: TrainConfig, longest: int) -> float:
+def estimated_memory_gib(model: Any, targets: list[Target], config: TrainConfig, longest: int) -> float:
     """The sum of `memory_terms`, in GiB."""
     return sum(memory_terms(model, targets, config, longest).values())
 

@@ -1,11 +1,14 @@
 """The model: tokenizer, NF4 loading, adapters, and the audit of what the adapters hang on."""
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +21,10 @@ from qlora.guards import is_out_of_memory
 from qlora.libraries import bitsandbytes, peft, transformers
 
 Precision = Literal["nf4", "int8", "bf16"]  # of a base model's linear layers
+# A part of a module's name by which it decides which experts see a token: router, router_mlp, gate, shared_expert_gate.
+ROUTER = re.compile(r"(^|\.)(\w*router\w*|gate|\w*expert_gate)(\.|$)")
+UNCOVERED_LIMIT = 0.1  # dense families are below 0.08, mixtures of experts above 0.5
+LISTED = 5  # module names in a message
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -59,10 +66,14 @@ def check_quantization(source: str, found: dict[str, Any] | None) -> None:
         UserError: exit 2.
     """
     wanted = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    seen = {name: getattr(value := (found or wanted).get(name), "value", value) for name in wanted}
+    wanted |= {"bnb_4bit_quant_storage": "uint8"}  # other dtypes serve FSDP only; the operators here read bytes
+    told = wanted if found is None else {"bnb_4bit_quant_storage": "uint8", **found}
+    seen = {name: getattr(value := told.get(name), "value", value) for name in wanted}
     if seen != wanted:
         text = f"{source} is quantised already, with {', '.join(f'{name} {value}' for name, value in seen.items())}."
-        advice = "This loop trains on NF4 with double quantisation: name the model in bf16, or one that bitsandbytes saved so."
+        advice = (
+            "This loop trains on NF4 with double quantization, stored as uint8. Name the model in bf16, or one saved that way."
+        )
         raise UserError(ExitCode.CONFIGURATION, f"{text} {advice}")
 
 
@@ -128,14 +139,23 @@ def load_base_model(
     if surplus := sorted(name for name in loaded["unexpected_keys"] if ".layers." in name):  # and leave these out
         text = f"Model {source} has {len(surplus)} tensors that its config.json does not know, {surplus[0]} first."
         raise UserError(ExitCode.ENVIRONMENT, f"{text} The two do not belong together.")
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # only for a loss that is not trained here, and generation fails with it
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if precision == "nf4" and not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules()):
+        text = f"No layer of {source} is in NF4 after loading. bitsandbytes quantizes torch.nn.Linear only, not"
+        raise UserError(ExitCode.CONFIGURATION, f"{text} {', '.join(_linear_classes(model)) or 'other classes'}.")
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # A checkpoint brings its own dtypes, often fp16 or fp32. Evaluation would compute in them, training never does,
+            # and activations of 7e4 are infinite in fp16.
+            module.compute_dtype, module.compute_type_is_set = torch.bfloat16, True
+            packed: Any = module.weight
+            packed.quant_state.dtype = torch.bfloat16
             # On a CPU with AVX512-BF16 an eval forward would repack the weight in place, and every later backward would
             # read the repacked bytes as if they were not: gradients of relative error 1.0, under a loss that looks right.
             module.support_avx512bf16_for_cpu = False
-            packed: Any = module.weight
             stored, wanted = tuple(packed.quant_state.shape), (module.out_features, module.in_features)
             if stored != wanted:  # packed weights are all of one shape, so that loading cannot tell
                 text = f"Model {source} has a weight of shape {stored} where its config.json says {wanted}."
@@ -200,6 +220,8 @@ def _advice(error: BaseException, source: str) -> str:
     text = f"{error} {error.__cause__}".lower()
     if "trust_remote_code" in text:
         return "it comes with Python code of its own. Read that code, then pass --trust-remote-code; Phi-3 needs none."
+    if "unrecognized configuration class" in text:
+        return "it is not a decoder-only language model, which is what this loop trains."
     if isinstance(error, RuntimeError):
         return "its weights and its config.json do not belong together."
     if Path(source).is_dir():
@@ -223,12 +245,105 @@ class Target(NamedTuple):
     adapter_parameters: int
 
 
+def nf4_layers(model: Any) -> dict[str, torch.nn.Linear]:
+    """Name -> linear layer that is in NF4, or that will be once the model is loaded.
+
+    Before loading it asks transformers' own rule: plain torch.nn.Linear only, so neither a subclass, such as Falcon's, nor
+    experts that are fused into one parameter; and neither the head nor what is tied to it.
+    """
+    if getattr(model, "is_loaded_in_4bit", False):
+        return {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    from transformers.quantizers.base import HfQuantizer  # here, as qlora.libraries must be the first to import bitsandbytes
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    own = getattr(model.config, "quantization_config", None) or {}  # of a checkpoint that is quantized already
+    skip = own.get("llm_int8_skip_modules") if isinstance(own, dict) else own.llm_int8_skip_modules
+    left_out = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+    plain = ((name, module) for name, module in model.named_modules() if type(module) is torch.nn.Linear)
+    return {name: module for name, module in plain if should_convert_module(name, left_out)}
+
+
 def linear_layers(model: Any) -> dict[str, torch.nn.Linear]:
-    """Name -> linear layer of the decoder: not the head, whose frozen weight the loss reads, nor a vision tower."""
-    decoder = model.get_decoder()
-    inside = {id(module) for module in decoder.modules()} - {id(model.get_output_embeddings())}
-    named = model.named_modules()
-    return {name: module for name, module in named if id(module) in inside and isinstance(module, torch.nn.Linear)}
+    """Name -> linear layer of the decoder that can get an adapter: in NF4, and no router of experts.
+
+    Nor the head, whose frozen weight the loss reads, nor layers of a vision tower.
+    """
+    inside = {id(module) for module in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
+    layers = nf4_layers(model).items()
+    return {name: layer for name, layer in layers if id(layer) in inside and not ROUTER.search(name)}
+
+
+class Uncovered(NamedTuple):
+    """The weights that are neither in NF4 nor adapted, embeddings, head, norms and biases aside."""
+
+    parameters: int
+    share: float  # of all weights but embeddings, head, norms and biases
+    modules: tuple[str, ...]  # that hold them, the largest first; N stands for the number of a layer
+
+    def __str__(self) -> str:
+        """For messages."""
+        names = ", ".join(self.modules[:LISTED]) + (", ..." if len(self.modules) > LISTED else "")
+        return (
+            f"{100 * self.share:.1f} % of the weights ({self.parameters:,} parameters), embeddings, head and norms aside, "
+            f"are neither in NF4 nor adapted: {names}"
+        )
+
+
+def uncovered(model: Any) -> Uncovered:
+    """What of a model QLoRA does not cover, such as the fused experts of a mixture of experts, which stay in bf16.
+
+    Args:
+        model: the base model or its skeleton, without adapters.
+    """
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    ends += [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    aside = {id(parameter) for end in ends for parameter in end.parameters()}
+    covered = {id(layer.weight) for layer in nf4_layers(model).values()}
+    weights = [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in aside]  # 1-D: norms, biases
+    sizes: Counter[str] = Counter()
+    for name, parameter in weights:
+        if id(parameter) not in covered:
+            sizes[re.sub(r"\.\d+\.", ".N.", name.rpartition(".")[0])] += parameter.numel()
+    total = sum(parameter.numel() for _, parameter in weights)
+    return Uncovered(sizes.total(), sizes.total() / max(total, 1), tuple(name for name, _ in sizes.most_common()))
+
+
+def checked_targets(skeleton: Any, config: TrainConfig, say: Callable[[str], None]) -> list[Target]:
+    """The audited targets of a model that QLoRA covers; what could only fail after loading fails here.
+
+    Args:
+        skeleton: the base model on the meta device.
+        config: target_modules and what else audit_targets and PEFT read.
+        say: for a warning where target modules are named and much of the model is not covered.
+
+    Raises:
+        UserError: exit 2 as audit_targets; if more than a tenth of the weights is neither in NF4 nor adapted and no target
+            modules are named; or if PEFT refuses the targets.
+    """
+    targets = audit_targets(skeleton, config)
+    rest, kind = uncovered(skeleton), type(skeleton).__name__
+    refusal = _peft_refusal(skeleton, config, targets)
+    if rest.share > UNCOVERED_LIMIT and config.target_modules is None:
+        attention = [target for target in targets if all("attn" in name or "attention" in name for name in target.layers)]
+        names = " ".join(target.name for target in (attention if refusal else targets))
+        text = f"{kind}: {rest}. They would stay in bf16, frozen, and that is not QLoRA."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} To train the other layers anyway, pass --target-modules {names}.")
+    if refusal is not None:
+        text = f"PEFT cannot adapt {', '.join(target.name for target in targets)} of {kind}: {refusal}"
+        raise UserError(ExitCode.CONFIGURATION, f"{text} Name other layers with --target-modules.")
+    if rest.share > UNCOVERED_LIMIT:
+        say(f"Warning: {kind}: {rest}. They stay in bf16, frozen.")
+    return targets
+
+
+def _peft_refusal(skeleton: Any, config: TrainConfig, targets: list[Target]) -> str | None:
+    """Why PEFT refuses to adapt the targets, tried on a copy without weights; None if it does not."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # it warns again when the model is loaded
+            add_adapters(copy.deepcopy(skeleton), dataclasses.replace(config, init_adapter=None), targets, "")
+    except (ValueError, TypeError, NotImplementedError) as error:
+        return " ".join(str(error).split())[:300]
+    return None
 
 
 def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
@@ -246,8 +361,9 @@ def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
     """
     layers = linear_layers(model)
     if not layers:
-        text = f"{type(model).__name__} has no torch.nn.Linear layer in its decoder, so there is nothing to adapt."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        own = ", ".join(_linear_classes(model))
+        text = f"{type(model).__name__} has no torch.nn.Linear layer in its decoder, so there is nothing to adapt in NF4."
+        raise UserError(ExitCode.CONFIGURATION, text + (f" bitsandbytes does not quantize its {own}." if own else ""))
     available = sorted({name.rsplit(".", 1)[-1] for name in layers})
     targets: list[Target] = []
     seen: set[str] = set()
@@ -255,8 +371,9 @@ def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
         matched = {name: layer for name, layer in layers.items() if _matches(name, target)}
         if not matched:
             where = f"--init-adapter {config.init_adapter}: target" if config.init_adapter else "--target-modules"
-            text = f"{where} {target} matches no linear layer of {type(model).__name__}. It has {', '.join(available)}; "
-            raise UserError(ExitCode.CONFIGURATION, text + "leave the flag out to adapt them all. (The head cannot have one.)")
+            text = f"{where} {target} matches no linear layer of {type(model).__name__}{_why_not(model, target)}. It has "
+            advice = "leave the flag out to adapt them all. (The head cannot have one.)"
+            raise UserError(ExitCode.CONFIGURATION, f"{text}{', '.join(available)}; {advice}")
         fresh = {name: layer for name, layer in matched.items() if name not in seen}
         if fresh:
             shapes = tuple(sorted({(layer.out_features, layer.in_features) for layer in fresh.values()}))
@@ -264,6 +381,21 @@ def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
             targets.append(Target(target, tuple(fresh), shapes, parameters))
         seen |= fresh.keys()
     return targets
+
+
+def _why_not(model: Any, target: str) -> str:
+    """For a name that only matches layers that cannot have an adapter: which kind they are."""
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and _matches(n, target)]
+    if any(ROUTER.search(name) for name, _ in found):
+        return " but a router of experts, which is never adapted"
+    classes = sorted({type(module).__name__ for _, module in found if type(module) is not torch.nn.Linear})
+    return f" that is loaded in NF4, but {', '.join(classes)}, which bitsandbytes does not quantize" if classes else ""
+
+
+def _linear_classes(model: Any) -> list[str]:
+    """Names of the classes that are linear layers, but not torch's own."""
+    linear = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    return sorted({type(m).__name__ for m in model.modules() if isinstance(m, linear) and type(m) is not torch.nn.Linear})
 
 
 def _matches(name: str, target: str) -> bool:
@@ -283,11 +415,18 @@ def add_adapters(model: Any, config: TrainConfig, targets: list[Target], base: s
         base: hub id or absolute folder, kept in adapter_config.json, with the commit of a hub id, so that the base is found.
 
     Raises:
-        UserError: exit 2 if init_adapter does not fit the model tensor by tensor.
+        UserError: exit 2 if init_adapter does not fit the model tensor by tensor, or if an audited layer of a loaded model is
+            not in NF4.
     """
+    audited = [name for target in targets for name in target.layers]
+    if getattr(model, "is_loaded_in_4bit", False) and (plain := sorted(set(audited) - nf4_layers(model).keys())):
+        text = (
+            f"{len(plain)} of {len(audited)} layers that are to get an adapter are not in NF4 after loading, {plain[0]} first"
+        )
+        raise UserError(ExitCode.CONFIGURATION, f"{text} ({type(model.get_submodule(plain[0])).__name__}).")
     if config.init_adapter is None:
-        audited = {name for target in targets for name in target.layers}
-        others = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in audited)
+        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        others = [name for name in linear if name not in set(audited)]
         elsewhere = any(_matches(name, target.name) for name in others for target in targets)
         lora = peft.LoraConfig(
             r=config.lora_r,
@@ -304,7 +443,9 @@ def add_adapters(model: Any, config: TrainConfig, targets: list[Target], base: s
     kept = adapted.peft_config["default"]
     kept.base_model_name_or_path, kept.revision = base, getattr(model.config, "_commit_hash", None)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    assert trained == sum(target.adapter_parameters for target in targets), "the adapters are not those of the audit"
+    wanted = sum(target.adapter_parameters for target in targets)
+    if trained != wanted:
+        raise ValueError(f"it made adapters of {trained:,} parameters, and the audited layers get {wanted:,}.")
     return adapted
 
 

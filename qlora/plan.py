@@ -16,7 +16,7 @@ from qlora.config import ExitCode, GradientCheckpointing, TrainConfig, UserError
 from qlora.demo import model_source
 from qlora.layers import MARGIN
 from qlora.memory import LEAST_LENGTH, LEAST_RANK, memory_terms, settings_to_try
-from qlora.model import Target, audit_targets, load_skeleton
+from qlora.model import UNCOVERED_LIMIT, Target, audit_targets, load_skeleton, uncovered
 
 SHAPES: dict[str, dict[str, Any]] = {  # arguments of transformers' Phi3Config, whose own defaults are Phi-3-mini
     "phi3-mini": {"sliding_window": 2047},
@@ -81,6 +81,8 @@ def run(options: PlanOptions) -> int:
     console.print(terms_table(f"{what}: {config.per_device_train_batch_size} x {config.max_length} tokens", plans))
     trained = sum(target.adapter_parameters for target in targets)
     console.print(f"Rank {config.lora_r}: {trained:,} parameters trained of {skeleton.num_parameters() + trained:,}.")
+    if (rest := uncovered(skeleton)).share > UNCOVERED_LIMIT:
+        console.print(f"Warning: {rest}. Training refuses such a model unless --target-modules names the layers to adapt.")
     steps: list[tuple[str, Plan]] = []
     if free_gib is not None:
         fitting = [plan for plan in plans if plan.fits(free_gib)]

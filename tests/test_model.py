@@ -27,6 +27,7 @@ from qlora.model import (
     load_nf4_model,
     load_skeleton,
     load_tokenizer,
+    quantization_of,
     with_init_adapter,
 )
 from tests.conftest import CPU, adapted_model, gradients, prepared, relative_error, wake_adapters
@@ -158,8 +159,35 @@ def test_a_checkpoint_that_is_quantised_already_is_the_same_model(tiny, config, 
     assert len(nf4_linear.install(add_adapters(again, config, targets, str(tmp_path)))) == 8
 
 
+@pytest.mark.parametrize("own", [torch.float16, torch.float32])
+def test_a_checkpoint_that_is_quantised_already_computes_in_bf16(tiny, config, tmp_path, own):
+    """fp16 is usual in such checkpoints, fp32 is bitsandbytes' default. Activations of 7e4 are infinite in fp16."""
+    settings = quantization_of("nf4")
+    settings.bnb_4bit_compute_dtype = own
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    load(tiny, quantization_config=settings, dtype=own, device_map={"": CPU}).save_pretrained(tmp_path)
+    loaded = load(tmp_path, device_map={"": CPU})
+    layers = [module for module in loaded.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert {layer.compute_dtype for layer in layers} == {layer.weight.quant_state.dtype for layer in layers} == {own}
+    model = load_nf4_model(str(tmp_path), config, "sdpa", CPU)
+    model = add_adapters(model, config, audit_targets(model, config), str(tmp_path))
+    wake_adapters(model)
+    (adapted,) = nf4_linear.install(model)[:1]
+    assert adapted.base_layer.compute_dtype == adapted.base_layer.weight.quant_state.dtype == torch.bfloat16
+    x = 7e4 * torch.ones(2, adapted.in_features)  # [2, K]
+    with torch.autocast("cpu", torch.bfloat16):
+        trained, evaluated = adapted.train()(x), adapted.eval()(x)  # [2, N] each
+    assert evaluated.isfinite().all() and (trained - evaluated).norm() < 0.01 * trained.norm()
+
+
 @pytest.mark.parametrize(
-    "change", [{"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": False}, {"quant_method": "gptq"}]
+    "change",
+    [
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_use_double_quant": False},
+        {"quant_method": "gptq"},
+        {"bnb_4bit_quant_storage": "bfloat16"},
+    ],
 )
 def test_a_checkpoint_that_is_quantised_otherwise_is_refused(tiny, config, tmp_path, change):
     shutil.copytree(tiny, tmp_path / "model")
@@ -173,8 +201,10 @@ def test_a_checkpoint_that_is_quantised_otherwise_is_refused(tiny, config, tmp_p
     }
     file.write_text(json.dumps({**settings, "quantization_config": nf4}))
     load_skeleton(str(tmp_path / "model"), config)
+    file.write_text(json.dumps({**settings, "quantization_config": {**nf4, "bnb_4bit_quant_storage": "uint8"}}))
+    load_skeleton(str(tmp_path / "model"), config)
     file.write_text(json.dumps({**settings, "quantization_config": {**nf4, **change}}))
-    with pytest.raises(UserError, match=r"is quantised already, with quant_method .*name the model in bf16") as refused:
+    with pytest.raises(UserError, match=r"is quantised already, with quant_method .*Name the model in bf16") as refused:
         load_skeleton(str(tmp_path / "model"), config)
     assert refused.value.exit_code == ExitCode.CONFIGURATION
 
