@@ -1,6 +1,7 @@
 """Fixtures: the tiny random Phi-3 in real NF4, built in a temporary cache; no network, one thread."""
 
 import dataclasses
+import math
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; a test that reaches out fails at once
@@ -114,7 +115,13 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def relative_error(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """Norm of the difference over norm of the reference, over all tensors together."""
+    """The largest over all tensors: norm of the difference over norm of the reference.
+
+    Not over all tensors together, where a small module that is wrong by a factor of 3 would pass.
+    """
     assert ours.keys() == reference.keys()
-    difference = sum((ours[name].double() - reference[name].double()).square().sum() for name in ours)
-    return float((difference / sum(value.double().square().sum() for value in reference.values())).sqrt())
+    errors = []
+    for name, value in reference.items():
+        difference, norm = (ours[name].double() - value.double()).norm().item(), value.double().norm().item()
+        errors.append(difference / norm if norm else math.inf if difference else 0.0)
+    return max(errors)

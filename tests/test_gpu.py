@@ -1,5 +1,6 @@
 """What needs a CUDA GPU: pytest -m gpu."""
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -11,10 +12,12 @@ import time
 import warnings
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
+import transformers
 
-from qlora import attention, checkpoint, data, doctor, merge
+from qlora import attention, checkpoint, data, doctor, evaluate, layers, merge, nf4_linear
 from qlora.__main__ import main as any_command
 from qlora.__main__ import train as command_line
 from qlora.adapter import open_adapter
@@ -184,6 +187,152 @@ def test_each_replay_of_a_graph_draws_dropout_of_its_own(config, samples):
     assert len(model.get_decoder().forward.__self__.recordings) == 1 and len(set(losses)) == 3
 
 
+def short_samples(count: int, length: int) -> list[data.Encoded]:
+    """Samples of random ids, all of which are trained."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 300, (count, length), generator=generator).tolist()
+    return [data.Encoded(row, row, line) for line, row in enumerate(ids)]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", FLASH, VARLEN])
+def test_graphs_of_rows_with_any_number_of_samples_compile_nothing_while_capturing(config, backend):
+    """The ends of 128, 256 and 384 samples in rows of several lengths: each is a recording, none is a compilation."""
+    config = dataclasses.replace(config, attn_implementation=backend, packing=True, lora_dropout=0.0)
+    recorded = dataclasses.replace(config, compile="graphs", per_device_train_batch_size=2)
+    short, long = short_samples(400, 3), short_samples(8, 200)
+    packed = [  # rows of a micro-batch
+        [short[:40], long[:2]],  # 128 ends, 512 positions
+        [short[:150], short[150:200]],  # 256 ends, 512 positions
+        [short[:160], short[160:320]],  # 384 ends, 512 positions
+        [short[:40] + long[:1], long[:3]],  # 128 ends, 640 positions
+        [short[:200], short[200:390]],  # 512 ends, 640 positions
+    ]
+    batches = [data.collate_packed(rows, recorded.length_multiple, least=2) for rows in packed]
+    assert {len(batch.cu_seqlens) for batch in batches} >= {128, 256, 384}
+    found: list[list] = [[], []]
+    for run, compile in zip(found, ("layers", "graphs"), strict=True):
+        model = gpu_model(config, backend)
+        run_layers(model, config, "none", compile)
+        loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+        with attention.for_training(model.train(), config):
+            for window in (batches[:1], batches[1:3], batches[3:], batches[::-1]):
+                loss, norm = train_step(model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)
+                run.append([loss.clone(), norm.clone(), *(p.detach().clone() for p in parameters)])
+    assert len(model.get_decoder().forward.__self__.recordings) == len(batches)
+    losses = [[float(step[0]) for step in run] for run in found]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and len(set(losses[0])) == 4
+    if backend == "sdpa":
+        assert all(torch.equal(x, y) for one, other in zip(*found, strict=True) for x, y in zip(one, other, strict=True))
+
+
+def test_a_later_recording_needs_no_memory_beside_the_pool(config):
+    """Longest first, as the probe has it: the warm-ups of shorter shapes reuse what the graphs hold."""
+    config = dataclasses.replace(config, attn_implementation="sdpa", lora_dropout=0.1)
+    model = gpu_model(config, "sdpa")
+    run_layers(model, config, "none", "graphs")
+    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    reserved = []
+    with attention.for_training(model.train(), config):
+        for length in (2048, 1920, 1792, 1664):
+            window = [data.collate(short_samples(16, length))]
+            train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)
+            torch.cuda.empty_cache()
+            reserved.append(torch.cuda.memory_reserved() / 1e6)
+    growth = [later - reserved[0] for later in reserved[1:]]
+    assert max(growth) < 0.1 * reserved[0], reserved
+
+
+def test_two_forwards_before_a_backward_and_a_second_backward_are_errors(config, samples):
+    config = dataclasses.replace(config, attn_implementation="sdpa")
+    model = gpu_model(config, "sdpa")
+    run_layers(model, config, "none", "graphs")
+    head, batch = read_head(model), data.collate(samples[:2], multiple=128).to(GPU)
+    with attention.for_training(model.train(), config), torch.autocast("cuda", torch.bfloat16):
+        one, other = (
+            token_loss_sum(model.get_decoder()(batch.input_ids, use_cache=False).last_hidden_state, batch, head)
+            for _ in range(2)
+        )
+        with pytest.raises(RuntimeError, match="A later forward pass"):
+            one.backward()
+        other.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="has had its backward pass"):
+            other.backward()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("family", ["phi3", "seed_oss"])
+def test_dropout_of_attention_and_of_adapters_is_drawn_again_as_it_was(config, samples, tmp_path, monkeypatch, family):
+    """sdpa's own kernel with dropout: what selective keeps of it must not leave the generator behind."""
+    if family == "seed_oss":  # dropout of attention and of the residual stream by default
+        sizes = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
+        seed_oss = transformers.SeedOssConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)
+        assert seed_oss.attention_dropout == seed_oss.residual_dropout == 0.1
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(seed_oss, dtype=torch.bfloat16).save_pretrained(tmp_path)
+        config = dataclasses.replace(config, model=str(tmp_path))
+    config = dataclasses.replace(config, attn_implementation="sdpa", lora_dropout=0.1)
+    batch, found = data.collate(samples[:4]).to(GPU), {}
+    for policy in ("none", "selective", "full", "kept"):
+        if policy == "kept":  # as it was: the kernel's output is kept although it draws
+            monkeypatch.setattr(layers, "_draws", lambda *_: False)
+        torch.manual_seed(config.seed)
+        model = load_nf4_model(config.model, config, "sdpa", GPU)
+        model = add_adapters(model, config, audit_targets(model, config), config.model).train()
+        wake_adapters(model)
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.1
+        run_layers(model, config, "selective" if policy == "kept" else policy, "none")
+        head = read_head(model)
+        torch.manual_seed(5)
+        with attention.for_training(model.train(), config), torch.autocast("cuda", torch.bfloat16):
+            hidden = model.get_decoder()(**attention.decoder_inputs(batch, model.config), use_cache=False).last_hidden_state
+            loss = token_loss_sum(hidden, batch, head)
+            loss.backward()
+        found[policy] = (loss.item(), gradients(model))
+    for policy in ("selective", "full"):
+        assert found[policy][0] == found["none"][0]
+        assert relative_error(found[policy][1], found["none"][1]) < 0.01  # sums vary in their order
+    assert found["kept"][0] == found["none"][0] and relative_error(found["kept"][1], found["none"][1]) > 0.1
+
+
+def test_running_out_of_memory_in_the_answers_leaves_a_complete_run(tiny, tmp_path, capsys, monkeypatch):
+    """Graphs and optimizer state are gone by then; generation itself is given no room."""
+    held = []
+
+    def cramped(model, *arguments):
+        held.append((torch.cuda.memory_reserved(), hasattr(model.get_decoder().forward, "__self__")))
+        torch.cuda.set_per_process_memory_fraction(held[0][0] / torch.cuda.get_device_properties(GPU).total_memory)
+        return torch.empty(2**33, dtype=torch.uint8, device=GPU)  # a KV cache that does not fit
+
+    monkeypatch.setattr(evaluate, "generate", cramped)
+    flags = ["--model", "tiny-random", "--max-steps", "2", "--output-dir", str(tmp_path / "run")]
+    try:
+        assert command_line(flags) == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    out = capsys.readouterr().out
+    assert "Warning: no sample answers were generated: memory ran out (CUDA out of memory." in out
+    assert "replayed as CUDA graphs" in out and held[0][1] is False and (tmp_path / "run" / "finished.json").exists()
+    assert command_line(flags) == 0 and "it is complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_of_dequantization_gives_bitsandbytes_own_bits(config, dtype):
+    model = load_nf4_model(config.model, config, "sdpa", GPU)
+    quantized = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    for layer in quantized:
+        state = copy.copy(layer.weight.quant_state)
+        state.dtype = dtype
+        theirs = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)  # [N, K]
+        ours = nf4_linear.dequantized(nf4_linear.frozen_weight(layer), layer.out_features, dtype)  # [N, K]
+        assert torch.equal(ours, theirs)
+    assert len(quantized) == 8
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernel_of_the_loss_is_torch_s_own_cross_entropy(dtype):
     from qlora.cross_entropy import cross_entropy_
@@ -226,6 +375,28 @@ def test_a_killed_run_goes_on_bit_for_bit_with_the_deterministic_flag(tiny, tmp_
     flags += " --packing --max-length 500" if packing else ""  # 3 steps an epoch
     command = [sys.executable, str(ROOT / "train_loop.py"), *flags.split(), "--learning-rate", "1e-2", "--output-dir"]
     straight = subprocess.Popen([*command, str(tmp_path / "straight")])  # both at once: compiling takes most of their time
+    process = subprocess.Popen([*command, str(tmp_path / "killed")])
+    while not (tmp_path / "killed" / "checkpoints" / "step-000004").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and straight.wait() == 0
+    done = subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, text=True)
+    assert "It goes on bit for bit as if it had not stopped." in done.stdout
+    last = "checkpoints/step-000009"
+    assert tensors(tmp_path / "killed" / last) == tensors(tmp_path / "straight" / last)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("backend", ["sdpa", VARLEN])
+def test_a_killed_run_of_many_short_packed_samples_goes_on_bit_for_bit(tiny, tmp_path, backend):
+    """Micro-batches with the ends of 128 and of 256 samples, of several lengths; dropout 0.1 as by default."""
+    rows = [{"prompt": f"q{number}", "completion": "a" * (1 + number % 5)} for number in range(700)]
+    rows += [{"prompt": f"long {number}", "completion": "b" * 1500} for number in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = f"--model tiny-random --lora-r 4 --max-steps 9 --save-steps 1 --deterministic --attn-implementation {backend}"
+    flags += f" --packing --max-length 4096 --train-file {tmp_path / 'rows.jsonl'} --learning-rate 1e-2"
+    command = [sys.executable, str(ROOT / "train_loop.py"), *flags.split(), "--output-dir"]
+    straight = subprocess.Popen([*command, str(tmp_path / "straight")])
     process = subprocess.Popen([*command, str(tmp_path / "killed")])
     while not (tmp_path / "killed" / "checkpoints" / "step-000004").exists() and process.poll() is None:
         time.sleep(0.001)
