@@ -140,7 +140,7 @@ class Graphs:
         self.parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
         self.gradients: list[torch.Tensor | None] = []  # where the graphs add
         self.recordings: dict[Any, _Recording] = {}
-        self.passes = 0  # forward passes that wrote to the pool, captures included
+        self.passes = 0  # replays of a forward pass, all of which write to the pool
         self.pool = _Pool(torch.cuda.MemPool(), torch.cuda.Stream())
         self.anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)  # []
         self.names = list(inspect.signature(type(decoder).forward).parameters)[1:]  # of its arguments, self excluded
@@ -160,7 +160,6 @@ class Graphs:
         require_plain_gradients(self.parameters)
         self._put_gradients_back()
         if key not in self.recordings:
-            self.passes += 1
             self.recordings[key] = self._record(inputs)
         recording = self.recordings[key]
         for name, value in inputs.items():

@@ -190,16 +190,24 @@ def seeded_dropout(x: torch.Tensor, rate: float, seed: torch.Tensor) -> torch.Te
 
     torch 2.11 cannot compile a layer that computes torch's own dropout again in backward, if lengths are dynamic.
     """
-    rows, columns = (torch.arange(size, dtype=torch.int32, device=x.device) for size in x.shape)  # [M], [K]
-    bits = _mixed((_mixed(rows) ^ seed)[:, None] + columns * 0x9E3779B)  # [M, K]
+    # The hash is in 32 bits and wraps around. In the C++ that torch.compile writes for a CPU, int32 arithmetic must not: signed
+    # overflow is undefined there, and g++ compiled rows of 64 columns into NaN and writes out of bounds. int64 has the room.
+    dtype = torch.int64 if x.device.type == "cpu" else torch.int32
+    rows, columns = (torch.arange(size, dtype=dtype, device=x.device) for size in x.shape)  # [M], [K]
+    bits = _mixed(_low_32((_mixed(rows) ^ seed)[:, None] + columns * 0x9E3779B))  # [M, K]
     return torch.where((bits & 0xFFFFFF) >= round(rate * 2**24), x / (1.0 - rate), 0.0)  # [M, K]
 
 
 def _mixed(bits: torch.Tensor) -> torch.Tensor:
-    """int32, each bit of the result depending on all: the finalizer of MurmurHash3 (Appleby, public domain)."""
-    bits = (bits ^ (bits >> 16 & 0xFFFF)) * -0x7A143595  # the shifts bring in zeros
-    bits = (bits ^ (bits >> 13 & 0x7FFFF)) * -0x3D4D51CB
+    """32 bits each, every bit of the result depending on all: the finalizer of MurmurHash3 (Appleby, public domain)."""
+    bits = _low_32((bits ^ (bits >> 16 & 0xFFFF)) * -0x7A143595)  # the shifts bring in zeros
+    bits = _low_32((bits ^ (bits >> 13 & 0x7FFFF)) * -0x3D4D51CB)
     return bits ^ (bits >> 16 & 0xFFFF)
+
+
+def _low_32(bits: torch.Tensor) -> torch.Tensor:
+    """What wrapping around leaves of a sum or product; int32 does that itself."""
+    return bits & 0xFFFFFFFF if bits.dtype == torch.int64 else bits
 
 
 class _Copies(torch.autograd.Function):

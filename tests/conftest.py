@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from qlora import data, demo, report
+from qlora import data, demo, nf4_linear, report
 from qlora.config import BUNDLED_TRAIN, TrainConfig
 from qlora.layers import prepare_layers
 from qlora.loss import Head, read_head
@@ -99,6 +99,19 @@ def phi3():
 @pytest.fixture
 def head(model) -> Head:
     return read_head(model)
+
+
+@pytest.fixture
+def operator_calls(monkeypatch) -> list[str]:
+    """The layer of each call of our operator, in order: that it ran is counted, not told from how it rounds."""
+    calls, original = [], nf4_linear.nf4_linear
+
+    def counted(*arguments):
+        calls.append(arguments[-1])
+        return original(*arguments)
+
+    monkeypatch.setattr(nf4_linear, "nf4_linear", counted)
+    return calls
 
 
 def wake_adapters(model, scale: float = 0.05) -> None:

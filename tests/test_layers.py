@@ -64,13 +64,14 @@ def window(samples):
 
 @pytest.mark.parametrize("compile", ["none", "layers"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_no_policy_changes_a_bit_and_peft_s_model_is_near(awake, window, policy, compile):
+def test_no_policy_changes_a_bit_and_peft_s_model_is_near(awake, window, counted, policy, compile):
     model, config = awake()
     theirs = step(model, config, window)
+    assert not counted  # PEFT's layers; ours dequantise by a function of their own
     plain = step(prepared(awake()[0], config, "none"), config, window)
     ours = step(prepared(awake()[0], config, policy, compile), config, window)
-    assert same(ours, plain)
-    assert ours[0] == pytest.approx(theirs[0], rel=1e-3) and 0 < relative_error(ours[2], theirs[2]) < 0.02
+    assert same(ours, plain) and counted
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-3) and relative_error(ours[2], theirs[2]) < 0.02
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -105,13 +106,17 @@ def test_its_lines_load_and_prompt_and_merge(folder, form, monkeypatch, tmp_path
     assert (Path("merged") / "tokenizer.json").exists()
 
 
-def test_the_serve_line_names_a_base_and_a_rank_that_vllm_takes(folder, monkeypatch):
+def test_the_serve_line_names_a_base_and_a_rank_that_vllm_takes(folder, tmp_path):
     (serve,) = code((folder / "adapter" / "README.md").read_text(), "bash")
     assert "--enable-lora --lora-modules tuned=. --max-lora-rank 32" in serve  # rank 20 is below it, and no choice of vLLM's
     root = Path(__file__).parents[1]
+    python = tmp_path / "python"  # the card says `python`; pytest may run by its path, without an activated environment
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     shell = subprocess.run(
         ["bash", "-c", serve.replace("vllm serve", "echo")],
-        capture_output=True, text=True, cwd=folder / "adapter", env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True, text=True, cwd=folder / "adapter", env={**os.environ, "PYTHONPATH": str(root), "PATH": path},
     )  # fmt: skip
     assert Path(shlex.split(shell.stdout)[0]) == demo.tiny_random_model(), shell.stderr
 
