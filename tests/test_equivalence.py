@@ -252,10 +252,10 @@ def test_dropout_is_drawn_in_the_trainers_order(course, samples, encoded, tmp_pa
     ("loss_sum", "own_layers", "dropout", "tolerance"),
     [
         (plain_loss_sum, False, 0.0, 0.0),  # only the reported loss differs, which is added up in another order
-        (token_loss_sum, False, 0.0, 0.006),  # the gradient of the logits is rounded to bf16 elsewhere
-        (plain_loss_sum, True, 0.0, 0.01),  # LoRA's product comes first, and is not rounded before it is added
-        (token_loss_sum, True, 0.0, 0.01),  # as users run it
-        (token_loss_sum, True, 0.1, 0.01),  # with PEFT's own draws
+        (token_loss_sum, False, 0.0, 0.02),  # the gradient of the logits is rounded to bf16 elsewhere
+        (plain_loss_sum, True, 0.0, 0.02),  # LoRA's product comes first, and is not rounded before it is added
+        (token_loss_sum, True, 0.0, 0.025),  # as users run it
+        (token_loss_sum, True, 0.1, 0.03),  # with PEFT's own draws
     ],
 )
 def test_our_head_and_layers_are_within_rounding(course, samples, encoded, tmp_path, monkeypatch, operator_calls, loss_sum,

@@ -79,48 +79,58 @@ def test_a_run_ends_early_for_good_and_goes_on_when_told_to(tiny, tmp_path, caps
     assert max(checkpoint.by_step(folder / "checkpoints")) == 12
 
 
+@pytest.fixture
+def evaluated(tiny, tmp_path, monkeypatch):
+    """Flags of a run with one step an epoch, whose evaluations find made-up losses."""
+
+    def prepare(*losses: float) -> list[str]:
+        found = iter(losses)
+        monkeypatch.setattr(evaluate, "evaluate_loss", lambda *_: evaluate.HeldOut(loss := next(found), math.exp(loss), 10))
+        rows = [{"prompt": f"q{number}", "completion": "a" * number} for number in range(1, 5)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return ["--train-file", str(tmp_path / "rows.jsonl"), "--eval-file", str(tmp_path / "rows.jsonl")]
+
+    return prepare
+
+
 @pytest.mark.parametrize("ends_early", [True, False])
-def test_early_stopping_hands_over_the_best_adapter_and_names_its_step(tiny, tmp_path, capsys, monkeypatch, ends_early):
-    """Losses of evaluations are made up: the lowest is that after epoch 1, of 6 steps."""
-    losses = iter([4.0, 1.0, 2.0, 3.0, 3.5])
-    monkeypatch.setattr(evaluate, "evaluate_loss", lambda *_: evaluate.HeldOut(loss := next(losses), math.exp(loss), 10))
+def test_early_stopping_hands_over_the_best_adapter_and_names_its_step(evaluated, tmp_path, capsys, monkeypatch, ends_early):
     folder, answered = tmp_path / "run", []
     monkeypatch.setattr(evaluate, "sample_responses", lambda model, *_: answered.append(adapter_of(model)) or [SAMPLE])
-    flags = ["--learning-rate", "1e-2", "--num-train-epochs", "4" if ends_early else "3", "--save-total-limit", "2"]
+    flags = [*evaluated(4.0, 1.0, 2.0, 3.0), "--num-train-epochs", "4" if ends_early else "3", "--save-total-limit", "2"]
     assert run(folder, *flags, "--early-stopping-patience", "2" if ends_early else "9") == 0
     out = capsys.readouterr().out
-    assert "adapter/ is that of step 6, the checkpoint with the lowest held-out loss, 1.0000.\n" in out
-    assert ("Ended early, after step 18: the held-out loss stopped falling (--early-stopping" in out) == ends_early
-    assert json.loads((folder / "finished.json").read_text()) == {"step": 18, "adapter_step": 6}
-    assert json.loads((folder / "samples.jsonl").read_text())["step"] == 6
-    names = [folder / place / checkpoint.ADAPTER for place in ("adapter", "checkpoints/step-000006", "checkpoints/step-000018")]
+    assert "adapter/ is that of step 1, the checkpoint with the lowest held-out loss, 1.0000.\n" in out
+    assert ("Ended early, after step 3: the held-out loss stopped falling (--early-stopping" in out) == ends_early
+    assert json.loads((folder / "finished.json").read_text()) == {"step": 3, "adapter_step": 1}
+    assert json.loads((folder / "samples.jsonl").read_text())["step"] == 1
+    names = [folder / place / checkpoint.ADAPTER for place in ("adapter", "checkpoints/step-000001", "checkpoints/step-000003")]
     handed_over, best, last = (path.read_bytes() for path in names)
     assert handed_over == best != last
     found = load_file(names[1])
     assert all(torch.equal(tensor, found[name]) for name, tensor in answered[0].items())
     shown = record.read(folder)
-    assert shown.adapter_step == 6 and shown.of_the_adapter["eval_loss"] == 1.0
+    assert shown.adapter_step == 1 and shown.of_the_adapter["eval_loss"] == 1.0
     assert ("after", "1.0000", f"{math.e:.3f}") in model_card._results(shown)
     assert "Adapter taken after step" in dict(model_card._settings(shown))
     assert not any("best adapter" in caveat.gap for caveat in caveats(shown))
-    assert ("lowest loss (adapter/)", "6") in {row[:2] for row in report._evaluations(shown)}
+    assert ("lowest loss (adapter/)", "1") in {row[:2] for row in report._evaluations(shown)}
 
 
-def test_a_damaged_best_checkpoint_is_told_and_the_last_one_taken(tiny, tmp_path, capsys, monkeypatch):
-    losses = iter([4.0, 1.0, 2.0])
-    monkeypatch.setattr(evaluate, "evaluate_loss", lambda *_: evaluate.HeldOut(next(losses), 2.0, 10))
-    folder = tmp_path / "run"
-    original = run_folder.RunFolder.load_best
+def test_a_damaged_best_checkpoint_is_told_and_the_last_one_taken(evaluated, tmp_path, capsys, monkeypatch):
+    folder, original = tmp_path / "run", run_folder.RunFolder.load_best
+    monkeypatch.setattr(evaluate, "sample_responses", lambda *_: [])
 
     def damaged(self, *arguments):
-        (folder / "checkpoints" / "step-000006" / checkpoint.ADAPTER).write_bytes(b"x")
+        (folder / "checkpoints" / "step-000001" / checkpoint.ADAPTER).write_bytes(b"x")
         return original(self, *arguments)
 
     monkeypatch.setattr(run_folder.RunFolder, "load_best", damaged)
-    assert run(folder, "--num-train-epochs", "2", "--early-stopping-patience", "9") == 0
+    assert run(folder, *evaluated(4.0, 1.0, 2.0), "--num-train-epochs", "2", "--early-stopping-patience", "9") == 0
     out = capsys.readouterr().out
-    assert "Warning: checkpoint step-000006, the best one, is damaged: " in out and "adapter/ is that of step 12, " in out
-    assert json.loads((folder / "finished.json").read_text()) == {"step": 12, "adapter_step": 12}
+    assert "Warning: checkpoint step-000001, the best one, is damaged: " in out
+    assert "adapter/ is that of step 2, whose held-out loss is not the lowest, 2.0000." in out
+    assert json.loads((folder / "finished.json").read_text()) == {"step": 2, "adapter_step": 2}
 
 
 # -- the end of a run --------------------------------------------------------------------------------------------------
@@ -149,13 +159,14 @@ def test_sample_answers_that_fail_are_a_warning_of_a_complete_run(tiny, tmp_path
 
 def test_answers_of_an_earlier_end_do_not_outlive_it(tiny, tmp_path, monkeypatch):
     folder = tmp_path / "run"
+    monkeypatch.setattr(evaluate, "sample_responses", lambda *_: [SAMPLE])
     assert run(folder, "--max-steps", "2") == 0 and (folder / "samples.jsonl").exists()
     monkeypatch.setattr(evaluate, "sample_responses", lambda *_: [])
     assert run(folder, "--max-steps", "3", "--override", "max_steps") == 0
     assert not (folder / "samples.jsonl").exists()
 
 
-def test_a_complete_run_without_its_report_gets_one(tiny, tmp_path, monkeypatch, capsys):
+def test_a_complete_run_without_its_report_gets_one(tiny, tmp_path, monkeypatch, capsys, no_answers):
     folder, drawn = tmp_path / "run", []
     assert run(folder, "--max-steps", "2") == 0  # here, reports are left out
     monkeypatch.setattr(report, "after_training", lambda path: drawn.append(path) or "drawn")
@@ -178,7 +189,12 @@ DATED = """{%- if strftime_now is defined %}{{ strftime_now('%d %b %Y %H:%M:%S %
 
 
 @pytest.fixture
-def dated(tiny, tmp_path) -> list[str]:
+def no_answers(monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "sample_responses", lambda *_: [])
+
+
+@pytest.fixture
+def dated(tiny, tmp_path, no_answers) -> list[str]:
     """Flags for the tiny model with a template that prints the date to the microsecond."""
     shutil.copytree(tiny, tmp_path / "model")
     template = tmp_path / "model" / "chat_template.jinja"
