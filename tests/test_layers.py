@@ -250,6 +250,21 @@ def test_packed_rows_share_one_compilation_whatever_their_longest_sample(awake, 
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+def test_packed_rows_of_any_number_of_samples_share_one_compilation(awake):
+    """The ends of 128 and of 256 samples, also where q and k have a tensor each."""
+    model, config = awake(packing=True)
+    prepared(model, config, "none", "layers")
+    torch._dynamo.utils.counters.clear()
+    with attention.for_training(model.train(), config):
+        for count, length in ((3, 64), (150, 1), (300, 1)):
+            batch = data.collate_packed([[data.Encoded([5] * length, [5] * length, 1)] * count], 128)
+            inputs = attention.decoder_inputs(batch, model.config)
+            del inputs["attention_mask"]  # its size says nothing of how many samples there are
+            inputs["cu_seq_lens_k"] = inputs["cu_seq_lens_k"].clone()
+            model.get_decoder()(**inputs, use_cache=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_for_real_it_stays_near(awake, window):
     model, config = awake()
