@@ -56,7 +56,7 @@ def test_one_cell_of_each_kind_runs_on_a_cpu_and_runs_merge(tmp_path):
     assert {cell.get("leak", 0.0) for cell in parity} == {0.0}
     assert [cell["same_bits_again"] for cell in parity if cell["length"] == 64] == [True] * 3
     record = json.loads(out.read_text())
-    assert len(record["runs"]) == 2 and record["environment"]["packages"]["torch"] and record["matmul_tflops"] > 0
+    assert len(record["runs"]) == 2 and record["environment"]["packages"]["torch"] and record["matmul_tflops"] >= 0
 
 
 def test_a_file_of_another_machine_is_not_merged_into(tmp_path):
