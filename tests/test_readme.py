@@ -299,7 +299,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
         "qlora/evaluate.py:evaluate_loss",
         "model.eval()",
     ),
-    ({'eval_strategy="no"': None}, "train_loop.py:train", "result = evaluate_held_out(step, epoch)"),
+    ({'eval_strategy="no"': None}, "train_loop.py:train", "evaluate_held_out(step, epoch)"),
     (
         {"save_steps=500": None, "save_total_limit=None": None},
         "qlora/checkpoint.py:prune",
