@@ -302,7 +302,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
     ({'eval_strategy="no"': None}, "train_loop.py:train", "evaluate_held_out(step, epoch)"),
     (
         {"save_steps=500": None, "save_total_limit=None": None},
-        "qlora/checkpoint.py:prune",
+        "qlora/checkpoint.py:lowest",
         "min(known, key=lambda step: losses[step])",
     ),
     ({"_save_rng_state": (SAVE, "self._save_rng_state(")}, "qlora/checkpoint.py:random_state", "torch.get_rng_state()"),
