@@ -191,7 +191,7 @@ def seeded_dropout(x: torch.Tensor, rate: float, seed: torch.Tensor) -> torch.Te
     torch 2.11 cannot compile a layer that computes torch's own dropout again in backward, if lengths are dynamic.
     """
     # The hash is in 32 bits and wraps around. In the C++ that torch.compile writes for a CPU, int32 arithmetic must not: signed
-    # overflow is undefined there, and g++ compiled rows of 64 columns into NaN and writes out of bounds. int64 has the room.
+    # overflow is undefined there, and g++ drops loop code that it takes to be unreachable. int64 has the room.
     dtype = torch.int64 if x.device.type == "cpu" else torch.int32
     rows, columns = (torch.arange(size, dtype=dtype, device=x.device) for size in x.shape)  # [M], [K]
     bits = _mixed(_low_32((_mixed(rows) ^ seed)[:, None] + columns * 0x9E3779B))  # [M, K]
