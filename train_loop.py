@@ -274,8 +274,8 @@ def main(config: TrainConfig, stop: Signals) -> None:
             checkpoint.seed_generators(config.seed)
             model = load_nf4_model(source, config, attn.loaded_as, device)
             model = add_adapters(model, config, targets, source)
-            fine_tune(config, model, form, samples, held_out, console, run, stop, predicted_gib)
-        say(tracking.closing_words(run.folder, report.after_training(run.folder), predicted_gib))
+            peak_gib = fine_tune(config, model, form, samples, held_out, console, run, stop, predicted_gib)
+        say(tracking.closing_words(run.folder, report.after_training(run.folder), peak_gib, predicted_gib))
 
 
 def fine_tune(
@@ -288,8 +288,12 @@ def fine_tune(
     run: RunFolder,
     stop: Signals,
     predicted_gib: float,
-) -> None:
-    """Restore what there is, train, and leave the adapter, sample answers and, last of all, the mark of a finished run."""
+) -> float:
+    """Restore what there is, train, and leave the adapter, the mark of a finished run and sample answers.
+
+    Returns:
+        The peak of memory in training, in GiB.
+    """
     base = fingerprint(model)
     prepare_layers(model, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
@@ -315,6 +319,9 @@ def fine_tune(
         tracker.hyperparameters(config, tracker.evaluations.get(adapter_step))
         run.finish(tracker.total_steps, adapter_step)
         # The run is complete; the answers below are only shown. Generation needs the memory that training no longer does.
+        peak_gib = peak_memory_gib(model.device)
         free_training_memory(model, optimizer)
-        if answers := evaluate.try_samples(model, data.first_examples(config, samples, held_out, 3), form, tracker.say):
-            tracker.samples(answers, of="held-out" if held_out else "training", step=adapter_step)
+        first = functools.partial(data.first_examples, config, samples, held_out, 3)
+        record = functools.partial(tracker.samples, of="held-out" if held_out else "training", step=adapter_step)
+        evaluate.try_samples(model, first, form, record, tracker.say)
+    return peak_gib

@@ -7,8 +7,13 @@ from typing import Any, NamedTuple
 import torch
 
 from qlora import attention
+from qlora.config import UserError
 from qlora.data import Batch, Example, Format, encode_prompt, windows
 from qlora.guards import is_out_of_memory
+
+# What may go wrong with sample answers: libraries, the disk, the data.
+FAILURES = (RuntimeError, MemoryError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, AssertionError,
+            ImportError, OSError, UserError)  # fmt: skip
 
 
 class HeldOut(NamedTuple):
@@ -114,8 +119,10 @@ def generate(
     input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
     training = model.training
     model.eval()
+    # Mixtures of experts may compute a loss of their routers, which fails here, as the mask is longer than the ids.
+    routers = {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
     output = model.generate(  # [B, T + new]
-        input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer
+        input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer, **routers
     )
     model.train(training)
     return form.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
@@ -150,15 +157,27 @@ def sample_responses(model: Any, examples: list[Example], form: Format) -> list[
     return [Sample(example.prompt[-1].content, base, tuned, example.response) for example, base, tuned in rows]
 
 
-def try_samples(model: Any, examples: list[Example], form: Format, say: Callable[[str], None]) -> list[Sample]:
-    """Like sample_responses, but a failure is a warning with the reason, and no samples.
+def try_samples(
+    model: Any,
+    examples: Callable[[], list[Example]],
+    form: Format,
+    record: Callable[[list[Sample]], None],
+    say: Callable[[str], None],
+) -> None:
+    """Like sample_responses, but whatever fails is a warning with the reason, and no samples.
 
     By the time of the samples the run is complete and saved: an answer that cannot be generated must not end it with an error.
+
+    Args:
+        model: with its adapter.
+        examples: reads those whose prompts are answered; their file may be gone by now.
+        form: of prompts.
+        record: shows and stores the answers.
+        say: for the warning.
     """
     try:
-        return sample_responses(model, examples, form)
-    except (RuntimeError, MemoryError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        record(sample_responses(model, examples(), form))
+    except FAILURES as error:
         reason = " ".join(str(error).split())[:200]
         why = "memory ran out" if is_out_of_memory(error) else type(error).__name__
         say(f"Warning: no sample answers were generated: {why} ({reason}). The run is complete without them.")
-        return []

@@ -122,6 +122,7 @@ class _Replay(torch.autograd.Function):
             )
             raise RuntimeError(f"{text} Call backward() before the next forward pass, or pass --compile layers.")
         ctx.number = None
+        ctx.graphs.put_gradients_back()  # zero_grad may have been called since the forward pass
         ctx.recording.d_hidden.copy_(d_hidden)
         ctx.recording.backward.replay()
         return None, None, None
@@ -158,8 +159,8 @@ class Graphs:
         if key not in self.recordings and len(self.recordings) == MOST:
             return self.recorded(**inputs)
         require_plain_gradients(self.parameters)
-        self._put_gradients_back()
         if key not in self.recordings:
+            self.put_gradients_back()  # a recording adds to the gradients that it finds
             self.recordings[key] = self._record(inputs)
         recording = self.recordings[key]
         for name, value in inputs.items():
@@ -191,7 +192,7 @@ class Graphs:
         self.gradients = [parameter.grad for parameter in self.parameters]
         return recording
 
-    def _put_gradients_back(self) -> None:
+    def put_gradients_back(self) -> None:
         """Where the graphs add to them, whatever has become of them since: zeros if they were set to None."""
         moved = [(p, g) for p, g in zip(self.parameters, self.gradients, strict=False) if g is not None and p.grad is not g]
         if moved:

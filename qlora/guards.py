@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from qlora.config import ExitCode, UserError
 
@@ -20,8 +21,14 @@ def require_plain_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Refuse gradient hooks on adapters: backward writes their `.grad` itself, so autograd would never call a hook.
 
     Raises:
-        RuntimeError: if a parameter has a hook of `register_hook` or `register_post_accumulate_grad_hook`.
+        RuntimeError: if a parameter has a hook of `register_hook` or `register_post_accumulate_grad_hook`, or in a forward pass
+            of DistributedDataParallel, whose reducer is such a hook.
     """
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        text = (
+            "DistributedDataParallel would never reduce these gradients: this loop's backward pass writes the adapters' .grad"
+        )
+        raise RuntimeError(f"{text} itself, outside autograd. Leave the wrapper out, and all_reduce .grad after backward().")
     watched = sum(bool(p._backward_hooks) or bool(p._post_accumulate_grad_hooks) for p in parameters)
     if watched:
         text = f"{watched} adapter tensors have gradient hooks, which would never be called: this loop's backward pass writes"

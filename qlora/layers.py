@@ -50,21 +50,26 @@ PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "qlora::nf4_linear", "bitsan
 
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operator.name().partition(".")[0] in ATTENTION | PRODUCTS and not _draws(operator, args, kwargs)
+    kept = operator.name().partition(".")[0] in ATTENTION | PRODUCTS
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operator.name().partition(".")[0]
     kept = name in ATTENTION or name == "aten::mm" or (name == "qlora::nf4_linear" and args[-1] in ATTENTION_INPUTS)
-    return CheckpointPolicy.MUST_SAVE if kept and not _draws(operator, args, kwargs) else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_attention_without_dropout(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE if _draws(operator, args, kwargs) else _keep_attention(context, operator, *args)
 
 
 def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call draws random numbers, that is, has a dropout rate above 0.
 
-    Such a call must run again in the recomputation. If its saved output were used instead, the generator would not advance,
-    and every later dropout of the layer would draw another mask than it drew in the forward pass.
+    In layers that are not compiled, such a call must run again in the recomputation. If its saved output were used instead, the
+    generator would not advance, and every later dropout of the layer would draw another mask than it drew in the forward pass.
+    Compiled layers draw from seeds that are saved; there, a second call would draw from a generator that nothing saves.
     """
     names = [argument.name for argument in operator._schema.arguments]
     rate = kwargs.get("dropout_p", args[names.index("dropout_p")] if "dropout_p" in names[: len(args)] else 0.0)
@@ -214,6 +219,7 @@ def free_training_memory(model: Any, optimizer: torch.optim.Optimizer) -> None:
     decoder = model.get_decoder()
     if isinstance(graphs := getattr(decoder.forward, "__self__", None), Graphs):
         graphs.release()
+    del graphs  # it holds the pool
     optimizer.zero_grad(set_to_none=True)
     optimizer.state.clear()
     if torch.cuda.is_available():
@@ -230,7 +236,8 @@ def _policy(config: TrainConfig, preserve_rng_state: bool = True) -> Callable[..
     """(layer, *its arguments) -> its output, keeping for backward what the policy says."""
     if config.gradient_checkpointing == "none" and config.compile == "none":
         return lambda layer, *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
-    keep = {"none": _keep_products, "selective": _keep_attention, "full": None}[config.gradient_checkpointing]
+    attention = _keep_attention_without_dropout if config.compile == "none" else _keep_attention
+    keep = {"none": _keep_products, "selective": attention, "full": None}[config.gradient_checkpointing]
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     if keep is not None:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)

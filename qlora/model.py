@@ -139,8 +139,6 @@ def load_base_model(
     if surplus := sorted(name for name in loaded["unexpected_keys"] if ".layers." in name):  # and leave these out
         text = f"Model {source} has {len(surplus)} tensors that its config.json does not know, {surplus[0]} first."
         raise UserError(ExitCode.ENVIRONMENT, f"{text} The two do not belong together.")
-    if getattr(model.config, "output_router_logits", False):
-        model.config.output_router_logits = False  # only for a loss that is not trained here, and generation fails with it
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if precision == "nf4" and not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules()):
@@ -152,7 +150,8 @@ def load_base_model(
             # and activations of 7e4 are infinite in fp16.
             module.compute_dtype, module.compute_type_is_set = torch.bfloat16, True
             packed: Any = module.weight
-            packed.quant_state.dtype = torch.bfloat16
+            _check_layout(source, packed.quant_state)
+            packed.quant_state.stored_dtype, packed.quant_state.dtype = packed.quant_state.dtype, torch.bfloat16
             # On a CPU with AVX512-BF16 an eval forward would repack the weight in place, and every later backward would
             # read the repacked bytes as if they were not: gradients of relative error 1.0, under a loss that looks right.
             module.support_avx512bf16_for_cpu = False
@@ -190,16 +189,41 @@ def prepare_inference(model: Any) -> None:
 def fingerprint(model: Any) -> str:
     """A digest of the frozen base: configuration, weights as they lie in memory, NF4 bytes with their scales.
 
-    It takes about a second for 2 GB. Where the model came from, and adapters, do not count.
+    It takes about a second for 2 GB. Where the model came from, and adapters, do not count. Dtypes count as they were stored.
     """
     volatile = {"_name_or_path", "_commit_hash", "transformers_version"}
     shape = {name: value for name, value in model.config.to_dict().items() if name not in volatile}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
+    with _stored_dtypes(model):
+        tensors = model.state_dict()
+    for name, tensor in tensors.items():
         if "lora_" not in name:
             digest.update(name.encode())
             digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())  # [bytes]
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _stored_dtypes(model: Any) -> Iterator[None]:
+    """A block in which NF4 weights name the dtype that the checkpoint named, which is a part of their state_dict."""
+    states = [state for module in model.modules() if (state := getattr(getattr(module, "weight", None), "quant_state", None))]
+    computed = [state.dtype for state in states]
+    try:
+        for state in states:
+            state.dtype = getattr(state, "stored_dtype", state.dtype)
+        yield
+    finally:
+        for state, dtype in zip(states, computed, strict=True):
+            state.dtype = dtype
+
+
+def _check_layout(source: str, state: Any) -> None:
+    """Refuse NF4 bytes in another layout than the operators read, whatever config.json says of them."""
+    seen = (state.quant_type, state.blocksize, state.nested and state.state2.blocksize)
+    if seen != ("nf4", 64, 256):
+        text = f"{source} holds a weight in {seen[0]}, in blocks of {seen[1]}, with scales in blocks of {seen[2] or 1}."
+        text = f"{text} This loop reads nf4, 64 and 256. Name the model in bf16, or one that transformers saved in NF4"
+        raise UserError(ExitCode.CONFIGURATION, f"{text} with double quantization.")
 
 
 @contextlib.contextmanager
@@ -248,8 +272,8 @@ class Target(NamedTuple):
 def nf4_layers(model: Any) -> dict[str, torch.nn.Linear]:
     """Name -> linear layer that is in NF4, or that will be once the model is loaded.
 
-    Before loading it asks transformers' own rule: plain torch.nn.Linear only, so neither a subclass, such as Falcon's, nor
-    experts that are fused into one parameter; and neither the head nor what is tied to it.
+    Before loading it asks transformers' own rule: torch.nn.Linear and Conv1D only, so neither a subclass of the former, such as
+    Falcon's, nor experts that are fused into one parameter; and neither the head nor what is tied to it.
     """
     if getattr(model, "is_loaded_in_4bit", False):
         return {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
@@ -259,18 +283,20 @@ def nf4_layers(model: Any) -> dict[str, torch.nn.Linear]:
     own = getattr(model.config, "quantization_config", None) or {}  # of a checkpoint that is quantized already
     skip = own.get("llm_int8_skip_modules") if isinstance(own, dict) else own.llm_int8_skip_modules
     left_out = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
-    plain = ((name, module) for name, module in model.named_modules() if type(module) is torch.nn.Linear)
+    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    plain = ((name, module) for name, module in model.named_modules() if type(module) in kinds)
     return {name: module for name, module in plain if should_convert_module(name, left_out)}
 
 
 def linear_layers(model: Any) -> dict[str, torch.nn.Linear]:
     """Name -> linear layer of the decoder that can get an adapter: in NF4, and no router of experts.
 
-    Nor the head, whose frozen weight the loss reads, nor layers of a vision tower.
+    Nor the head, whose frozen weight the loss reads, nor layers of a vision tower, nor a Conv1D, whose weight is transposed.
     """
     inside = {id(module) for module in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
     layers = nf4_layers(model).items()
-    return {name: layer for name, layer in layers if id(layer) in inside and not ROUTER.search(name)}
+    conv1d = transformers.pytorch_utils.Conv1D
+    return {n: m for n, m in layers if id(m) in inside and not ROUTER.search(n) and not isinstance(m, conv1d)}
 
 
 class Uncovered(NamedTuple):
@@ -314,13 +340,18 @@ def checked_targets(skeleton: Any, config: TrainConfig, say: Callable[[str], Non
     Args:
         skeleton: the base model on the meta device.
         config: target_modules and what else audit_targets and PEFT read.
-        say: for a warning where target modules are named and much of the model is not covered.
+        say: for a line about what is not covered; a warning where that is much and target modules are named.
 
     Raises:
         UserError: exit 2 as audit_targets; if more than a tenth of the weights is neither in NF4 nor adapted and no target
             modules are named; or if PEFT refuses the targets.
     """
     targets = audit_targets(skeleton, config)
+    if any(layer is skeleton.get_output_embeddings() for layer in nf4_layers(skeleton).values()):
+        text = (
+            f"The head of {type(skeleton).__name__} is in NF4 too (llm_int8_skip_modules in its config.json lacks it). The loss"
+        )
+        raise UserError(ExitCode.CONFIGURATION, f"{text} needs it in bf16. Name the model in bf16.")
     rest, kind = uncovered(skeleton), type(skeleton).__name__
     refusal = _peft_refusal(skeleton, config, targets)
     if rest.share > UNCOVERED_LIMIT and config.target_modules is None:
@@ -331,8 +362,9 @@ def checked_targets(skeleton: Any, config: TrainConfig, say: Callable[[str], Non
     if refusal is not None:
         text = f"PEFT cannot adapt {', '.join(target.name for target in targets)} of {kind}: {refusal}"
         raise UserError(ExitCode.CONFIGURATION, f"{text} Name other layers with --target-modules.")
-    if rest.share > UNCOVERED_LIMIT:
-        say(f"Warning: {kind}: {rest}. They stay in bf16, frozen.")
+    if rest.parameters:
+        warning = "Warning: " if rest.share > UNCOVERED_LIMIT else ""
+        say(f"{warning}{kind}: {rest}. They stay in bf16, frozen.")
     return targets
 
 
@@ -363,7 +395,7 @@ def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
     if not layers:
         own = ", ".join(_linear_classes(model))
         text = f"{type(model).__name__} has no torch.nn.Linear layer in its decoder, so there is nothing to adapt in NF4."
-        raise UserError(ExitCode.CONFIGURATION, text + (f" bitsandbytes does not quantize its {own}." if own else ""))
+        raise UserError(ExitCode.CONFIGURATION, text + (f" It has {own}, which this loop cannot adapt." if own else ""))
     available = sorted({name.rsplit(".", 1)[-1] for name in layers})
     targets: list[Target] = []
     seen: set[str] = set()

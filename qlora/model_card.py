@@ -134,18 +134,15 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     share = f" of {total:,} ({100 * trained / (total + trained):.2f} %)" if trained and total else ""
     clip = config["max_grad_norm"]
     tokens = sum(row.get("num_tokens", 0) for row in record.steps)
-    chosen = record.adapter_step
+    chosen, losses = record.adapter_step, {row["step"]: row["eval_loss"] for row in record.evaluations if row["step"] > 0}
+    lowest = ", the lowest held-out loss" if chosen in losses and losses[chosen] == min(losses.values()) else ""
     return [
         ("Method", "LoRA in fp32 on a base frozen in NF4 with double quantisation; bf16 autocast"),
         ("Rank, alpha, dropout", f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}"),
         ("Adapted layers", ", ".join(record.facts.get("targets", [])) or "all linear layers but the head"),
         ("Trained parameters", f"{trained:,}{share}" if trained else "not recorded"),
         ("Steps, tokens trained on", f"{record.last_step:,}, {tokens:,}"),
-        *(
-            [("Adapter taken after step", f"{chosen:,}, the lowest held-out loss")]
-            if chosen not in (None, record.last_step)
-            else []
-        ),
+        *([("Adapter taken after step", f"{chosen:,}{lowest}")] if chosen not in (None, record.last_step) else []),
         ("Samples in a step", f"{batch} ({window}){', packed rows' if config['packing'] else ''}"),
         (
             "Learning rate",

@@ -246,8 +246,8 @@ class _Copies(torch.autograd.Function):
 def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
     """Give layers what they need for one forward and its backward: copies of A and B in autocast's dtype, if it is on.
 
-    Autograd knows the copies only. Their backward adds to `.grad` of A and B, so gradient hooks on A and B never fire and
-    `DistributedDataParallel`, which is built on such hooks, never reduces anything: sum `.grad` over ranks after backward.
+    Autograd knows the copies only. Their backward adds to `.grad` of A and B, so gradient hooks on A and B never fire, nor
+    does the reducer of `DistributedDataParallel`. Both are refused: sum `.grad` over ranks after backward.
 
     Args:
         layers: all that are trained.

@@ -10,6 +10,7 @@ from qlora.config import TrainConfig, UserError
 from qlora.model_card import base_of, data_name, model_card
 from qlora.record import Record, read
 from qlora.rendering import render
+from qlora.run_folder import FINISHED
 
 if TYPE_CHECKING:
     from qlora.commands import ReportOptions
@@ -42,9 +43,12 @@ def run(options: "ReportOptions") -> int:
 def when_complete(folder: Path) -> str:
     """What the command of a run that is complete tells; it draws the report if an interruption left none."""
     told = f"{folder} holds this very run, and it is complete."
-    if (folder / "report.html").exists():
-        return f"{told} Nothing was done."
-    return f"{told} Its report was missing: {after_training(folder)}"
+    path = folder / "report.html"
+    if not path.exists():
+        return f"{told} Its report was missing: {after_training(folder)}"
+    if path.stat().st_mtime_ns < (folder / FINISHED).stat().st_mtime_ns:  # of a run that had not ended, or was extended since
+        return f"{told} Its report was older: {after_training(folder)}"
+    return f"{told} Nothing was done."
 
 
 def after_training(folder: Path) -> str:
@@ -58,7 +62,8 @@ def after_training(folder: Path) -> str:
     """
     try:
         record = read(folder)
-        _write_card(record)
+        if not (folder / "adapter" / "README.md").exists():  # a user may have edited it
+            _write_card(record)
         return str(write(record))
     except (ImportError, OSError, ValueError, UserError) as error:
         why = " ".join(str(error).split()).rstrip(".")

@@ -1,9 +1,11 @@
 """The run folder: one process at a time, what it goes on from, and whether it may."""
 
 import dataclasses
+import datetime
 import fcntl
 import json
 import os
+import re
 import shlex
 import socket
 import sys
@@ -40,6 +42,7 @@ OF_THE_DATA = {"train_file", "prompt_format", "loss_on", "max_length", "on_long"
 EARLIER = TrainConfig(compile="none").plain()  # what an option was before there was that option
 RESOLVED = ("attn_implementation", "compile", "gradient_checkpointing")  # from auto, by what the machine has
 OF_A_WINDOW = ("per_device_train_batch_size", "gradient_accumulation_steps")
+EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")  # seconds since 1970
 SAVED_BYTES = 3 * 4  # of a trained parameter in a checkpoint: itself and AdamW's two moments, in fp32; less with 8 bits
 
 
@@ -163,9 +166,16 @@ class RunFolder:
 
     @property
     def date(self) -> str | None:
-        """When this run began (ISO 8601), which its chat template may print; None for a new run."""
+        """When this run began (ISO 8601), which its chat template may print; None for a new run.
+
+        Runs of older versions did not store it. Theirs is read from the name of TensorBoard's first file.
+        """
         _, before = self._begun()
-        return before.get("date") if before else None
+        if before is None or before.get("date"):
+            return before["date"] if before else None
+        run_folder = self.checkpoint.parent.parent if self.checkpoint else self.folder
+        starts = [match[1] for path in run_folder.glob("tensorboard/events.*") if (match := EVENTS.match(path.name))]
+        return datetime.datetime.fromtimestamp(min(map(int, starts))).isoformat() if starts else None
 
     def accept(self, config: TrainConfig, facts: dict[str, Any], total_steps: int) -> bool:
         """Compare this run with the one that the folder holds. Nothing is touched yet; see take_over.
@@ -227,13 +237,21 @@ class RunFolder:
         self._taken_over = True
 
     def _branch_off(self, source: Path) -> None:
+        from qlora.record import whole_rows  # here, as it imports this module
+
         metrics = source.parent.parent / METRICS
         if metrics.is_file():
             checkpoint.write_file(self.folder / METRICS, metrics.read_bytes())
-        names = json.loads((source / checkpoint.MANIFEST).read_bytes())["files"]
+        rows = [row for row in whole_rows(metrics) if row["event"] == "eval" and row.get("held_out") == self.facts["held_out"]]
+        losses = {row["step"]: row["eval_loss"] for row in rows if row["step"] <= self.step and row["eval_loss"] is not None}
         self.checkpoint = self.checkpoints / source.name
         self.facts["origin"] = str(source.resolve())
-        checkpoint.write_folder(self.checkpoint, {name: (source / name).read_bytes() for name in names})
+        found = checkpoint.by_step(source.parent)
+        # The best one before the branch is copied too, as early stopping may choose it. `source` is written last.
+        for folder in dict.fromkeys([*(found[step] for step in checkpoint.lowest(losses, found)), source]):
+            if folder == source or checkpoint.problem_of(folder) is None:
+                names = json.loads((folder / checkpoint.MANIFEST).read_bytes())["files"]
+                checkpoint.write_folder(self.checkpoints / folder.name, {name: (folder / name).read_bytes() for name in names})
 
     def require_space(self, trained_parameters: int, keep: int) -> None:
         """Refuse to begin if the disk has no room for the checkpoints kept, one more being written, and the adapter.
@@ -292,14 +310,17 @@ class RunFolder:
             tracker: has the evaluations, and logs which step was chosen.
 
         Returns:
-            The step of the adapter. It is the newest if no checkpoint has a finite loss, or if the best one is damaged.
+            The step of the adapter. It is the newest if no other checkpoint has a finite loss and is sound.
         """
         folders = checkpoint.by_step(self.checkpoints)
         losses = {step: result.loss for step, result in tracker.evaluations.items()}
-        chosen = next(iter(checkpoint.lowest(losses, folders)), self.step)
-        if chosen != self.step and (problem := checkpoint.problem_of(folders[chosen])):
-            tracker.say(f"Warning: checkpoint {folders[chosen].name}, the best one, is damaged: {problem}.")
-            chosen = self.step
+        chosen = self.step
+        while best := checkpoint.lowest(losses, folders):
+            (step,) = best
+            if step == self.step or not (problem := checkpoint.problem_of(folders[step])):
+                chosen = step
+                break
+            tracker.say(f"Warning: checkpoint {folders.pop(step).name}, which has the lowest loss, is damaged: {problem}.")
         if chosen != self.step:
             checkpoint.load_adapter(folders[chosen], model)
         tracker.adapter_chosen(chosen)

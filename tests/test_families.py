@@ -88,7 +88,7 @@ def test_linear_layers_of_another_class_are_refused_before_the_weights_are_loade
     """transformers leaves FalconLinear in bf16, under the name of NF4."""
     flags = saved("Falcon", **SIZES)
     assert command_line(flags) == ExitCode.CONFIGURATION
-    assert "bitsandbytes does not quantize its FalconLinear." in capsys.readouterr().err
+    assert "It has FalconLinear, which this loop cannot adapt." in capsys.readouterr().err
     assert command_line([*flags, "--target-modules", "query_key_value"]) == ExitCode.CONFIGURATION
     assert "FalconLinear" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"No layer of .* is in NF4 after loading") as refused:
@@ -111,6 +111,45 @@ def test_what_will_be_in_nf4_is_what_is_in_nf4(saved, name):
     skeleton = load_skeleton(flags[1], TrainConfig(max_length=128))
     loaded = load_nf4_model(flags[1], TrainConfig(), "eager", CPU)
     assert nf4_layers(skeleton).keys() == nf4_layers(loaded).keys() != set() and uncovered(skeleton).share == 0.0
+
+
+def test_a_head_in_nf4_is_refused_before_the_weights_are_loaded():
+    skeleton = meta_model("Llama", **MOE)
+    nf4 = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+    skeleton.config.quantization_config = {**nf4, "llm_int8_skip_modules": ["lm_head"]}
+    assert checked_targets(skeleton, TrainConfig(), lambda _: None)
+    skeleton.config.quantization_config["llm_int8_skip_modules"] = ["vision_tower"]
+    with pytest.raises(UserError, match=r"The head of LlamaForCausalLM is in NF4 too .* Name the model in bf16") as refused:
+        checked_targets(skeleton, TrainConfig(), lambda _: None)
+    assert refused.value.exit_code == ExitCode.CONFIGURATION
+
+
+def test_layers_that_a_checkpoint_left_out_of_nf4_are_named_even_where_they_are_few():
+    skeleton, said = meta_model("Llama", **{**MOE, "num_hidden_layers": 12}), []
+    nf4 = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+    skeleton.config.quantization_config = {**nf4, "llm_int8_skip_modules": ["lm_head", "model.layers.0.mlp"]}
+    targets = checked_targets(skeleton, TrainConfig(), said.append)
+    assert {len(target.layers) for target in targets} == {11, 12} and len(said) == 1
+    assert said[0].startswith("LlamaForCausalLM: ") and "neither in NF4 nor adapted: model.layers.N.mlp" in said[0]
+
+
+def test_gpt_2_s_conv1d_is_in_nf4_but_cannot_be_adapted(tmp_path, capsys):
+    config = transformers.GPT2Config(vocab_size=384, n_embd=64, n_layer=2, n_head=4)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    assert len(nf4_layers(model)) == 8 and uncovered(model).parameters == 0
+    with pytest.raises(UserError, match=r"It has Conv1D, which this loop cannot adapt"):
+        audit_targets(model, TrainConfig())
 
 
 # -- mixtures of experts -----------------------------------------------------------------------------------------------

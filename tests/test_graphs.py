@@ -1,5 +1,6 @@
 """What surrounds CUDA graphs, on a CPU: a stand-in runs what would be replayed. The graphs themselves: tests/test_gpu.py."""
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora import attention, data, graphs, layers
+from qlora import attention, data, graphs, layers, nf4_linear
 from qlora.config import ExitCode, UserError
 from qlora.loss import read_head, token_loss_sum
 from tests.conftest import adapted_model, gradients, prepared, wake_adapters
@@ -170,6 +171,50 @@ def test_a_gradient_from_outside_the_graphs_is_carried_into_them(config, samples
         assert all(torch.equal(gradient, plain[name]) for name, gradient in ours.items())
 
 
+def test_gradients_that_zero_grad_removed_after_the_forward_pass_are_there_again(config, stand_in):
+    """forward, zero_grad, backward: the graph adds to tensors that zero_grad has taken from the parameters."""
+    model, _ = decoder_with_graphs(config)
+    decoder, ids = model.get_decoder(), torch.randint(3, 60, (2, 128))  # [B, T]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    found = []
+    for late in (False, False, True):  # the first records
+        optimizer.zero_grad()
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
+        if late:
+            optimizer.zero_grad()
+        hidden.square().mean().backward()
+        found.append(gradients(model))
+    assert all(torch.equal(gradient, found[1][name]) and gradient.any() for name, gradient in found[2].items())
+
+
+def test_each_recording_warms_up_before_its_capture(monkeypatch):
+    """With stand-ins for CUDA's graphs and streams: what is new about a shape is compiled while nothing is captured."""
+    capturing, passes = [], []
+
+    @contextlib.contextmanager
+    def capture(*_):
+        capturing.append(True)
+        yield
+        capturing.pop()
+
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name, value in {"graph": capture, "CUDAGraph": object, "current_stream": lambda: stream, "empty_cache": lambda: None,
+                        "stream": lambda _: contextlib.nullcontext(), "use_mem_pool": lambda _: contextlib.nullcontext(),
+                        "reset_peak_memory_stats": lambda: None}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    weight = torch.nn.Parameter(torch.ones(4))
+
+    def forward(x):
+        passes.append(bool(capturing))
+        return SimpleNamespace(last_hidden_state=x * weight)
+
+    pool = graphs._Pool(SimpleNamespace(id=(0, 1)), stream)
+    for first, expected in ((True, [False, False, True]), (False, [False, True])):
+        graphs._Recording(forward, {"x": torch.ones(2, 4)}, [weight], pool, first)
+        assert passes == expected
+        passes.clear()
+
+
 def test_recordings_for_another_number_of_packed_samples_compile_nothing(config, stand_in):
     """The ends of 128 and of 384 samples: tensors of two lengths, each under two names, copied for each recording."""
     model, config = decoder_with_graphs(config, packing=True)
@@ -260,7 +305,7 @@ def test_gradient_hooks_are_refused_since_they_would_never_fire(config, stand_in
     assert decoder(input_ids=torch.full((2, 128), 5), use_cache=False).last_hidden_state.requires_grad
 
 
-def test_distributed_data_parallel_would_never_reduce_a_gradient(config, samples, tmp_path):
+def test_distributed_data_parallel_is_refused_since_it_would_never_reduce(config, samples, tmp_path, monkeypatch):
     """Why this loop must sum gradients over ranks itself: DDP's reducer is built on hooks that do not fire here."""
     config = dataclasses.replace(config, attn_implementation="sdpa")
     model = prepared(adapted_model(config), config, "none")
@@ -279,6 +324,9 @@ def test_distributed_data_parallel_would_never_reduce_a_gradient(config, samples
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         wrapped.register_comm_hook(None, count)
+        with pytest.raises(RuntimeError, match="DistributedDataParallel would never reduce these gradients"):
+            wrapped(input_ids=batch.input_ids, use_cache=False)
+        monkeypatch.setattr(nf4_linear, "require_plain_gradients", lambda _: None)
         with torch.autocast("cpu", torch.bfloat16):
             wrapped(input_ids=batch.input_ids, use_cache=False).logits.float().square().mean().backward()
     finally:

@@ -16,6 +16,7 @@ import torch._dynamo.utils
 import transformers
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora import attention, data, layers, nf4_linear
@@ -88,6 +89,11 @@ def test_dropout_is_drawn_again_as_it_was_in_compiled_layers(awake, window):
     for policy in POLICIES:
         model, config = awake(lora_dropout=0.3)
         found.append(step(prepared(model, config, policy, "layers"), config, window, dropout_seed=7))
+    drawn = torch.get_rng_state()  # [bytes]
+    torch.manual_seed(7)
+    for _ in window:  # seeds of all layers, and nothing else
+        torch.randint(2**31 - 1, (sum(isinstance(m, nf4_linear.LoRALinear) for m in model.modules()),), dtype=torch.int32)
+    assert torch.equal(drawn, torch.get_rng_state())
     assert same(found[0], found[1]) and same(found[0], found[2])
     assert found[0][0] != step(prepared(awake()[0], config, "none"), config, window)[0]
 
@@ -565,3 +571,16 @@ def test_attention_that_draws_is_computed_again(awake, window, monkeypatch, atte
     assert same(ours, plain)
     depth, name = len(model.get_decoder().layers), "qlora_test::attention"
     assert twice[name] - once[name] == again * depth * len(window)
+
+
+@pytest.mark.parametrize(("compile", "again"), [("none", True), ("layers", False), ("graphs", False)])
+def test_only_layers_that_are_not_compiled_draw_their_attention_again(config, monkeypatch, compile, again):
+    """Compiled, attention that is run again would draw from a generator that neither the seed nor a checkpoint holds."""
+    chosen = []
+    monkeypatch.setattr(layers, "checkpoint", lambda *_, context_fn, **__: chosen.append(context_fn.args[0]))
+    config = dataclasses.replace(config, gradient_checkpointing="selective", compile=compile)
+    layers._policy(config)(torch.nn.Identity())
+    operator = torch.ops.aten._scaled_dot_product_flash_attention.default
+    for rate in (0.0, 0.1):
+        policy = chosen[0](None, operator, *3 * [torch.zeros(1, 1, 1, 8)], rate)
+        assert (policy == CheckpointPolicy.PREFER_RECOMPUTE) == (again and rate > 0)

@@ -180,6 +180,34 @@ def test_a_checkpoint_that_is_quantised_already_computes_in_bf16(tiny, config, t
     assert evaluated.isfinite().all() and (trained - evaluated).norm() < 0.01 * trained.norm()
 
 
+def test_the_fingerprint_is_that_of_the_dtypes_that_are_stored(tiny, config, tmp_path):
+    """Runs and adapters of versions that computed in the checkpoint's dtype know their base by it."""
+    settings = quantization_of("nf4")
+    settings.bnb_4bit_compute_dtype = torch.float16
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    load(tiny, quantization_config=settings, dtype=torch.float16, device_map={"": CPU}).save_pretrained(tmp_path)
+    stored = load(tmp_path, dtype=torch.bfloat16, attn_implementation="sdpa", device_map={"": CPU})
+    model = load_nf4_model(str(tmp_path), config, "sdpa", CPU)
+    assert fingerprint(model) == fingerprint(stored)
+    assert model.model.layers[0].mlp.down_proj.weight.quant_state.dtype == torch.bfloat16  # put back
+
+
+@pytest.mark.parametrize(("name", "value"), [("blocksize", 128), ("quant_type", "fp4"), ("nested", False)])
+def test_nf4_in_another_layout_is_refused_after_loading(config, monkeypatch, name, value):
+    original = bitsandbytes.functional.QuantState
+
+    class Other(original):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            if self.state2 is not None:
+                setattr(self, name, value)
+
+    monkeypatch.setattr(bitsandbytes.functional, "QuantState", Other)
+    with pytest.raises(UserError, match=r"holds a weight in .* Name the model in bf16") as refused:
+        load_nf4_model(config.model, config, "sdpa", CPU)
+    assert refused.value.exit_code == ExitCode.CONFIGURATION
+
+
 @pytest.mark.parametrize(
     "change",
     [

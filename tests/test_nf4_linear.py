@@ -185,6 +185,8 @@ def test_dropout_hashes_as_murmurhash3_does_in_32_bits():
     for row, column in ((0, 0), (1, 1), (2, 63), (6, 89), (5, 40)):
         bits = mixed((mixed(row) ^ seed) + column * 0x9E3779B & 0xFFFFFFFF)
         assert mask[row, column].item() == ((bits & 0xFFFFFF) >= round(0.3 * 2**24))
+    mixed_in_int64 = nf4_linear._mixed(torch.arange(64))  # [64]
+    assert ((mixed_in_int64 >= 0) & (mixed_in_int64 < 2**32)).all()  # so the next product has room in 63 bits
 
 
 def test_evaluation_and_a_disabled_adapter_take_peft_s_way(installed, monkeypatch):

@@ -5,6 +5,7 @@ import datetime
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -128,9 +129,38 @@ def test_a_damaged_best_checkpoint_is_told_and_the_last_one_taken(evaluated, tmp
     monkeypatch.setattr(run_folder.RunFolder, "load_best", damaged)
     assert run(folder, *evaluated(4.0, 1.0, 2.0), "--num-train-epochs", "2", "--early-stopping-patience", "9") == 0
     out = capsys.readouterr().out
-    assert "Warning: checkpoint step-000001, the best one, is damaged: " in out
+    assert "Warning: checkpoint step-000001, which has the lowest loss, is damaged: " in out
     assert "adapter/ is that of step 2, whose held-out loss is not the lowest, 2.0000." in out
     assert json.loads((folder / "finished.json").read_text()) == {"step": 2, "adapter_step": 2}
+
+
+def test_after_a_damaged_best_checkpoint_the_next_best_is_taken(evaluated, tmp_path, capsys, monkeypatch):
+    folder, original = tmp_path / "run", run_folder.RunFolder.load_best
+    monkeypatch.setattr(evaluate, "sample_responses", lambda *_: [])
+
+    def damaged(self, *arguments):
+        (folder / "checkpoints" / "step-000001" / checkpoint.ADAPTER).write_bytes(b"x")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(run_folder.RunFolder, "load_best", damaged)
+    flags = [*evaluated(4.0, 1.0, 2.0, 3.0), "--num-train-epochs", "3", "--early-stopping-patience", "9"]
+    assert run(folder, *flags) == 0
+    assert json.loads((folder / "finished.json").read_text()) == {"step": 3, "adapter_step": 2}
+    names = [folder / place / checkpoint.ADAPTER for place in ("adapter", "checkpoints/step-000002")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    settings = dict(model_card._settings(record.read(folder)))
+    assert settings["Adapter taken after step"] == "2"  # not the lowest loss of the run
+
+
+def test_a_branch_takes_the_best_checkpoint_along(evaluated, tmp_path, capsys, no_answers):
+    folder, branch = tmp_path / "run", tmp_path / "branch"
+    flags = [*evaluated(4.0, 1.0, 2.0, 3.0, 3.5), "--early-stopping-patience", "9"]
+    assert run(folder, *flags, "--num-train-epochs", "3") == 0
+    resume = ["--resume", str(folder / "checkpoints" / "step-000003"), "--override", "num_train_epochs"]
+    assert run(branch, *flags, "--num-train-epochs", "4", *resume) == 0
+    assert json.loads((branch / "finished.json").read_text()) == {"step": 4, "adapter_step": 1}
+    names = [place / "adapter" / checkpoint.ADAPTER for place in (branch, folder)]
+    assert names[0].read_bytes() == names[1].read_bytes()
 
 
 # -- the end of a run --------------------------------------------------------------------------------------------------
@@ -157,11 +187,35 @@ def test_sample_answers_that_fail_are_a_warning_of_a_complete_run(tiny, tmp_path
     assert record.read(folder).status == "finished"
 
 
+@pytest.mark.parametrize("what", ["data", "disk"])
+def test_a_run_is_complete_though_its_data_is_gone_or_the_disk_is_full_by_then(tiny, tmp_path, capsys, monkeypatch, what):
+    folder = tmp_path / "run"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    original = run_folder.RunFolder.finish
+
+    def finish(self, *arguments):
+        original(self, *arguments)
+        rows.unlink()
+
+    def full(*_):
+        raise UserError(ExitCode.CHECKPOINT, "samples.jsonl cannot be written: No space left on device.")
+
+    if what == "data":
+        monkeypatch.setattr(run_folder.RunFolder, "finish", finish)
+    else:
+        monkeypatch.setattr(evaluate, "sample_responses", lambda *_: [SAMPLE])
+        monkeypatch.setattr(train_loop.tracking.Tracker, "samples", lambda *_, **__: full())
+    assert run(folder, "--train-file", str(rows), "--max-steps", "1") == 0
+    words = "does not exist" if what == "data" else "No space left"
+    assert re.search(f"Warning: no sample answers were generated: UserError .*{words}", capsys.readouterr().out)
+
+
 def test_answers_of_an_earlier_end_do_not_outlive_it(tiny, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     monkeypatch.setattr(evaluate, "sample_responses", lambda *_: [SAMPLE])
     assert run(folder, "--max-steps", "2") == 0 and (folder / "samples.jsonl").exists()
-    monkeypatch.setattr(evaluate, "sample_responses", lambda *_: [])
+    monkeypatch.setattr(evaluate, "sample_responses", None)  # calling it fails
     assert run(folder, "--max-steps", "3", "--override", "max_steps") == 0
     assert not (folder / "samples.jsonl").exists()
 
@@ -175,6 +229,9 @@ def test_a_complete_run_without_its_report_gets_one(tiny, tmp_path, monkeypatch,
     (folder / "report.html").touch()
     assert run(folder, "--max-steps", "2") == 0 and drawn == [folder]
     assert "it is complete. Nothing was done.\n" in capsys.readouterr().out
+    os.utime(folder / "report.html", ns=(0, 0))  # of the run before it ended
+    assert run(folder, "--max-steps", "2") == 0 and drawn == [folder, folder]
+    assert "Its report was older: drawn" in capsys.readouterr().out
 
 
 def test_early_stopping_wants_held_out_data(tiny, tmp_path, capsys):
@@ -221,10 +278,28 @@ def test_a_template_with_the_date_does_not_stop_a_run_from_going_on(dated, tmp_p
     assert other["date"] > first["date"] and other["data"] != first["data"]
 
 
+def test_a_run_of_a_version_that_kept_no_date_goes_on_with_that_of_its_first_event_file(dated, tmp_path):
+    folder = tmp_path / "run"
+    for name in ("model", "model/chat_template.jinja"):
+        assert (tmp_path / name).exists()
+    (tmp_path / "model" / "chat_template.jinja").write_text(DATED.replace("%H:%M:%S %f", "%H"))  # as a day, but for one hour
+    assert run(folder, *dated, "--max-steps", "1", "--save-total-limit", "9") == 0
+    facts = json.loads((folder / "run.json").read_text())
+    stored = facts.pop("date")
+    (folder / "run.json").write_text(json.dumps(facts))
+    found = RunFolder(folder, "auto")
+    with found:
+        assert found.date is not None and found.date[:13] == stored[:13]
+    assert run(folder, *dated, "--max-steps", "2", "--override", "max_steps") == 0
+
+
 def test_a_trained_adapter_is_prompted_with_the_date_of_its_run(dated, tmp_path):
     folder = tmp_path / "run"
     assert run(folder, *dated, "--max-steps", "1") == 0
-    date = json.loads((folder / "run.json").read_text())["date"]
+    facts = json.loads((folder / "run.json").read_text())
+    assert datetime.datetime.fromisoformat(facts["date"]) <= datetime.datetime.now()
+    date = "2024-07-26T10:00:00"
+    (folder / "run.json").write_text(json.dumps({**facts, "date": date}))
     adapter = open_adapter(folder, device="cpu")
     ids = data.encode_prompt((data.Message("user", "Hello"),), adapter.form)
     text = f"{datetime.datetime.fromisoformat(date):%d %b %Y %H:%M:%S %f} <|user|>Hello<|end|><|assistant|>"

@@ -204,10 +204,9 @@ def test_the_environment_has_versions_and_hardware():
 
 
 def test_the_closing_words_have_the_measured_peak_beside_the_prediction(tmp_path, monkeypatch):
-    assert "GPU memory" not in tracking.closing_words(tmp_path, "report.html", 1.5)
+    assert "GPU memory" not in tracking.closing_words(tmp_path, "report.html", 1.25, 1.5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tracking, "peak_memory_gib", lambda device: 1.25 if device.type == "cuda" else 0.0)
-    words = tracking.closing_words(tmp_path, "report.html", 1.5)
+    words = tracking.closing_words(tmp_path, "report.html", 1.25, 1.5)
     assert words.startswith(f"\nGPU memory:   1.25 GiB at its peak, 1.50 predicted\nAdapter:      {tmp_path}/adapter\n")
     assert "Report:       report.html" in words
 
