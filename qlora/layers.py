@@ -57,19 +57,14 @@ def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Ch
 def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operator.name().partition(".")[0]
     kept = name in ATTENTION or name == "aten::mm" or (name == "qlora::nf4_linear" and args[-1] in ATTENTION_INPUTS)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _keep_attention_without_dropout(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.PREFER_RECOMPUTE if _draws(operator, args, kwargs) else _keep_attention(context, operator, *args)
+    return CheckpointPolicy.MUST_SAVE if kept and not _draws(operator, args, kwargs) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call draws random numbers, that is, has a dropout rate above 0.
 
-    In layers that are not compiled, such a call must run again in the recomputation. If its saved output were used instead, the
-    generator would not advance, and every later dropout of the layer would draw another mask than it drew in the forward pass.
-    Compiled layers draw from seeds that are saved; there, a second call would draw from a generator that nothing saves.
+    Such a call must run again in the recomputation. If its saved output were used instead, the generator would not advance,
+    and every later dropout of the layer would draw another mask than it drew in the forward pass.
     """
     names = [argument.name for argument in operator._schema.arguments]
     rate = kwargs.get("dropout_p", args[names.index("dropout_p")] if "dropout_p" in names[: len(args)] else 0.0)
@@ -101,12 +96,15 @@ def choose_layers(
         The configuration, and a line for the log: what was chosen and why, with the memory that is predicted.
 
     Raises:
-        UserError: exit 7 if graphs or offloaded checkpoints were asked for and cannot be had; 2 if checkpoints were, and
+        UserError: exit 7 if compilation or offloaded checkpoints were asked for and cannot be had; 2 if checkpoints were, and
             transformers does not mark the model's layers as such that can have them.
     """
     policies = _policies(config, skeleton)
     config = dataclasses.replace(config, gradient_checkpointing=policies[0])
-    obstacle = compile_obstacle(skeleton.config.model_type, device)
+    dropout = dropout_obstacle(skeleton)
+    if dropout and config.compile in ("layers", "graphs"):
+        raise UserError(ExitCode.ENVIRONMENT, f"--compile {config.compile} cannot be used: {dropout}. Leave it out.")
+    obstacle = compile_obstacle(skeleton.config.model_type, device) or dropout
     unrecorded = obstacle or ("checkpoints go to the host" if config.offload_checkpoints else graph_obstacle(skeleton))
     hows: tuple[Compile, ...] = (config.compile,)
     why = "as asked"
@@ -191,6 +189,22 @@ def compile_obstacle(model_type: str, device: torch.device) -> str | None:
     return None
 
 
+def dropout_obstacle(skeleton: Any) -> str | None:
+    """Why the layers of a model with dropout of its own are never compiled, or None. (Adapters' dropout draws from seeds.)
+
+    What torch.compile computes again in backward it draws from a generator of its own, which neither `--seed` nor a checkpoint
+    holds and which cannot be captured in a CUDA graph.
+
+    Args:
+        skeleton: the base model without weights.
+    """
+    rates = {getattr(skeleton.config.get_text_config(), "attention_dropout", 0.0) or 0.0}
+    rates |= {module.p for module in skeleton.modules() if isinstance(module, torch.nn.Dropout)}
+    if max(rates) > 0:
+        return f"its layers have dropout of their own ({max(rates):g}), which compiled layers would not draw from the seed"
+    return None
+
+
 def prepare_layers(model: Any, config: TrainConfig, backend: str = "inductor") -> None:
     """Make a model's decoder layers run as the configuration says while they train; evaluation stays as it was.
 
@@ -236,8 +250,7 @@ def _policy(config: TrainConfig, preserve_rng_state: bool = True) -> Callable[..
     """(layer, *its arguments) -> its output, keeping for backward what the policy says."""
     if config.gradient_checkpointing == "none" and config.compile == "none":
         return lambda layer, *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
-    attention = _keep_attention_without_dropout if config.compile == "none" else _keep_attention
-    keep = {"none": _keep_products, "selective": attention, "full": None}[config.gradient_checkpointing]
+    keep = {"none": _keep_products, "selective": _keep_attention, "full": None}[config.gradient_checkpointing]
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     if keep is not None:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)

@@ -16,14 +16,13 @@ import torch._dynamo.utils
 import transformers
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora import attention, data, layers, nf4_linear
 from qlora.config import ExitCode, TrainConfig, UserError
 from qlora.evaluate import evaluate_loss
 from qlora.loss import read_head, token_loss_sum
-from qlora.model import audit_targets
+from qlora.model import audit_targets, load_skeleton
 from tests.conftest import CPU, adapted_model, gradients, prepared, relative_error, wake_adapters
 from train_loop import train_step
 
@@ -573,14 +572,19 @@ def test_attention_that_draws_is_computed_again(awake, window, monkeypatch, atte
     assert twice[name] - once[name] == again * depth * len(window)
 
 
-@pytest.mark.parametrize(("compile", "again"), [("none", True), ("layers", False), ("graphs", False)])
-def test_only_layers_that_are_not_compiled_draw_their_attention_again(config, monkeypatch, compile, again):
-    """Compiled, attention that is run again would draw from a generator that neither the seed nor a checkpoint holds."""
-    chosen = []
-    monkeypatch.setattr(layers, "checkpoint", lambda *_, context_fn, **__: chosen.append(context_fn.args[0]))
-    config = dataclasses.replace(config, gradient_checkpointing="selective", compile=compile)
-    layers._policy(config)(torch.nn.Identity())
-    operator = torch.ops.aten._scaled_dot_product_flash_attention.default
-    for rate in (0.0, 0.1):
-        policy = chosen[0](None, operator, *3 * [torch.zeros(1, 1, 1, 8)], rate)
-        assert (policy == CheckpointPolicy.PREFER_RECOMPUTE) == (again and rate > 0)
+@pytest.mark.parametrize("changes", [{"attention_dropout": 0.1}, {"resid_pdrop": 0.1}])
+def test_layers_with_dropout_of_their_own_are_not_compiled(config, tiny, changes):
+    """Computed again in compiled layers, it would draw from a generator that neither the seed nor a checkpoint holds."""
+    plain = load_skeleton(str(tiny), config)
+    settings = transformers.AutoConfig.from_pretrained(tiny, **changes)
+    with torch.device("meta"):
+        drawing = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
+    assert layers.dropout_obstacle(plain) is None
+    assert "dropout of their own (0.1)" in layers.dropout_obstacle(drawing)
+    targets, config = audit_targets(drawing, config), dataclasses.replace(config, gradient_checkpointing="full")
+    chosen, _ = layers.choose_layers(dataclasses.replace(config, compile="auto"), drawing, targets, 64, CPU)
+    assert chosen.compile == "none"
+    for compile in ("layers", "graphs"):
+        with pytest.raises(UserError, match=f"--compile {compile} cannot be used: its layers have dropout") as refused:
+            layers.choose_layers(dataclasses.replace(config, compile=compile), drawing, targets, 64, CPU)
+        assert refused.value.exit_code == ExitCode.ENVIRONMENT

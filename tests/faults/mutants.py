@@ -593,7 +593,7 @@ MUTANTS = [
     mutant(
         "recorded-where-no-gradient-is",
         "qlora/graphs.py",
-        "test_graphs.py::test_what_surrounds_a_graph_changes_no_bit",
+        "test_graphs.py::test_gradients_that_zero_grad_removed_after_the_forward_pass_are_there_again",
         "            self.put_gradients_back()  # a",
         "            # a",
     ),
@@ -605,11 +605,11 @@ MUTANTS = [
         "range(2 if first else 0)",
     ),
     mutant(
-        "compiled-attention-drawn-again",
+        "compiled-with-dropout-of-its-own",
         LAYERS,
-        "test_layers.py::test_only_layers_that_are_not_compiled_draw_their_attention_again",
-        '_keep_attention_without_dropout if config.compile == "none" else _keep_attention',
-        "_keep_attention_without_dropout",
+        "test_layers.py::test_layers_with_dropout_of_their_own_are_not_compiled",
+        "    if max(rates) > 0:",
+        "    if False:",
     ),
     mutant(
         "fingerprint-of-computed-dtypes",
