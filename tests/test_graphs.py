@@ -186,7 +186,7 @@ def test_gradients_that_zero_grad_removed_after_the_forward_pass_are_there_again
         found.append(gradients(model))
     assert all(torch.equal(gradient, found[1][name]) and gradient.any() for name, gradient in found[2].items())
     optimizer.zero_grad()
-    decoder(input_ids=ids[:, :64], use_cache=False).last_hidden_state.mean().backward()  # another shape, recorded without any
+    decoder(input_ids=ids[:, :64], use_cache=False).last_hidden_state.mean().backward()  # recorded without any
     assert all(
         p.grad is g for p, g in zip(decoder.forward.__self__.parameters, decoder.forward.__self__.gradients, strict=True)
     )
