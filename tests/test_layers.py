@@ -414,7 +414,7 @@ def test_on_a_gpu_auto_is_the_fastest_that_is_predicted_to_fit(card, phi3, free,
 def test_checkpoints_that_a_model_cannot_have_are_refused(card):
     card(80)
     model = torch.nn.Linear(2, 2)
-    model.config = SimpleNamespace(model_type="odd")
+    model.config = SimpleNamespace(model_type="odd", get_text_config=SimpleNamespace)
     with pytest.raises(UserError, match=r"--gradient-checkpointing full cannot be used: .* no layer of odd") as refused:
         layers.choose_layers(TrainConfig(gradient_checkpointing="full"), model, [], 9, torch.device("cpu"))
     assert refused.value.exit_code == ExitCode.CONFIGURATION
