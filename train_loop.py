@@ -12,7 +12,7 @@ Shapes: B samples, T positions, D hidden size. `qlora/` holds the rest: data, mo
 """
 
 if __name__ == "__main__":  # Parse first: --help and a typo should not wait for torch and transformers to be imported.
-    from qlora.__main__ import train as command_line
+    from qlora.cli import train as command_line
 
     raise SystemExit(command_line())  # it imports this file again, as a module
 
@@ -28,27 +28,29 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from qlora import attention, checkpoint, data, evaluate, report, teaching, tracking
 from qlora.config import TrainConfig
-from qlora.demo import model_source
-from qlora.guards import check_first_gradients, count_not_finite
-from qlora.layers import choose_layers, free_training_memory, prepare_layers
-from qlora.loss import read_head, token_loss_sum
-from qlora.memory import explained, leave_no_gaps, memory_terms, peak_memory_gib, probe_memory
-from qlora.model import (
-    add_adapters,
-    checked_targets,
-    fingerprint,
-    load_nf4_model,
-    load_skeleton,
-    load_tokenizer,
-    with_init_adapter,
-)
-from qlora.optimizer import build_optimizer
-from qlora.run_folder import RunFolder
-from qlora.signals import Signals
+from qlora.data.batch import Batch, epoch_rows, longest_rows, micro_batches, row_length, training_batches, windows
+from qlora.data.dataset import Samples, check_files, encode_files, first_examples
+from qlora.data.template import Format, read_format
+from qlora.eval.generate import try_samples
+from qlora.eval.loss import evaluate_loss
+from qlora.model import attention
+from qlora.model.demo import model_source
+from qlora.model.load import fingerprint, load_nf4_model, load_skeleton, load_tokenizer
+from qlora.model.lora import add_adapters, checked_targets, with_init_adapter
+from qlora.model.loss import read_head, token_loss_sum
+from qlora.model.optimizer import build_optimizer
+from qlora.model.random_state import seed_generators
+from qlora.report.html import after_training, when_complete
+from qlora.run import checkpoint, environment, explain, log
+from qlora.run.files import write_folder
+from qlora.run.folder import RunFolder
+from qlora.run.guards import check_first_gradients, count_not_finite
+from qlora.run.signals import Signals
+from qlora.speed.layers import choose_layers, free_training_memory, prepare_layers
+from qlora.speed.memory import explained, leave_no_gaps, memory_terms, peak_memory_gib, probe_memory
 
-LossSum = Callable[[torch.Tensor, data.Batch], torch.Tensor]  # (hidden [B, T, D], batch) -> fp32 scalar, a sum over tokens
+LossSum = Callable[[torch.Tensor, Batch], torch.Tensor]  # (hidden [B, T, D], batch) -> fp32 scalar, a sum over tokens
 
 
 def lr_multiplier(step: int, warmup_steps: int, total_steps: int) -> float:
@@ -65,7 +67,7 @@ def lr_multiplier(step: int, warmup_steps: int, total_steps: int) -> float:
 def train_step(
     decoder: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    window: list[data.Batch],
+    window: list[Batch],
     loss_sum: LossSum,
     learning_rate: float,
     max_grad_norm: float | None,
@@ -115,8 +117,8 @@ def train_step(
 
 def count_steps(config: TrainConfig, num_rows: int) -> tuple[int, int]:
     """Optimizer steps of an epoch, whose short last window is a step too, and of the whole run."""
-    micro_batches = math.ceil(num_rows / config.per_device_train_batch_size)
-    steps_per_epoch = math.ceil(micro_batches / config.gradient_accumulation_steps)
+    num_micro_batches = math.ceil(num_rows / config.per_device_train_batch_size)
+    steps_per_epoch = math.ceil(num_micro_batches / config.gradient_accumulation_steps)
     return steps_per_epoch, config.max_steps or config.num_train_epochs * steps_per_epoch
 
 
@@ -125,10 +127,10 @@ def train(
     model: Any,
     optimizer: torch.optim.Optimizer,
     loss_sum: LossSum,
-    samples: data.Samples,
-    held_out: data.Samples | None,
+    samples: Samples,
+    held_out: Samples | None,
     progress: checkpoint.Progress,
-    tracker: tracking.Tracker,
+    tracker: log.Tracker,
     run: RunFolder,
     stop: Signals,
 ) -> None:
@@ -155,7 +157,7 @@ def train(
     on_gpu = device.type == "cuda"
     batch_size, window_size = config.per_device_train_batch_size, config.gradient_accumulation_steps
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    steps_per_epoch, total_steps = count_steps(config, len(data.epoch_rows(samples, config, 1)))
+    steps_per_epoch, total_steps = count_steps(config, len(epoch_rows(samples, config, 1)))
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     save_steps = config.save_steps or total_steps
 
@@ -163,8 +165,8 @@ def train(
         if held_out is None or step in tracker.evaluations:  # a run that goes on after this step may know it already
             return
         with stop.immediate():  # all is saved
-            batches = data.micro_batches(held_out, range(len(held_out)), batch_size, pin=on_gpu)
-            result = evaluate.evaluate_loss(model, batches, loss_sum)
+            batches = micro_batches(held_out, range(len(held_out)), batch_size, pin=on_gpu)
+            result = evaluate_loss(model, batches, loss_sum)
         tracker.held_out(step, epoch, result)
 
     step, first_epoch, seen, skipped = progress
@@ -178,9 +180,9 @@ def train(
         recent: list[dict[str, Any]] = []  # the last that were
         since = time.perf_counter()
         for epoch in range(first_epoch, math.ceil(total_steps / steps_per_epoch) + 1):
-            rows_left = data.epoch_rows(samples, config, epoch)[seen:]
-            batches = data.training_batches(samples, rows_left, config, pin=on_gpu)
-            for window in itertools.islice(data.windows(batches, window_size), total_steps - step):
+            rows_left = epoch_rows(samples, config, epoch)[seen:]
+            batches = training_batches(samples, rows_left, config, pin=on_gpu)
+            for window in itertools.islice(windows(batches, window_size), total_steps - step):
                 learning_rate = config.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
                 loss, grad_norm = train_step(decoder, optimizer, window, loss_sum, learning_rate, config.max_grad_norm)
                 step += 1
@@ -197,7 +199,7 @@ def train(
                 if save or step == 1 or step % config.logging_steps == 0:
                     rows = read_pending(pending, since, device)
                     tracker.steps(rows)
-                    teaching.explain_step(config, model, optimizer, step, tracker, first=not recent)
+                    explain.explain_step(config, model, optimizer, step, tracker, first=not recent)
                     skipped = count_not_finite(rows, recent, skipped, config.skip_nonfinite, tracker.say, run.advice)
                     pending, recent, since = [], [*recent, *rows][-5:], time.perf_counter()
                 if save:
@@ -233,7 +235,7 @@ def main(config: TrainConfig, stop: Signals) -> None:
     """
     stop.armed = True
     console = Console()
-    say = functools.partial(tracking.say, console)
+    say = functools.partial(log.say, console)
     torch.use_deterministic_algorithms(config.deterministic)
     leave_no_gaps()
     if config.deterministic:  # read when CUDA starts, and by flash attention's backward
@@ -245,7 +247,7 @@ def main(config: TrainConfig, stop: Signals) -> None:
     attention.choose_attention(config, device)
     with RunFolder(config.output_dir, config.resume) as run:
         stop.advice = run.advice
-        columns = data.check_files(config)
+        columns = check_files(config)
         source = model_source(config.model)
         config = run.as_before(config)
         skeleton = load_skeleton(source, config)
@@ -253,17 +255,17 @@ def main(config: TrainConfig, stop: Signals) -> None:
         config = dataclasses.replace(config, attn_implementation=attn.implementation)
         say(f"Attention: {attn.implementation} ({attn.reason})")
         targets = checked_targets(skeleton, config, say)
-        console.print(tracking.targets_table(targets, skeleton.num_parameters()))
-        form = data.read_format(load_tokenizer(source, skeleton, config), config.prompt_format, run.date)
-        samples, held_out = data.encode_files(config, columns, form, say)
+        console.print(log.targets_table(targets, skeleton.num_parameters()))
+        form = read_format(load_tokenizer(source, skeleton, config), config.prompt_format, run.date)
+        samples, held_out = encode_files(config, columns, form, say)
         facts: dict[str, Any] = {"data": samples.sha256, "held_out": held_out.sha256 if held_out else None}
         facts |= {"targets": sorted(f"{target.name} x {len(target.layers)}" for target in targets), "device": device.type}
-        facts |= {"environment": tracking.environment(device), "parameters": skeleton.num_parameters(), "date": form.date}
+        facts |= {"environment": environment.environment(device), "parameters": skeleton.num_parameters(), "date": form.date}
         facts["counts"] = [samples.counts, held_out.counts if held_out else None]
-        longest = data.row_length(samples, data.longest_rows(samples, config)[-1])
+        longest = row_length(samples, longest_rows(samples, config)[-1])
         config, line = choose_layers(config, skeleton, targets, longest, device)
-        if not run.accept(config, facts, total_steps=count_steps(config, len(data.epoch_rows(samples, config, 1)))[1]):
-            say(report.when_complete(run.folder))
+        if not run.accept(config, facts, total_steps=count_steps(config, len(epoch_rows(samples, config, 1)))[1]):
+            say(when_complete(run.folder))
             return
         say(line)
         run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
@@ -271,19 +273,19 @@ def main(config: TrainConfig, stop: Signals) -> None:
             say(note)
         predicted_gib = run.keep_prediction(memory_terms(skeleton, targets, config, longest))
         with explained(config, device, predicted_gib, longest):
-            checkpoint.seed_generators(config.seed)
+            seed_generators(config.seed)
             model = load_nf4_model(source, config, attn.loaded_as, device)
             model = add_adapters(model, config, targets, source)
             peak_gib = fine_tune(config, model, form, samples, held_out, console, run, stop, predicted_gib)
-        say(tracking.closing_words(run.folder, report.after_training(run.folder), peak_gib, predicted_gib))
+        say(log.closing_words(run.folder, after_training(run.folder), peak_gib, predicted_gib))
 
 
 def fine_tune(
     config: TrainConfig,
     model: Any,
-    form: data.Format,
-    samples: data.Samples,
-    held_out: data.Samples | None,
+    form: Format,
+    samples: Samples,
+    held_out: Samples | None,
     console: Console,
     run: RunFolder,
     stop: Signals,
@@ -304,24 +306,24 @@ def fine_tune(
         with attention.for_training(model.train(), config):
             probe_memory(step, optimizer, samples, config)
         peak_gib = peak_memory_gib(model.device)
-        tracking.say(console, f"Memory: the longest batch peaks at {peak_gib:.2f} GiB, {predicted_gib:.2f} were predicted")
+        log.say(console, f"Memory: the longest batch peaks at {peak_gib:.2f} GiB, {predicted_gib:.2f} were predicted")
     progress = run.restore(model, optimizer, base)
     run.take_over(config)
-    with tracking.Tracker(run.folder, console, progress.step, held_out.sha256 if held_out else None) as tracker:
+    with log.Tracker(run.folder, console, progress.step, held_out.sha256 if held_out else None) as tracker:
         tracker.say(f"Learning rate: {config.learning_rate:g}; run folder: {run.folder}")
-        teaching.explain_start(config, model, samples, form.tokenizer, console)
+        explain.explain_start(config, model, samples, form.tokenizer, console)
         with attention.for_training(model, config):
             train(config, model, optimizer, loss_sum, samples, held_out, progress, tracker, run, stop)
         adapter_step = run.step
         if config.early_stopping_patience is not None:
             adapter_step = run.load_best(model, tracker)
-        checkpoint.write_folder(run.folder / "adapter", dict(checkpoint.adapter_files(model, form.tokenizer)))
+        write_folder(run.folder / "adapter", dict(checkpoint.adapter_files(model, form.tokenizer)))
         tracker.hyperparameters(config, tracker.evaluations.get(adapter_step))
         run.finish(tracker.total_steps, adapter_step)
         # The run is complete; the answers below are only shown. Generation needs the memory that training no longer does.
         peak_gib = peak_memory_gib(model.device)
         free_training_memory(model, optimizer)
-        first = functools.partial(data.first_examples, config, samples, held_out, 3)
+        first = functools.partial(first_examples, config, samples, held_out, 3)
         record = functools.partial(tracker.samples, of="held-out" if held_out else "training", step=adapter_step)
-        evaluate.try_samples(model, first, form, record, tracker.say)
+        try_samples(model, first, form, record, tracker.say)
     return peak_gib

@@ -22,13 +22,16 @@ import transformers
 
 from benchmarks.attention_kernels import LEAST_STEPS, Unavailable, matmul_tflops, milliseconds, verified
 from benchmarks.train_step import spread, write_random_model
-from qlora import attention, data
 from qlora.config import AttnImplementation, TrainConfig
-from qlora.layers import prepare_layers
-from qlora.loss import Head, read_head, token_loss_sum
-from qlora.memory import peak_memory_gib
-from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton
-from qlora.tracking import environment
+from qlora.data.batch import Batch, collate, collate_packed, pack
+from qlora.data.template import IGNORED, Encoded
+from qlora.model import attention
+from qlora.model.load import load_nf4_model, load_skeleton
+from qlora.model.lora import add_adapters, audit_targets
+from qlora.model.loss import Head, read_head, token_loss_sum
+from qlora.run.environment import environment
+from qlora.speed.layers import prepare_layers
+from qlora.speed.memory import peak_memory_gib
 from train_loop import train_step
 
 PROBED = 64  # positions whose logits are compared
@@ -90,25 +93,25 @@ def load(
     return model, config
 
 
-def random_rows(lengths: list[int], vocabulary: int) -> list[data.Encoded]:
+def random_rows(lengths: list[int], vocabulary: int) -> list[Encoded]:
     """Samples of the given lengths, every id but the first trained."""
     draw = random.Random(0)
     rows = [[draw.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
-    return [data.Encoded(ids, ids, line) for line, ids in enumerate(rows)]
+    return [Encoded(ids, ids, line) for line, ids in enumerate(rows)]
 
 
-def micro_batches(cell: dict[str, Any], count: int, vocabulary: int, pin: bool) -> list[data.Batch]:
+def micro_batches(cell: dict[str, Any], count: int, vocabulary: int, pin: bool) -> list[Batch]:
     """The window of a step: one micro-batch of full rows, or lognormal lengths, padded or packed."""
     length, rows = cell["length"], cell["rows"]
     if cell["layout"] == "full":
         samples, order = random_rows([length] * rows, vocabulary), list(range(rows))
-        return list(data.micro_batches(samples, order, rows, pin))
+        return list(micro_batches(samples, order, rows, pin))
     draw, median = random.Random(1), MEDIAN_LENGTH * length
     lengths = [min(length, max(8, round(draw.lognormvariate(0, 0.6) * median))) for _ in range(count)]
     samples = random_rows(lengths, vocabulary)
     order = list(range(count))
-    packed: Any = data.pack(lengths, order, length) if cell["layout"] == "packed" else order
-    return list(data.micro_batches(samples, packed, rows, pin))
+    packed: Any = pack(lengths, order, length) if cell["layout"] == "packed" else order
+    return list(micro_batches(samples, packed, rows, pin))
 
 
 def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torch.device) -> dict[str, Any]:
@@ -174,7 +177,7 @@ def parity(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: to
             if is_reference:
                 torch.save(reference(model, samples, device), file)
                 continue
-            batch = data.collate_packed([samples]) if layout == "packed" else data.collate(samples)
+            batch = collate_packed([samples]) if layout == "packed" else collate(samples)
             with attention.for_training(model, dataclasses.replace(config, max_length=length)):
                 found = compared(model, head, batch.to(device), torch.load(file, map_location=device), length == lengths[2])
                 if layout == "packed":
@@ -201,7 +204,7 @@ def dequantize(model: Any) -> None:
         parameter.data = parameter.data.float()
 
 
-def reference(model: Any, samples: list[data.Encoded], device: torch.device) -> dict[str, Any]:
+def reference(model: Any, samples: list[Encoded], device: torch.device) -> dict[str, Any]:
     """Each sample alone, in fp32, through transformers' own eager attention, its window and its head; F.cross_entropy."""
     model.zero_grad()
     logits, loss, tokens = [], 0.0, sum(len(sample.input_ids) - 1 for sample in samples)
@@ -222,14 +225,14 @@ def probed(length: int) -> list[int]:
     return sorted({round(i * (length - 2) / (PROBED - 1)) for i in range(PROBED)})
 
 
-def hidden_states(model: Any, batch: data.Batch) -> torch.Tensor:
+def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
     """[B, T, D] under bf16 autocast, as the loop computes them."""
     decoder = model.get_decoder()
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16):
         return decoder(**attention.decoder_inputs(batch, decoder.config), use_cache=False).last_hidden_state
 
 
-def compared(model: Any, head: Head, batch: data.Batch, expected: dict[str, Any], twice: bool) -> dict[str, Any]:
+def compared(model: Any, head: Head, batch: Batch, expected: dict[str, Any], twice: bool) -> dict[str, Any]:
     """Differences to the reference, and whether the same backward gives the same bits again."""
 
     def gradients() -> tuple[float, torch.Tensor, dict[str, torch.Tensor]]:
@@ -261,21 +264,21 @@ def compared(model: Any, head: Head, batch: data.Batch, expected: dict[str, Any]
     return result
 
 
-def sample_starts(batch: data.Batch) -> list[tuple[int, int]]:
+def sample_starts(batch: Batch) -> list[tuple[int, int]]:
     """(first position in the flattened rows, length) of each sample, padding left out."""
     if batch.cu_seqlens is not None:
         ends = batch.cu_seqlens.tolist()
         return [(start, end - start) for start, end in itertools.pairwise(ends)][: len(batch.lines)]
-    trained = (batch.labels != data.IGNORED).sum(dim=1).tolist()  # every id of a sample is trained
+    trained = (batch.labels != IGNORED).sum(dim=1).tolist()  # every id of a sample is trained
     return [(row * batch.labels.shape[1], length) for row, length in enumerate(trained)]
 
 
-def leak(model: Any, samples: list[data.Encoded], device: torch.device) -> float:
+def leak(model: Any, samples: list[Encoded], device: torch.device) -> float:
     """Largest change in the hidden states of a row's other samples when all ids of the middle one change: 0, or it leaks."""
     changed = samples[1]._replace(input_ids=[(index + 7) % model.config.vocab_size for index in samples[1].input_ids])
     with torch.no_grad():
         before, after = (
-            hidden_states(model, data.collate_packed([[samples[0], middle, samples[2]]]).to(device))
+            hidden_states(model, collate_packed([[samples[0], middle, samples[2]]]).to(device))
             for middle in (samples[1], changed)
         )  # [1, T, D] each
     first, second = len(samples[0].input_ids), len(samples[0].input_ids) + len(samples[1].input_ids)

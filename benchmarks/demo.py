@@ -98,16 +98,19 @@ def judge(adapter: Path) -> dict:
     """Load the adapter on its NF4 base, answer all held-out prompts, count right answers without and with it."""
     import torch
 
-    from qlora import data, evaluate
     from qlora.config import BUNDLED_EVAL, TrainConfig
-    from qlora.model import load_nf4_model, load_skeleton, load_tokenizer, peft
+    from qlora.data.formats import read_examples
+    from qlora.data.template import read_format
+    from qlora.eval.generate import sample_responses
+    from qlora.model.load import load_nf4_model, load_skeleton, load_tokenizer
+    from qlora.model.third_party import peft
 
     config = TrainConfig()
     base = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     model = peft.PeftModel.from_pretrained(load_nf4_model(base, config, "sdpa", torch.device("cpu")), str(adapter))
-    form = data.read_format(load_tokenizer(str(adapter), load_skeleton(base, config), config), "plain")
-    examples = list(data.read_examples(BUNDLED_EVAL, "test"))
-    answers = evaluate.sample_responses(model, examples, form)
+    form = read_format(load_tokenizer(str(adapter), load_skeleton(base, config), config), "plain")
+    examples = list(read_examples(BUNDLED_EVAL, "test"))
+    answers = sample_responses(model, examples, form)
     return {
         "held_out": len(answers),
         "base_right": sum(is_asked_schema(answer.prompt, answer.base) for answer in answers),
@@ -120,7 +123,7 @@ def main(options: Options) -> None:
     """Run the default and the sweep, and write the file."""
     import torch
 
-    from qlora.tracking import environment
+    from qlora.run.environment import environment
 
     runs = []
     default_rate = None

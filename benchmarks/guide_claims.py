@@ -136,8 +136,8 @@ def main(options: Options) -> None:
 
     from benchmarks import guide_claims_demo
     from benchmarks import guide_claims_training as training
-    from qlora.demo import model_source
-    from qlora.tracking import environment
+    from qlora.model.demo import model_source
+    from qlora.run.environment import environment
 
     torch.set_num_threads(1)
     model_source(options.model)  # made here, once

@@ -16,12 +16,17 @@ from safetensors.torch import save_file
 
 import train_loop
 from benchmarks import report
-from qlora import data
 from qlora.config import BUNDLED_TRAIN, TrainConfig
-from qlora.demo import tiny_random_model
-from qlora.loss import CHUNK_TOKENS
-from qlora.memory import estimated_memory_gib
-from qlora.model import audit_targets, bitsandbytes, linear_layers, load_skeleton, load_tokenizer, peft, transformers
+from qlora.data.batch import collate
+from qlora.data.formats import read_examples
+from qlora.data.template import IGNORED, encode, read_format
+from qlora.model.demo import tiny_random_model
+from qlora.model.families import linear_layers
+from qlora.model.load import load_skeleton, load_tokenizer
+from qlora.model.lora import audit_targets
+from qlora.model.loss import CHUNK_TOKENS
+from qlora.model.third_party import bitsandbytes, peft, transformers
+from qlora.speed.memory import estimated_memory_gib
 
 Figures = dict[str, Any]
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # the guide's targets
@@ -360,7 +365,7 @@ class _Toy(torch.nn.Module):
 
 def steps(source: Source) -> Figures:
     """Updates of transformers.Trainer, over a toy model, with the guide's numbers; examples of each in the first epoch."""
-    examples, toy = len(list(data.read_examples(BUNDLED_TRAIN, "train"))), _Toy()
+    examples, toy = len(list(read_examples(BUNDLED_TRAIN, "train"))), _Toy()
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=20,
@@ -402,7 +407,7 @@ def guides_batch() -> Any:
     tokenizer.pad_token = tokenizer.eos_token
     rows = [
         {"instruction": example.prompt[-1].content, "response": example.response}
-        for example in data.read_examples(BUNDLED_TRAIN, "train")
+        for example in read_examples(BUNDLED_TRAIN, "train")
     ]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # TRL calls transformers by an old name
@@ -422,28 +427,28 @@ def guides_batch() -> Any:
 def pad_labels(source: Source) -> Figures:
     """Stop tokens that stay trained when pad = eos: in SFTTrainer, with transformers' collator, which masks by id, and here."""
     tokenizer, theirs = tiny_tokenizer(), guides_batch()
-    form = data.read_format(tokenizer, "plain")
-    samples = [data.encode(example, form, "all") for example in data.read_examples(BUNDLED_TRAIN, "train")]
+    form = read_format(tokenizer, "plain")
+    samples = [encode(example, form, "all") for example in read_examples(BUNDLED_TRAIN, "train")]
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
     by_id = collator([{"input_ids": sample.input_ids, "attention_mask": [1] * len(sample.input_ids)} for sample in samples])
-    counts = {"trl": theirs["labels"], "transformers": by_id["labels"], "here": data.collate(samples).labels}  # [22, T] each
+    counts = {"trl": theirs["labels"], "transformers": by_id["labels"], "here": collate(samples).labels}  # [22, T] each
     stops = {name: int((labels == tokenizer.eos_token_id).sum()) for name, labels in counts.items()}
     return {"examples": len(samples), "trl_version": theirs["version"], **stops}
 
 
 def stop_token(source: Source) -> Figures:
     """How many of the guide's samples end with a stop token, as SFTTrainer makes them and here, and what is trained of each."""
-    form, theirs = data.read_format(tiny_tokenizer(), "plain"), guides_batch()
+    form, theirs = read_format(tiny_tokenizer(), "plain"), guides_batch()
     last = theirs["labels"].gather(1, theirs["lengths"][:, None] - 1)[:, 0]  # [22]
-    ours = [data.encode(example, form, "response") for example in data.read_examples(BUNDLED_TRAIN, "train")]
+    ours = [encode(example, form, "response") for example in read_examples(BUNDLED_TRAIN, "train")]
     positions = sum(len(sample.input_ids) for sample in ours)
     return {
         "examples": len(ours),
         "trl_version": theirs["version"],
         "trl": int((last == theirs["stop"]).sum()),
-        "trl_trained": int((theirs["labels"] != data.IGNORED).sum()) / int(theirs["lengths"].sum()),
+        "trl_trained": int((theirs["labels"] != IGNORED).sum()) / int(theirs["lengths"].sum()),
         "here": sum(sample.input_ids[-1] == form.stop_id and sample.labels[-1] == form.stop_id for sample in ours),
-        "here_trained": sum(label != data.IGNORED for sample in ours for label in sample.labels) / positions,
+        "here_trained": sum(label != IGNORED for sample in ours for label in sample.labels) / positions,
     }
 
 

@@ -28,40 +28,38 @@ from benchmarks.guide_claims_cells import (
     signs_of_success,
     uniform_levels,
 )
-from qlora import attention, checkpoint, data
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, TrainConfig
-from qlora.demo import model_source
-from qlora.layers import prepare_layers
-from qlora.loss import read_head, token_loss_sum
-from qlora.memory import NF4_BYTES
-from qlora.model import (
-    audit_targets,
-    bitsandbytes,
-    fingerprint,
-    linear_layers,
-    load_nf4_model,
-    load_skeleton,
-    load_tokenizer,
-    peft,
-    transformers,
-)
-from qlora.optimizer import build_optimizer
+from qlora.data.batch import Batch, collate
+from qlora.data.formats import read_examples
+from qlora.data.template import IGNORED, Encoded, Format, encode, read_format
+from qlora.model import attention
+from qlora.model.demo import model_source
+from qlora.model.families import linear_layers
+from qlora.model.load import fingerprint, load_nf4_model, load_skeleton, load_tokenizer
+from qlora.model.lora import audit_targets
+from qlora.model.loss import read_head, token_loss_sum
+from qlora.model.optimizer import build_optimizer
+from qlora.model.third_party import bitsandbytes, peft, transformers
+from qlora.run import checkpoint
+from qlora.run.files import write_folder
+from qlora.speed.layers import prepare_layers
+from qlora.speed.memory import NF4_BYTES
 
 CPU = torch.device("cpu")
 # On a CPU it says in each product that int8 works in fp16.
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "MatMul8bitLt" not in str(record.msg))
 
 
-def format_of(source: Source) -> data.Format:
+def format_of(source: Source) -> Format:
     """The plain form with the model's own tokenizer."""
     folder = model_source(source.model)
-    return data.read_format(load_tokenizer(folder, load_skeleton(folder, TrainConfig()), TrainConfig()), "plain")
+    return read_format(load_tokenizer(folder, load_skeleton(folder, TrainConfig()), TrainConfig()), "plain")
 
 
-def encoded(source: Source, path: Path = BUNDLED_TRAIN, form: data.Format | None = None) -> list[data.Encoded]:
+def encoded(source: Source, path: Path = BUNDLED_TRAIN, form: Format | None = None) -> list[Encoded]:
     """The bundled examples, loss on the response."""
     form = form or format_of(source)
-    return [data.encode(example, form, "response") for example in data.read_examples(path, "train")]
+    return [encode(example, form, "response") for example in read_examples(path, "train")]
 
 
 def base_model(source: Source, kind: str) -> Any:
@@ -127,10 +125,10 @@ def printed_size(source: Source) -> Figures:
 # -- adapters at their start -------------------------------------------------------------------------------------------
 
 
-def window_of(source: Source, form: data.Format) -> list[data.Batch]:
+def window_of(source: Source, form: Format) -> list[Batch]:
     """The first four examples as two micro-batches."""
     samples = encoded(source, form=form)
-    return [data.collate(samples[:2]), data.collate(samples[2:4])]
+    return [collate(samples[:2]), collate(samples[2:4])]
 
 
 def start(source: Source) -> Figures:
@@ -149,7 +147,7 @@ def start(source: Source) -> Figures:
     return {"largest_difference": float((with_adapters - without).abs().max()), "gradient": norms}
 
 
-def hidden_of(model: Any, batch: data.Batch) -> torch.Tensor:
+def hidden_of(model: Any, batch: Batch) -> torch.Tensor:
     """Last hidden states [B, T, D], as train_step computes them."""
     decoder = model.get_decoder()
     with torch.autocast("cpu", torch.bfloat16):
@@ -183,7 +181,7 @@ def frozen(source: Source) -> Figures:
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def gradient_of(model: Any, batch: data.Batch, head: Any) -> torch.Tensor:
+def gradient_of(model: Any, batch: Batch, head: Any) -> torch.Tensor:
     """The gradient of a micro-batch's loss sum to all adapters, as one vector."""
     model.zero_grad(set_to_none=True)
     token_loss_sum(hidden_of(model, batch), batch, head).backward()
@@ -197,9 +195,9 @@ def accumulation(source: Source) -> Figures:
     head = read_head(model)
     found = {}
     whole = encoded(source, form=form)
-    prompt = sum(label == data.IGNORED for label in whole[0].labels)
-    short = data.Encoded(*(part[: prompt + 12] for part in whole[0][:2]), 1)
-    windows = {"bundled": window_of(source, form), "unlike": [data.collate([short]), data.collate([whole[1]])]}
+    prompt = sum(label == IGNORED for label in whole[0].labels)
+    short = Encoded(*(part[: prompt + 12] for part in whole[0][:2]), 1)
+    windows = {"bundled": window_of(source, form), "unlike": [collate([short]), collate([whole[1]])]}
     for name, window in windows.items():
         sums = [gradient_of(model, batch, head) for batch in window]
         counts = [batch.num_tokens for batch in window]
@@ -214,7 +212,7 @@ def batch_noise(source: Source) -> Figures:
     config, form, model = training.start(source.model, {"lora_dropout": 0.0})
     prepare_layers(model.train(), config)
     head = read_head(model)
-    samples = [data.collate([sample]) for sample in encoded(source, form=form)]
+    samples = [collate([sample]) for sample in encoded(source, form=form)]
     gradients = torch.stack([gradient_of(model, batch, head) for batch in samples])  # [22, parameters]
     everything = gradients.sum(0)  # [parameters]
     found = {}
@@ -241,7 +239,7 @@ def saved_bytes(model: Any, length: int) -> int:
         return tensor
 
     ids = torch.arange(length)[None] % model.config.vocab_size  # [1, T]
-    batch = data.collate([data.Encoded(ids[0].tolist(), ids[0].tolist(), 1)])
+    batch = collate([Encoded(ids[0].tolist(), ids[0].tolist(), 1)])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden_of(model, batch)
     return sum(storages.values())
@@ -367,12 +365,12 @@ def prompt_forms(source: Source) -> Figures:
     losses = {}
     for name in ("plain", "chat"):
         total, tokens = 0.0, 0
-        for sample in encoded(source, BUNDLED_EVAL, data.read_format(tokenizer, name)):
+        for sample in encoded(source, BUNDLED_EVAL, read_format(tokenizer, name)):
             trained = torch.tensor(sample.labels)[1:]  # [T - 1]
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([sample.input_ids])).logits.float()[0, :-1]  # [T - 1, V]
-            total += float(torch.nn.functional.cross_entropy(logits, trained, ignore_index=data.IGNORED, reduction="sum"))
-            tokens += int((trained != data.IGNORED).sum())
+            total += float(torch.nn.functional.cross_entropy(logits, trained, ignore_index=IGNORED, reduction="sum"))
+            tokens += int((trained != IGNORED).sum())
         losses[name] = total / tokens
     return {"loss": losses}
 
@@ -400,9 +398,9 @@ def merging(source: Source, epochs: int = training.EPOCHS) -> Figures:
     """
     trained = training.run(source.model, {}, epochs)
     form, config, folder = trained.form, trained.config, model_source(source.model)
-    samples = [data.collate([sample]) for sample in encoded(source, BUNDLED_EVAL, form)]
+    samples = [collate([sample]) for sample in encoded(source, BUNDLED_EVAL, form)]
     with TemporaryDirectory() as scratch:
-        checkpoint.write_folder(Path(scratch) / "adapter", dict(checkpoint.adapter_files(trained.model, form.tokenizer)))
+        write_folder(Path(scratch) / "adapter", dict(checkpoint.adapter_files(trained.model, form.tokenizer)))
         adapter = str(Path(scratch) / "adapter")
         reference = compared(peft.PeftModel.from_pretrained(load_nf4_model(folder, config, "sdpa", CPU), adapter), samples)
         merged = {}
@@ -415,7 +413,7 @@ def merging(source: Source, epochs: int = training.EPOCHS) -> Figures:
 
 
 @torch.no_grad()
-def compared(model: Any, samples: list[data.Batch], reference: Figures | None = None) -> Figures:
+def compared(model: Any, samples: list[Batch], reference: Figures | None = None) -> Figures:
     """Loss on held-out answers and, against a reference, the largest and the relative difference of logits."""
     model.eval()
     logits, total, tokens = [], 0.0, 0

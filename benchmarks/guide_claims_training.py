@@ -14,14 +14,21 @@ from typing import Any, NamedTuple
 import torch
 
 import train_loop
-from qlora import attention, checkpoint, data, evaluate
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, TrainConfig
-from qlora.demo import model_source
-from qlora.layers import prepare_layers
-from qlora.loss import read_head, token_loss_sum
-from qlora.memory import peak_memory_gib
-from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton, load_tokenizer
-from qlora.optimizer import build_optimizer
+from qlora.data.batch import epoch_rows, micro_batches, windows
+from qlora.data.dataset import encode_all
+from qlora.data.formats import read_examples
+from qlora.data.template import Format, read_format
+from qlora.eval.loss import evaluate_loss
+from qlora.model import attention
+from qlora.model.demo import model_source
+from qlora.model.load import load_nf4_model, load_skeleton, load_tokenizer
+from qlora.model.lora import add_adapters, audit_targets
+from qlora.model.loss import read_head, token_loss_sum
+from qlora.model.optimizer import build_optimizer
+from qlora.model.random_state import seed_generators
+from qlora.speed.layers import prepare_layers
+from qlora.speed.memory import peak_memory_gib
 
 CPU = torch.device("cpu")
 EPOCHS = 4  # 24 steps
@@ -35,7 +42,7 @@ class Trained(NamedTuple):
     row: dict[str, Any]
     model: Any
     config: TrainConfig
-    form: data.Format
+    form: Format
 
 
 def configured(model: str, flags: Flags, epochs: int = EPOCHS) -> TrainConfig:
@@ -46,7 +53,7 @@ def configured(model: str, flags: Flags, epochs: int = EPOCHS) -> TrainConfig:
     return TrainConfig(**{**vars(config), **fixed})
 
 
-def text_rows(form: data.Format, rows: int = TEXT_ROWS, length: int = TEXT_LENGTH) -> torch.Tensor:
+def text_rows(form: Format, rows: int = TEXT_ROWS, length: int = TEXT_LENGTH) -> torch.Tensor:
     """[rows, length] ids of the reference text that comes with Python (pydoc_data.topics, PSF licence), from its start."""
     text = "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
     ids = form.ids(text[: 8 * rows * length])
@@ -73,14 +80,14 @@ def text_losses(model: Any, ids: torch.Tensor, dtype: torch.dtype | None = torch
     return losses
 
 
-def start(model: str, flags: Flags, epochs: int = EPOCHS) -> tuple[TrainConfig, data.Format, Any]:
+def start(model: str, flags: Flags, epochs: int = EPOCHS) -> tuple[TrainConfig, Format, Any]:
     """What train_loop.main makes before its first step: configuration, form, and the NF4 model with its adapters."""
     config = configured(model, flags, epochs)
     source = model_source(str(config.model))
     skeleton = load_skeleton(source, config)
-    form = data.read_format(load_tokenizer(source, skeleton, config), config.prompt_format)
+    form = read_format(load_tokenizer(source, skeleton, config), config.prompt_format)
     targets = audit_targets(skeleton, config)
-    checkpoint.seed_generators(config.seed)
+    seed_generators(config.seed)
     return config, form, add_adapters(load_nf4_model(source, config, "sdpa", CPU), config, targets, source)
 
 
@@ -96,7 +103,7 @@ def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
     config, form, adapted = start(model, flags, epochs)
     assert config.learning_rate is not None  # as resolved
     samples, held_out = (
-        data.encode_all(data.read_examples(path, "train"), path, form, config)[0] for path in (BUNDLED_TRAIN, BUNDLED_EVAL)
+        encode_all(read_examples(path, "train"), path, form, config)[0] for path in (BUNDLED_TRAIN, BUNDLED_EVAL)
     )
     prepare_layers(adapted, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(adapted))
@@ -108,9 +115,9 @@ def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
     adapted.train()
     with attention.for_training(adapted, config):
         for epoch in range(1, epochs + 1):
-            rows = data.epoch_rows(samples, config, epoch)
-            batches = data.micro_batches(samples, rows, config.per_device_train_batch_size)
-            for window in data.windows(batches, config.gradient_accumulation_steps):
+            rows = epoch_rows(samples, config, epoch)
+            batches = micro_batches(samples, rows, config.per_device_train_batch_size)
+            for window in windows(batches, config.gradient_accumulation_steps):
                 since = time.perf_counter()
                 rate = config.learning_rate * train_loop.lr_multiplier(step, warmup, total)
                 step_loss, norm = train_loop.train_step(
@@ -139,8 +146,8 @@ def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
 
 def held_out_loss(model: Any, samples: Sequence[Any], loss_sum: Any, config: TrainConfig) -> float:
     """Token-weighted loss in evaluation mode."""
-    batches = data.micro_batches(samples, range(len(samples)), config.per_device_train_batch_size)
-    return evaluate.evaluate_loss(model, batches, loss_sum).loss
+    batches = micro_batches(samples, range(len(samples)), config.per_device_train_batch_size)
+    return evaluate_loss(model, batches, loss_sum).loss
 
 
 def training_row(model: str, flags: Flags, epochs: int = EPOCHS) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python benchmarks/inference.py --run RUN   # of the demo model; minutes on 2 cores; writes results/inference_cpu_YYYYMM.json
 
 Both sides answer the same prompts greedily with the same number of tokens, in turns, in one process for each precision:
-- ours: qlora.adapter.load_adapted, prepared for inference, and qlora.evaluate.generate.
+- ours: qlora.commands.adapter.load_adapted, prepared for inference, and qlora.eval.generate.generate.
 - theirs: AutoPeftModelForCausalLM.from_pretrained with the same BitsAndBytesConfig, and its `generate`.
 """
 
@@ -47,9 +47,10 @@ def contenders(adapter, precision: str) -> dict:
     """Name -> function of prompts and tokens that answers them once."""
     import torch
 
-    from qlora import evaluate
-    from qlora.adapter import load_adapted
-    from qlora.model import peft, prepare_inference, quantization_of
+    from qlora.commands.adapter import load_adapted
+    from qlora.eval.generate import generate
+    from qlora.model.load import prepare_inference, quantization_of
+    from qlora.model.third_party import peft
 
     ours = load_adapted(adapter, precision)
     prepare_inference(ours)
@@ -65,7 +66,7 @@ def contenders(adapter, precision: str) -> dict:
         batch = form.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")  # [B, T]
         theirs.generate(**batch, do_sample=False, max_new_tokens=new_tokens)
 
-    return {"ours": lambda prompts, new: evaluate.generate(ours, prompts, never, new), "transformers": their_answer}
+    return {"ours": lambda prompts, new: generate(ours, prompts, never, new), "transformers": their_answer}
 
 
 def timed(options: Options, adapter, precision: str, prompts: list[list[int]]) -> list[dict]:
@@ -113,14 +114,15 @@ def timed_evaluation(run: Path, flags: list[str]) -> dict:
 
 def main(options: Options) -> None:
     """Time all, and write the file."""
-    from qlora import data
-    from qlora.adapter import open_adapter
+    from qlora.commands.adapter import open_adapter
     from qlora.config import BUNDLED_EVAL
-    from qlora.tracking import environment
+    from qlora.data.formats import read_examples
+    from qlora.data.template import encode_prompt
+    from qlora.run.environment import environment
 
     adapter = open_adapter(options.run, device="cpu")
-    examples = list(data.read_examples(BUNDLED_EVAL, "test"))[: max(options.batch_sizes)]
-    prompts = [data.encode_prompt(example.prompt, adapter.form) for example in examples]
+    examples = list(read_examples(BUNDLED_EVAL, "test"))[: max(options.batch_sizes)]
+    prompts = [encode_prompt(example.prompt, adapter.form) for example in examples]
     rows = [row for precision in options.precisions for row in timed(options, adapter, precision, prompts)]
     evaluations = []
     if options.evaluate:

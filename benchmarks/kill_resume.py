@@ -86,7 +86,7 @@ def start(arguments: list[str], log: Path) -> int:
     """Process id of train_loop.py in a fork of this process, which has imported what is slow and has not touched the GPU."""
 
     def run() -> int:
-        from qlora.__main__ import train
+        from qlora.cli import train
 
         return train(arguments)
 
@@ -151,7 +151,7 @@ def main(options: Options) -> None:
         child = os.fork()
         if not child:  # in a process of its own: it touches the GPU
             from benchmarks.train_step import write_random_model
-            from qlora.tracking import environment
+            from qlora.run.environment import environment
 
             write_random_model(options.shape, model)
             device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

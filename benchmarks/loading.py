@@ -48,8 +48,8 @@ def load_cell(options: Options) -> dict[str, Any]:
     import torch
 
     from qlora.config import TrainConfig
-    from qlora.memory import peak_memory_gib
-    from qlora.model import load_nf4_model
+    from qlora.model.load import load_nf4_model
+    from qlora.speed.memory import peak_memory_gib
 
     assert options.cell is not None
     folder, stored, saved = options.cell
@@ -83,7 +83,7 @@ def main(options: Options) -> None:
         return
     import torch
 
-    from qlora.tracking import environment
+    from qlora.run.environment import environment
 
     described = environment(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     described["commit"] = options.commit or described["commit"]

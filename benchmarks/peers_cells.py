@@ -102,7 +102,7 @@ class Clock:
 
     def peak_gib(self) -> float:
         """Allocated on the GPU, or resident in the process where there is none."""
-        from qlora.memory import peak_memory_gib
+        from qlora.speed.memory import peak_memory_gib
 
         return peak_memory_gib(self.device)
 
@@ -239,12 +239,15 @@ def unsloth(contender: str, work: Work, folder: Path, dropout: float, clock: Clo
 def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
     """What train_loop.main and train do, from the model to the step."""
     import train_loop
-    from qlora import attention, checkpoint, layers
-    from qlora import model as room
     from qlora.config import TrainConfig
-    from qlora.loss import read_head, token_loss_sum
-    from qlora.memory import leave_no_gaps
-    from qlora.optimizer import build_optimizer
+    from qlora.model import attention
+    from qlora.model.load import load_nf4_model, load_skeleton
+    from qlora.model.lora import add_adapters, audit_targets
+    from qlora.model.loss import read_head, token_loss_sum
+    from qlora.model.optimizer import build_optimizer
+    from qlora.model.random_state import seed_generators
+    from qlora.speed import layers
+    from qlora.speed.memory import leave_no_gaps
 
     leave_no_gaps()
     source = str((folder / "fused").resolve())
@@ -258,13 +261,13 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
         per_device_train_batch_size=work.batch,
         **OURS[contender],
     )
-    skeleton = room.load_skeleton(source, config)
+    skeleton = load_skeleton(source, config)
     attn = attention.choose_attention(config, clock.device, skeleton)
     config = dataclasses.replace(config, attn_implementation=attn.implementation)
-    config, _ = layers.choose_layers(config, skeleton, room.audit_targets(skeleton, config), work.max_length, clock.device)
-    checkpoint.seed_generators(config.seed)
-    model = room.load_nf4_model(source, config, attn.loaded_as, clock.device)
-    model = room.add_adapters(model, config, room.audit_targets(skeleton, config), source)
+    config, _ = layers.choose_layers(config, skeleton, audit_targets(skeleton, config), work.max_length, clock.device)
+    seed_generators(config.seed)
+    model = load_nf4_model(source, config, attn.loaded_as, clock.device)
+    model = add_adapters(model, config, audit_targets(skeleton, config), source)
     layers.prepare_layers(model, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -283,15 +286,17 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
 
 def windows(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
     """The micro-batches of each step, collated when they are asked for, as the loop does."""
-    from qlora import data
+    from qlora.data.batch import micro_batches, pack
+    from qlora.data.batch import windows as grouped
+    from qlora.data.template import Encoded
 
     lines = enumerate(zip(work.input_ids, work.labels, strict=True), start=1)
-    samples = [data.Encoded(ids, labels, line) for line, (ids, labels) in lines]
+    samples = [Encoded(ids, labels, line) for line, (ids, labels) in lines]
     lengths = [len(ids) for ids in work.input_ids]
     rows: list[Any] = []
     for step in work.samples_of_steps:
-        rows += data.pack(lengths, step, work.max_length) if work.packing else step
-    yield from data.windows(data.micro_batches(samples, rows, work.batch, pin, multiple), work.accumulation)
+        rows += pack(lengths, step, work.max_length) if work.packing else step
+    yield from grouped(micro_batches(samples, rows, work.batch, pin, multiple), work.accumulation)
 
 
 def naive(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
@@ -396,7 +401,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         case "environment":
             import torch
 
-            from qlora.tracking import environment
+            from qlora.run.environment import environment
 
             device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
             return {"environment": environment(device), "on_gpu": device.type == "cuda"}

@@ -74,25 +74,27 @@ def draw(shape: str, folder: Path, seed: int, warm_up: int, steps: int) -> Work:
 
 def mixed_lengths(generator: random.Random, longest: int) -> tuple[list[int], int]:
     """Lognormal lengths, 600 in the mean where 2,048 is the most; and the rows that they pack into, an even number."""
-    from qlora import data
+    from qlora.data.batch import pack
 
     median = 600 / 2048 * longest / math.exp(0.6**2 / 2)
     while True:
         lengths = [min(longest, max(8, round(generator.lognormvariate(0, 0.6) * median))) for _ in range(SAMPLES)]
-        rows = len(data.pack(lengths, range(SAMPLES), longest))
+        rows = len(pack(lengths, range(SAMPLES), longest))
         if rows % 2 == 0:
             return lengths, rows
 
 
 def bundled(folder: Path, warm_up: int, steps: int) -> Work:
     """The examples of the demo as the loop encodes them, its batch size and accumulation, the loss on answers alone."""
-    from qlora import data
     from qlora.config import BUNDLED_TRAIN, TrainConfig
-    from qlora.model import load_skeleton, load_tokenizer
+    from qlora.data.dataset import encode_all
+    from qlora.data.formats import read_examples
+    from qlora.data.template import read_format
+    from qlora.model.load import load_skeleton, load_tokenizer
 
     config, source = TrainConfig(), str(folder.resolve())
-    form = data.read_format(load_tokenizer(source, load_skeleton(source, config), config), config.prompt_format)
-    samples = list(data.encode_all(data.read_examples(BUNDLED_TRAIN, "train"), BUNDLED_TRAIN, form, config)[0])
+    form = read_format(load_tokenizer(source, load_skeleton(source, config), config), config.prompt_format)
+    samples = list(encode_all(read_examples(BUNDLED_TRAIN, "train"), BUNDLED_TRAIN, form, config)[0])
     ids, labels = [sample.input_ids for sample in samples], [sample.labels for sample in samples]
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     return Work(ids, labels, batch, accumulation, config.max_length, False, warm_up, steps)
@@ -134,7 +136,7 @@ def flops_per_token(shape: dict[str, Any], lengths: Iterable[int], adapters: int
 def write_models(shape: str, folder: Path, split: bool) -> None:
     """The model that all contenders load; and, beside it, with split projections for unsloth, which knows no Phi-3 in one."""
     from benchmarks.train_step import write_random_model
-    from qlora.demo import demo_model
+    from qlora.model.demo import demo_model
 
     if shape == "demo":
         (folder / "fused").symlink_to(demo_model())

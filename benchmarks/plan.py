@@ -70,8 +70,8 @@ class Options:
 
 def predicted_gib(shape: str, folder: str, setting: Setting) -> float:
     """What training would predict for it."""
-    from qlora import plan
-    from qlora.commands import PlanOptions
+    from qlora.commands import plan
+    from qlora.commands.options import PlanOptions
 
     options = PlanOptions(
         model=None if shape == "phi3-mini" else folder,
@@ -99,7 +99,7 @@ def main(options: Options) -> None:
     """Measure every setting and write the file after each."""
     import torch
 
-    from qlora.tracking import environment
+    from qlora.run.environment import environment
 
     began = time.perf_counter()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

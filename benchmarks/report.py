@@ -320,8 +320,8 @@ def peers_short(pattern: str, shape: str) -> str:
 
 def plan_fits() -> str:
     """The fastest settings that are predicted to fit cards of several sizes."""
-    from qlora import plan
-    from qlora.commands import PlanOptions
+    from qlora.commands import plan
+    from qlora.commands.options import PlanOptions
 
     shape = plan.shape_skeleton(PlanOptions(), plan.configuration(PlanOptions()))
 

@@ -71,7 +71,7 @@ def write_random_model(shape: str, folder: Path) -> None:
     import torch
     import transformers
 
-    from qlora.demo import build_tiny_random
+    from qlora.model.demo import build_tiny_random
 
     build_tiny_random(folder)
     if shape == "phi3-mini":
@@ -112,11 +112,14 @@ def time_cell(options: Options) -> dict:
     """Load, adapt and step one model; the row of its cell."""
     import torch
 
-    from qlora import attention, data
-    from qlora.layers import prepare_layers
-    from qlora.loss import read_head, token_loss_sum
-    from qlora.memory import leave_no_gaps, peak_memory_gib
-    from qlora.model import add_adapters, audit_targets, load_nf4_model, load_skeleton
+    from qlora.data.batch import micro_batches
+    from qlora.data.template import Encoded
+    from qlora.model import attention
+    from qlora.model.load import load_nf4_model, load_skeleton
+    from qlora.model.lora import add_adapters, audit_targets
+    from qlora.model.loss import read_head, token_loss_sum
+    from qlora.speed.layers import prepare_layers
+    from qlora.speed.memory import leave_no_gaps, peak_memory_gib
     from train_loop import train_step
 
     folder, backend, checkpointing, how = options.cell
@@ -133,8 +136,8 @@ def time_cell(options: Options) -> dict:
     vocabulary = len(head.weight)
     batch = config.per_device_train_batch_size
     rows = torch.randint(3, vocabulary, (options.accumulation * batch, options.length)).tolist()
-    samples = [data.Encoded(ids, ids, line) for line, ids in enumerate(rows, start=1)]
-    window = list(data.micro_batches(samples, range(len(samples)), batch, device.type == "cuda", config.length_multiple))
+    samples = [Encoded(ids, ids, line) for line, ids in enumerate(rows, start=1)]
+    window = list(micro_batches(samples, range(len(samples)), batch, device.type == "cuda", config.length_multiple))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     step = functools.partial(
         train_step, model.get_decoder(), optimizer, window, functools.partial(token_loss_sum, head=head), 5e-5, 1.0
@@ -255,7 +258,7 @@ def main(options: Options) -> None:
         return
     import torch
 
-    from qlora.tracking import environment
+    from qlora.run.environment import environment
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     cells: list[dict[str, Any]] = []

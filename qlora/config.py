@@ -6,13 +6,13 @@ Each group below is one screen of --help; the docstring under a field is its hel
 import contextlib
 import dataclasses
 import difflib
-import enum
 import io
-import os
 import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+from qlora.errors import ExitCode, UserError, redact
 
 AttnImplementation = Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"]
 PromptFormat = Literal["plain", "chat"]
@@ -27,28 +27,8 @@ Overridable = Literal["learning_rate", "warmup_ratio", "num_train_epochs", "max_
 EMBEDDED = ("demo", "tiny-random")
 PHI3_MINI = "microsoft/Phi-3-mini-4k-instruct"
 DEMO_LEARNING_RATE = 4e-4
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 BUNDLED_TRAIN = Path(__file__).parent / "demo_data" / "dataset_minimal.jsonl"
 BUNDLED_EVAL = BUNDLED_TRAIN.with_name("heldout.jsonl")
-
-
-class ExitCode(enum.IntEnum):
-    """What the process ends with; 130 (SIGINT) and 143 (SIGTERM) are the shell's."""
-
-    CONFIGURATION = 2
-    DATA = 3
-    CHECKPOINT = 4
-    NUMERICS = 5
-    MEMORY = 6
-    ENVIRONMENT = 7
-
-
-class UserError(Exception):
-    """A mistake the user can mend. The text is one paragraph: what, where, the value seen, what to do."""
-
-    def __init__(self, exit_code: ExitCode, text: str):
-        super().__init__(text)
-        self.exit_code = exit_code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,14 +341,6 @@ def _plain(value: object) -> object:
     if isinstance(value, str | Path):
         return redact(str(value))
     return list(value) if isinstance(value, tuple) else value
-
-
-def redact(text: str) -> str:
-    """The text with access tokens masked: what looks like one of the hub's, and the values of the variables that hold one."""
-    for secret in (os.environ.get(name, "") for name in SECRET_VARIABLES):
-        if len(secret) >= 8:
-            text = text.replace(secret, "***")
-    return re.sub(r"\b(hf_|api_org_)[A-Za-z0-9]{30,}", r"\1***", text)  # not a folder named hf_models
 
 
 def _refused(name: str, value: object, wanted: str) -> UserError:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from qlora import config as config_module
-from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, PHI3_MINI, ExitCode, TrainConfig, UserError, parse
+from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, PHI3_MINI, TrainConfig, parse
+from qlora.errors import ExitCode, UserError, redact
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,4 +172,4 @@ def test_a_secret_on_the_command_line_is_not_printed_back(monkeypatch, capsys, f
 
 
 def test_names_that_only_look_like_the_start_of_a_secret_are_left_alone():
-    assert config_module.redact("/data/hf_downloads/hf_baseline01 and hf_") == "/data/hf_downloads/hf_baseline01 and hf_"
+    assert redact("/data/hf_downloads/hf_baseline01 and hf_") == "/data/hf_downloads/hf_baseline01 and hf_"

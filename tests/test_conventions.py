@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = sorted((ROOT / "qlora").glob("*.py"))
+ROOMS = sorted((ROOT / "qlora").rglob("*.py"))
 LOOP = ROOT / "train_loop.py"
 PRODUCT = [LOOP, *ROOMS]
 TREES = {
     path: ast.parse(path.read_text())
-    for path in [*PRODUCT, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").glob("*.py")]
+    for path in [*PRODUCT, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
 }
 
 
@@ -36,7 +36,7 @@ def test_the_loop_is_one_story():
     ]
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
 def test_functions_fit_a_screen_and_nest_little(path):
     for function in functions(path):
         length = function.end_lineno - function.lineno + 1
@@ -44,7 +44,7 @@ def test_functions_fit_a_screen_and_nest_little(path):
         assert depth(function) <= 4, function.name
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_public_is_documented(path):
     assert ast.get_docstring(TREES[path])
     public = [node for node in TREES[path].body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
@@ -53,7 +53,7 @@ def test_what_is_public_is_documented(path):
             assert ast.get_docstring(node), node.name
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_not_done_here(path):
     text = path.read_text()
     for pattern in (
@@ -89,26 +89,68 @@ def test_every_wait_for_the_device_in_the_loop_says_so():
     assert len(waits) == 2 and all("# sync" in line for line in waits)
 
 
+# A module may import from its own folder and from those before it; cli.py and __main__.py import lazily and are exempt.
+ORDER = ("errors", "config", "distributed", "data", "model", "speed", "eval", "run", "report", "labs", "commands")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names of what a file imports from this repository, wherever in the file."""
+    found = set()
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if (ROOT / f"{name.replace('.', '/')}.py").exists() else node.module)
+    return {name for name in found if name.split(".")[0] in ("qlora", "train_loop", "benchmarks", "tests")}
+
+
 def test_imports_point_one_way():
     for path in ROOMS:
-        imported = {alias.name for node in ast.walk(TREES[path]) if isinstance(node, ast.Import) for alias in node.names}
-        assert "train_loop" not in imported or path.name == "__main__.py", path.name
-        assert not any(name.startswith(("tests", "benchmarks")) for name in imported)
+        own = path.relative_to(ROOT / "qlora").with_suffix("").parts
+        if own[0] in ("__init__", "__main__", "cli"):
+            continue
+        for name in imported_modules(path):
+            first, *rest = name.split(".")
+            assert first == "qlora" and rest and rest[0] in ORDER, f"{path.name} imports {name}"
+            assert ORDER.index(rest[0]) <= ORDER.index(own[0]), (
+                f"{path.relative_to(ROOT)} imports {name}, which is to its right"
+            )
+
+
+def test_no_module_imports_itself_in_a_circle():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOMS}
+    edges = {name: imported_modules(path) & names.keys() for name, path in names.items()}
+    open_, done = [], set()
+
+    def visit(name: str) -> None:
+        assert name not in open_, f"circle: {' -> '.join([*open_[open_.index(name) :], name])}"
+        if name not in done:
+            open_.append(name)
+            for other in sorted(edges[name]):
+                visit(other)
+            done.add(open_.pop())
+
+    for name in edges:
+        visit(name)
 
 
 def test_the_step_exists_once():
-    steps = [path for path in TREES if path.parent.name != "tests" and "optimizer.step()" in path.read_text()]
+    steps = [path for path in TREES if (ROOT / "tests") not in path.parents and "optimizer.step()" in path.read_text()]
     assert steps == [LOOP]
 
 
-def test_the_map_names_every_room():
-    listed = re.findall(r"^(\w+\.py) ", ast.get_docstring(TREES[ROOT / "qlora" / "__init__.py"]), re.MULTILINE)
-    assert sorted([*listed, "__init__.py"]) == [path.name for path in ROOMS]
+def test_the_map_names_every_folder():
+    text = ast.get_docstring(TREES[ROOT / "qlora" / "__init__.py"])
+    folders = {path.parent.name for path in ROOMS if path.parent.name != "qlora"}
+    assert set(re.findall(r"^(\w+)/ ", text, re.MULTILINE)) == folders
+    assert set(re.findall(r"(\w+\.py)\b", text)) >= {p.name for p in ROOMS if p.parent.name == "qlora"} - {"__init__.py"}
 
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in PRODUCT if path.name in {"train_loop.py", "loss.py", "data.py", "evaluate.py"}],
+    [path for path in PRODUCT if path.name in {"train_loop.py", "loss.py", "batch.py"}],
     ids=lambda p: p.name,
 )
 def test_lines_that_make_tensors_end_with_their_shape(path):
@@ -121,7 +163,7 @@ def test_lines_that_make_tensors_end_with_their_shape(path):
 
 
 def test_every_test_asserts_something():
-    for path in (ROOT / "tests").glob("test_*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
         for function in functions(path):
             if function.name.startswith("test_"):
                 assert re.search(r"\bassert\b|pytest\.raises|assert_close|check_first_gradients", ast.unparse(function)), (

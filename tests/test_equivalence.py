@@ -24,13 +24,15 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import train_loop
-from qlora import data, layers, loss
-from qlora.data import IGNORED, Batch
-from qlora.loss import Head, read_head, token_loss_sum
-from qlora.signals import Signals
-from tests.conftest import adapted_model, relative_error
-from tests.test_loss import plain_loss_sum
-from tests.test_model import to_fp32
+from qlora.data.batch import Batch, collate, epoch_order, epoch_rows, micro_batches, windows
+from qlora.data.dataset import Samples
+from qlora.data.formats import Example, Message, read_examples
+from qlora.data.template import IGNORED, Encoded, encode
+from qlora.model import loss
+from qlora.model.loss import Head, read_head, token_loss_sum
+from qlora.run.signals import Signals
+from qlora.speed import layers
+from tests.helpers import adapted_model, plain_loss_sum, relative_error, to_fp32
 from train_loop import train_step
 
 SEEDS = (42, 43, 44)  # of the order of samples, the start of the adapters, dropout
@@ -75,7 +77,7 @@ def trl_loss_sum(hidden: torch.Tensor, batch: Batch, head: Head) -> torch.Tensor
 class EpochOrder(torch.utils.data.Sampler):
     """Our order of an epoch, as a DataLoader wants it."""
 
-    def __init__(self, samples: data.Samples, config: Any):
+    def __init__(self, samples: Samples, config: Any):
         self.samples, self.config, self.epoch = samples, config, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -85,7 +87,7 @@ class EpochOrder(torch.utils.data.Sampler):
         return len(self.samples)
 
     def __iter__(self):
-        return iter(data.epoch_rows(self.samples, self.config, self.epoch + 1))
+        return iter(epoch_rows(self.samples, self.config, self.epoch + 1))
 
 
 class Reseed(transformers.TrainerCallback):
@@ -98,7 +100,7 @@ class Reseed(transformers.TrainerCallback):
 
 def without_mask(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Our collation, in the form that Trainer wants."""
-    batch = data.collate([data.Encoded(row["input_ids"], row["labels"], 0) for row in rows])
+    batch = collate([Encoded(row["input_ids"], row["labels"], 0) for row in rows])
     return {"input_ids": batch.input_ids, "labels": batch.labels}
 
 
@@ -220,7 +222,7 @@ def test_the_loop_is_the_trainer_bit_for_bit(course, samples, encoded, tmp_path,
     config = course(seed=seed)
     reference = theirs(config, samples, tmp_path, encoded, data_collator=without_mask)
     assert largest_difference(ours(config, tmp_path, monkeypatch), reference) == SAME
-    orders = [data.epoch_rows(samples, config, epoch) for epoch in (1, 2, 3)]
+    orders = [epoch_rows(samples, config, epoch) for epoch in (1, 2, 3)]
     assert orders[0] != orders[1] != orders[2] and reference.rates[:3] == [0.0, 5e-4, 1e-3]
     assert max(reference.norms) > 1.0  # clipped
 
@@ -300,7 +302,7 @@ def sft(config, samples, folder: Path, form) -> Course:
     """SFTTrainer as shipped, from text on: its tokenisation, masks, collator, head and bf16 adapters; the order is ours."""
     trl = pytest.importorskip("trl")
     rows = []
-    for example in data.read_examples(config.train_file, "train"):
+    for example in read_examples(config.train_file, "train"):
         user, answer = example.messages
         rows.append({"prompt": f"### Instruction:\n{user.content}\n\n### Response:\n", "completion": answer.content})
     return theirs(config, samples, folder, rows, trl.SFTTrainer, trl.SFTConfig, processing_class=form.tokenizer)
@@ -343,17 +345,17 @@ def fp32_run(config, samples, monkeypatch, batch_size: int, window_size: int, ba
     with monkeypatch.context() as patch:
         patch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
         for epoch in (1, 2):
-            order = data.epoch_order(len(samples), config.seed, epoch)
-            for window in data.windows(data.micro_batches(samples, order, batch_size), window_size):
+            order = epoch_order(len(samples), config.seed, epoch)
+            for window in windows(micro_batches(samples, order, batch_size), window_size):
                 losses.append(train_step(model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)[0].item())
     return losses, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.fixture
-def ragged(form) -> list[data.Encoded]:
+def ragged(form) -> list[Encoded]:
     """11 samples of 1 to 41 trained tokens: a window of 8, and a short one of 3."""
-    rows = [data.Example((data.Message("user", f"q{i}"), data.Message("assistant", "ab" * i)), i) for i in range(1, 22, 2)]
-    return [data.encode(row, form, "response") for row in rows]
+    rows = [Example((Message("user", f"q{i}"), Message("assistant", "ab" * i)), i) for i in range(1, 22, 2)]
+    return [encode(row, form, "response") for row in rows]
 
 
 def test_a_run_is_the_same_however_its_windows_are_cut(config, ragged, monkeypatch):

@@ -18,19 +18,27 @@ import pytest
 import torch
 import transformers
 
-from qlora import attention, checkpoint, data, doctor, evaluate, layers, merge, nf4_linear
-from qlora.__main__ import main as any_command
-from qlora.__main__ import train as command_line
-from qlora.adapter import open_adapter
-from qlora.config import ExitCode, TrainConfig
-from qlora.layers import prepare_layers
-from qlora.loss import read_head, token_loss_sum
-from qlora.model import add_adapters, audit_targets, load_nf4_model
-from qlora.optimizer import build_optimizer
-from tests.conftest import adapted_model, gradients, relative_error, wake_adapters
+from qlora.cli import main as any_command
+from qlora.cli import train as command_line
+from qlora.commands import doctor, merge
+from qlora.commands.adapter import open_adapter
+from qlora.config import TrainConfig
+from qlora.data.batch import collate, collate_packed, micro_batches, training_batches
+from qlora.data.template import Encoded
+from qlora.errors import ExitCode
+from qlora.eval import generate
+from qlora.model import attention
+from qlora.model.load import load_nf4_model
+from qlora.model.lora import add_adapters, audit_targets
+from qlora.model.loss import read_head, token_loss_sum
+from qlora.model.optimizer import build_optimizer
+from qlora.run import checkpoint
+from qlora.run.files import verify, write_folder
+from qlora.speed import layers, nf4
+from qlora.speed.layers import prepare_layers
 from tests.faults.harness import rows as metrics
 from tests.faults.harness import tensors
-from tests.test_model import adapter_gradients, fp32_twin
+from tests.helpers import adapted_model, adapter_gradients, fp32_twin, gradients, relative_error, wake_adapters
 from train_loop import train_step
 
 pytestmark = [
@@ -91,13 +99,13 @@ def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backen
     wake_adapters(cpu)
     twin = fp32_twin(cpu, config)
     twin.config.sliding_window = window
-    loss, expected = adapter_gradients(twin, data.collate(samples[:6]), read_head(twin), autocast=False)
+    loss, expected = adapter_gradients(twin, collate(samples[:6]), read_head(twin), autocast=False)
     model = gpu_model(config, backend)
     model.config.sliding_window = window
     head = read_head(model)
     config = dataclasses.replace(config, per_device_train_batch_size=len(ROWS) if packing else 6, compile=compile)
     run_layers(model, config, policy, compile)
-    moved = next(data.micro_batches(samples, ROWS if packing else range(6), 6, multiple=config.length_multiple)).to(GPU)
+    moved = next(micro_batches(samples, ROWS if packing else range(6), 6, multiple=config.length_multiple)).to(GPU)
     trained = dataclasses.replace(config, attn_implementation=backend)
     with attention.for_training(model, trained), torch.autocast("cuda", torch.bfloat16):
         assert (model.config._attn_implementation, model.config.sliding_window) == (f"training_{backend}", window)
@@ -118,7 +126,7 @@ def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, 
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     changed = dataclasses.replace(config, compile=compile, per_device_train_batch_size=2)
-    window = list(data.training_batches(samples, [*ROWS, [6]] if packing else range(4), changed, pin=True))
+    window = list(training_batches(samples, [*ROWS, [6]] if packing else range(4), changed, pin=True))
     assert window[0].input_ids.is_pinned() and (not packing or window[0].cu_seqlens.is_pinned())
     trained = dataclasses.replace(config, attn_implementation=backend)
     with attention.for_training(model, trained), warnings.catch_warnings(record=True) as waits:
@@ -160,7 +168,7 @@ def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend
         with attention.for_training(model.train(), config):
             for number in range(4):
                 order = [*rows[number:-1], *rows[:number], rows[-1]]
-                batches = [next(data.training_batches(samples, two, recorded)) for two in order]
+                batches = [next(training_batches(samples, two, recorded)) for two in order]
                 shapes |= {batch.input_ids.shape for batch in batches}
                 loss, norm = train_step(model.get_decoder(), optimizer, batches, loss_sum, 1e-3, 1.0)
                 run.append([loss.clone(), norm.clone(), *(p.detach().clone() for p in parameters)])
@@ -182,17 +190,17 @@ def test_each_replay_of_a_graph_draws_dropout_of_its_own(config, samples):
     run_layers(model, config, "selective", "graphs")
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    window = [next(data.micro_batches(samples, [0, 1], 2, multiple=128))]
+    window = [next(micro_batches(samples, [0, 1], 2, multiple=128))]
     with attention.for_training(model.train(), config):
         losses = [train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)[0].item() for _ in range(3)]
     assert len(model.get_decoder().forward.__self__.recordings) == 1 and len(set(losses)) == 3
 
 
-def short_samples(count: int, length: int) -> list[data.Encoded]:
+def short_samples(count: int, length: int) -> list[Encoded]:
     """Samples of random ids, all of which are trained."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 300, (count, length), generator=generator).tolist()
-    return [data.Encoded(row, row, line) for line, row in enumerate(ids)]
+    return [Encoded(row, row, line) for line, row in enumerate(ids)]
 
 
 @pytest.mark.parametrize("backend", ["sdpa", FLASH, VARLEN])
@@ -208,7 +216,7 @@ def test_graphs_of_rows_with_any_number_of_samples_compile_nothing_while_capturi
         [short[:40] + long[:1], long[:3]],  # 128 ends, 640 positions
         [short[:200], short[200:390]],  # 512 ends, 640 positions
     ]
-    batches = [data.collate_packed(rows, recorded.length_multiple, least=2) for rows in packed]
+    batches = [collate_packed(rows, recorded.length_multiple, least=2) for rows in packed]
     assert {len(batch.cu_seqlens) for batch in batches} >= {128, 256, 384}
     found: list[list] = [[], []]
     for run, compile in zip(found, ("layers", "graphs"), strict=True):
@@ -238,7 +246,7 @@ def test_a_later_recording_needs_no_memory_beside_the_pool(config):
     reserved = []
     with attention.for_training(model.train(), config):
         for length in (2048, 1920, 1792, 1664):
-            window = [data.collate(short_samples(16, length))]
+            window = [collate(short_samples(16, length))]
             train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)
             torch.cuda.empty_cache()
             reserved.append(torch.cuda.memory_reserved() / 1e6)
@@ -250,7 +258,7 @@ def test_two_forwards_before_a_backward_and_a_second_backward_are_errors(config,
     config = dataclasses.replace(config, attn_implementation="sdpa")
     model = gpu_model(config, "sdpa")
     run_layers(model, config, "none", "graphs")
-    head, batch = read_head(model), data.collate(samples[:2], multiple=128).to(GPU)
+    head, batch = read_head(model), collate(samples[:2], multiple=128).to(GPU)
     with attention.for_training(model.train(), config), torch.autocast("cuda", torch.bfloat16):
         one, other = (
             token_loss_sum(model.get_decoder()(batch.input_ids, use_cache=False).last_hidden_state, batch, head)
@@ -275,7 +283,7 @@ def test_dropout_of_attention_and_of_adapters_is_drawn_again_as_it_was(config, s
         transformers.AutoModelForCausalLM.from_config(seed_oss, dtype=torch.bfloat16).save_pretrained(tmp_path)
         config = dataclasses.replace(config, model=str(tmp_path))
     config = dataclasses.replace(config, attn_implementation="sdpa", lora_dropout=0.1)
-    batch, found = data.collate(samples[:4]).to(GPU), {}
+    batch, found = collate(samples[:4]).to(GPU), {}
     for policy in ("none", "selective", "full", "kept"):
         if policy == "kept":  # as it was: the kernel's output is kept although it draws
             monkeypatch.setattr(layers, "_draws", lambda *_: False)
@@ -322,7 +330,7 @@ def test_running_out_of_memory_in_the_answers_leaves_a_complete_run(tiny, tmp_pa
         torch.cuda.set_per_process_memory_fraction(held[0][0] / torch.cuda.get_device_properties(GPU).total_memory)
         return torch.empty(2**33, dtype=torch.uint8, device=GPU)  # a KV cache that does not fit
 
-    monkeypatch.setattr(evaluate, "generate", cramped)
+    monkeypatch.setattr(generate, "generate", cramped)
     flags = ["--model", "tiny-random", "--max-steps", "2", "--output-dir", str(tmp_path / "run")]
     try:
         assert command_line(flags) == 0
@@ -342,14 +350,14 @@ def test_the_kernel_of_dequantization_gives_bitsandbytes_own_bits(config, dtype)
         state = copy.copy(layer.weight.quant_state)
         state.dtype = dtype
         theirs = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)  # [N, K]
-        ours = nf4_linear.dequantized(nf4_linear.frozen_weight(layer), layer.out_features, dtype)  # [N, K]
+        ours = nf4.dequantized(nf4.frozen_weight(layer), layer.out_features, dtype)  # [N, K]
         assert torch.equal(ours, theirs)
     assert len(quantized) == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_kernel_of_the_loss_is_torch_s_own_cross_entropy(dtype):
-    from qlora.cross_entropy import cross_entropy_
+    from qlora.model.cross_entropy import cross_entropy_
 
     logits = (8 * torch.randn(37, 32064, device=GPU)).to(dtype).requires_grad_()  # [C, V]
     targets = torch.randint(32064, (37,), device=GPU)  # [C]
@@ -508,12 +516,12 @@ def test_the_doctor_finds_the_gpu_and_tries_it():
 
 def test_merging_on_the_gpu_is_closest_into_the_dequantised_base(config, tokenizer, samples, tmp_path):
     model = gpu_model(config, "sdpa")
-    checkpoint.write_folder(tmp_path / "adapter", dict(checkpoint.adapter_files(model, tokenizer)))
+    write_folder(tmp_path / "adapter", dict(checkpoint.adapter_files(model, tokenizer)))
     adapter = open_adapter(tmp_path / "adapter", prompt_format="plain", device="cuda")
     found = merge.measured(adapter, ["bf16", "dequantized"], samples)
     assert found["unmerged"].kl == 0 and found["dequantized"].kl < found["bf16"].kl < found["base"].kl
     merge.save(merge.merged_model(adapter, "dequantized"), adapter, tmp_path / "merged", {}, None)
-    assert checkpoint.verify(tmp_path / "merged") is None
+    assert verify(tmp_path / "merged") is None
 
 
 def test_a_run_is_evaluated_and_answers_on_the_gpu(tiny, tmp_path, capsys):

@@ -20,12 +20,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import report
-from qlora import data
-from qlora.__main__ import train as command_line
+from qlora.cli import train as command_line
 from qlora.config import DEMO_LEARNING_RATE, TrainConfig
-from qlora.data import IGNORED
-from qlora.loss import read_head
-from qlora.signals import Signals
+from qlora.data.batch import Batch, collate
+from qlora.data.template import IGNORED
+from qlora.model.loss import read_head
+from qlora.run.signals import Signals
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -120,7 +120,7 @@ def padding(row: dict, lengths: dict[int, int], batch_size: int) -> int:
     return sum(len(lines) * max(lengths[line] for line in lines) - sum(lengths[line] for line in lines) for lines in batches)
 
 
-def predictions(model: Any, batch: data.Batch, hidden: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+def predictions(model: Any, batch: Batch, hidden: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
     """Logits [V] and the token that they are to predict, one after the other, by the model's own head."""
     logits = model.get_output_embeddings()(hidden).float()  # [B, T, V]
     return [
@@ -132,9 +132,9 @@ def predictions(model: Any, batch: data.Batch, hidden: torch.Tensor) -> list[tup
 
 
 @pytest.fixture
-def fixed(model, samples) -> tuple[Any, data.Batch, torch.Tensor]:
+def fixed(model, samples) -> tuple[Any, Batch, torch.Tensor]:
     """A model, a batch of two, and hidden states [B, T, D] for it."""
-    batch = data.collate(samples[:2])
+    batch = collate(samples[:2])
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(*batch.input_ids.shape, model.config.hidden_size, generator=generator)  # [B, T, D]
     return model, batch, hidden.to(torch.bfloat16)
@@ -203,12 +203,12 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
             "completion_mask": (PREPARE, 'mask_columns.append("completion_mask")'),
             "formatting_func": (PREPARE, 'return {"text": formatting_func(example)}'),
         },
-        "qlora/data.py:_encode_turns",
+        "qlora/data/template.py:_encode_turns",
         "[IGNORED] * len(context_ids)",
     ),
     (
         {"add_eos": (PREPARE, "def add_eos(example, eos_token, dataset_text_field)")},
-        "qlora/data.py:_encode_turns",
+        "qlora/data/template.py:_encode_turns",
         "form.stop_id",
     ),
     (
@@ -218,44 +218,44 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
                 "args.pad_token or self._tokenizer.pad_token or self._tokenizer.eos_token",
             )
         },
-        "qlora/data.py:collate",
+        "qlora/data/batch.py:collate",
         "torch.zeros((max(len(samples), least), longest), dtype=torch.int64)",
     ),
-    ({"max_length=1024": None}, "qlora/data.py:_fitting", "tally.drop(example.line)"),
+    ({"max_length=1024": None}, "qlora/data/dataset.py:_fitting", "tally.drop(example.line)"),
     (
         {"fully masked": (PREPARE, "Dropping fully masked examples")},
-        "qlora/data.py:fitted",
+        "qlora/data/dataset.py:fitted",
         "any(label != IGNORED for label in cut.labels[1:])",
     ),
     (
         {"RandomSampler": (f"{TRAINER}:Trainer._get_train_sampler", "return RandomSampler(")},
-        "qlora/data.py:epoch_order",
+        "qlora/data/batch.py:epoch_order",
         "torch.randperm",
     ),
     (
         {"attention_mask": (COLLATE, 'output["attention_mask"] = pad(')},
-        "qlora/attention.py:decoder_inputs",
+        "qlora/model/attention.py:decoder_inputs",
         '{"input_ids": batch.input_ids}',
     ),
     (
         {"_prepare_inputs": (f"{TRAINER}:Trainer.training_step", "inputs = self._prepare_inputs(inputs)")},
-        "qlora/data.py:Batch.to",
+        "qlora/data/batch.py:Batch.to",
         "non_blocking=True",
     ),
     (
         {"set_seed": (f"{TRAINER}:Trainer.__init__", "set_seed(self.args.seed)")},
-        "qlora/checkpoint.py:seed_generators",
+        "qlora/model/random_state.py:seed_generators",
         "torch.manual_seed(seed)",
     ),
     (
         {"torch.bfloat16": (f"{SFT}:SFTTrainer.__init__", "param.data = param.data.to(torch.bfloat16)")},
-        "qlora/model.py:add_adapters",
+        "qlora/model/lora.py:add_adapters",
         "peft.get_peft_model(model, lora)",
     ),
-    ({"gradient_checkpointing=True": None}, "qlora/layers.py:_policies", '("none", "selective", "full")'),
+    ({"gradient_checkpointing=True": None}, "qlora/speed/layers.py:_policies", '("none", "selective", "full")'),
     (
         {"enable_input_require_grads": (f"{SFT}:SFTTrainer.__init__", "model.enable_input_require_grads()")},
-        "qlora/layers.py:_policy",
+        "qlora/speed/layers.py:_policy",
         '"use_reentrant": False',
     ),
     (
@@ -266,7 +266,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
     ({"bf16=True": None}, "train_loop.py:train_step", "torch.autocast(device.type, torch.bfloat16)"),
     (
         {"add_fused_lm_head": (f"{SFT}:SFTTrainer.__init__", "add_fused_lm_head(")},
-        "qlora/loss.py:token_loss_sum",
+        "qlora/model/loss.py:token_loss_sum",
         "_ChunkedCrossEntropy.apply",
     ),
     (
@@ -276,11 +276,11 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
     ),
     (
         {"remainder": (EPOCH, "remainder = steps_in_epoch % self.args.gradient_accumulation_steps")},
-        "qlora/data.py:windows",
+        "qlora/data/batch.py:windows",
         "itertools.islice(items, size)",
     ),
     ({"max_grad_norm=1.0": None}, "train_loop.py:train_step", "torch.nn.utils.clip_grad_norm_"),
-    ({'optim="adamw_torch_fused"': None, "weight_decay=0.0": None}, "qlora/optimizer.py:build_optimizer", "fused=True"),
+    ({'optim="adamw_torch_fused"': None, "weight_decay=0.0": None}, "qlora/model/optimizer.py:build_optimizer", "fused=True"),
     (
         {'lr_scheduler_type="linear"': None, "warmup_steps=0": None},
         "train_loop.py:lr_multiplier",
@@ -296,24 +296,24 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
     ({"logging_nan_inf_filter=True": None}, "train_loop.py:train_step", "torch.isfinite(loss) & torch.isfinite(grad_norm)"),
     (
         {"model.eval()": (f"{TRAINER}:Trainer.evaluation_loop", "model.eval()")},
-        "qlora/evaluate.py:evaluate_loss",
+        "qlora/eval/loss.py:evaluate_loss",
         "model.eval()",
     ),
     ({'eval_strategy="no"': None}, "train_loop.py:train", "evaluate_held_out(step, epoch)"),
     (
         {"save_steps=500": None, "save_total_limit=None": None},
-        "qlora/checkpoint.py:lowest",
+        "qlora/run/checkpoint.py:lowest",
         "min(known, key=lambda step: losses[step])",
     ),
-    ({"_save_rng_state": (SAVE, "self._save_rng_state(")}, "qlora/checkpoint.py:random_state", "torch.get_rng_state()"),
+    ({"_save_rng_state": (SAVE, "self._save_rng_state(")}, "qlora/model/random_state.py:random_state", "torch.get_rng_state()"),
     (
         {"_save_optimizer_and_scheduler": (SAVE, "self._save_optimizer_and_scheduler(")},
-        "qlora/checkpoint.py:trainer_state",
+        "qlora/run/checkpoint.py:trainer_state",
         "optimizer.state",
     ),
     (
         {"resume_from_checkpoint=None": None},
-        "qlora/run_folder.py:RunFolder._find",
+        "qlora/run/folder.py:RunFolder._find",
         "self._newest(self.checkpoints, of=self.folder)",
     ),
     (

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 import transformers
 
 import train_loop
-from qlora import data, layers
-from qlora.__main__ import train as command_line
-from qlora.config import BUNDLED_TRAIN, ExitCode, UserError, parse
-from qlora.data import IGNORED
-from qlora.loss import read_head, token_loss_sum
-from tests.conftest import adapted_model, relative_error, wake_adapters
-from tests.test_loss import plain_loss_sum
+from qlora.cli import train as command_line
+from qlora.config import BUNDLED_TRAIN, parse
+from qlora.data.batch import collate, epoch_rows, micro_batches, windows
+from qlora.data.template import IGNORED, Encoded
+from qlora.errors import ExitCode, UserError
+from qlora.model.loss import read_head, token_loss_sum
+from qlora.speed import layers
+from tests.helpers import adapted_model, plain_loss_sum, relative_error, wake_adapters
 from train_loop import lr_multiplier, train_step
 
 # -- schedule --------------------------------------------------------------------------------------------------------
@@ -78,36 +79,36 @@ def test_a_window_counts_as_one_batch_however_it_is_cut(config):
         ids = torch.randint(
             40 * index, 40 * index + 40, (length + 3,), generator=generator
         ).tolist()  # each on a topic of its own
-        rows.append(data.Encoded(ids, [IGNORED] * 3 + ids[3:], index))
-    whole, (loss, norm) = updates(config, [data.collate(rows)])
+        rows.append(Encoded(ids, [IGNORED] * 3 + ids[3:], index))
+    whole, (loss, norm) = updates(config, [collate(rows)])
     for size in (1, 2, 3):
-        window = list(data.micro_batches(rows, range(8), size))
+        window = list(micro_batches(rows, range(8), size))
         parts, (other_loss, other_norm) = updates(config, window)
         assert other_loss.item() == pytest.approx(loss.item(), rel=1e-4)
         assert other_norm.item() == pytest.approx(norm.item(), rel=1e-2)
         assert relative_error(parts, whole) < 0.03  # what bf16 rounds
-    means = [updates(config, [batch])[0] for batch in data.micro_batches(rows, range(8), 1)]
+    means = [updates(config, [batch])[0] for batch in micro_batches(rows, range(8), 1)]
     mean_of_means = {name: sum(mean[name] for mean in means) / 8 for name in whole}
     assert relative_error(mean_of_means, whole) > 0.3  # the test would see it
 
 
 def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
     """Against the same thing written down without any of our code in it: logits, cross_entropy, AdamW, three steps."""
-    batches = list(data.micro_batches(samples[:11], range(11), 2))  # six micro-batches, the last of one sample
-    windows = list(data.windows(batches, 2))
+    batches = list(micro_batches(samples[:11], range(11), 2))  # six micro-batches, the last of one sample
+    grouped = list(windows(batches, 2))
     model = adapted_model(config)
     head = read_head(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.01, fused=True)
     loss_sum = functools.partial(plain_loss_sum, head=head)
     ours = [
         train_step(model.get_decoder(), optimizer, w, loss_sum, lr, 0.5)
-        for w, lr in zip(windows, (1e-3, 2e-3, 5e-4), strict=True)
+        for w, lr in zip(grouped, (1e-3, 2e-3, 5e-4), strict=True)
     ]
 
     plain = adapted_model(config)
     parameters = [p for p in plain.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
-    for window, lr, (loss, norm) in zip(windows, (1e-3, 2e-3, 5e-4), ours, strict=True):
+    for window, lr, (loss, norm) in zip(grouped, (1e-3, 2e-3, 5e-4), ours, strict=True):
         tokens = sum((batch.labels[:, 1:] != IGNORED).sum().item() for batch in window)
         total = 0.0
         for batch in window:
@@ -127,7 +128,7 @@ def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
 
 
 def test_the_norm_returned_is_that_before_clipping_and_the_step_obeys_the_limit(config, samples):
-    window = [data.collate(samples[:2])]
+    window = [collate(samples[:2])]
     free, (_, norm) = updates(config, window)
     clipped, (_, same) = updates(config, window, max_grad_norm=0.01)
     assert norm.item() == same.item() > 0.01
@@ -139,9 +140,7 @@ def test_the_norm_returned_is_that_before_clipping_and_the_step_obeys_the_limit(
 def test_only_adapters_move(config, samples, model, head):
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0, fused=True)
-    train_step(
-        model.get_decoder(), optimizer, [data.collate(samples[:2])], functools.partial(token_loss_sum, head=head), 1e-3, 1.0
-    )
+    train_step(model.get_decoder(), optimizer, [collate(samples[:2])], functools.partial(token_loss_sum, head=head), 1e-3, 1.0)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_B" not in name)  # A's first gradient is zero, as B is
         assert (parameter.grad is None) == ("lora_" not in name)
@@ -149,7 +148,7 @@ def test_only_adapters_move(config, samples, model, head):
 
 def test_gradients_of_the_last_step_do_not_leak_into_the_next(config, samples, model, head):
     wake_adapters(model)
-    first, second = [data.collate(samples[:2])], [data.collate(samples[2:4])]
+    first, second = [collate(samples[:2])], [collate(samples[2:4])]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     step = functools.partial(train_step, model.get_decoder(), optimizer, loss_sum=functools.partial(token_loss_sum, head=head))
     step(window=first, learning_rate=0.0, max_grad_norm=None)  # moves nothing, leaves gradients behind
@@ -160,9 +159,9 @@ def test_gradients_of_the_last_step_do_not_leak_into_the_next(config, samples, m
 
 def test_padding_and_batch_mates_change_nothing(config, samples):
     short, long = sorted(samples, key=lambda s: len(s.input_ids))[:: len(samples) - 1]
-    _, (together, _) = updates(config, [data.collate([short, long])])
+    _, (together, _) = updates(config, [collate([short, long])])
     apart = [
-        updates(config, [data.collate([row])])[1][0].item() * (len(row.labels) - row.labels.count(IGNORED))
+        updates(config, [collate([row])])[1][0].item() * (len(row.labels) - row.labels.count(IGNORED))
         for row, pad in ((short, 0), (long, 7))
     ]
     tokens = sum(len(row.labels) - row.labels.count(IGNORED) for row in (short, long))
@@ -198,7 +197,7 @@ def test_what_is_not_finite_never_reaches_weights_or_moments(config, samples, ma
         return [[p.detach().clone() for p in parameters], steps, [value.clone() for value in values]]
 
     step = functools.partial(train_step, model.get_decoder(), optimizer, learning_rate=1e-3, max_grad_norm=1.0)
-    first, second = [data.collate(samples[:2])], [data.collate(samples[2:4])]
+    first, second = [collate(samples[:2])], [collate(samples[2:4])]
     step(window=first, loss_sum=good)
     before = state()
     loss, norm = step(window=second, loss_sum=broken)
@@ -273,7 +272,7 @@ def test_an_adapter_without_a_gradient_ends_the_run(config, model, head, samples
     """As when the graph is cut: checkpointing over frozen embeddings, a layer never called."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([p for _, p in named], lr=0.0, fused=True)
-    window = [data.collate(samples[:2])]
+    window = [collate(samples[:2])]
     loss_sum = functools.partial(token_loss_sum, head=head)
     model.get_decoder().layers[1].mlp.down_proj.forward = model.get_decoder().layers[1].mlp.down_proj.base_layer.forward
     _, norm = train_step(model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)
@@ -309,7 +308,7 @@ def test_a_good_first_gradient_passes(config, model, head, samples):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([p for _, p in named], lr=0.0, fused=True)
     _, norm = train_step(
-        model.get_decoder(), optimizer, [data.collate(samples[:2])], functools.partial(token_loss_sum, head=head), 1e-3, 1.0
+        model.get_decoder(), optimizer, [collate(samples[:2])], functools.partial(token_loss_sum, head=head), 1e-3, 1.0
     )
     train_loop.check_first_gradients(named, norm)
     assert norm > 0
@@ -390,7 +389,7 @@ def test_a_packed_run_sees_every_sample_once_in_each_epoch(samples, tiny, tmp_pa
     packing = ["--packing", "--max-length", "600"]
     code, rows = run(tmp_path, *packing, "--num-train-epochs", "3", "--per-device-train-batch-size", "3")
     steps = [row for row in rows if row["event"] == "step"]
-    assert code == 0 and len(data.epoch_rows(samples, parse(packing), 1)) == 8
+    assert code == 0 and len(epoch_rows(samples, parse(packing), 1)) == 8
     assert [row["step"] for row in steps] == list(range(1, 3 * 2 + 1))
     epochs = [[row for row in steps if row["epoch"] == epoch] for epoch in (1, 2, 3)]
     lines = [[line for row in epoch for line in row["lines"]] for epoch in epochs]

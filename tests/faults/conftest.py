@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora.tracking import environment
+from qlora.run.environment import environment
 from tests.faults.harness import Case
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job of a script: runs would rightly ignore it too

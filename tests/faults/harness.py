@@ -15,8 +15,9 @@ from pathlib import Path
 import train_loop  # imported once, here, for all children
 from benchmarks.kill_resume import ended, fork
 from benchmarks.kill_resume import metrics as rows
-from qlora import checkpoint
-from qlora.__main__ import train as command_line
+from qlora.cli import train as command_line
+from qlora.run import checkpoint
+from qlora.run.files import verify
 
 LIMIT = 2  # of checkpoints kept
 
@@ -65,7 +66,7 @@ class Case:
         """
 
         def run() -> int:
-            train_loop.report.after_training = lambda folder: "left out"
+            train_loop.after_training = lambda folder: "left out"
             before()
             return command_line([*self.flags, "--output-dir", str(folder), *more])
 
@@ -89,7 +90,7 @@ class Case:
         answers = [] if was_complete and not (folder / "samples.jsonl").exists() else ["samples.jsonl"]
         for name in ("adapter/adapter_model.safetensors", *answers):
             assert (folder / name).read_bytes() == (self.straight / name).read_bytes(), name
-        assert checkpoint.verify(folder / "adapter") is None
+        assert verify(folder / "adapter") is None
         assert rows(folder) == rows(self.straight)
         assert json.loads((folder / "finished.json").read_text())["step"] == 12
         assert not list(folder.rglob("*.tmp"))

@@ -19,14 +19,16 @@ import safetensors.torch
 import torch
 
 import train_loop
-from qlora import checkpoint, run_folder
-from qlora.config import ExitCode, UserError
+from qlora.errors import ExitCode, UserError
+from qlora.run import checkpoint, files
+from qlora.run.files import MANIFEST, _write, remove_leftovers, write_file, write_folder
+from qlora.run.folder import RunFolder
 from tests.faults.conftest import SEED
 from tests.faults.harness import Case, all_pass, ended, log, rows
 from tests.faults.test_kills import stop_at
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
-ADAPTER, TRAINER_STATE, STATE, MANIFEST = checkpoint.ADAPTER, checkpoint.TRAINER_STATE, checkpoint.STATE, checkpoint.MANIFEST
+ADAPTER, TRAINER_STATE, STATE, MANIFEST = checkpoint.ADAPTER, checkpoint.TRAINER_STATE, checkpoint.STATE, MANIFEST
 FILES = (ADAPTER, "adapter_config.json", TRAINER_STATE, STATE, MANIFEST)
 NEWEST = "step-000012"
 
@@ -259,16 +261,16 @@ def calls(monkeypatch) -> list[tuple[str, ...]]:
 def test_a_folder_is_flushed_inside_out_before_it_takes_its_name(calls, tmp_path):
     """In any other order a power cut could leave the name without what it stands for."""
     folder, aside = tmp_path / "step-000002", tmp_path / ".step-000002.tmp"
-    checkpoint.write_folder(folder, {"a": b"1", "b": b"2"})
+    write_folder(folder, {"a": b"1", "b": b"2"})
     flushed = [("flush", str(path)) for path in (aside / "a", aside / "b", aside / MANIFEST, aside)]
     assert calls == [*flushed, ("rename", str(aside), str(folder)), ("flush", str(tmp_path))]
 
 
 def test_a_folder_that_is_replaced_stays_until_the_new_one_is_flushed(calls, tmp_path):
     folder, aside = tmp_path / "adapter", tmp_path / ".adapter.tmp"
-    checkpoint.write_folder(folder, {"a": b"1"})
+    write_folder(folder, {"a": b"1"})
     calls.clear()
-    checkpoint.write_folder(folder, {"a": b"2"})
+    write_folder(folder, {"a": b"2"})
     flushed = [("flush", str(path)) for path in (aside / "a", aside / MANIFEST, aside)]
     out_of_sight = ("rename", str(folder), str(tmp_path / ".adapter.old.tmp"))
     assert calls == [*flushed, out_of_sight, ("rename", str(aside), str(folder)), ("flush", str(tmp_path))]
@@ -278,16 +280,16 @@ def test_a_folder_that_is_replaced_stays_until_the_new_one_is_flushed(calls, tmp
 def test_what_was_being_replaced_comes_back(tmp_path):
     """A process may die between the two renames, when neither the old folder nor the new one has the name."""
     folder = tmp_path / "adapter"
-    checkpoint.write_folder(folder, {"a": b"1"})
+    write_folder(folder, {"a": b"1"})
     before = digest(folder)
     folder.rename(tmp_path / ".adapter.old.tmp")
-    checkpoint.remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path)
     assert digest(folder) == before and list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_file_is_flushed_before_it_takes_its_name(calls, tmp_path):
     path, aside = tmp_path / "config.yaml", tmp_path / ".config.yaml.tmp"
-    checkpoint.write_file(path, b"1")
+    write_file(path, b"1")
     assert calls == [("flush", str(aside)), ("rename", str(aside), str(path)), ("flush", str(tmp_path))]
 
 
@@ -306,13 +308,13 @@ def test_rows_are_flushed_before_the_checkpoint_that_follows_them(case: Case, tm
 
 def tell(calls: list[tuple[str, ...]], path: Path) -> None:
     """Have the run that follows write what was called to a file, at its end."""
-    finish = run_folder.RunFolder.finish
+    finish = RunFolder.finish
 
-    def finish_and_tell(self: run_folder.RunFolder, *steps: int) -> None:
+    def finish_and_tell(self: RunFolder, *steps: int) -> None:
         finish(self, *steps)
         path.write_text(json.dumps(calls))
 
-    run_folder.RunFolder.finish = finish_and_tell
+    RunFolder.finish = finish_and_tell
 
 
 # -- runs in a folder that was damaged ---------------------------------------------------------------------------------
@@ -501,13 +503,13 @@ def test_a_disk_that_gives_back_something_else(case: Case, tmp_path, record):
     start = time.perf_counter()
 
     def unsound() -> None:
-        write = checkpoint._write
+        write = files._write
 
         def unsound_write(path: Path, content: bytes) -> None:
             wrong = path.name == TRAINER_STATE and path.parent.name == ".step-000006.tmp"
             write(path, bytes([content[0] ^ 1]) + content[1:] if wrong else content)
 
-        checkpoint._write = unsound_write
+        files._write = unsound_write
 
     folder = tmp_path / "run"
     assert ended(case.start(folder, before=unsound)) == ExitCode.CHECKPOINT
@@ -622,16 +624,16 @@ def test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume(case:
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     folder = tmp_path / "adapter"
-    checkpoint.write_folder(folder, {"a": b"1", "b": b"1"})
-    before, write = digest(folder), checkpoint._write
+    write_folder(folder, {"a": b"1", "b": b"1"})
+    before, write = digest(folder), _write
 
     def failing(path: Path, content: bytes) -> None:
         if path.name == "b":
             raise OSError(28, "No space left on device")
         write(path, content)
 
-    monkeypatch.setattr(checkpoint, "_write", failing)
+    monkeypatch.setattr(files, "_write", failing)
     with pytest.raises(UserError, match="cannot be written: No space left on device") as caught:
-        checkpoint.write_folder(folder, {"a": b"2", "b": b"2"})
+        write_folder(folder, {"a": b"2", "b": b"2"})
     assert caught.value.exit_code == ExitCode.CHECKPOINT
     assert digest(folder) == before and list(tmp_path.iterdir()) == [folder]

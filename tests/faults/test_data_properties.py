@@ -11,19 +11,22 @@ from bitsandbytes.nn import Linear4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora import data
-from qlora.config import ExitCode, TrainConfig, UserError
-from qlora.data import IGNORED, Encoded
-from qlora.loss import Head, read_head, token_loss_sum
-from tests.conftest import adapted_model, wake_adapters
+from qlora.config import TrainConfig
+from qlora.data.batch import Batch, collate
+from qlora.data.dataset import encode_all
+from qlora.data.formats import COLUMNS, OPEN, Example, check_source, read_examples
+from qlora.data.template import IGNORED, Encoded, Format, encode, read_format
+from qlora.errors import ExitCode, UserError
+from qlora.model.loss import Head, read_head, token_loss_sum
+from tests.helpers import adapted_model, wake_adapters
 
 pytestmark = pytest.mark.faults
 
-NAMES = [name for columns in data.COLUMNS for name in columns]
+NAMES = [name for columns in COLUMNS for name in columns]
 WITHOUT_LINE = ("holds no example", "more than a fifth", "examples fits")
 
 # Of all planes, lone surrogates and noncharacters too, with special tokens among them.
-tokens = st.sampled_from(["<|end|>", "<|user|>\n", "<|endoftext|>", "<|<|end|>end|>", "\n\n", data.OPEN, "\ud800"])
+tokens = st.sampled_from(["<|end|>", "<|user|>\n", "<|endoftext|>", "<|<|end|>end|>", "\n\n", OPEN, "\ud800"])
 texts = st.lists(st.one_of(st.text(max_size=9), st.characters(), tokens), max_size=5).map("".join)
 sound_texts = st.lists(st.one_of(st.text(max_size=9), tokens.filter(str.isascii)), max_size=5).map("".join).filter(str.strip)
 values = st.recursive(
@@ -64,7 +67,7 @@ def mutated_lines(draw, columns: tuple[str, ...]) -> str:
 @st.composite
 def files(draw) -> bytes:
     """Mostly sound rows of one form, and among them one that may not be."""
-    columns = draw(st.sampled_from(data.COLUMNS))
+    columns = draw(st.sampled_from(COLUMNS))
     lines = [json.dumps(row) for row in draw(st.lists(rows(columns), max_size=4))]
     if draw(st.booleans()):
         lines.insert(draw(st.integers(0, len(lines))), draw(mutated_lines(columns)))
@@ -86,17 +89,17 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["plain", "chat"])
-def either_form(tokenizer, request) -> data.Format:
-    return data.read_format(tokenizer, request.param)
+def either_form(tokenizer, request) -> Format:
+    return read_format(tokenizer, request.param)
 
 
-def check_refused_or_sound(path: Path, content: bytes, form: data.Format, config: TrainConfig) -> None:
+def check_refused_or_sound(path: Path, content: bytes, form: Format, config: TrainConfig) -> None:
     """The whole way from a file to samples ends in a UserError that names a line, or in samples that hold what was written."""
     path.write_bytes(content)
     try:
-        data.check_source(path, "train")
-        examples = {example.line: example for example in data.read_examples(path, "train")}
-        samples, _ = data.encode_all(examples.values(), path, form, config)
+        check_source(path, "train")
+        examples = {example.line: example for example in read_examples(path, "train")}
+        samples, _ = encode_all(examples.values(), path, form, config)
     except UserError as error:
         text = str(error)
         assert error.exit_code == ExitCode.DATA and text.isprintable(), text
@@ -107,12 +110,12 @@ def check_refused_or_sound(path: Path, content: bytes, form: data.Format, config
         check_sound(sample, examples[sample.line], form, config)
 
 
-def check_sound(sample: Encoded, example: data.Example, form: data.Format, config: TrainConfig) -> None:
+def check_sound(sample: Encoded, example: Example, form: Format, config: TrainConfig) -> None:
     assert all(label in (IGNORED, id) for id, label in zip(sample.input_ids, sample.labels, strict=True))
     assert any(label != IGNORED for label in sample.labels[1:])
     assert len(sample.input_ids) <= config.max_length
     answers = [message.content for message in example.messages if message.role == "assistant"]
-    whole = data.encode(example, form, "response")
+    whole = encode(example, form, "response")
     if sample.input_ids == whole.input_ids:
         stop = form.tokenizer.convert_ids_to_tokens(form.stop_id)
         trained = [label for label in whole.labels if label != IGNORED]
@@ -165,7 +168,7 @@ def samples_of_any_length(draw) -> Encoded:
 
 
 @torch.no_grad()
-def losses(exact: tuple[torch.nn.Module, Head], batch: data.Batch) -> list[float]:
+def losses(exact: tuple[torch.nn.Module, Head], batch: Batch) -> list[float]:
     """The sum of losses of each row of the batch."""
     decoder, head = exact
     hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
@@ -178,8 +181,8 @@ def losses(exact: tuple[torch.nn.Module, Head], batch: data.Batch) -> list[float
 @settings(max_examples=40, deadline=None)
 @given(rows=st.lists(samples_of_any_length(), min_size=1, max_size=4), padding=st.integers(0, 383))
 def test_padding_and_mates_change_no_samples_loss(exact, rows, padding):
-    batch = data.collate(rows)
+    batch = collate(rows)
     for row, sample in enumerate(rows):
         batch.input_ids[row, len(sample.input_ids) :] = padding
-    alone = [losses(exact, data.collate([sample]))[0] for sample in rows]
+    alone = [losses(exact, collate([sample]))[0] for sample in rows]
     assert losses(exact, batch) == pytest.approx(alone, rel=1e-5)

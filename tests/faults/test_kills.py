@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora import checkpoint, run_folder
-from qlora.config import ExitCode
+from qlora.errors import ExitCode
+from qlora.run import files
+from qlora.run.folder import RunFolder
 from tests.faults.conftest import SEED
 from tests.faults.harness import Case, all_pass, ended, killed_after, log
 
@@ -55,7 +56,7 @@ def count_calls(kill_at: int | None, told: Path | None) -> Callable[[], None]:
 
     def before() -> None:
         calls: list[str] = []
-        save = run_folder.RunFolder.save
+        save = RunFolder.save
 
         def watch(frame, event, function):
             module = frame.f_code.co_filename
@@ -75,7 +76,7 @@ def count_calls(kill_at: int | None, told: Path | None) -> Callable[[], None]:
                 if told is not None:
                     told.write_text(json.dumps(calls))
 
-        run_folder.RunFolder.save = watched
+        RunFolder.save = watched
 
     return before
 
@@ -128,7 +129,7 @@ def test_a_file_that_ends_at_any_byte(case: Case, tmp_path, record, deadly: bool
 
     def limited(name: str, size: int) -> Callable[[], None]:
         def before() -> None:
-            write, seen = checkpoint._write, []
+            write, seen = files._write, []
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL if deadly else signal.SIG_IGN)
 
             def limited_write(path: Path, data: bytes) -> None:
@@ -141,7 +142,7 @@ def test_a_file_that_ends_at_any_byte(case: Case, tmp_path, record, deadly: bool
                 finally:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-            checkpoint._write = limited_write
+            files._write = limited_write
 
         return before
 

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import pytest
 
 import train_loop
-from qlora import checkpoint, data, evaluate
-from qlora.__main__ import train as command_line
+from qlora.cli import train as command_line
+from qlora.data import dataset
+from qlora.eval import generate
+from qlora.run import checkpoint, files
 from tests.faults.harness import Case, all_pass, ended, fork, log, tensors
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
@@ -48,23 +50,29 @@ class Phase(NamedTuple):
 
 
 PHASES = {
-    "tokenising": Phase(data, "encode_all", lambda call, *_: call == 1, [], []),
+    "tokenising": Phase(dataset, "encode_all", lambda call, *_: call == 1, [], []),
     "loading": Phase(train_loop, "load_nf4_model", lambda call, *_: call == 1, [], []),
     # Step 5 is no step at which a checkpoint is due: that it has one is the signal's doing.
     "step": Phase(train_loop, "train_step", lambda call, *_: call == 5, [4, 5], [2, 4]),
     "saving": Phase(checkpoint, "write_folder", lambda _, folder, *__: folder.name == "step-000004", [2, 4], [2]),
     "between files": Phase(
-        checkpoint,
+        files,
         "_write",
         lambda _, path, *__: path.name == checkpoint.TRAINER_STATE and "step-000006" in path.parent.name,
         [4, 6],
         [2, 4],
     ),
     "evaluation": Phase(
-        evaluate, "evaluate_loss", lambda call, *_: call == 2, [2, 4], [2, 4], "x/qlora/__main__.py", ("python", "-m", "qlora")
+        train_loop,
+        "evaluate_loss",
+        lambda call, *_: call == 2,
+        [2, 4],
+        [2, 4],
+        "x/qlora/__main__.py",
+        ("python", "-m", "qlora"),
     ),
     "adapter": Phase(
-        checkpoint,
+        train_loop,
         "write_folder",
         lambda _, folder, *__: folder.name == "adapter",
         [8, 12],
@@ -73,7 +81,7 @@ PHASES = {
         ("qlora-train",),
     ),
 }
-ANSWERS = Phase(evaluate, "generate", lambda call, *_: call == 1, [8, 12], [8, 12])
+ANSWERS = Phase(generate, "generate", lambda call, *_: call == 1, [8, 12], [8, 12])
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""One module per `python -m qlora COMMAND`, with its options in options.py."""

@@ -1,0 +1,393 @@
+"""A trained adapter and its base, from whatever folder: found and checked without weights, then loaded.
+
+What evaluates, generates or merges opens it here. `open_adapter` reads small files only, so that a mistake costs no time;
+`load_adapted` loads the weights, as often and in whatever precision they are wanted.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import re
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NotRequired, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict
+
+from qlora.config import EMBEDDED, PromptFormat, TrainConfig
+from qlora.data.formats import Prompt
+from qlora.data.template import Format, encode_prompt, read_format
+from qlora.errors import ExitCode, UserError, out_of_memory_told
+from qlora.model import attention
+from qlora.model.demo import model_source
+from qlora.model.load import Precision, fingerprint, load_base_model, load_skeleton, load_tokenizer
+from qlora.model.third_party import peft
+from qlora.run import checkpoint
+from qlora.run.files import MANIFEST, verify
+from qlora.run.folder import FINISHED, LOCK, RUN, is_going
+from qlora.run.schema import UNREADABLE, check_types, reason
+
+SETTINGS = "adapter_config.json"
+OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop", "train_file",
+              "eval_file")  # fmt: skip
+# Starts that leave the base as it is. The others (PiSSA, OLoRA, ...) change it, and the adapter fits what they left.
+HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
+UNREAD = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "eva_config")  # of no effect here
+# The options of the run, and their types in TrainConfig.
+OfTheRun = TypedDict("OfTheRun", {name: get_type_hints(TrainConfig)[name] for name in OF_THE_RUN})  # type: ignore[misc]
+
+
+class Settings(TypedDict, total=False):
+    """What adapter_config.json may set, as PEFT's LoraConfig; what else it sets is refused."""
+
+    r: int
+    lora_alpha: int | float
+    lora_dropout: int | float
+    target_modules: list[str] | str | None
+    exclude_modules: list[str] | str | None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: list[str] | str | None
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, int | float]
+    modules_to_save: list[str] | None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None
+    bias: Literal["none", "all", "lora_only"]
+    lora_bias: bool
+    use_dora: bool
+    use_rslora: bool
+    fan_in_fan_out: bool
+    ensure_weight_tying: bool
+    init_lora_weights: bool | str
+    task_type: str | None
+    base_model_name_or_path: str | None
+    revision: str | None
+
+
+class Facts(TypedDict):
+    """What run.json and a checkpoint's state.json tell that is used here."""
+
+    config: OfTheRun
+    device: str
+    weights: str
+    date: NotRequired[str]
+
+
+class Adapter(NamedTuple):
+    """An adapter on disk that fits its base, of which no weight has been read."""
+
+    folder: Path  # with adapter_config.json and adapter_model.safetensors
+    lora: Any  # peft.LoraConfig
+    config: TrainConfig  # OF_THE_RUN as the run had them, defaults where there is no run; model, revision and format resolved
+    source: str  # of the base, as transformers takes it
+    skeleton: Any  # the base on the meta device
+    form: Format
+    device: torch.device
+    facts: dict[str, Any] | None  # run.json of the run, or the state of the checkpoint
+    notes: tuple[str, ...]  # lines for the log
+
+    @property
+    def is_stored_in_nf4(self) -> bool:
+        """Whether the base is, so that there is no other precision to be had of it."""
+        return getattr(self.skeleton.config, "quantization_config", None) is not None
+
+
+def open_adapter(
+    path: Path,
+    model: str | None = None,
+    prompt_format: PromptFormat | None = None,
+    trust_remote_code: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> Adapter:
+    """Find an adapter, its base and its prompt format, and check that they fit; no weight is read.
+
+    Args:
+        path: a run folder, its adapter/ or one of its checkpoints, or any folder with a LoRA adapter in PEFT's format.
+        model: base to use in place of the one that the adapter names: hub id, folder, demo or tiny-random.
+        prompt_format: None takes the run's; an adapter of another program does not tell, so there it must be given.
+        trust_remote_code: as in training; never taken from a file.
+        device: where the model will be; auto takes the GPU if there is one.
+
+    Raises:
+        UserError: exit 4 if there is no sound adapter, or its run is not complete or still going; 2 if it is of a kind that is
+            not supported (see Settings), does not fit the base, or does not tell its base or prompt format; 7 if the base or
+            the GPU is not there.
+    """
+    place = _device(device)
+    folder, facts = _find(path)
+    lora = _read_settings(folder)
+    kept = {name: facts["config"][name] for name in OF_THE_RUN if name in facts["config"]} if facts else {}
+    notes: list[str] = []
+    base, revision = _base(folder, lora, kept.get("model"), model, notes)
+    form_name = prompt_format or kept.get("prompt_format")
+    if form_name is None:
+        text = f"{folder} does not tell in which prompt format it was trained. Pass --prompt-format chat (the model's own"
+        raise UserError(ExitCode.CONFIGURATION, f"{text} template) or --prompt-format plain.")
+    changed = {"model": base, "revision": revision, "prompt_format": form_name, "trust_remote_code": trust_remote_code}
+    config = TrainConfig(**{**kept, **changed})
+    source = model_source(base)
+    skeleton = load_skeleton(source, dataclasses.replace(config, max_length=1))
+    positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or config.max_length
+    config = dataclasses.replace(config, max_length=min(config.max_length, positions))
+    _check_fit(folder, lora, source, copy.deepcopy(skeleton))
+    attn = attention.choose_attention(config, place, skeleton)
+    config = dataclasses.replace(config, attn_implementation=attn.implementation)
+    own_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(folder) if own_tokenizer else source, skeleton, config)
+    form = read_format(tokenizer, config.prompt_format, facts.get("date") if facts else None)  # prompts as in training
+    return Adapter(folder, lora, config, source, skeleton, form, place, facts, tuple(notes))
+
+
+def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
+    """The base with the adapter on it, in eval mode, all frozen; `model.disable_adapter()` is the base alone.
+
+    Args:
+        adapter: from open_adapter.
+        precision: of the base's linear layers; nf4 is what training saw. The adapter is in fp32, for autocast to cast.
+
+    Raises:
+        UserError: exit 7 if the weights are not there or are broken, 2 if the base cannot be had in that precision, or if it
+            is not the one that the run trained against (told by its NF4 bytes, so on the same kind of device alone).
+    """
+    if precision != "nf4" and adapter.is_stored_in_nf4:
+        text = f"{adapter.source} is stored in NF4, so there is no {precision} to be had of it."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} Name the same model in bf16 with --model.")
+    attn = attention.choose_attention(adapter.config, adapter.device, adapter.skeleton)
+    base = load_base_model(adapter.source, adapter.config, attn.loaded_as, adapter.device, precision)
+    model = put_on(base, adapter)
+    facts = adapter.facts or {}
+    comparable = precision == "nf4" and facts.get("weights") and facts.get("device") == adapter.device.type
+    if comparable and fingerprint(model) != facts["weights"]:
+        text = f"{adapter.source} is not the base that {adapter.folder} was trained against: weights or config.json differ."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} Name that base with --model.")
+    return model.eval()
+
+
+def put_on(base: Any, adapter: Adapter) -> Any:
+    """A base as a PeftModel with the adapter on it; what PEFT warns of, open_adapter has compared or refused."""
+    with warnings.catch_warnings(action="ignore"):
+        return peft.PeftModel.from_pretrained(base, str(adapter.folder))
+
+
+def positions_of(adapter: Adapter) -> int | None:
+    """How many positions the base was built for; None if it does not tell."""
+    return getattr(adapter.skeleton.config.get_text_config(), "max_position_embeddings", None)
+
+
+def prompt_ids(prompt: Prompt, adapter: Adapter, max_new_tokens: int) -> list[int]:
+    """Ids of a prompt that leaves room for its answer.
+
+    Raises:
+        UserError: exit 3, naming where the prompt stands, if it does not, or if the chat template refuses it.
+    """
+    try:
+        ids = encode_prompt(prompt.messages, adapter.form)
+    except ValueError as error:
+        raise UserError(ExitCode.DATA, f"{prompt.where}: {error}. Use --prompt-format plain.") from None
+    positions = positions_of(adapter)
+    if positions is not None and len(ids) + max_new_tokens > positions:
+        text = f"{prompt.where}: {len(ids)} tokens and --max-new-tokens {max_new_tokens} are more than the model's positions,"
+        raise UserError(ExitCode.DATA, f"{text} {positions}. Shorten the prompt or lower --max-new-tokens.")
+    return ids
+
+
+def memory_explained(advice: str) -> contextlib.AbstractContextManager[None]:
+    """A block in which running out of memory is an error that tells what to do.
+
+    Raises:
+        UserError: exit 6.
+    """
+    more = "A quantised base on a GPU with more memory, or --device cpu, may help too."
+    return out_of_memory_told(lambda reason: f"Memory ran out ({reason}). {advice} {more}")
+
+
+def _device(name: str) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise UserError(ExitCode.ENVIRONMENT, "--device cuda: torch sees no CUDA GPU here. Leave it out to use the CPU.")
+    return torch.device("cuda", 0) if has_gpu and name != "cpu" else torch.device("cpu")
+
+
+# -- where it is -----------------------------------------------------------------------------------------------------
+
+
+def _find(path: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The folder with the adapter, and what its run or checkpoint tells, if it is of one."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        text = f"{path} {what}. Give a run folder, its adapter/, one of its checkpoints, or a folder with {SETTINGS}."
+        if re.fullmatch(HUB_ID, str(path)) and not path.parent.exists():
+            text += f" If it is an adapter on the hub, download it first: hf download {path} --local-dir {path.name}"
+        raise UserError(ExitCode.CHECKPOINT, text)
+    is_run = (path / LOCK).exists() or (path / RUN).exists()
+    folder = path / "adapter" if is_run else path
+    run = path if is_run else path.absolute().parent
+    is_checkpoint = checkpoint.NAME.fullmatch(path.absolute().name) is not None and (path / checkpoint.STATE).exists()
+    if not is_checkpoint and is_going(run):
+        text = f"{run} is still being trained. Wait for it, or name one of its checkpoints: {run / 'checkpoints'}/step-..."
+        raise UserError(ExitCode.CHECKPOINT, text)
+    if is_run:
+        _check_complete(path)
+    if not (folder / SETTINGS).is_file():
+        whole = "It holds a whole model: merged already?" if (path / "config.json").exists() else "Is it another folder?"
+        text = f"{path} holds no adapter: there is no {SETTINGS} in it. {whole} A run folder, its adapter/, or one of its"
+        raise UserError(ExitCode.CHECKPOINT, f"{text} checkpoints will do, or any LoRA adapter in PEFT's format.")
+    if (folder / MANIFEST).exists() and (problem := verify(folder)):
+        raise UserError(ExitCode.CHECKPOINT, f"{folder} is damaged: {problem}. Take another checkpoint, or get it again.")
+    return folder, _facts(folder / checkpoint.STATE if is_checkpoint else run / RUN)
+
+
+def _check_complete(run: Path) -> None:
+    if (run / FINISHED).exists():
+        return
+    found = list(checkpoint.by_step(run / "checkpoints").values())
+    advice = f"name its newest checkpoint, {found[-1]}" if found else "train it first: it has no checkpoint"
+    text = f"{run} holds a run that is not complete. Go on with it (the command that began it), or {advice}."
+    raise UserError(ExitCode.CHECKPOINT, text)
+
+
+def _facts(path: Path) -> dict[str, Any] | None:
+    """run.json or a checkpoint's state.json; None where the folder is of no run of this program."""
+    if not path.is_file():
+        return None
+    try:
+        facts = json.loads(path.read_bytes())
+        check_types(Facts, facts)
+        TrainConfig(max_length=facts["config"]["max_length"]).check()
+    except (*UNREADABLE, UserError) as error:
+        text = f"{path} cannot be read ({reason(error)}). Move the adapter's folder elsewhere to do without it."
+        raise UserError(ExitCode.CHECKPOINT, text) from None
+    return facts
+
+
+# -- what it is ------------------------------------------------------------------------------------------------------
+
+
+def _read_settings(folder: Path) -> Any:
+    """The adapter's peft.LoraConfig, of known settings alone, each of its type and in its range."""
+    path = folder / SETTINGS
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values["peft_type"], str):
+            raise TypeError(f"peft_type is {values['peft_type']!r}")
+        if values["peft_type"] != "LORA":
+            text = f"{folder} is an adapter of PEFT's kind {values['peft_type']}. Only LoRA is known here."
+            raise UserError(ExitCode.CONFIGURATION, text)
+        _check_settings(folder, values)
+        with warnings.catch_warnings(action="ignore"):  # of starts, which are over
+            return peft.PeftConfig.from_pretrained(str(folder))
+    except UNREADABLE as error:
+        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be read ({reason(error)}). Get the adapter again.") from None
+
+
+def _check_settings(folder: Path, values: dict[str, Any]) -> None:
+    """Refuse what is damaged (exit 4), and what is sound and not supported (exit 2)."""
+    usual = vars(peft.LoraConfig())
+    if unknown := [name for name in values if name not in usual and values[name]]:
+        text = f"{folder / SETTINGS} sets {', '.join(unknown)}, which the installed PEFT does not know. Is the file damaged, or"
+        raise UserError(ExitCode.CHECKPOINT, f"{text} of a newer PEFT ({values.get('peft_version')})? Then upgrade it.")
+    check_types(Settings, values)
+    Path(values.get("base_model_name_or_path") or "").is_dir()  # raises OSError on what is too long for a path
+    ranks = [values["r"], *values.get("rank_pattern", {}).values()]
+    scales = [values["lora_alpha"], *values.get("alpha_pattern", {}).values()]
+    if min(ranks) < 1 or not all(map(math.isfinite, scales)) or not 0 <= values.get("lora_dropout", 0) < 1:
+        raise ValueError(f"ranks {ranks}, alphas {scales}, dropout {values.get('lora_dropout', 0)}")
+    if (start := values.get("init_lora_weights", True)) not in HARMLESS_STARTS:
+        text = f"{folder} was begun with init_lora_weights {start!r}, which changes the base."
+        advice = "Convert it first, by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} {advice}")
+    if values.get("task_type") not in (None, "CAUSAL_LM"):
+        text = f"{folder} was trained for the task {values['task_type']}. Only CAUSAL_LM is known here."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    others = [name for name in values if name in usual and name not in (*Settings.__annotations__, *UNREAD)]
+    if odd := [name for name in others if values[name] and values[name] != usual[name]]:
+        text = f"{folder} is LoRA of a kind that is not known here: it sets {', '.join(odd)}. Use PEFT itself for it."
+        raise UserError(ExitCode.CONFIGURATION, text)
+
+
+def _base(folder: Path, lora: Any, of_the_run: str | None, asked: str | None, notes: list[str]) -> tuple[str, str | None]:
+    """Name and revision of the base: the one asked for, the run's embedded one, or adapter_config.json's."""
+    named = of_the_run if of_the_run in EMBEDDED else lora.base_model_name_or_path
+    if asked is not None:
+        if named is not None and asked != named and model_source(asked) != model_source(named):
+            notes.append(f"The adapter names the base {named}; {asked} is used, as asked.")
+        return asked, lora.revision if asked == named else None
+    if not named:
+        raise UserError(ExitCode.CONFIGURATION, f"{folder / SETTINGS} names no base model. Name it with --model.")
+    if Path(named).is_absolute() and not Path(named).is_dir():
+        text = f"{folder / SETTINGS} names the base {named}, and there is no such folder here. Say with --model where it is."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    return named, None if Path(named).is_dir() or named in EMBEDDED else lora.revision
+
+
+def _check_fit(folder: Path, lora: Any, source: str, skeleton: Any) -> None:
+    """Compare names and shapes: PEFT loads what fits, leaves the rest at its start, and warns.
+
+    Args:
+        folder: with adapter_model.safetensors.
+        lora: its configuration.
+        source: of the base, for the message.
+        skeleton: the base on the meta device; adapters are hung on it.
+    """
+    path = folder / checkpoint.ADAPTER
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        text = f"{folder} has its weights as adapter_model.bin, which may run code when it is read. Save it as safetensors."
+        raise UserError(ExitCode.CHECKPOINT, text)
+    try:
+        with safe_open(path, "pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be read: {' '.join(str(error).split())}.") from None
+    if lora.bias != "none" and any(name.endswith(".bias") and "lora_" not in name for name in stored):
+        text = (
+            f"{folder} has biases of the base itself (bias {lora.bias}), which stay when the adapter is switched off, so that "
+            "there is no base to compare it with. Only bias none is supported here."
+        )
+        raise UserError(ExitCode.CONFIGURATION, text)
+    own = copy.deepcopy(lora)
+    own.base_model_name_or_path = None  # PEFT puts in the model's, and warns where there was another
+    of_the_base = {f"base_model.model.{name}" for name in skeleton.state_dict()}
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # what it warns of is compared, or refused, below
+            adapted = peft.get_peft_model(skeleton, own)
+            state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    except ValueError as error:
+        why = " ".join(str(error).split())[:300]
+        text = f"{folder} does not fit {source}: {why} Is that its base? --model names another."
+        raise UserError(ExitCode.CONFIGURATION, text) from None
+    except (re.error, TypeError, KeyError, AttributeError, RuntimeError) as error:  # a pattern, for the most part
+        raise UserError(ExitCode.CHECKPOINT, f"{folder / SETTINGS} cannot be read ({reason(error)}).") from None
+    _check_ends(folder, adapted)
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    differing = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+    if surplus := [name for name in differing if name in of_the_base and name not in wanted]:
+        text = f"{path} holds weights of the base itself, {surplus[0]} first, as PEFT saves them with a resized vocabulary."
+        advice = "That is not supported: save it with save_embedding_layers=False, if the vocabulary is the base's."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} {advice}")
+    if differing:
+        name = differing[0]
+        here, there = (f"of shape {shapes[name]}" if name in shapes else "not" for shapes in (stored, wanted))
+        text = f"{folder} does not fit {source}: {len(differing)} tensors differ. {name} is {here} in the file, and would be"
+        advice = "Either the base is another (--model names it), or adapter_config.json and the weights do not belong together."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} {there} there with rank {lora.r}. {advice}")
+
+
+def _check_ends(folder: Path, adapted: Any) -> None:
+    """Refuse low-rank or partial updates of the embedding and the head; whole ones (modules_to_save) are fine.
+
+    A loss is had of the head's weight (loss.Head), and not of LoRA beside it. Where embedding and head are one tied weight,
+    PEFT merges into both what was trained into one.
+    """
+    head = adapted.get_output_embeddings()
+    ends = {"embedding": adapted.get_input_embeddings(), "head": head}
+    if found := [name for name, layer in ends.items() if isinstance(layer, peft.tuners.lora.LoraLayer)]:
+        text = f"{folder} has LoRA on the {' and the '.join(found)} of its base. That is not supported: losses and merges could"
+        advice = "Train them whole, with modules_to_save, or only the layers between them; PEFT itself can load it."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} be wrong. {advice}")
+    if isinstance(head, peft.utils.other.TrainableTokensWrapper):
+        text = f"{folder} trains single tokens (trainable_token_indices) of the head, or of an embedding tied to it."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} That is not supported; PEFT itself can load it.")

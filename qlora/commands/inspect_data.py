@@ -1,0 +1,351 @@
+"""What the data holds before it is trained on: lengths, what is cut or dropped, duplicates, leaks, padding, tokens.
+
+All of it is what training would see: the same reading, encoding, order and packing.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora.commands.options import InspectDataOptions, refuse_below
+from qlora.config import TrainConfig
+from qlora.data.batch import epoch_rows, rounded, row_length, windows
+from qlora.data.dataset import Samples, check_files, encode_files, fitted
+from qlora.data.formats import Example, Message, read_examples
+from qlora.data.template import IGNORED, Encoded, read_format
+from qlora.model.demo import model_source
+from qlora.model.load import load_skeleton, load_tokenizer
+from qlora.run import explain
+from qlora.run.files import require_writable, write_file
+from qlora.run.log import say
+
+BINS = 12  # of a histogram
+BAR = 40  # characters of its longest bar
+SHOWN = 5  # pairs of lines, or lines, in the terminal
+UNLIMITED = 2**31 - 1  # tokens: all samples are looked at, those that training drops too
+GRAPH_MULTIPLE = TrainConfig(compile="graphs").length_multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What one source holds; lengths are in tokens, as they are before --max-length acts."""
+
+    source: str
+    examples: int
+    truncated: int
+    dropped: int
+    dropped_lines: list[int]
+    input_tokens: int  # of what is left
+    trained_tokens: int
+    shortest: int
+    median: float
+    mean: float
+    percentile_95: int
+    longest: int
+    histogram: list[tuple[int, int, int]]  # from, to, examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeats:
+    """Examples that stand elsewhere already: (line, line of the earlier one, or of the training data) of each."""
+
+    exact: list[tuple[int, int]]
+    normalised: list[tuple[int, int]]  # equal but for case and white space; the exact ones too
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+    """An epoch's rows as they lie in micro-batches, and the share of positions that hold no token."""
+
+    rows: int
+    micro_batches: int
+    positions: int
+    wasted: float
+    wasted_with_graphs: float  # where lengths are rounded up to a multiple of 128
+
+
+# -- facts -----------------------------------------------------------------------------------------------------------
+
+
+def describe(source: str, everything: Samples, config: TrainConfig) -> tuple[Contents, Samples]:
+    """Count a source.
+
+    Args:
+        source: its name.
+        everything: its samples, whatever their length.
+        config: max_length and on_long are read.
+
+    Returns:
+        What it holds, and the samples that training keeps, which may be none.
+    """
+    lengths = everything.lengths
+    dropped: list[int] = []
+    kept = Samples(_kept(everything, config, dropped))
+    ordered = sorted(lengths)
+    contents = Contents(
+        source=source,
+        examples=len(lengths),
+        truncated=sum(length > config.max_length for length in lengths) - len(dropped),
+        dropped=len(dropped),
+        dropped_lines=dropped,
+        input_tokens=sum(kept.lengths),
+        trained_tokens=sum(label != IGNORED for sample in kept for label in sample.labels[1:]),
+        shortest=ordered[0],
+        median=statistics.median(ordered),
+        mean=statistics.fmean(ordered),
+        percentile_95=ordered[-(-95 * len(ordered) // 100) - 1],
+        longest=ordered[-1],
+        histogram=histogram(ordered),
+    )
+    return contents, kept
+
+
+def _kept(everything: Samples, config: TrainConfig, dropped: list[int]) -> Iterator[Encoded]:
+    for sample in everything:
+        kept = fitted(sample, config)
+        if kept is None:
+            dropped.append(sample.line)
+        else:
+            yield kept
+
+
+def histogram(ordered: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(from, to, count) of ranges of one width, both ends included, that hold all of the ascending lengths."""
+    width = max(-(-(ordered[-1] - ordered[0] + 1) // BINS), 1)
+    starts = range(ordered[0], ordered[-1] + 1, width)
+    counts = [0] * len(starts)
+    for length in ordered:
+        counts[(length - ordered[0]) // width] += 1
+    return [(start, start + width - 1, count) for start, count in zip(starts, counts, strict=True)]
+
+
+def refusal(contents: Contents, config: TrainConfig) -> str | None:
+    """Why training would not begin with this, or None; as data.encode_all decides."""
+    if contents.dropped and config.on_long == "error":
+        return "--on-long error, and some are too long"
+    if contents.dropped == contents.examples:
+        return "none is left"
+    more = contents.dropped * 5 > contents.examples and not config.allow_drop
+    return "more than a fifth is dropped, and --allow-drop is not given" if more else None
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _digest(turns: Iterable[Message], normalise: bool) -> bytes:
+    texts = [_normalised(content) if normalise else content for _, content in turns]  # their number tells whose they are
+    return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
+
+
+def duplicates(examples: Iterable[Example]) -> Repeats:
+    """Examples of a source that an earlier one equals, prompt and response. It takes 300 bytes of memory an example."""
+    first: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
+    found: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    for example in examples:
+        for seen, pairs, normalise in zip(first, found, (False, True), strict=True):
+            line = seen.setdefault(_digest(example.messages, normalise), example.line)
+            if line != example.line:
+                pairs.append((example.line, line))
+    return Repeats(*found)
+
+
+def leaks(train: Iterable[Example], held_out: Sequence[Example], prompts_only: bool) -> Repeats:
+    """Held-out examples that stand in the training data.
+
+    Args:
+        train: read once; nothing of it is kept.
+        held_out: all of it.
+        prompts_only: compare prompts alone, whatever the response.
+    """
+    digests = [[_digest(_compared(example, prompts_only), normalise) for example in held_out] for normalise in (False, True)]
+    wanted, found = [set(column) for column in digests], [dict[bytes, int](), dict[bytes, int]()]
+    for example in train:
+        for normalise, (column, lines) in enumerate(zip(wanted, found, strict=True)):
+            digest = _digest(_compared(example, prompts_only), bool(normalise))
+            if digest in column:
+                lines.setdefault(digest, example.line)
+    pairs = [
+        [(example.line, lines[digest]) for example, digest in zip(held_out, column, strict=True) if digest in lines]
+        for column, lines in zip(digests, found, strict=True)
+    ]
+    return Repeats(*pairs)
+
+
+def _compared(example: Example, prompts_only: bool) -> tuple[Message, ...]:
+    return example.prompt if prompts_only else example.messages
+
+
+def padding(samples: Samples, config: TrainConfig) -> Padding:
+    """What padding costs in the first epoch, from lengths alone.
+
+    Args:
+        samples: at least one.
+        config: packing, per_device_train_batch_size, max_length and seed are read.
+    """
+    rows = [row_length(samples, row) for row in epoch_rows(samples, config, epoch=1)]
+    size = config.per_device_train_batch_size
+    groups = list(windows(rows, size))
+    positions = sum(len(group) * max(group) for group in groups)
+    in_graphs = sum(size * rounded(max(group), GRAPH_MULTIPLE) for group in groups)
+    return Padding(len(rows), len(groups), positions, 1 - sum(rows) / positions, 1 - sum(rows) / in_graphs)
+
+
+def spread(samples: Samples, count: int) -> list[Encoded]:
+    """`count` samples, from the shortest to the longest, evenly by rank."""
+    order = sorted(range(len(samples)), key=samples.length)
+    count = min(count, len(order))
+    return [samples[order[index * (len(order) - 1) // max(count - 1, 1)]] for index in range(count)]
+
+
+# -- shown -----------------------------------------------------------------------------------------------------------
+
+
+def contents_table(contents: dict[str, Contents]) -> Table:
+    """Counts and lengths, a column for each source."""
+    table = Table(title="Data")
+    table.add_column("")
+    for name in contents:
+        table.add_column(name, justify="right")
+
+    def share(part: int, whole: int) -> str:
+        return f"{part:,} ({100 * part / whole:.1f} %)" if whole else "0"
+
+    rows = {
+        "examples": lambda c: f"{c.examples:,}",
+        "truncated": lambda c: share(c.truncated, c.examples),
+        "dropped": lambda c: share(c.dropped, c.examples),
+        "tokens left": lambda c: f"{c.input_tokens:,}",
+        "of them trained": lambda c: share(c.trained_tokens, c.input_tokens),
+        "shortest": lambda c: f"{c.shortest:,}",
+        "median": lambda c: f"{c.median:,.0f}",
+        "mean": lambda c: f"{c.mean:,.1f}",
+        "95 % are within": lambda c: f"{c.percentile_95:,}",
+        "longest": lambda c: f"{c.longest:,}",
+    }
+    for label, shown in rows.items():
+        table.add_row(label, *(shown(column) for column in contents.values()))
+    table.caption = "lengths in tokens, before --max-length acts"
+    return table
+
+
+def histogram_text(contents: Contents, max_length: int) -> Text:
+    """Lengths as bars; those that lie beyond --max-length are red."""
+    most = max(count for _, _, count in contents.histogram)
+    width = len(f"{contents.longest:,}")
+    text = Text()
+    for start, end, count in contents.histogram:
+        bar = "\u2588" * (-(-count * BAR // most))
+        text.append(f"{start:>{width},} to {end:>{width},}  ").append(bar, "red" if start > max_length else "cyan")
+        text.append(f" {count:,}{'  --max-length is in here' if start <= max_length < end else ''}\n")
+    return text
+
+
+def repeats_line(what: str, found: list[tuple[int, int]], total: int) -> str:
+    """How many repeat, and the first few lines."""
+    pairs = ", ".join(f"{line} = {other}" for line, other in found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+    return f"{what}: {len(found):,} of {total:,}" + (f" (lines {pairs})" if found else "")
+
+
+def padding_table(found: dict[str, Padding], packing: bool) -> Table:
+    """Padding with and without packing; `packing` is what was asked for."""
+    table = Table("rows", title="Padding in an epoch")
+    for header in ("count", "micro-batches", "positions", "padding", "in graphs"):
+        table.add_column(header, justify="right")
+    for name, row in found.items():
+        counts = (f"{value:,}" for value in (row.rows, row.micro_batches, row.positions))
+        asked = " *" if name == ("packed" if packing else "single samples") else ""
+        table.add_row(name + asked, *counts, f"{100 * row.wasted:.1f} %", f"{100 * row.wasted_with_graphs:.1f} %")
+    table.caption = f"* as asked. CUDA graphs pad rows to a multiple of {GRAPH_MULTIPLE} tokens, and the last batch."
+    return table
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def run(options: InspectDataOptions) -> int:
+    """Inspect the data and show what was found; see InspectDataOptions.
+
+    Returns:
+        0, whatever is found.
+
+    Raises:
+        UserError: as training, but that any share of examples may be longer than --max-length.
+    """
+    refuse_below(0, options, "examples")
+    if options.json is not None:
+        require_writable(options.json, options.train_file, options.eval_file)
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    chosen: dict[str, Any] = {name: value for name, value in vars(options).items() if name in names}
+    config = TrainConfig(**chosen)
+    config.check()
+    config, line = config.resolved(on_gpu=torch.cuda.is_available())
+    console = Console()
+    say(console, line)
+    columns = check_files(config)
+    source = model_source(str(config.model))
+    skeleton = load_skeleton(source, config)
+    form = read_format(load_tokenizer(source, skeleton, config), config.prompt_format)
+    sources = {"train": config.train_file, "held-out": config.eval_file}
+    unlimited = dataclasses.replace(config, max_length=UNLIMITED)
+    encoded = encode_files(unlimited, columns, form, functools.partial(say, console))
+    contents, kept = {}, {}
+    for (name, file), everything in zip(sources.items(), encoded, strict=True):
+        if everything is not None:
+            contents[name], kept[name] = describe(str(file), everything, config)
+    facts = {"config": config.plain(), "data": contents, "padding": {}, "repeats": _repeats(config)}
+    for name, packing in (("single samples", False), ("packed", True)):
+        if kept["train"]:
+            facts["padding"][name] = padding(kept["train"], dataclasses.replace(config, packing=packing))
+    _show(facts, config, console)
+    for sample in spread(kept["train"], options.examples):
+        rows = explain.tokens(sample, form.tokenizer)
+        trained = sum(token.trained for token in rows)
+        say(console, f"\nLine {sample.line}, {len(rows)} tokens, {trained} trained (green, in double brackets):")
+        console.print(explain.token_text(rows))
+    if options.json is not None:
+        write_file(options.json, json.dumps(facts, indent=1, default=dataclasses.asdict).encode())
+        say(console, f"Written to {options.json}")
+    return 0
+
+
+def _repeats(config: TrainConfig) -> dict[str, Repeats]:
+    """Duplicates in each source and, if there is held-out data, its leaks."""
+    train, held_out = config.train_file, config.eval_file
+    assert train is not None  # as resolved
+    found = {"duplicates in train": duplicates(read_examples(train, "train"))}
+    if held_out is not None:
+        examples = list(read_examples(held_out, "test"))
+        found["duplicates in held-out"] = duplicates(examples)
+        for what, prompts_only in (("prompt and response", False), ("prompt", True)):
+            found[f"held-out {what} in train"] = leaks(read_examples(train, "train"), examples, prompts_only)
+    return found
+
+
+def _show(facts: dict[str, Any], config: TrainConfig, console: Console) -> None:
+    contents: dict[str, Contents] = facts["data"]
+    console.print(contents_table(contents))
+    for name, found in contents.items():
+        console.print(f"Lengths, {name}:", histogram_text(found, config.max_length), sep="\n", end="")
+        if found.dropped:
+            lines = ", ".join(map(str, itertools.islice(found.dropped_lines, SHOWN)))
+            say(console, f"Dropped of {name}: lines {lines}{', ...' if found.dropped > SHOWN else ''}")
+        if why := refusal(found, config):
+            say(console, f"Training would refuse {name}: {why}. A larger --max-length would do.")
+    for what, repeats in facts["repeats"].items():
+        total = contents["train" if what.endswith("s in train") else "held-out"].examples
+        say(console, repeats_line(what, repeats.exact, total))
+        if len(repeats.normalised) > len(repeats.exact):
+            say(console, repeats_line("  but for case and white space", repeats.normalised, total))
+    if facts["padding"]:
+        console.print(padding_table(facts["padding"], config.packing))

@@ -1,0 +1,207 @@
+"""`python -m qlora plan`: what a run needs of a GPU's memory, from the model's shape alone, and how to make it fit."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from qlora.commands.options import PlanOptions, refuse_below
+from qlora.config import GradientCheckpointing, TrainConfig
+from qlora.errors import ExitCode, UserError
+from qlora.model.demo import model_source
+from qlora.model.families import UNCOVERED_LIMIT, uncovered
+from qlora.model.load import load_skeleton
+from qlora.model.lora import Target, audit_targets
+from qlora.run.files import require_writable, write_file
+from qlora.speed.layers import MARGIN
+from qlora.speed.memory import LEAST_LENGTH, LEAST_RANK, memory_terms, settings_to_try
+
+SHAPES: dict[str, dict[str, Any]] = {  # arguments of transformers' Phi3Config, whose own defaults are Phi-3-mini
+    "phi3-mini": {"sliding_window": 2047},
+    "phi3-medium": {
+        "hidden_size": 5120,
+        "intermediate_size": 17920,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+        "sliding_window": 2047,
+    },
+    "demo": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
+DEFAULT_SHAPE = "phi3-mini"
+POLICIES: tuple[GradientCheckpointing, ...] = ("none", "selective", "full")
+CONTEXT_GIB = 0.5  # of CUDA and cuBLAS, which torch does not count
+
+
+class Plan(NamedTuple):
+    """Settings, and the memory that they are predicted to need, in GiB by term."""
+
+    config: TrainConfig
+    terms_gib: dict[str, float]
+
+    @property
+    def total_gib(self) -> float:
+        """The sum of all terms."""
+        return sum(self.terms_gib.values())
+
+    def fits(self, free_gib: float) -> bool:
+        """Whether it is below what training itself would take for safe."""
+        return self.total_gib < MARGIN * free_gib
+
+
+def run(options: PlanOptions) -> int:
+    """Print a table of terms, a column for each policy, and what fits or would.
+
+    Raises:
+        UserError: exit 2 for values that no run could use, 7 if the model's configuration cannot be read.
+    """
+    refuse_below(1, options, "max_length", "per_device_train_batch_size", "lora_r")
+    if options.json is not None:
+        require_writable(options.json)
+    config = configuration(options)
+    skeleton = shape_skeleton(options, config)
+    targets = audit_targets(skeleton, config)
+    free_gib, card = _free(options.gpu_gib)
+    tried = POLICIES if options.gradient_checkpointing == "auto" else (options.gradient_checkpointing,)
+    changed = (dataclasses.replace(config, gradient_checkpointing=policy) for policy in tried)
+    plans = [planned(skeleton, each) for each in changed]
+    console = Console()
+    what = options.model or options.shape or DEFAULT_SHAPE
+    console.print(terms_table(f"{what}: {config.per_device_train_batch_size} x {config.max_length} tokens", plans))
+    trained = sum(target.adapter_parameters for target in targets)
+    console.print(f"Rank {config.lora_r}: {trained:,} parameters trained of {skeleton.num_parameters() + trained:,}.")
+    if (rest := uncovered(skeleton)).share > UNCOVERED_LIMIT:
+        console.print(f"Warning: {rest}. Training refuses such a model unless --target-modules names the layers to adapt.")
+    steps: list[tuple[str, Plan]] = []
+    if free_gib is not None:
+        fitting = [plan for plan in plans if plan.fits(free_gib)]
+        console.print(f"{card}: {MARGIN * free_gib:.2f} GiB are taken for safe.")
+        if fitting:
+            console.print(f"It fits with {flags(fitting[0].config)}, the fastest of these that does.")
+        else:
+            steps = list(steps_down(skeleton, plans[-1].config, free_gib))
+            console.print(ways_table(steps, free_gib))
+            if not steps or not steps[-1][1].fits(free_gib):
+                least = f"down to {LEAST_LENGTH} tokens and rank {LEAST_RANK}"
+                console.print(f"Nothing that can be set, {least}, makes it fit: take a smaller model or a larger card.")
+    if options.json is not None:
+        write_file(options.json, json.dumps(_record(what, free_gib, plans, steps), indent=1).encode() + b"\n")
+    return 0
+
+
+def configuration(options: PlanOptions) -> TrainConfig:
+    """The training configuration whose memory is predicted, its policy still open if that is auto.
+
+    Raises:
+        UserError: exit 2 for options that exclude each other.
+    """
+    if options.model is not None and options.shape is not None:
+        text = f"--model {options.model} and --shape {options.shape} were both given. Keep one of them."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    asked = dataclasses.asdict(options)
+    shared = {field.name for field in dataclasses.fields(TrainConfig)} & set(asked)
+    config = TrainConfig(**{name: asked[name] for name in shared})
+    if config.compile == "auto":
+        config = dataclasses.replace(config, compile="layers" if config.offload_checkpoints else "graphs")
+    if config.offload_checkpoints and config.compile != "layers":
+        text = f"--offload-checkpoints needs --compile layers, not {config.compile}."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    return config
+
+
+def shape_skeleton(options: PlanOptions, config: TrainConfig) -> Any:
+    """The model on the meta device: one of the built-in shapes, or that of a hub id or folder."""
+    if options.model is not None:
+        return load_skeleton(model_source(options.model), config)
+    name = options.shape or DEFAULT_SHAPE
+    shape = transformers.Phi3Config(**SHAPES[name], pad_token_id=0)
+    if config.max_length > shape.max_position_embeddings:
+        text = f"--max-length {config.max_length} is more than the {shape.max_position_embeddings} positions of {name}."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation="eager")
+
+
+def planned(skeleton: Any, config: TrainConfig) -> Plan:
+    """The memory of rows of --max-length tokens."""
+    targets: list[Target] = audit_targets(skeleton, config)
+    return Plan(config, memory_terms(skeleton, targets, config, config.max_length))
+
+
+def steps_down(skeleton: Any, config: TrainConfig, free_gib: float) -> Iterator[tuple[str, Plan]]:
+    """What to change, one after the other, until it fits: the largest saving first, what changes the training last."""
+    plan = planned(skeleton, config)
+    while not plan.fits(free_gib):
+        settings = settings_to_try(plan.config, plan.config.max_length)
+        tried = [(each, planned(skeleton, dataclasses.replace(plan.config, **each.changes))) for each in settings]
+        saving = [(each, then) for each, then in tried if then.total_gib < plan.total_gib]
+        if not saving:
+            return
+        setting, plan = min(saving, key=lambda pair: (not pair[0].same_training, pair[1].total_gib))
+        yield setting.flags, plan
+
+
+def flags(config: TrainConfig) -> str:
+    """What of the command line chooses between speed and memory."""
+    names = ("gradient_checkpointing", "compile")
+    return " ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in names)
+
+
+def terms_table(title: str, plans: list[Plan]) -> Table:
+    """A row for each term, a column for each policy, in GiB; terms that are nothing everywhere are left out."""
+    table = Table(title=title, caption="GiB, predicted; CUDA's own context, about 0.5 GiB, comes on top")
+    table.add_column(f"--compile {plans[0].config.compile}")
+    for plan in plans:
+        table.add_column(plan.config.gradient_checkpointing, justify="right")
+    for term in plans[0].terms_gib:
+        sizes = [plan.terms_gib[term] for plan in plans]
+        if any(sizes):
+            table.add_row(term, *(f"{size:.2f}" for size in sizes))
+    table.add_section()
+    table.add_row("peak", *(f"{plan.total_gib:.2f}" for plan in plans), style="bold")
+    return table
+
+
+def ways_table(steps: list[tuple[str, Plan]], free_gib: float) -> Table:
+    """Each change on top of those above it, and the peak that is then predicted."""
+    table = Table(title="To make it fit, one after the other")
+    table.add_column("change")
+    table.add_column("peak GiB", justify="right")
+    table.add_column("")
+    for words, plan in steps:
+        table.add_row(words, f"{plan.total_gib:.2f}", "fits" if plan.fits(free_gib) else "")
+    return table
+
+
+def _free(gpu_gib: float | None) -> tuple[float | None, str]:
+    """Memory that a run may use, in GiB, and whose it is."""
+    if gpu_gib is not None:
+        if not gpu_gib > 0:
+            raise UserError(ExitCode.CONFIGURATION, f"--gpu-gib {gpu_gib:g} cannot be used: it must be above 0.")
+        return max(gpu_gib - CONTEXT_GIB, 0.0), f"A card of {gpu_gib:g} GiB"
+    if not torch.cuda.is_available():
+        return None, ""
+    return torch.cuda.mem_get_info()[0] / 2**30, torch.cuda.get_device_name()
+
+
+def _record(what: str, free_gib: float | None, plans: list[Plan], steps: list[tuple[str, Plan]]) -> dict[str, Any]:
+    def row(plan: Plan) -> dict[str, Any]:
+        chosen = {name: getattr(plan.config, name) for name in ("gradient_checkpointing", "compile")}
+        return {**chosen, "terms_gib": plan.terms_gib, "total_gib": plan.total_gib}
+
+    changes = [{"change": words, **row(plan)} for words, plan in steps]
+    return {"model": what, "free_gib": free_gib, "policies": [row(plan) for plan in plans], "changes": changes}

@@ -1,0 +1,200 @@
+"""From tokenized examples to micro-batches: padding, packing and the seeded order of an epoch.
+
+Shapes: B samples in a micro-batch, T positions (padding included), N supervised tokens in a micro-batch.
+A supervised token is a label that is trained after the shift by one: the hidden state at position t predicts the id at t + 1.
+"""
+
+import bisect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+
+from qlora.config import TrainConfig
+
+if TYPE_CHECKING:
+    pass
+from qlora.data.dataset import Samples
+from qlora.data.template import IGNORED, Encoded
+
+Item = TypeVar("Item")
+
+
+Row = int | list[int]  # of a batch: the index of its sample or, with packing, of its samples
+
+
+class Batch(NamedTuple):
+    """A micro-batch, right-padded. No attention mask: under a causal mask nothing real sees the padding behind it.
+
+    With packing a row holds several samples, one behind the other, and the last three fields tell where they are.
+    """
+
+    input_ids: torch.Tensor  # [B, T] int64
+    labels: torch.Tensor  # [B, T] int64, IGNORED where not trained
+    positions: torch.Tensor  # [N] int64: flat b * T + t of each hidden state that predicts a token, found on the CPU
+    num_tokens: int  # N
+    num_input_tokens: int  # without padding
+    lines: tuple[int, ...]  # of the source, one of each sample
+    position_ids: torch.Tensor | None = None  # [B, T] int64: from 0 in each sample, and in the padding of a row
+    cu_seqlens: torch.Tensor | None = None  # [S + 1] int32: where each begins in the flattened rows, and B * T
+    max_seqlen: int | None = None  # of the longest, padding included
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch there; the copy does not wait when the source is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> "Batch":
+        """The same batch in page-locked memory, from which a GPU copies by itself."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        moved: dict[str, Any] = {name: function(value) for name, value in self._asdict().items() if torch.is_tensor(value)}
+        return self._replace(**moved)
+
+
+# -- collation and order ---------------------------------------------------------------------------------------------
+
+
+def collate(samples: Sequence[Encoded], multiple: int = 1, least: int = 1) -> Batch:
+    """Pad on the right with id 0: any would do, as padding is told by length, never by its id.
+
+    Args:
+        samples: of the rows.
+        multiple: of which T is the smallest that the longest sample fits into.
+        least: rows; those behind the samples' are of padding alone.
+    """
+    longest = rounded(max(len(sample.input_ids) for sample in samples), multiple)
+    input_ids = torch.zeros((max(len(samples), least), longest), dtype=torch.int64)  # [B, T]
+    labels = torch.full(input_ids.shape, IGNORED)  # [B, T]
+    for row, sample in enumerate(samples):
+        input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)  # [T of this sample]
+        labels[row, : len(sample.labels)] = torch.tensor(sample.labels)  # [T of this sample]
+    rows, columns = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)  # [N], [N]
+    positions = rows * longest + columns  # [N]
+    num_input_tokens, lines = sum(len(sample.input_ids) for sample in samples), tuple(sample.line for sample in samples)
+    return Batch(input_ids, labels, positions, len(positions), num_input_tokens, lines)
+
+
+def collate_packed(rows: Sequence[Sequence[Encoded]], multiple: int = 1, least: int = 1) -> Batch:
+    """Put the samples of a row one behind the other: positions start anew in each, and no label is predicted across.
+
+    What pads a row is a sample too; samples without a token make their number, and that of the ends, a multiple.
+    """
+    batch = collate([_joined(samples) for samples in rows], multiple, least)
+    height, width = batch.input_ids.shape
+    lengths: list[int] = []  # of samples, and of the padding behind them
+    for samples in rows:
+        own = [len(sample.input_ids) for sample in samples]
+        lengths += own if sum(own) == width else [*own, width - sum(own)]
+    lengths += (height - len(rows)) * [width]
+    ends = [0, *itertools.accumulate(lengths)]
+    ends += [ends[-1]] * (rounded(len(ends), multiple) - len(ends))
+    return batch._replace(
+        lines=tuple(sample.line for samples in rows for sample in samples),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).view_as(batch.input_ids),  # [B, T]
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32),  # [S + 1]
+        max_seqlen=max(lengths),
+    )
+
+
+def rounded(number: int, multiple: int) -> int:
+    """Up to the next multiple."""
+    return -(-number // multiple) * multiple
+
+
+def _joined(samples: Sequence[Encoded]) -> Encoded:
+    ids = [index for sample in samples for index in sample.input_ids]
+    labels = [label for sample in samples for label in (IGNORED, *sample.labels[1:])]  # nothing precedes a sample's first id
+    return Encoded(ids, labels, samples[0].line)
+
+
+def pack(lengths: Sequence[int], order: Iterable[int], budget: int) -> list[list[int]]:
+    """Best fit, longest first: each sample goes into the fullest row that has room for it, or into a new one.
+
+    Args:
+        lengths: of all samples, none above the budget.
+        order: of their indices, kept among samples of one length; how many rows there are does not depend on it.
+        budget: most tokens in a row.
+
+    Source: best-fit-decreasing, as for language models in Ding et al., 2024 (arXiv 2404.10830).
+    """
+    rows: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # free tokens -> rows
+    rooms: list[int] = []  # its keys, ascending
+    for index in sorted(order, key=lambda index: -lengths[index]):
+        at = bisect.bisect_left(rooms, lengths[index])
+        if at == len(rooms):
+            room, row = budget, len(rows)
+            rows.append([])
+        else:
+            room = rooms[at]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[at]
+        rows[row].append(index)
+        room -= lengths[index]
+        if room not in with_room:
+            with_room[room] = []
+            bisect.insort(rooms, room)
+        with_room[room].append(row)
+    return rows
+
+
+def epoch_rows(samples: "Samples", config: TrainConfig, epoch: int) -> Sequence[Row]:
+    """The rows of an epoch in their order: one sample each or, with packing, as many as fit; always the same number.
+
+    Packing goes by length, so that mostly the same samples share a row in each epoch; the order of rows changes.
+    """
+    order = epoch_order(len(samples), config.seed, epoch)
+    if not config.packing:
+        return order
+    rows = pack(samples.lengths, order, config.max_length)
+    return [rows[index] for index in epoch_order(len(rows), config.seed, epoch)]
+
+
+def longest_rows(samples: "Samples", config: TrainConfig) -> list[Row]:
+    """The rows of a micro-batch that needs the most memory, the longest last."""
+    rows = sorted(epoch_rows(samples, config, epoch=1), key=lambda row: row_length(samples, row))
+    return rows[-config.per_device_train_batch_size :]
+
+
+def row_length(samples: "Samples", row: Row) -> int:
+    """Tokens of a row, without padding."""
+    return sum(map(samples.length, [row] if isinstance(row, int) else row))
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
+    """The order of samples in an epoch: a pure function, so that a resumed run needs no state to find it again."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(num_samples, generator=generator).tolist()
+
+
+def micro_batches(
+    samples: Sequence[Encoded], rows: Iterable[Row], batch_size: int, pin: bool = False, multiple: int = 1, least: int = 1
+) -> Iterator[Batch]:
+    """Collate `batch_size` rows at a time in the given order; the last batch may be smaller, but for padding."""
+    for group in windows(rows, batch_size):
+        packed = [[samples[index] for index in row] for row in group if isinstance(row, list)]
+        if packed:
+            batch = collate_packed(packed, multiple, least)
+        else:
+            batch = collate([samples[row] for row in group if isinstance(row, int)], multiple, least)
+        yield batch.pin() if pin else batch
+
+
+def training_batches(
+    samples: Sequence[Encoded], rows: Iterable[Row], config: TrainConfig, pin: bool = False
+) -> Iterator[Batch]:
+    """The micro-batches of training. Where layers are compiled all have the same number of rows, so that one layer's code, and
+    memory, is that of all: rows of padding fill up the last of an epoch."""
+    size = config.per_device_train_batch_size
+    least = 1 if config.compile == "none" else size
+    return micro_batches(samples, rows, size, pin, config.length_multiple, least)
+
+
+def windows(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """`size` items at a time, the last window shorter: samples to a micro-batch, micro-batches to an optimizer step."""
+    items = iter(items)
+    while window := list(itertools.islice(items, size)):
+        yield window

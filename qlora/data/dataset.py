@@ -1,0 +1,244 @@
+"""All examples of a run, tokenized: what is cut or dropped, and a dataset that may be larger than memory."""
+
+import dataclasses
+import hashlib
+import itertools
+import mmap
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+from qlora.config import TrainConfig
+from qlora.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    pass
+from qlora.data.formats import Example, check_source, read_examples
+from qlora.data.read import LISTED, data_error, listed
+from qlora.data.template import IGNORED, Encoded, Format, encode
+
+# -- the samples of a run --------------------------------------------------------------------------------------------
+
+
+class Samples(Sequence[Encoded]):
+    """Encoded examples, in a temporary file that is mapped into memory: there may be more of them than memory holds.
+
+    The file has no name and goes with the process. It holds int32: ids, then labels, of one sample after the other.
+
+    Raises:
+        UserError: exit 4 if the temporary folder has no room for them.
+    """
+
+    def __init__(self, encoded: Iterable[Encoded]):
+        self._ends = array("q")  # of each sample, counted in ids from the first sample on
+        self._lines = array("q")
+        self._numbers = memoryview(b"")
+        digest = hashlib.sha256()
+        end = 0
+        try:
+            with tempfile.TemporaryFile() as file:
+                for sample in encoded:
+                    numbers = array("i", [*sample.input_ids, *sample.labels]).tobytes()
+                    file.write(numbers)
+                    digest.update(len(numbers).to_bytes(8, "little") + numbers)
+                    end += len(sample.input_ids)
+                    self._ends.append(end)
+                    self._lines.append(sample.line)
+                file.flush()
+                if end:  # an empty file cannot be mapped
+                    self._numbers = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("i")
+        except OSError as error:
+            raise UserError(
+                ExitCode.CHECKPOINT,
+                f"The temporary folder ({tempfile.tempdir}) is full or cannot be written, so that encoded samples have no "
+                f"place: {error.strerror}. Free space there, or set TMPDIR to a folder on a larger disk.",
+            ) from None
+        self.sha256 = digest.hexdigest()  # of all ids and labels, in order
+        self.counts: dict[str, int] = {}  # what encode_all and encode_files have counted, for run.json
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        at = range(len(self))[index]  # as a list has it: from the end when negative, an IndexError behind it
+        if isinstance(at, range):
+            return [self[one] for one in at]
+        length = self.length(at)
+        start = 2 * (self._ends[at] - length)
+        ids, labels = self._numbers[start : start + length], self._numbers[start + length : start + 2 * length]
+        return Encoded(ids.tolist(), labels.tolist(), self._lines[at])
+
+    @property
+    def longest(self) -> int:
+        """The most ids that a sample has."""
+        return max(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many ids each has."""
+        return [self.length(index) for index in range(len(self))]
+
+    def length(self, index: int) -> int:
+        """How many ids a sample has, without reading them."""
+        at = range(len(self))[index]
+        return self._ends[at] - (self._ends[at - 1] if at else 0)
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What encode_all tells about the examples it has seen."""
+
+    seen: int = 0
+    tokens: int = 0
+    longest: int = 0
+    truncated: int = 0
+    special: int = 0
+    special_text: str = ""
+    dropped: int = 0
+    dropped_lines: list[int] = dataclasses.field(default_factory=list)  # the first few
+
+    def drop(self, line: int) -> None:
+        """Count one that is left out."""
+        self.dropped += 1
+        if len(self.dropped_lines) <= LISTED:
+            self.dropped_lines.append(line)
+
+    def keep(self, encoded: Encoded, special_text: str) -> None:
+        """Count one that is trained on; `special_text` is that of a special token in its messages, if there is one."""
+        self.tokens += sum(label != IGNORED for label in encoded.labels[1:])
+        self.longest = max(self.longest, len(encoded.input_ids))
+        self.special += bool(special_text)
+        self.special_text = self.special_text or special_text
+
+
+def encode_all(examples: Iterable[Example], source: str | Path, form: Format, config: TrainConfig) -> tuple[Samples, str]:
+    """Encode examples one after the other and deal with those longer than `config.max_length`.
+
+    Returns:
+        The samples, each with at least one token to train on; and a line that counts them and names what was left out.
+
+    Raises:
+        UserError: exit 3 if none is left, if more than a fifth is dropped without `--allow-drop`, if one is too long under
+            `--on-long error`, or the chat template fails on one. Exit 4 if the temporary folder is full.
+    """
+    tally = _Tally()
+    samples = Samples(_fitting(examples, source, form, config, tally))
+    limit = f"--max-length {config.max_length}"
+    cut = "" if config.on_long == "truncate" else "use --on-long truncate, "
+    if not samples:
+        advice = "Raise it, or use --on-long truncate." if cut else "Raise it: their prompts alone are longer."
+        raise data_error(f"{source}: none of {tally.seen} examples fits {limit}. {advice}")
+    lines = f"(lines {listed(tally.dropped_lines)})"
+    if tally.dropped * 5 > tally.seen and not config.allow_drop:
+        raise data_error(
+            f"{source}: {tally.dropped} of {tally.seen} examples, more than a fifth, do not fit {limit} {lines}. "
+            f"Give a larger --max-length, {cut}or go on without them with --allow-drop."
+        )
+    lengths = sorted(map(samples.length, range(len(samples))))
+    samples.counts = {"read": tally.seen, "examples": len(samples), "tokens": tally.tokens, "input_tokens": sum(lengths)}
+    samples.counts |= {"shortest": lengths[0], "median": lengths[len(lengths) // 2], "longest": lengths[-1]}
+    samples.counts |= {"cut": tally.truncated, "dropped": tally.dropped}
+    notes = f"{len(samples)} examples, {tally.tokens:,} tokens to train on, the longest of {tally.longest}"
+    if tally.truncated:
+        notes += f"; {tally.truncated} cut to {config.max_length}"
+    if tally.dropped:
+        notes += f"; {tally.dropped} dropped as longer than {config.max_length} {lines}"
+    if tally.special:
+        notes += f"; {tally.special} hold special tokens such as {tally.special_text} in their text, encoded as plain text"
+    return samples, notes
+
+
+def _fitting(
+    examples: Iterable[Example], source: str | Path, form: Format, config: TrainConfig, tally: _Tally
+) -> Iterator[Encoded]:
+    for example in examples:
+        tally.seen += 1
+        try:
+            encoded = encode(example, form, config.loss_on)
+        except ValueError as error:
+            raise data_error(f"{source}:{example.line}: {error}. Use --prompt-format plain.") from None
+        length = len(encoded.input_ids)
+        if length > config.max_length and config.on_long == "error":
+            raise data_error(f"{source}:{example.line}: {length} tokens, more than --max-length {config.max_length}.")
+        kept = fitted(encoded, config)
+        if kept is None:
+            tally.drop(example.line)
+            continue
+        tally.truncated += kept is not encoded
+        found = next(filter(None, (form.special.search(message.content) for message in example.messages)), None)
+        tally.keep(kept, found[0] if found else "")
+        yield kept
+
+
+def fitted(encoded: Encoded, config: TrainConfig) -> Encoded | None:
+    """The sample; cut to `config.max_length` if it is longer and is to be cut; None if it cannot be used."""
+    if len(encoded.input_ids) <= config.max_length:
+        return encoded
+    cut = Encoded(encoded.input_ids[: config.max_length], encoded.labels[: config.max_length], encoded.line)
+    return cut if config.on_long == "truncate" and any(label != IGNORED for label in cut.labels[1:]) else None
+
+
+def count_shared(samples: Sequence[Encoded], held_out: Sequence[Encoded]) -> int:
+    """How many held-out samples have the very ids of a training sample; memory for the held-out side alone."""
+    wanted = [_digest(sample) for sample in held_out]
+    distinct = set(wanted)
+    shared = {digest for sample in samples if (digest := _digest(sample)) in distinct}
+    return sum(digest in shared for digest in wanted)
+
+
+def _digest(sample: Encoded) -> bytes:
+    return hashlib.sha256(array("i", sample.input_ids).tobytes()).digest()
+
+
+def check_files(config: TrainConfig) -> list[str]:
+    """Read all data once and keep nothing but the columns found: a mistake in a last line should not cost a download.
+
+    Raises:
+        UserError: exit 3, as read_examples does.
+    """
+    return [check_source(file, split) for file, split, _ in _files(config)]
+
+
+def encode_files(
+    config: TrainConfig, columns: list[str], form: Format, say: Callable[[str], None]
+) -> tuple[Samples, Samples | None]:
+    """The training data and, if there is any, the held-out data, with a line about each.
+
+    Raises:
+        UserError: exit 3, as encode_all does.
+    """
+    sets = []
+    for (file, split, name), found in zip(_files(config), columns, strict=True):
+        encoded, notes = encode_all(read_examples(file, split), file, form, config)
+        say(f"{name}: {notes}; columns {found}")
+        sets.append(encoded)
+    samples, held_out = sets[0], sets[1] if len(sets) > 1 else None
+    if held_out and (shared := count_shared(samples, held_out)):
+        held_out.counts["shared"] = shared
+        say(f"Warning: {shared} of {len(held_out)} held-out samples stand in the training data too.")
+    return samples, held_out
+
+
+def _files(config: TrainConfig) -> list[tuple[str, str, str]]:
+    """(file, split of a hub data set, name in the log) of the training data and, if there is any, the held-out data."""
+    assert config.train_file is not None  # as resolved
+    held_out = [(config.eval_file, "test", "Held out")] if config.eval_file else []
+    return [(config.train_file, "train", "Data"), *held_out]
+
+
+def first_examples(config: TrainConfig, samples: Samples, held_out: Samples | None, count: int) -> list[Example]:
+    """The first `count` examples of the held-out data, or of the training data if there is none."""
+    file, split, _ = _files(config)[-1]
+    return kept_examples(read_examples(file, split), held_out or samples, count)
+
+
+def kept_examples(examples: Iterable[Example], samples: Sequence[Encoded], count: int) -> list[Example]:
+    """The first `count` examples that encode_all kept; the rest is not read."""
+    lines = {sample.line for sample in samples[:count]}
+    return list(itertools.islice((example for example in examples if example.line in lines), len(lines)))

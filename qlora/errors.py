@@ -1,0 +1,60 @@
+"""Exit codes, and the error whose text is shown to the user. Imports no torch."""
+
+import contextlib
+import enum
+import os
+import re
+from collections.abc import Callable, Iterator
+
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+
+
+class ExitCode(enum.IntEnum):
+    """What the process ends with; 130 (SIGINT) and 143 (SIGTERM) are the shell's."""
+
+    CONFIGURATION = 2
+    DATA = 3
+    CHECKPOINT = 4
+    NUMERICS = 5
+    MEMORY = 6
+    ENVIRONMENT = 7
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The text is one paragraph: what, where, the value seen, what to do."""
+
+    def __init__(self, exit_code: ExitCode, text: str):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def redact(text: str) -> str:
+    """The text with access tokens masked: what looks like one of the hub's, and the values of the variables that hold one."""
+    for secret in (os.environ.get(name, "") for name in SECRET_VARIABLES):
+        if len(secret) >= 8:
+            text = text.replace(secret, "***")
+    return re.sub(r"\b(hf_|api_org_)[A-Za-z0-9]{30,}", r"\1***", text)  # not a folder named hf_models
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whatever class, says that memory ran out: on the GPU, in cuBLAS, or on the CPU."""
+    texts = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
+@contextlib.contextmanager
+def out_of_memory_told(words: Callable[[str], str]) -> Iterator[None]:
+    """A block in which running out of memory is an error in these words.
+
+    Args:
+        words: from the reason that the library gave to one paragraph.
+
+    Raises:
+        UserError: exit 6.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(ExitCode.MEMORY, words(" ".join(str(error).split())[:200])) from error

@@ -1,0 +1,1 @@
+"""Loss, completions and scores on the eval data."""

@@ -1,0 +1,142 @@
+"""Answers to prompts, and greedy completions of base and adapter side by side."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from qlora.data.batch import windows
+from qlora.data.formats import Example
+from qlora.data.template import Format, encode_prompt
+from qlora.errors import UserError, is_out_of_memory
+
+# What may go wrong with sample answers: libraries, the disk, the data.
+FAILURES = (RuntimeError, MemoryError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, AssertionError,
+            ImportError, OSError, UserError)  # fmt: skip
+
+
+class Sample(NamedTuple):
+    """Greedy answers of the model without and with its adapter, and the answer that was wanted."""
+
+    prompt: str
+    base: str
+    tuned: str
+    reference: str
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn: from the logits over the temperature, cut to the top_k likeliest, then to the top_p share."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+
+def stop_ids(model: Any, form: Format) -> list[int]:
+    """What ends an answer: the stop token that was trained, and those that the model itself names."""
+    own = model.generation_config.eos_token_id
+    return sorted({form.stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: list[list[int]],
+    form: Format,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    streamer: Any = None,
+) -> list[str]:
+    """Answers to all prompts in one batch with a KV cache, padded on the left.
+
+    Args:
+        model: with or without its adapter switched on; it is put back into the mode it came in. It runs in the caller's
+            precision: autocast, which training wants, costs speed where it is not needed.
+        prompts: token ids, as data.encode_prompt makes them.
+        form: its stop token ends an answer, as do the ids that the model itself names.
+        max_new_tokens: longest answer.
+        sampling: None is greedy; else tokens are drawn with torch's generator.
+        streamer: of transformers, to show the answer to a single prompt while it grows.
+    """
+    from transformers import GenerationConfig
+
+    # What is left unset here would come from the model's own generation_config, as Qwen's penalty on repetition.
+    settings = GenerationConfig(
+        do_sample=sampling is not None,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_ids(model, form),
+        pad_token_id=form.stop_id,
+    )
+    if sampling is not None:
+        settings.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or 0)
+    longest = max(map(len, prompts))
+    padded = [[form.stop_id] * (longest - len(ids)) + ids for ids in prompts]
+    seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
+    training = model.training
+    model.eval()
+    # Mixtures of experts may compute a loss of their routers, which fails here, as the mask is longer than the ids.
+    routers = {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
+    output = model.generate(  # [B, T + new]
+        input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer, **routers
+    )
+    model.train(training)
+    return form.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+
+
+def generate_all(
+    model: Any, prompts: list[list[int]], form: Format, max_new_tokens: int, batch_size: int, sampling: Sampling | None = None
+) -> list[str]:
+    """Answers to any number of prompts, in their order; prompts of like length share a batch, for less padding."""
+    answers = [""] * len(prompts)
+    for rows in windows(sorted(range(len(prompts)), key=lambda row: len(prompts[row])), batch_size):
+        found = generate(model, [prompts[row] for row in rows], form, max_new_tokens, sampling)
+        for row, answer in zip(rows, found, strict=True):
+            answers[row] = answer
+    return answers
+
+
+def answer_limit(examples: list[Example], form: Format) -> int:
+    """Tokens that an answer may have: twice those of the longest that is wanted, and 1,024 at most."""
+    return min(2 * max(len(form.ids(example.response)) for example in examples) + 8, 1024)
+
+
+def sample_responses(model: Any, examples: list[Example], form: Format) -> list[Sample]:
+    """Greedy answers to the prompts of `examples`, without and with the adapter, up to answer_limit."""
+    prompts = [encode_prompt(example.prompt, form) for example in examples]
+    limit = answer_limit(examples, form)
+    with torch.autocast(model.device.type, torch.bfloat16):  # as training runs
+        tuned = generate(model, prompts, form, limit)
+        with model.disable_adapter():
+            base = generate(model, prompts, form, limit)
+    rows = zip(examples, base, tuned, strict=True)
+    return [Sample(example.prompt[-1].content, base, tuned, example.response) for example, base, tuned in rows]
+
+
+def try_samples(
+    model: Any,
+    examples: Callable[[], list[Example]],
+    form: Format,
+    record: Callable[[list[Sample]], None],
+    say: Callable[[str], None],
+) -> None:
+    """Like sample_responses, but whatever fails is a warning with the reason, and no samples.
+
+    By the time of the samples the run is complete and saved: an answer that cannot be generated must not end it with an error.
+
+    Args:
+        model: with its adapter.
+        examples: reads those whose prompts are answered; their file may be gone by now.
+        form: of prompts.
+        record: shows and stores the answers.
+        say: for the warning.
+    """
+    try:
+        record(sample_responses(model, examples(), form))
+    except FAILURES as error:
+        reason = " ".join(str(error).split())[:200]
+        why = "memory ran out" if is_out_of_memory(error) else type(error).__name__
+        say(f"Warning: no sample answers were generated: {why} ({reason}). The run is complete without them.")

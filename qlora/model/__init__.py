@@ -1,0 +1,1 @@
+"""The model: NF4 loading, LoRA adapters, attention, loss, optimizer."""

@@ -1,0 +1,317 @@
+"""Which attention runs, why, and what Phi-3's sliding window has to do with it.
+
+Shapes: B rows, T positions, H heads, d of a head, S samples in all rows together.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.utils import is_flash_attn_2_available
+
+from qlora.config import AttnImplementation, TrainConfig
+from qlora.data.batch import Batch, collate_packed
+from qlora.data.template import Encoded
+from qlora.errors import ExitCode, UserError
+from qlora.model.families import FAMILIES, is_uniform
+
+# -- the choice ------------------------------------------------------------------------------------------------------
+
+
+class Attention(NamedTuple):
+    """A value of `--attn-implementation`, and the reason for it, in words for the log."""
+
+    implementation: AttnImplementation
+    reason: str
+
+    @property
+    def loaded_as(self) -> str:
+        """The name to load a model with, which it generates with: torch's varlen kernel has no cache, it only trains."""
+        return "sdpa" if self.implementation == "varlen" else self.implementation
+
+
+def choose_attention(config: TrainConfig, device: torch.device, skeleton: Any = None) -> Attention:
+    """Resolve `--attn-implementation`: `auto` picks what can run, a name runs or fails, and nothing is downloaded.
+
+    auto takes sdpa while it needs no mask, and with packing, or where the sliding window is active, a kernel that knows about
+    samples and windows; benchmarks/README.md has what of this was measured.
+
+    Args:
+        config: attn_implementation, packing and max_length are read.
+        device: where the model will be.
+        skeleton: the model without weights; not every one has every backend (Gemma 2 has no sdpa, for its soft-capping).
+            None, before it is known, to check the rest.
+
+    Raises:
+        UserError: exit 7 if a backend was asked for by name and cannot run here.
+    """
+    against = obstacles(device, skeleton)
+    requested = config.attn_implementation
+    if requested != "auto":
+        if against[requested]:
+            text = f"--attn-implementation {requested} cannot run here: {against[requested]}. Use auto to take what can."
+            raise UserError(ExitCode.ENVIRONMENT, text)
+        return Attention(requested, "as asked")
+    window = None if skeleton is None else training_window(skeleton.config.get_text_config(), config.max_length)
+    order: list[AttnImplementation] = ["sdpa", "flash_attention_2", "eager"]
+    why = "it needs no mask here"
+    if config.packing or window is not None:
+        order = ["varlen", "flash_attention_2", "sdpa", "eager"]
+        why = "rows are packed" if config.packing else f"a sliding window of {window} is active"
+    chosen = next(name for name in order if not against[name])
+    passed_over = [f"{name} cannot run: {against[name]}" for name in order[: order.index(chosen)]]
+    return Attention(chosen, "; ".join(passed_over) or why)
+
+
+def obstacles(device: torch.device, skeleton: Any = None) -> dict[str, str | None]:
+    """Why a backend cannot run here, or None, for each value of `--attn-implementation` but auto.
+
+    Args:
+        device: where the model will be.
+        skeleton: the model without weights; None to look at the machine alone.
+    """
+    return {
+        "flash_attention_2": _flash_obstacle(device, skeleton),
+        "varlen": _varlen_obstacle(device, skeleton),
+        "sdpa": None if getattr(skeleton, "_supports_sdpa", True) else f"{type(skeleton).__name__} does not support it",
+        "eager": None,
+    }
+
+
+def _cuda_obstacle(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it needs a CUDA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _flash_obstacle(device: torch.device, skeleton: Any) -> str | None:
+    # Asked of the package itself: transformers would fetch a replacement from the hub where `kernels` is installed.
+    if obstacle := _cuda_obstacle(device):
+        return obstacle
+    if not is_flash_attn_2_available():
+        return "package flash-attn is not installed (pip install flash-attn --no-build-isolation)"
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError as error:
+        return f"package flash-attn does not fit this torch ({error})"
+    return None if getattr(skeleton, "_supports_flash_attn", True) else f"{type(skeleton).__name__} does not support it"
+
+
+def _varlen_obstacle(device: torch.device, skeleton: Any) -> str | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        known = "window_size" in inspect.signature(varlen_attn).parameters  # not yet in torch 2.10
+    except ImportError:
+        known = False
+    if not known:
+        return f"it needs torch 2.11 or newer, this is {torch.__version__}"
+    if obstacle := _cuda_obstacle(device):
+        return obstacle
+    if skeleton is None:
+        return None
+    if getattr(skeleton.config, "attention_dropout", None):
+        return "it has no dropout of attention weights"
+    return None if is_uniform(skeleton) else f"it was tried with {', '.join(FAMILIES)} only, this is {type(skeleton).__name__}"
+
+
+# -- while training --------------------------------------------------------------------------------------------------
+
+
+def training_window(config: Any, max_length: int) -> int | None:
+    """The sliding window to train with: None where it changes nothing and costs the fast kernel.
+
+    A position sees w positions, itself included. In a row of w + 1 tokens only the last position loses a key, and nothing
+    is predicted from it: loss and gradients are the same without the window. With it, transformers gives sdpa a dense mask
+    from w positions on, and the flash kernel is gone. Only models that read the window from their configuration at each
+    forward, the same for all layers (Phi-3, Mistral), can be told so; the others keep theirs.
+    """
+    window = getattr(config, "sliding_window", None)
+    per_layer = getattr(config, "layer_types", None) is not None
+    return None if window is not None and not per_layer and max_length <= window + 1 else window
+
+
+@contextlib.contextmanager
+def for_training(model: Any, config: TrainConfig) -> Iterator[None]:
+    """Run a block with this file's attention functions and the window to train with, and put back what was there.
+
+    transformers makes masks for the functions it knows, and waits for the GPU at each forward to see whether rows are packed.
+    For a name that it has no mask function for it does neither; `decoder_inputs` gives the masks that are needed. Models of
+    other families keep transformers' functions, masks and wait.
+
+    Raises:
+        UserError: exit 2 if rows are to be packed and the model lets a sample see its neighbour.
+    """
+    settings, base = model.config, model.get_base_model()
+    before = settings._attn_implementation, getattr(settings, "sliding_window", None)
+    try:
+        if getattr(settings, "sliding_window", None) is not None:
+            settings.sliding_window = training_window(settings, config.max_length)
+        if is_uniform(base):
+            settings._attn_implementation = PREFIX + config.attn_implementation
+        if config.packing:
+            _check_packing(model)
+        yield
+    finally:
+        settings._attn_implementation = before[0]
+        if before[1] is not None:
+            settings.sliding_window = before[1]
+
+
+@torch.no_grad()
+def _check_packing(model: Any) -> None:
+    """Change a sample and look at the one behind it in the row: its hidden states must stay as they are.
+
+    Not every model keeps to position_ids and masks: ALiBi, convolutions and state spaces run on across samples. Two rows, one
+    of them padded, as transformers takes another way for a single one.
+    """
+    decoder, training = model.get_decoder(), model.training
+    device = model.get_input_embeddings().weight.device
+    behind = []
+    for first in ([5, 6, 7, 8], [9, 8, 6, 5]):
+        rows = [(first, [10, 11, 12, 13, 14]), (first, [10, 11, 12])]
+        samples = [[Encoded(ids, ids, 1) for ids in row] for row in rows]
+        inputs = decoder_inputs(collate_packed(samples).to(device), decoder.config)
+        try:
+            model.eval()
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = decoder(**inputs, use_cache=False).last_hidden_state.float()  # [2, 9, D]
+        finally:
+            model.train(training)
+        behind.append(torch.cat([hidden[0, 4:], hidden[1, 4:7]]))  # [8, D]
+    if not (behind[0] - behind[1]).norm() <= 1e-4 * behind[0].norm():
+        text = f"{type(model.get_base_model()).__name__} lets a sample see its neighbour in a packed row. Leave out --packing."
+        raise UserError(ExitCode.CONFIGURATION, text)
+
+
+def decoder_inputs(batch: Batch, config: Any) -> dict[str, Any]:
+    """The ids of a micro-batch, and with packing what keeps its samples apart, as the decoder's arguments.
+
+    Args:
+        batch: on the device of the model.
+        config: the model's; which function attends, and the window.
+
+    Returns:
+        input_ids [B, T]; position_ids [B, T] and the four arguments of transformers' varlen kernels with packing; a mask
+        [B or 1, 1, T, T] for the functions of this file that need one.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids}
+    if batch.cu_seqlens is not None:
+        inputs |= {"position_ids": batch.position_ids, "cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
+        inputs |= {"max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
+    name, window = config._attn_implementation, getattr(config, "sliding_window", None)
+    beyond = window is not None and batch.input_ids.shape[1] > window
+    if name == PREFIX + "eager":
+        seen = causal_mask(batch, window)  # [B or 1, 1, T, T]
+        inputs["attention_mask"] = torch.zeros_like(seen, dtype=torch.bfloat16).masked_fill_(~seen, MASKED)  # [B or 1, 1, T, T]
+    elif name == PREFIX + "sdpa" and (beyond or batch.cu_seqlens is not None):
+        inputs["attention_mask"] = causal_mask(batch, window)  # [B or 1, 1, T, T]
+    return inputs
+
+
+def causal_mask(batch: Batch, window: int | None) -> torch.Tensor:
+    """[B or 1, 1, T, T] bool, True where position t (row) sees position s (column): in its sample, not ahead, in the window."""
+    length, device = batch.input_ids.shape[1], batch.input_ids.device
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()  # [T, T]
+    if window is not None and length > window:
+        seen = seen.triu(1 - window)  # [T, T]
+    if batch.position_ids is None:
+        return seen[None, None]  # [1, 1, T, T]
+    sample = (batch.position_ids == 0).cumsum(dim=-1)  # [B, T]
+    return (seen & (sample[:, :, None] == sample[:, None, :]))[:, None]  # [B, 1, T, T]
+
+
+# -- the functions: query [B, H, T, d], key and value [B, H of keys, T, d] -> [B, T, H, d] ------------------------------
+
+PREFIX = "training_"  # of their names in transformers' AttentionInterface
+MASKED = torch.finfo(torch.bfloat16).min
+
+
+def _eager(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as in the paper (Vaswani et al., 2017, section 3.2.1): all T x T scores at once."""
+    key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))  # [B, H, T, d] each
+    scores = query @ key.transpose(2, 3) * scaling + attention_mask  # [B, H, T, T]
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)  # [B, H, T, T]
+    weights = torch.dropout(weights, dropout, module.training)  # [B, H, T, T]
+    return (weights @ value).transpose(1, 2).contiguous(), None  # [B, T, H, d]
+
+
+def _flash_attention_2(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Package flash-attn (Dao, 2023, arXiv 2307.08691): no scores in memory; samples and window are the kernel's business."""
+    import flash_attn
+
+    query, key, value = (tensor.transpose(1, 2).to(value.dtype) for tensor in (query, key, value))  # [B, T, H, d] each
+    window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+    options: dict[str, Any] = {
+        "dropout_p": dropout,
+        "softmax_scale": scaling,
+        "causal": True,
+        "window_size": window,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    if cu_seq_lens_q is None:
+        return flash_attn.flash_attn_func(query, key, value, **options), None  # [B, T, H, d]
+    flat = (tensor.flatten(0, 1) for tensor in (query, key, value))  # [B * T, H, d] each
+    ends, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
+    return flash_attn.flash_attn_varlen_func(*flat, *ends, *longest, **options).view_as(query), None  # [B, T, H, d]
+
+
+def _varlen(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """torch's own build of the same kernel, for samples of any length; it is in every torch for CUDA from 2.11 on."""
+    from torch.nn.attention import varlen
+
+    attend: Any = varlen.varlen_attn  # Any: its stub does not know that it returns one tensor here
+    key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))  # [B, H, T, d] each
+    rows, length = query.shape[0], query.shape[2]
+    if cu_seq_lens_q is None:  # one sample a row
+        cu_seq_lens_q = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)  # [B + 1]
+    longest = max_length_q or length
+    flat = (tensor.transpose(1, 2).flatten(0, 1).to(value.dtype) for tensor in (query, key, value))  # [B * T, H, d] each
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    output = attend(*flat, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, window_size=window)
+    return output.unflatten(0, (rows, length)), None  # [B, T, H, d]
+
+
+for _name, _function in (("eager", _eager), ("sdpa", sdpa_attention_forward), ("flash_attention_2", _flash_attention_2),
+                         ("varlen", _varlen)):  # fmt: skip
+    transformers.AttentionInterface.register(PREFIX + _name, _function)

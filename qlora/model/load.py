@@ -1,0 +1,250 @@
+"""Tokenizer and base model: checks before the weights, NF4 loading, and the fingerprint of the frozen base."""
+
+import contextlib
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from qlora.config import TrainConfig
+from qlora.errors import ExitCode, UserError, is_out_of_memory
+from qlora.model.families import linear_classes
+from qlora.model.third_party import bitsandbytes, transformers
+
+Precision = Literal["nf4", "int8", "bf16"]  # of a base model's linear layers
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_skeleton(source: str, config: TrainConfig) -> Any:
+    """The model of a folder or hub id without its weights: a small file to fetch, and enough to check the flags against.
+
+    Returns:
+        A transformers model on the meta device.
+
+    Raises:
+        UserError: exit 7 if it is not there, 2 if --max-length is more than the model was built for or if it is quantised in
+            another way than load_nf4_model does.
+    """
+    origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    with _environment_errors(source):
+        model_config = transformers.AutoConfig.from_pretrained(source, **origin)
+        with torch.device("meta"):
+            skeleton = transformers.AutoModelForCausalLM.from_config(
+                model_config, trust_remote_code=config.trust_remote_code, dtype=torch.bfloat16, attn_implementation="eager"
+            )
+    check_quantization(source, getattr(model_config, "quantization_config", None))
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.max_length > longest:
+        text = f"--max-length {config.max_length} is more than the {longest} positions of {source}."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    return skeleton
+
+
+def check_quantization(source: str, found: dict[str, Any] | None) -> None:
+    """Refuse a checkpoint that is quantised otherwise than in NF4 with double quantisation; one that is so loads faster.
+
+    Args:
+        source: of the model.
+        found: what its config.json says of quantisation, if it does.
+
+    Raises:
+        UserError: exit 2.
+    """
+    wanted = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    wanted |= {"bnb_4bit_quant_storage": "uint8"}  # other dtypes serve FSDP only; the operators here read bytes
+    told = wanted if found is None else {"bnb_4bit_quant_storage": "uint8", **found}
+    seen = {name: getattr(value := told.get(name), "value", value) for name in wanted}
+    if seen != wanted:
+        text = f"{source} is quantised already, with {', '.join(f'{name} {value}' for name, value in seen.items())}."
+        advice = (
+            "This loop trains on NF4 with double quantization, stored as uint8. Name the model in bf16, or one saved that way."
+        )
+        raise UserError(ExitCode.CONFIGURATION, f"{text} {advice}")
+
+
+def load_tokenizer(source: str, skeleton: Any, config: TrainConfig) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        UserError: exit 7 if it is not there, 2 if it has more tokens than the model has embeddings.
+    """
+    with _environment_errors(source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        text = (
+            f"The tokenizer of {source} has {len(tokenizer)} tokens, its model {rows} embeddings. They do not belong together."
+        )
+        raise UserError(ExitCode.CONFIGURATION, text)
+    return tokenizer
+
+
+def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, device: torch.device) -> Any:
+    """The base model to train on: linear layers in NF4 with double quantisation, the rest in bf16, all frozen, on one device.
+
+    Not `prepare_model_for_kbit_training`: it casts embeddings, norms and head to fp32, which costs 0.4 GB on Phi-3-mini and
+    makes the residual stream fp32. Arguments and errors are those of load_base_model.
+    """
+    return load_base_model(source, config, attn_implementation, device, "nf4")
+
+
+def load_base_model(
+    source: str, config: TrainConfig, attn_implementation: str, device: torch.device, precision: Precision
+) -> Any:
+    """The base model, all frozen, on one device; only NF4 is trained against, the others are for inference.
+
+    Args:
+        source: folder or hub id, in bf16 or, for NF4, saved from such a model (save_pretrained): a third of the disk.
+        config: revision and trust_remote_code are read.
+        attn_implementation: a name from attention.choose_attention.
+        device: CPU or one GPU.
+        precision: of the linear layers but the head; the rest is bf16.
+
+    Raises:
+        UserError: exit 7 if the weights are not there or are broken.
+    """
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained  # Any: its stub knows no output_loading_info
+    with _environment_errors(source), warnings.catch_warnings():
+        # A checkpoint that is quantised already is loaded as it is; check_quantization saw that it is what is asked for.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
+        model, loaded = load(
+            source,
+            output_loading_info=True,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            quantization_config=quantization_of(precision),
+            dtype=torch.bfloat16,
+            attn_implementation=attn_implementation,
+            device_map={"": device},
+        )
+    if missing := sorted(loaded["missing_keys"]):  # transformers would make them up
+        raise UserError(ExitCode.ENVIRONMENT, f"Model {source} lacks {len(missing)} tensors, {missing[0]} first. Get it again.")
+    if surplus := sorted(name for name in loaded["unexpected_keys"] if ".layers." in name):  # and leave these out
+        text = f"Model {source} has {len(surplus)} tensors that its config.json does not know, {surplus[0]} first."
+        raise UserError(ExitCode.ENVIRONMENT, f"{text} The two do not belong together.")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if precision == "nf4" and not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules()):
+        text = f"No layer of {source} is in NF4 after loading. bitsandbytes quantizes torch.nn.Linear only, not"
+        raise UserError(ExitCode.CONFIGURATION, f"{text} {', '.join(linear_classes(model)) or 'other classes'}.")
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # A checkpoint brings its own dtypes, often fp16 or fp32. Evaluation would compute in them, training never does,
+            # and activations of 7e4 are infinite in fp16.
+            module.compute_dtype, module.compute_type_is_set = torch.bfloat16, True
+            packed: Any = module.weight
+            _check_layout(source, packed.quant_state)
+            packed.quant_state.stored_dtype, packed.quant_state.dtype = packed.quant_state.dtype, torch.bfloat16
+            # On a CPU with AVX512-BF16 an eval forward would repack the weight in place, and every later backward would
+            # read the repacked bytes as if they were not: gradients of relative error 1.0, under a loss that looks right.
+            module.support_avx512bf16_for_cpu = False
+            stored, wanted = tuple(packed.quant_state.shape), (module.out_features, module.in_features)
+            if stored != wanted:  # packed weights are all of one shape, so that loading cannot tell
+                text = f"Model {source} has a weight of shape {stored} where its config.json says {wanted}."
+                raise UserError(ExitCode.ENVIRONMENT, f"{text} The two do not belong together.")
+    return model
+
+
+def quantization_of(precision: Precision) -> transformers.BitsAndBytesConfig | None:
+    """What transformers is told to load a base in that precision; None is bf16."""
+    if precision == "bf16":
+        return None
+    if precision == "int8":  # LLM.int8: activations too, but for outliers; Dettmers et al., 2022 (arXiv 2208.07339)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",  # 16 levels at the quantiles of a normal distribution; Dettmers et al., 2023, section 3
+        bnb_4bit_use_double_quant=True,  # 4.5 -> 4.127 bits a parameter: the scales themselves become 8-bit
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def prepare_inference(model: Any) -> None:
+    """Let bitsandbytes repack NF4 weights for a CPU with AVX512-BF16 at their first forward: several times as fast.
+
+    Only for a model that is neither trained nor dequantised afterwards: whoever else reads the repacked bytes reads garbage.
+    """
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = bitsandbytes.functional.has_avx512bf16()
+
+
+def fingerprint(model: Any) -> str:
+    """A digest of the frozen base: configuration, weights as they lie in memory, NF4 bytes with their scales.
+
+    It takes about a second for 2 GB. Where the model came from, and adapters, do not count. Dtypes count as they were stored.
+    """
+    volatile = {"_name_or_path", "_commit_hash", "transformers_version"}
+    shape = {name: value for name, value in model.config.to_dict().items() if name not in volatile}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
+    with _stored_dtypes(model):
+        tensors = model.state_dict()
+    for name, tensor in tensors.items():
+        if "lora_" not in name:
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())  # [bytes]
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _stored_dtypes(model: Any) -> Iterator[None]:
+    """A block in which NF4 weights name the dtype that the checkpoint named, which is a part of their state_dict."""
+    states = [state for module in model.modules() if (state := getattr(getattr(module, "weight", None), "quant_state", None))]
+    computed = [state.dtype for state in states]
+    try:
+        for state in states:
+            state.dtype = getattr(state, "stored_dtype", state.dtype)
+        yield
+    finally:
+        for state, dtype in zip(states, computed, strict=True):
+            state.dtype = dtype
+
+
+def _check_layout(source: str, state: Any) -> None:
+    """Refuse NF4 bytes in another layout than the operators read, whatever config.json says of them."""
+    seen = (state.quant_type, state.blocksize, state.nested and state.state2.blocksize)
+    if seen != ("nf4", 64, 256):
+        text = f"{source} holds a weight in {seen[0]}, in blocks of {seen[1]}, with scales in blocks of {seen[2] or 1}."
+        text = f"{text} This loop reads nf4, 64 and 256. Name the model in bf16, or one that transformers saved in NF4"
+        raise UserError(ExitCode.CONFIGURATION, f"{text} with double quantization.")
+
+
+@contextlib.contextmanager
+def _environment_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(
+            ExitCode.ENVIRONMENT,
+            f"Model {source} cannot be loaded: {_advice(error, source)} ({type(error).__name__}: {reason[:300]})",
+        ) from error
+
+
+def _advice(error: BaseException, source: str) -> str:
+    text = f"{error} {error.__cause__}".lower()
+    if "trust_remote_code" in text:
+        return "it comes with Python code of its own. Read that code, then pass --trust-remote-code; Phi-3 needs none."
+    if "unrecognized configuration class" in text:
+        return "it is not a decoder-only language model, which is what this loop trains."
+    if isinstance(error, RuntimeError):
+        return "its weights and its config.json do not belong together."
+    if Path(source).is_dir():
+        return "the folder is not a complete model. It needs config.json, the weights as safetensors, and a tokenizer."
+    if "gated" in text or "401" in text or "403" in text:
+        return "the hub wants a login. Accept the licence on the model's page and set the environment variable HF_TOKEN."
+    if "offline" in text or "connect" in text or "internet" in text:
+        return "the hub cannot be reached and the model is not in its cache. Go online, name a folder, or use --model demo."
+    return "no such folder, and no such model on the hub. Check the spelling, and HF_TOKEN if the model is private."

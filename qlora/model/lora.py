@@ -1,0 +1,226 @@
+"""LoRA adapters: the audit of target modules, and a PEFT model with fp32 adapters."""
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qlora.config import TrainConfig
+from qlora.errors import ExitCode, UserError
+from qlora.model.families import ROUTER, UNCOVERED_LIMIT, linear_classes, linear_layers, nf4_layers, uncovered
+from qlora.model.third_party import peft
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """The linear layers that one name of `target_modules` matches, and that no earlier name did."""
+
+    name: str
+    layers: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]  # distinct (out, in)
+    adapter_parameters: int
+
+
+def checked_targets(skeleton: Any, config: TrainConfig, say: Callable[[str], None]) -> list[Target]:
+    """The audited targets of a model that QLoRA covers; what could only fail after loading fails here.
+
+    Args:
+        skeleton: the base model on the meta device.
+        config: target_modules and what else audit_targets and PEFT read.
+        say: for a line about what is not covered; a warning where that is much and target modules are named.
+
+    Raises:
+        UserError: exit 2 as audit_targets; if more than a tenth of the weights is neither in NF4 nor adapted and no target
+            modules are named; or if PEFT refuses the targets.
+    """
+    targets = audit_targets(skeleton, config)
+    if any(layer is skeleton.get_output_embeddings() for layer in nf4_layers(skeleton).values()):
+        text = (
+            f"The head of {type(skeleton).__name__} is in NF4 too (llm_int8_skip_modules in its config.json lacks it). The loss"
+        )
+        raise UserError(ExitCode.CONFIGURATION, f"{text} needs it in bf16. Name the model in bf16.")
+    rest, kind = uncovered(skeleton), type(skeleton).__name__
+    refusal = _peft_refusal(skeleton, config, targets)
+    if rest.share > UNCOVERED_LIMIT and config.target_modules is None:
+        attention = [target for target in targets if all("attn" in name or "attention" in name for name in target.layers)]
+        names = " ".join(target.name for target in (attention if refusal else targets))
+        text = f"{kind}: {rest}. They would stay in bf16, frozen, and that is not QLoRA."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} To train the other layers anyway, pass --target-modules {names}.")
+    if refusal is not None:
+        text = f"PEFT cannot adapt {', '.join(target.name for target in targets)} of {kind}: {refusal}"
+        raise UserError(ExitCode.CONFIGURATION, f"{text} Name other layers with --target-modules.")
+    if rest.parameters:
+        warning = "Warning: " if rest.share > UNCOVERED_LIMIT else ""
+        say(f"{warning}{kind}: {rest}. They stay in bf16, frozen.")
+    return targets
+
+
+def _peft_refusal(skeleton: Any, config: TrainConfig, targets: list[Target]) -> str | None:
+    """Why PEFT refuses to adapt the targets, tried on a copy without weights; None if it does not."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # it warns again when the model is loaded
+            add_adapters(copy.deepcopy(skeleton), dataclasses.replace(config, init_adapter=None), targets, "")
+    except (ValueError, TypeError, NotImplementedError) as error:
+        return " ".join(str(error).split())[:300]
+    return None
+
+
+def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
+    """Match every target name against the model before PEFT does: it skips names without a match and says nothing.
+
+    Phi-3 fuses its projections, so of the usual seven Llama names two match, which trains 35 % of what was meant.
+
+    Args:
+        model: the base model or its skeleton, without adapters.
+        config: target_modules, matched as PEFT does (the whole name or its end after a dot), None for all linear layers;
+            and the rank, as a layer gets r * (in + out) parameters.
+
+    Raises:
+        UserError: exit 2 if a name matches nothing; the text lists the names that exist.
+    """
+    layers = linear_layers(model)
+    if not layers:
+        own = ", ".join(linear_classes(model))
+        text = f"{type(model).__name__} has no torch.nn.Linear layer in its decoder, so there is nothing to adapt in NF4."
+        raise UserError(ExitCode.CONFIGURATION, text + (f" It has {own}, which this loop cannot adapt." if own else ""))
+    available = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    targets: list[Target] = []
+    seen: set[str] = set()
+    for target in config.target_modules or available:
+        matched = {name: layer for name, layer in layers.items() if _matches(name, target)}
+        if not matched:
+            where = f"--init-adapter {config.init_adapter}: target" if config.init_adapter else "--target-modules"
+            text = f"{where} {target} matches no linear layer of {type(model).__name__}{_why_not(model, target)}. It has "
+            advice = "leave the flag out to adapt them all. (The head cannot have one.)"
+            raise UserError(ExitCode.CONFIGURATION, f"{text}{', '.join(available)}; {advice}")
+        fresh = {name: layer for name, layer in matched.items() if name not in seen}
+        if fresh:
+            shapes = tuple(sorted({(layer.out_features, layer.in_features) for layer in fresh.values()}))
+            parameters = sum(config.lora_r * (layer.in_features + layer.out_features) for layer in fresh.values())
+            targets.append(Target(target, tuple(fresh), shapes, parameters))
+        seen |= fresh.keys()
+    return targets
+
+
+def _why_not(model: Any, target: str) -> str:
+    """For a name that only matches layers that cannot have an adapter: which kind they are."""
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and _matches(n, target)]
+    if any(ROUTER.search(name) for name, _ in found):
+        return " but a router of experts, which is never adapted"
+    classes = sorted({type(module).__name__ for _, module in found if type(module) is not torch.nn.Linear})
+    return f" that is loaded in NF4, but {', '.join(classes)}, which bitsandbytes does not quantize" if classes else ""
+
+
+def _matches(name: str, target: str) -> bool:
+    """PEFT's rule for a list of target modules."""
+    return name == target or name.endswith(f".{target}")
+
+
+def add_adapters(model: Any, config: TrainConfig, targets: list[Target], base: str) -> Any:
+    """Hang LoRA adapters on the audited layers: A uniform, B zero, so that the start is the base model exactly.
+
+    Adapters are fp32 masters, computed in bf16 under autocast: in bf16 most late updates round away.
+
+    Args:
+        model: the base model; it is changed in place.
+        config: rank, alpha, dropout, and init_adapter to start from, as with_init_adapter gives them.
+        targets: from audit_targets.
+        base: hub id or absolute folder, kept in adapter_config.json, with the commit of a hub id, so that the base is found.
+
+    Raises:
+        UserError: exit 2 if init_adapter does not fit the model tensor by tensor, or if an audited layer of a loaded model is
+            not in NF4.
+    """
+    audited = [name for target in targets for name in target.layers]
+    if getattr(model, "is_loaded_in_4bit", False) and (plain := sorted(set(audited) - nf4_layers(model).keys())):
+        text = (
+            f"{len(plain)} of {len(audited)} layers that are to get an adapter are not in NF4 after loading, {plain[0]} first"
+        )
+        raise UserError(ExitCode.CONFIGURATION, f"{text} ({type(model.get_submodule(plain[0])).__name__}).")
+    if config.init_adapter is None:
+        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        others = [name for name in linear if name not in set(audited)]
+        elsewhere = any(_matches(name, target.name) for name in others for target in targets)
+        lora = peft.LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            # Whole names only where the short ones would match a vision tower too.
+            target_modules=[name for t in targets for name in (t.layers if elsewhere else [t.name])],
+            task_type="CAUSAL_LM",
+        )
+        adapted: Any = peft.get_peft_model(model, lora)
+    else:
+        _check_adapter(config.init_adapter, model, targets, config.lora_r)
+        adapted = peft.PeftModel.from_pretrained(model, str(config.init_adapter), is_trainable=True)
+    kept = adapted.peft_config["default"]
+    kept.base_model_name_or_path, kept.revision = base, getattr(model.config, "_commit_hash", None)
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    wanted = sum(target.adapter_parameters for target in targets)
+    if trained != wanted:
+        raise ValueError(f"it made adapters of {trained:,} parameters, and the audited layers get {wanted:,}.")
+    return adapted
+
+
+def with_init_adapter(config: TrainConfig) -> TrainConfig:
+    """The configuration with rank, alpha, dropout and targets of the adapter that it starts from, if it does.
+
+    Raises:
+        UserError: exit 2 if it is no LoRA adapter that this loop can go on with.
+    """
+    if config.init_adapter is None:
+        return config
+    lora = _read_adapter_config(config.init_adapter)
+    return dataclasses.replace(
+        config,
+        lora_r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=tuple(sorted(lora.target_modules)),
+    )
+
+
+def _read_adapter_config(folder: Path) -> Any:
+    try:
+        lora = peft.PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        text = f"--init-adapter {folder}: adapter_config.json cannot be read ({type(error).__name__}: {error})."
+        raise UserError(ExitCode.CONFIGURATION, text) from None
+    usual = peft.LoraConfig()
+    # What may differ from PEFT's own defaults; anything else (DoRA, biases, other starts, ...) is not ours to continue.
+    free = {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
+            "inference_mode", "peft_version", "auto_mapping"}  # fmt: skip
+    odd = []
+    for name, value in vars(lora).items():
+        harmless = name in free or (name == "init_lora_weights" and value in (True, False, "gaussian"))
+        if not harmless and (value or None) != (getattr(usual, name, value) or None):
+            odd.append(name)
+    if not isinstance(lora, peft.LoraConfig) or odd or isinstance(lora.target_modules, str | None):
+        seen = f"it sets {', '.join(odd)}" if odd else "its targets are no list"
+        text = f"--init-adapter {folder} is not a plain LoRA adapter with a list of target modules: {seen}."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    return lora
+
+
+def _check_adapter(folder: Path, model: Any, targets: list[Target], rank: int) -> None:
+    """Compare names and shapes by hand: PEFT loads what fits, leaves the rest at its start, and warns."""
+    path = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            stored = {(name, *file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (OSError, SafetensorError) as error:
+        raise UserError(ExitCode.CONFIGURATION, f"--init-adapter {folder}: {path.name} cannot be read: {error}.") from None
+    layers = {name: model.get_submodule(name) for target in targets for name in target.layers}
+    wanted = {(f"base_model.model.{name}.lora_A.weight", rank, layer.in_features) for name, layer in layers.items()}
+    wanted |= {(f"base_model.model.{name}.lora_B.weight", layer.out_features, rank) for name, layer in layers.items()}
+    if stored != wanted:
+        name, *shape = min(stored ^ wanted)
+        side = "only in the file" if (name, *shape) in stored else "not in the file"
+        text = f"--init-adapter {folder} does not fit the model: {name} of shape {shape} is {side}."
+        raise UserError(ExitCode.CONFIGURATION, text)

@@ -1,0 +1,115 @@
+"""What a run does not show: each sentence from a fact of the run, for the report and the model card."""
+
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qlora.report.record import Record
+
+FEW_EXAMPLES, FEW_HELD_OUT = 1000, 100
+TURNED = 1.02  # the last held-out loss over the lowest one, from which on the difference is worth a sentence
+RECITED = 2.0  # the last held-out loss over the training loss
+
+
+class Caveat(NamedTuple):
+    """What is not shown, and the fact of the run that says so."""
+
+    gap: str
+    fact: str
+
+
+def caveats(record: Record) -> list[Caveat]:
+    """What a reader of the numbers of this run should not conclude from them, the gravest first."""
+    return [*_of_the_course(record), *_of_the_data(record), *_of_what_is_measured(record)]
+
+
+def _of_the_course(record: Record) -> list[Caveat]:
+    found = []
+    last, total = record.last_step, record.total_steps
+    so_far = f"step {last:,}" + (f" of {total:,}" if total else "")
+    if record.config["model"] == "tiny-random":
+        found.append(Caveat("Anything about language", "The base model has random weights; it is there to try the program."))
+    if record.status == "going":
+        found.append(Caveat("The end of the run", f"It is still going, at {so_far}. Numbers and curves end there."))
+    elif record.status == "stopped":
+        found.append(Caveat("The end of the run", f"It stopped after {so_far}. The same command goes on from its checkpoint."))
+    elif total and last < total:
+        found.append(Caveat("The whole schedule", f"The run ended early, after {so_far}: the learning rate was still falling."))
+    if lost := sum(row.get("loss") is None or row.get("grad_norm") is None for row in record.steps):
+        fact = f"{lost} of {last:,} steps had a loss or gradient that was not finite, and changed nothing."
+        found.append(Caveat("What all of the data would have done", fact))
+    for event in record.facts.get("history", []):
+        changes = [f"{name} from {_known(old)} to {_known(new)}" for name, (old, new) in event["overrides"].items()]
+        if changes:
+            fact = f"After step {event['step']:,} the run went on with other settings: {', '.join(changes)}."
+            found.append(Caveat("The effect of one set of settings", fact))
+    return found
+
+
+def _known(value: Any) -> Any:
+    """A value as others may know it: of a path of this machine the last part; a hub id has one slash and stays."""
+    is_path = isinstance(value, str) and (value.startswith(("/", ".", "~")) or value.count("/") > 1 or Path(value).exists())
+    return Path(value).name if is_path else value
+
+
+def _of_the_data(record: Record) -> list[Caveat]:
+    found = []
+    train, held_out = record.counts
+    if not record.facts.get("held_out") and not record.evaluations:
+        fact = "There was no held-out data. The loss is that of the data trained on, which falls by learning it by heart, too."
+        found.append(Caveat("How it answers prompts it has not seen", fact))
+    elif (examples := held_out.get("examples")) and examples < FEW_HELD_OUT:
+        fact = f"Held out were {examples} examples, {held_out['tokens']:,} tokens. A few others could move their loss by much."
+        found.append(Caveat("A precise held-out loss", fact))
+    if shared := held_out.get("shared"):
+        fact = f"{shared} of {held_out['examples']:,} held-out examples stand in the training data too: the loss is too low."
+        found.append(Caveat("A clean held-out loss", fact))
+    num_examples = train.get("examples") or len(record.times_seen)
+    if 0 < num_examples < FEW_EXAMPLES:
+        seen = max(record.times_seen.values(), default=0)
+        times = f", each seen up to {seen} times" if seen > 1 else ""
+        fact = f"It was trained on {num_examples:,} examples{times}: enough for a form of answer, not for knowledge."
+        found.append(Caveat("What it does beyond prompts like these", fact))
+    if dropped := train.get("dropped"):
+        limit = record.config["max_length"]
+        fact = f"{dropped:,} of {train['read']:,} examples were longer than {limit:,} tokens and left out."
+        found.append(Caveat("Long examples", fact))
+    if cut := train.get("cut"):
+        fact = f"{cut:,} examples were cut to {record.config['max_length']:,} tokens, so that they teach no ending."
+        found.append(Caveat("Whole long answers", fact))
+    return found
+
+
+def _of_what_is_measured(record: Record) -> list[Caveat]:
+    found = []
+    evaluations, steps = record.evaluations, record.steps
+    if patience := record.config["early_stopping_patience"]:
+        fact = f"The run was to end once {patience} evaluations brought no lower held-out loss, so that data had a say in it."
+        found.append(Caveat("A held-out loss on data that decided nothing", fact))
+    if len(evaluations) > 1:
+        best, last = min(evaluations, key=lambda row: row["eval_loss"]), evaluations[-1]
+        own = record.of_the_adapter or last
+        if own["eval_loss"] > TURNED * best["eval_loss"]:
+            fact = f"The held-out loss was {best['eval_loss']:.4f} after step {best['step']:,}, and {own['eval_loss']:.4f} "
+            found.append(
+                Caveat("The best adapter of the run", f"{fact}after step {own['step']:,}, whose adapter is in adapter/.")
+            )
+        recent = [row["loss"] for row in steps if row["epoch"] == steps[-1]["epoch"] and row.get("loss") is not None]
+        training = statistics.fmean(recent) if recent else last["eval_loss"]
+        if last["eval_loss"] > RECITED * training:
+            fact = f"In the last epoch the training loss was {training:.4f}, the held-out loss {last['eval_loss']:.4f}: "
+            found.append(Caveat("Learning without learning by heart", fact + "some of the fit is to the examples themselves."))
+    if record.samples and not record.evaluation:
+        of = "held-out" if record.facts.get("held_out") else "training"
+        fact = f"Answers are to {len(record.samples)} {of} prompts, greedy. A loss has the right answer so far in view."
+        found.append(Caveat("How often a whole answer is right", fact))
+    fact = "Only data of this kind were evaluated, so nothing says what the model has lost elsewhere."
+    found.append(Caveat("What it did before and may do no longer", fact))
+    fact = f"There is one run, with seed {record.config['seed']}. How far another seed would end from it is not known."
+    found.append(Caveat("How much of it is chance", fact))
+    where = record.environment.get("device", "one machine")
+    fact = f"All of it was computed against the base in NF4 on {where}. Merged, or in bf16, the model computes other numbers."
+    found.append(Caveat("Other precisions", fact))
+    if not record.on_gpu():
+        found.append(Caveat("Speed and memory on a GPU", "The run was on a CPU; its peak is of the whole process."))
+    return found

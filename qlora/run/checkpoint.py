@@ -1,0 +1,270 @@
+"""Checkpoints that are whole or not there: folders written aside, with a manifest, and verified before older ones go.
+
+A checkpoint holds all that the loop needs to go on as if it had not stopped: adapter, optimizer state, generators, place in
+the data. Tensors as safetensors, the rest as JSON; nothing in it is ever executed, and no path in it is ever opened.
+"""
+
+import contextlib
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from qlora.errors import ExitCode, UserError
+from qlora.model.optimizer import begin_state
+from qlora.model.random_state import random_state, set_random_state
+from qlora.run.files import MANIFEST, require_space, verify, write_folder
+from qlora.run.schema import UNREADABLE, State, check_types, reason
+
+ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safetensors", "state.json"
+NAME = re.compile(r"step-(\d{6,})")
+
+
+class Progress(NamedTuple):
+    """Where a run is. It stops between optimizer steps only, so this is all there is to know."""
+
+    step: int = 0
+    epoch: int = 1
+    samples: int = 0  # of this epoch's order that have been trained on
+    skipped: int = 0  # windows left out so far, as not finite
+
+
+def problem_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint: as `verify` says, or a file missing, or the folder of another step."""
+    if problem := verify(folder):
+        return problem
+    entries = json.loads((folder / MANIFEST).read_bytes())["files"]
+    if missing := sorted({ADAPTER, TRAINER_STATE, STATE} - entries.keys()):
+        return f"{MANIFEST} does not list {missing[0]}"
+    try:
+        state = read_state(folder)
+        check_types(State, state)
+    except UNREADABLE as error:
+        return f"{STATE} is damaged ({reason(error)})"
+    return None if folder.name == f"step-{state['step']:06d}" else f"{STATE} is that of step {state['step']}"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    return json.loads((folder / STATE).read_bytes())
+
+
+def by_step(checkpoints: Path) -> dict[int, Path]:
+    """Step -> folder of each checkpoint, sound or not, oldest first; other names are none of ours."""
+    found = ((NAME.fullmatch(path.name), path) for path in checkpoints.glob("step-*") if path.is_dir())
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def newest(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is sound, and what is wrong with those after it, newest first."""
+    skipped: dict[Path, str] = {}
+    for folder in reversed(by_step(checkpoints).values()):
+        problem = problem_of(folder)
+        if problem is None:
+            return folder, skipped
+        skipped[folder] = problem
+    return None, skipped
+
+
+def prune(checkpoints: Path, keep: int, losses: dict[int, float]) -> None:
+    """Remove old checkpoints: `keep` stay, the newest of them and the one with the lowest held-out loss.
+
+    Args:
+        checkpoints: folder of all checkpoints of the run; the newest has just been verified.
+        keep: 2 at least, so that a second one is there if the newest is damaged later.
+        losses: step -> held-out loss, as far as it is known.
+    """
+    folders = by_step(checkpoints)
+    # Older ones count only if their files are there in full size; to hash them again at each save would take seconds.
+    whole = [step for step, folder in folders.items() if _has_its_files(folder)]
+    best = lowest(losses, whole)
+    kept = set(best + [step for step in reversed(whole) if step not in best][: keep - len(best)])
+    for step in set(whole) - kept:
+        aside = checkpoints / f".{folders[step].name}.tmp"
+        with contextlib.suppress(OSError):  # a folder that cannot be removed is no reason to stop; the next time may do
+            folders[step].rename(aside)  # out of sight first, so that nobody ever sees half of it
+            shutil.rmtree(aside)
+
+
+def lowest(losses: dict[int, float], steps: Iterable[int]) -> list[int]:
+    """The one of `steps` with the lowest finite held-out loss, in a list; an empty list if none of them has one."""
+    known = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
+    return [min(known, key=lambda step: losses[step])] if known else []
+
+
+def _has_its_files(folder: Path) -> bool:
+    try:
+        entries = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return all((folder / name).stat().st_size == entry["size"] for name, entry in entries.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+# -- the state of a run ------------------------------------------------------------------------------------------------
+
+
+def save(
+    checkpoints: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    facts: dict[str, Any],
+) -> Path:
+    """Write `checkpoints`/step-000012.
+
+    Args:
+        checkpoints: folder of all checkpoints of the run.
+        model: with adapters; all that requires a gradient is saved, in the dtype it has.
+        optimizer: over those parameters; its state is saved by their names.
+        progress: after a whole step.
+        facts: JSON values that a resumed run is compared with.
+
+    Raises:
+        UserError: exit 4 if the disk is full, or what is read back is not what was written.
+    """
+    folder = checkpoints / f"step-{progress.step:06d}"
+    tensors, plain = trainer_state(model, optimizer)
+    state = {**progress._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain, **facts}
+    files = dict(adapter_files(model))
+    files |= {TRAINER_STATE: safetensors.torch.save(tensors), STATE: json.dumps(state, indent=1).encode()}
+    require_space(checkpoints, sum(map(len, files.values())))
+    write_folder(folder, files)
+    return folder
+
+
+def adapter_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, bytes]]:
+    """Name and content of an adapter's files in PEFT's format, which `AutoPeftModelForCausalLM.from_pretrained` loads.
+
+    By hand rather than `save_pretrained`, which asks the hub about the base model and adds a model card of blank fields.
+    """
+    from peft import get_peft_model_state_dict  # here, as qlora.model.third_party must be the first to import it
+
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    yield ADAPTER, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    lora = model.peft_config["default"]
+    with tempfile.TemporaryDirectory() as scratch:
+        training = lora.inference_mode
+        lora.inference_mode = True  # so that loading it freezes it, as PEFT's own save does
+        lora.save_pretrained(scratch)
+        lora.inference_mode = training
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        for path in sorted(Path(scratch).rglob("*")):
+            if path.is_file():
+                yield str(path.relative_to(scratch)), path.read_bytes()
+
+
+def trainer_state(model: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Optimizer state as KIND.PARAMETER -> tensor, with the generators' as rng.NAME; and the part that is no tensor."""
+    tensors = {f"rng.{name}": value for name, value in random_state().items()}
+    plain, storages = {}, set()
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, torch.Tensor):
+                plain[f"{kind}.{name}"] = value
+                continue
+            storage = value.untyped_storage().data_ptr()  # safetensors refuses one tensor by two names: bitsandbytes' maps
+            tensors[f"{kind}.{name}"] = value.clone() if storage in storages else value.contiguous()
+            storages.add(storage)
+    return tensors, plain
+
+
+def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put adapter, optimizer and generators back as they were, each tensor in its dtype.
+
+    Args:
+        folder: a checkpoint that has been verified.
+        model: with adapters of the same names, shapes and dtypes.
+        optimizer: over them, of the same kind as the one saved.
+
+    Raises:
+        UserError: exit 4 if a tensor is missing, surplus, or of another shape or dtype; 2 if the optimizer is another.
+    """
+    state = read_state(folder)
+    if state["optimizer_class"] != type(optimizer).__name__:
+        text = f"{folder} was saved with {state['optimizer_class']}, this loop has {type(optimizer).__name__}."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} Their states differ: start a new run, with --init-adapter.")
+    tensors = _tensors(folder / TRAINER_STATE)
+    load_adapter(folder, model)
+    set_random_state({name[4:]: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")})
+    _restore_optimizer(folder, optimizer, _trained(model), {**tensors, **state["optimizer"]})
+    return Progress(*(state[field] for field in Progress._fields))
+
+
+def load_adapter(folder: Path, model: Any) -> None:
+    """Copy the adapter of a checkpoint into the model, each tensor in its dtype.
+
+    Args:
+        folder: a checkpoint that has been verified.
+        model: with adapters of the same names, shapes and dtypes.
+
+    Raises:
+        UserError: exit 4 if a tensor is missing, surplus, or of another shape or dtype.
+    """
+    adapter = _tensors(folder / ADAPTER)
+    saved_as = {name.replace(".default.", "."): parameter for name, parameter in _trained(model).items()}
+    form = {name: _form(tensor) for name, tensor in adapter.items()}
+    wanted = {name: _form(parameter) for name, parameter in saved_as.items()}
+    if form != wanted:
+        name = min(name for name in form.keys() | wanted.keys() if form.get(name) != wanted.get(name))
+        text = f"{folder} does not fit the model: {name} is {form.get(name)} there, {wanted.get(name)} here."
+        raise UserError(ExitCode.CHECKPOINT, text)
+    with torch.no_grad():
+        for name, parameter in saved_as.items():
+            parameter.copy_(adapter[name])
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except SafetensorError as error:
+        raise UserError(ExitCode.CHECKPOINT, f"{path.parent} does not hold tensors as it should: {error}.") from None
+
+
+def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _restore_optimizer(
+    folder: Path, optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter], saved: dict[str, Any]
+) -> None:
+    """Put back KIND.PARAMETER -> value, as trainer_state gave them; `folder` is named in errors.
+
+    Not by optimizer.load_state_dict: it casts to the parameter's dtype, and what was saved is to come back as it was. State
+    that the optimizer makes by itself is written into, as it may lie in pages of managed memory or be shared.
+    """
+    found: dict[str, dict[str, Any]] = {name: {} for name in named}
+    for key, value in saved.items():
+        kind, _, name = key.partition(".")
+        if name not in named:
+            raise UserError(ExitCode.CHECKPOINT, f"{folder} has optimizer state for {name}, which is not trained here.")
+        found[name][kind] = value
+    optimizer.state.clear()
+    begin_state(optimizer)
+    first = next(iter(found.values()), {})
+    for name, parameter in named.items():
+        state = optimizer.state[parameter]
+        if found[name].keys() != (state or first).keys():  # 8-bit moments have maps and scales, small tensors' have none
+            text = f"{folder} has optimizer state for some of the trained tensors only: {name} lacks it, or has other state."
+            raise UserError(ExitCode.CHECKPOINT, text)
+        for kind, value in found[name].items():
+            begun = state.get(kind, value)
+            if _form(value) != _form(begun):
+                text = f"{folder} does not fit the optimizer: {kind} of {name} is {_form(value)} there, {_form(begun)} here."
+                raise UserError(ExitCode.CHECKPOINT, text)
+            if kind in state and isinstance(value, torch.Tensor):
+                begun.copy_(value)
+            else:
+                state[kind] = value.to(parameter.device) if isinstance(value, torch.Tensor) else value
+
+
+def _form(value: Any) -> Any:
+    return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value)

@@ -1,0 +1,444 @@
+"""The run folder: one process at a time, what it goes on from, and whether it may."""
+
+import dataclasses
+import datetime
+import fcntl
+import json
+import os
+import re
+import shlex
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora.config import Overridable, TrainConfig
+from qlora.errors import ExitCode, UserError, redact
+from qlora.run import checkpoint
+from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, write_file, write_folder
+from qlora.run.schema import UNREADABLE, check_types, reason
+
+if TYPE_CHECKING:
+    from qlora.eval.loss import HeldOut
+    from qlora.run.log import Tracker
+from qlora.run.schema import Facts
+
+LOCK, RUN, FINISHED, METRICS, SAMPLES = "run.lock", "run.json", "finished.json", "metrics.jsonl", "samples.jsonl"
+# Options that may differ without a word: they change no number of the training, or are compared by what they give.
+FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save_total_limit", "skip_nonfinite", "debug",
+        "explain", "trust_remote_code", "target_modules", "eval_file"}  # fmt: skip
+OF_THE_DATA = {"train_file", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop"}
+EARLIER = TrainConfig(compile="none").plain()  # what an option was before there was that option
+RESOLVED = ("attn_implementation", "compile", "gradient_checkpointing")  # from auto, by what the machine has
+OF_A_WINDOW = ("per_device_train_batch_size", "gradient_accumulation_steps")
+EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")  # seconds since 1970
+SAVED_BYTES = 3 * 4  # of a trained parameter in a checkpoint: itself and AdamW's two moments, in fp32; less with 8 bits
+
+
+class RunFolder:
+    """A run folder that this process alone writes to, while it is entered as a context.
+
+    Attributes:
+        folder: where it is.
+        checkpoint: what to go on from, verified; None at the start of a run.
+        notes: lines for the log: what was found, and what was wrong with it.
+    """
+
+    def __init__(self, folder: Path, resume: str):
+        """Claim the folder and find what to go on from; nothing in it changes but for leftovers of dead processes.
+
+        Args:
+            folder: made if it is not there.
+            resume: auto, never, or the path of a checkpoint or run folder.
+
+        Raises:
+            UserError: exit 4 if it cannot be written, holds something else, is in use, or has no sound checkpoint left.
+        """
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.notes: list[str] = []
+        self.facts: dict[str, Any] = {}
+        self._damaged: list[Path] = []
+        self._taken_over = False
+        self._lock = _locked(folder)
+        try:
+            for place in (folder, self.checkpoints, folder / "adapter"):
+                remove_leftovers(place)
+            self._known, self._finished = _read(folder / RUN), _read(folder / FINISHED)
+            self.checkpoint = self._find(resume)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()  # which unlocks it
+
+    def _find(self, resume: str) -> Path | None:
+        own = checkpoint.by_step(self.checkpoints)
+        if resume == "never":
+            if own or self._finished:
+                text = f"{self.folder} holds a run, and --resume never starts another. Choose another --output-dir."
+                raise UserError(ExitCode.CHECKPOINT, text)
+            return None
+        if resume == "auto":
+            return self._newest(self.checkpoints, of=self.folder)
+        path = Path(resume)
+        if not path.is_dir():
+            raise UserError(ExitCode.CHECKPOINT, f"--resume {resume}: there is no such folder.")
+        chosen = self._newest(path / "checkpoints", of=path) if (path / "checkpoints").is_dir() else path
+        match = checkpoint.NAME.fullmatch(chosen.name) if chosen else None
+        if chosen is None or match is None:
+            text = f"--resume {resume} is neither a checkpoint (step-...) nor a run folder that has one."
+            raise UserError(ExitCode.CHECKPOINT, text)
+        if problem := checkpoint.problem_of(chosen):
+            text = f"--resume {resume} is damaged: {problem}. --resume auto looks for an older one that is sound."
+            raise UserError(ExitCode.CHECKPOINT, text)
+        if own and self._known and self._known["origin"] == str(chosen.resolve()):  # the branch is there already
+            return self._newest(self.checkpoints, of=self.folder)
+        sound = [step for step, folder in own.items() if folder not in self._damaged]
+        if any(step > int(match[1]) for step in sound) or (own and not self._is_own(chosen)):
+            text = f"{self.folder} has checkpoints up to step {max(own)} already, which would be lost. "
+            raise UserError(ExitCode.CHECKPOINT, text + "Choose another --output-dir to branch off, or --resume auto to go on.")
+        return chosen
+
+    def _is_own(self, folder: Path) -> bool:
+        return folder.parent.resolve() == self.checkpoints.resolve()
+
+    def _newest(self, checkpoints: Path, of: Path) -> Path | None:
+        found, skipped = checkpoint.newest(checkpoints)
+        self.notes += [f"Checkpoint {folder.name} is damaged: {problem}." for folder, problem in skipped.items()]
+        if found is None and skipped:
+            text = f"{of}: none of its {len(skipped)} checkpoints is sound. {' '.join(self.notes)} "
+            raise UserError(ExitCode.CHECKPOINT, text + "Start again in another --output-dir.")
+        if checkpoints.resolve() == self.checkpoints.resolve():
+            self._damaged = list(skipped)
+        return found
+
+    def _begun(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """The state of the checkpoint, and the facts of the run that the folder holds; None where there is none."""
+        there = checkpoint.read_state(self.checkpoint) if self.checkpoint else None
+        return there, self._known if self._known and (there or self._finished) else there
+
+    def as_before(self, config: TrainConfig) -> TrainConfig:
+        """The configuration with what this run resolved `auto` to, if it has begun."""
+        _, before = self._begun()
+        if before is None:
+            return config
+        known = EARLIER | before["config"]
+        resolved: dict[str, Any] = {name: known[name] for name in RESOLVED if getattr(config, name) == "auto"}
+        return dataclasses.replace(config, **resolved)
+
+    @property
+    def date(self) -> str | None:
+        """When this run began (ISO 8601), which its chat template may print; None for a new run.
+
+        Runs of older versions did not store it. Theirs is read from the name of TensorBoard's first file.
+        """
+        _, before = self._begun()
+        if before is None or before.get("date"):
+            return before["date"] if before else None
+        run_folder = self.checkpoint.parent.parent if self.checkpoint else self.folder
+        starts = [match[1] for path in run_folder.glob("tensorboard/events.*") if (match := EVENTS.match(path.name))]
+        return datetime.datetime.fromtimestamp(min(map(int, starts))).isoformat() if starts else None
+
+    def accept(self, config: TrainConfig, facts: dict[str, Any], total_steps: int) -> bool:
+        """Compare this run with the one that the folder holds. Nothing is touched yet; see take_over.
+
+        Args:
+            config: resolved.
+            facts: JSON values that a later process is to find the same (data, held_out, targets, device) or that are kept
+                for it: environment, and what the report tells.
+            total_steps: that this run is to have.
+
+        Returns:
+            Whether there is anything left to do.
+
+        Raises:
+            UserError: exit 2 with a table of what differs and was not named in `--override`.
+        """
+        self.facts = {"config": config.plain(), **facts, "total_steps": total_steps, "history": [], "origin": None}
+        there, before = self._begun()
+        if before is None and not self._finished:
+            return True
+        overrides = _differences(before, self.facts, config, there or self._finished) if before else {}
+        if self._finished and not overrides:
+            return False
+        if before is None or there is None:
+            text = f"{self.folder} holds a finished run whose checkpoints are gone, so that it cannot be extended."
+            raise UserError(ExitCode.CHECKPOINT, f"{text} --init-adapter {self.folder / 'adapter'} starts from its adapter.")
+        if self.step > total_steps:
+            text = f"{self.folder} is at step {self.step}, beyond the {total_steps} asked for."
+            raise UserError(ExitCode.CONFIGURATION, f"{text} Ask for more, or choose another --output-dir.")
+        event = {"step": self.step, "overrides": overrides, "environment": there["environment"]}
+        self.facts |= {"history": [*before["history"], event], "origin": before["origin"]}
+        changed = "".join(f"; {name}: {old} -> {new}" for name, (old, new) in overrides.items())
+        on_gpu = facts["device"] == "cuda"
+        close = _exactness(there["environment"], facts["environment"], config.deterministic, on_gpu, bool(overrides))
+        self.notes.append(f"Resuming after step-{self.step:06d}{changed}. {close}")
+        return True
+
+    def take_over(self, config: TrainConfig) -> None:
+        """Make the folder that of this run: once all that can be checked has been, and before the first file is changed."""
+        owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+        os.pwrite(self._lock.fileno(), owner.ljust(128), 0)
+        self.checkpoints.mkdir(exist_ok=True)
+        for folder in (self.folder, self.folder.parent):
+            sync_folder(folder)
+        if self.checkpoint is not None and not self._is_own(self.checkpoint):
+            self._branch_off(self.checkpoint)
+        # A later process goes on by itself, and what was permitted once need not be permitted again.
+        kept = dataclasses.replace(config, resume="auto", override=())
+        environment = {**self.facts["environment"], "command": [redact(word) for word in sys.argv]}
+        write_file(self.folder / "config.yaml", kept.to_yaml().encode())
+        write_file(self.folder / "env.json", json.dumps(environment, indent=1).encode())
+        write_file(self.folder / RUN, json.dumps(self.facts, indent=1).encode())
+        for folder in self._damaged:  # out of the way of the checkpoints to come, and kept
+            folder.rename(_free_name(folder.with_name(f"{folder.name}.damaged")))
+        for made_at_the_end in (FINISHED, SAMPLES):
+            (self.folder / made_at_the_end).unlink(missing_ok=True)
+        self._finished = None
+        sync_folder(self.folder)
+        self._taken_over = True
+
+    def _branch_off(self, source: Path) -> None:
+        from qlora.run.files import whole_rows  # here, as it imports this module
+
+        metrics = source.parent.parent / METRICS
+        if metrics.is_file():
+            write_file(self.folder / METRICS, metrics.read_bytes())
+        rows = [row for row in whole_rows(metrics) if row["event"] == "eval" and row.get("held_out") == self.facts["held_out"]]
+        losses = {row["step"]: row["eval_loss"] for row in rows if row["step"] <= self.step and row["eval_loss"] is not None}
+        self.checkpoint = self.checkpoints / source.name
+        self.facts["origin"] = str(source.resolve())
+        found = checkpoint.by_step(source.parent)
+        # The best one before the branch is copied too, as early stopping may choose it. `source` is written last.
+        for folder in dict.fromkeys([*(found[step] for step in checkpoint.lowest(losses, found)), source]):
+            if folder == source or checkpoint.problem_of(folder) is None:
+                names = json.loads((folder / MANIFEST).read_bytes())["files"]
+                write_folder(self.checkpoints / folder.name, {name: (folder / name).read_bytes() for name in names})
+
+    def require_space(self, trained_parameters: int, keep: int) -> None:
+        """Refuse to begin if the disk has no room for the checkpoints kept, one more being written, and the adapter.
+
+        Raises:
+            UserError: exit 4, with the bytes needed and free.
+        """
+        missing = max(keep + 1 - len(checkpoint.by_step(self.checkpoints)), 1)
+        require_space(self.folder, trained_parameters * (SAVED_BYTES * missing + 4))
+
+    def keep_prediction(self, terms_gib: dict[str, float]) -> float:
+        """Keep what memory.memory_terms predicts, for the report, and give the sum, in GiB."""
+        self.facts |= {"predicted_gib": sum(terms_gib.values()), "predicted_terms_gib": terms_gib}
+        return self.facts["predicted_gib"]
+
+    def restore(self, model: Any, optimizer: torch.optim.Optimizer, weights: str) -> checkpoint.Progress:
+        """Put model, optimizer and generators in the state of the checkpoint, if there is one.
+
+        Args:
+            model: with adapters.
+            optimizer: over them.
+            weights: fingerprint of the frozen base, kept with the facts.
+
+        Raises:
+            UserError: exit 2 if the base is another, 4 if the checkpoint does not fit.
+        """
+        self.facts["weights"] = weights
+        if self.checkpoint is None:
+            return checkpoint.Progress()
+        if checkpoint.read_state(self.checkpoint)["weights"] != weights:
+            text = f"The base model is not the one of {self.checkpoint}: its weights or its config.json differ."
+            raise UserError(ExitCode.CONFIGURATION, f"{text} Use that model, or start a new run with --init-adapter.")
+        return checkpoint.restore(self.checkpoint, model, optimizer)
+
+    def save(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        progress: checkpoint.Progress,
+        keep: int,
+        evaluations: "dict[int, HeldOut]",
+    ) -> None:
+        """Write a checkpoint, verify it, and only then remove old ones; see checkpoint.save and checkpoint.prune."""
+        self.checkpoint = checkpoint.save(self.checkpoints, model, optimizer, progress, self.facts)
+        self.prune(keep, evaluations)
+
+    def prune(self, keep: int, evaluations: "dict[int, HeldOut]") -> None:
+        """Remove old checkpoints; see checkpoint.prune."""
+        checkpoint.prune(self.checkpoints, keep, {step: result.loss for step, result in evaluations.items()})
+
+    def load_best(self, model: Any, tracker: "Tracker") -> int:
+        """Give the model the adapter of the checkpoint with the lowest held-out loss, for early stopping.
+
+        Args:
+            model: with the adapter of the newest checkpoint.
+            tracker: has the evaluations, and logs which step was chosen.
+
+        Returns:
+            The step of the adapter. It is the newest if no other checkpoint has a finite loss and is sound.
+        """
+        folders = checkpoint.by_step(self.checkpoints)
+        losses = {step: result.loss for step, result in tracker.evaluations.items()}
+        chosen = self.step
+        while best := checkpoint.lowest(losses, folders):
+            (step,) = best
+            if step == self.step or not (problem := checkpoint.problem_of(folders[step])):
+                chosen = step
+                break
+            tracker.say(f"Warning: checkpoint {folders.pop(step).name}, which has the lowest loss, is damaged: {problem}.")
+        if chosen != self.step:
+            checkpoint.load_adapter(folders[chosen], model)
+        tracker.adapter_chosen(chosen)
+        return chosen
+
+    def finish(self, step: int, adapter_step: int) -> None:
+        """Mark the run as complete. Only sample answers, the report and the model card are written later.
+
+        Args:
+            step: last step of the run.
+            adapter_step: step whose adapter is in adapter/; an earlier one after early stopping.
+        """
+        self._finished = {"step": step, "adapter_step": adapter_step}
+        write_file(self.folder / FINISHED, json.dumps(self._finished).encode())
+
+    @property
+    def step(self) -> int:
+        """The step that the run goes on after."""
+        return 0 if self.checkpoint is None else int(self.checkpoint.name.removeprefix("step-"))
+
+    def advice(self) -> str:
+        """What a run that ends early tells: what is safe, and the command that goes on from it, in the same directory."""
+        if self._finished:
+            text = f"The run is complete, and {self.folder / 'adapter'} is final."
+            return f"{text} Its report may be missing: python -m qlora report {shlex.quote(str(self.folder))}"
+        if self.checkpoint is None or not self._is_own(self.checkpoint):
+            return "No checkpoint was due yet; the same command starts again."
+        safe = f"All up to step {self.step} is safe in {self.checkpoint}."
+        if not self._taken_over:
+            return f"{safe} The same command goes on."
+        program = Path(sys.argv[0])
+        start = ["python", "-m", "qlora"] if program.name == "__main__.py" else [program.name]
+        if program.name.endswith(".py") and program.name != "__main__.py":
+            start = ["python", sys.argv[0]]
+        command = shlex.join([*start, "--config", str(self.folder / "config.yaml")])
+        return f"{safe} Go on with:\n  {command}"
+
+
+def _locked(folder: Path) -> Any:
+    """The open lock file of a run folder; closing it unlocks it, as does the death of the process."""
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and any(folder.iterdir()):
+            text = f"{folder} is not empty, and holds no run of this program. Choose another --output-dir."
+            raise UserError(ExitCode.CHECKPOINT, text)
+        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+    except OSError as error:
+        text = f"Run folder {folder} cannot be written: {error.strerror}. Choose another --output-dir."
+        raise UserError(ExitCode.CHECKPOINT, text) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = lock.read().decode(errors="replace").strip()
+        lock.close()
+        text = f"{folder} is in use by another process ({owner or 'it is just starting'}). "
+        raise UserError(ExitCode.CHECKPOINT, text + "Wait for it, or choose another --output-dir.") from None
+    return lock
+
+
+def is_going(folder: Path) -> bool:
+    """Whether a process is writing to a run folder at this moment.
+
+    To ask, the lock is shared for some microseconds; a run that starts in them is told that the folder is in use.
+    """
+    try:
+        with (folder / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, no run; or one of another user, who alone can write there
+        return False
+    return False
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+        if path.name == RUN:
+            check_types(Facts, values)
+        return values
+    except UNREADABLE as error:
+        text = f"{path} cannot be read ({reason(error)}). Remove it to go on: checkpoints hold what it told."
+        raise UserError(ExitCode.CHECKPOINT, text) from None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], config: TrainConfig, at: Any) -> dict[str, list[Any]]:
+    """Option -> [old, new] of what differs and was permitted to."""
+    old, new = EARLIER | before["config"], now["config"]
+    unused = FREE | (OF_THE_DATA if before["data"] == now["data"] else set())
+    if new["packing"]:
+        unused -= {"max_length"}  # the budget of a row
+    if old["max_steps"] and new["max_steps"]:
+        unused |= {"num_train_epochs"}  # which it replaces
+    if not new["init_adapter"] or Path(str(old["init_adapter"])).resolve() == Path(new["init_adapter"]).resolve():
+        unused |= {"init_adapter"}  # it gave the start, and the checkpoint is beyond that
+    pairs = {name: [old[name], new[name]] for name in new if name not in unused}
+    pairs |= {name: [before[name], now[name]] for name in ("data", "targets", "device")}
+    pairs["eval_file"] = [before["held_out"], now["held_out"]]  # by content, under the name that --override knows
+    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    same_window = old[OF_A_WINDOW[0]] * old[OF_A_WINDOW[1]] == new[OF_A_WINDOW[0]] * new[OF_A_WINDOW[1]]
+    fixed = () if same_window else OF_A_WINDOW
+    refused = {name: pair for name, pair in changed.items() if name not in config.override or name in fixed}
+    if refused:
+        text = f"{config.output_dir} holds another run, at step {at['step']}. It differs in\n{_table(refused)}"
+        advice = (
+            "Give the old values to go on with it, or choose another --output-dir (--init-adapter takes its adapter along)."
+        )
+        raise UserError(ExitCode.CONFIGURATION, f"{text}\n{advice}")
+    return changed
+
+
+def _table(refused: dict[str, list[Any]]) -> str:
+    table = Table(box=None, padding=(0, 3, 0, 0))
+    for header in ("option", "there", "here", ""):
+        table.add_column(header)
+    for name, pair in refused.items():
+        permitted = f"--override {name} permits it" if name in get_args(Overridable) else ""
+        permitted = "--override permits both if their product stays" if name in OF_A_WINDOW else permitted
+        table.add_row(name, *(Text(_short(value)) for value in pair), permitted)
+    console = Console(width=160, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(f"  {line.rstrip()}" for line in captured.get().splitlines())
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(value) if isinstance(value, list) else str(value)
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
+
+
+def _exactness(before: dict[str, Any], now: dict[str, Any], deterministic: bool, on_gpu: bool, overridden: bool) -> str:
+    """How close the rest of the run will be to what it would have been."""
+    packages = {name: (version, now["packages"].get(name)) for name, version in before["packages"].items()}
+    pairs = packages | {name: (before[name], now[name]) for name in ("python", "device", "cuda", "commit")}
+    changed = [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
+    if changed:
+        return f"State is restored bit for bit; later losses are only close, since {', '.join(changed)}."
+    if on_gpu and not deterministic:
+        return "State is restored bit for bit; later losses are only close: without --deterministic a GPU's sums vary."
+    if overridden:
+        return "State is restored bit for bit; the new values hold from here on."
+    return "It goes on bit for bit as if it had not stopped."
+
+
+def _free_name(path: Path) -> Path:
+    candidates = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000))]
+    return next(candidate for candidate in candidates if not candidate.exists())

@@ -1,0 +1,75 @@
+"""Checks that end a run: a first gradient that trains nothing, a loss that is not finite."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qlora.errors import ExitCode, UserError
+
+
+def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm: torch.Tensor) -> None:
+    """Stop a run that would train nothing. (A's gradient is exactly zero while B is: that is right.)
+
+    Args:
+        named: trained parameters after the first backward.
+        grad_norm: over all of them, a scalar.
+
+    Raises:
+        UserError: exit 5.
+    """
+    without = [name for name, parameter in named if parameter.grad is None]
+    norm = grad_norm.item()  # sync, once a run
+    if without:
+        seen = f"not usable: {len(without)} of {len(named)} adapter tensors got none, {without[0]} first"
+    elif norm == 0.0:
+        seen = "zero everywhere"
+    elif not math.isfinite(norm):
+        seen = f"not finite: its norm is {norm}"
+    else:
+        return
+    text = f"The first gradient is {seen}. Nothing was saved. Check --target-modules and the data."
+    raise UserError(ExitCode.NUMERICS, text)
+
+
+def count_not_finite(
+    rows: list[dict[str, Any]],
+    before: list[dict[str, Any]],
+    skipped: int,
+    permitted: int,
+    say: Callable[[str], None],
+    advice: Callable[[], str],
+) -> int:
+    """Count the windows that train_step left out because of a NaN or infinity, and end the run when they are too many.
+
+    Args:
+        rows: of finished steps, with numbers for loss and grad_norm.
+        before: rows of steps before them.
+        skipped: windows left out so far.
+        permitted: how many may be.
+        say: for a line about each that is permitted.
+        advice: what to tell about checkpoints when the run ends.
+
+    Returns:
+        Windows left out so far, these included.
+
+    Raises:
+        UserError: exit 5, with step, rate, losses before it and the lines of the data.
+    """
+    for index, row in enumerate(rows):
+        if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+            continue
+        skipped += 1
+        lines = ", ".join(map(str, row["lines"]))
+        seen = (
+            f"Step {row['step']} is not finite: loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate "
+            f"{row['learning_rate']:g}, lines {lines} of the training data."
+        )
+        if skipped > permitted:
+            losses = ", ".join(f"{earlier['loss']:.4g}" for earlier in [*before, *rows[:index]][-5:])
+            way_out = "Lower --learning-rate, look at those lines, or allow some such steps with --skip-nonfinite."
+            text = f"{seen} The weights were kept from it. Losses before it: {losses or 'none'}. {way_out} {advice()}"
+            raise UserError(ExitCode.NUMERICS, text)
+        say(f"{seen} It was skipped, {skipped} of {permitted} that may be.")
+    return skipped

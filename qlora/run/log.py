@@ -1,0 +1,249 @@
+"""What a run tells: metrics.jsonl and TensorBoard for machines, a progress bar or plain lines for people."""
+
+import contextlib
+import json
+import math
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
+
+from qlora.config import TrainConfig
+from qlora.errors import redact
+from qlora.eval.generate import Sample
+from qlora.eval.loss import HeldOut, has_stalled
+from qlora.model.lora import Target
+from qlora.run.files import cannot_write, whole_rows, write_file
+
+SAMPLE_LINES = 24  # of an answer, in the terminal; samples.jsonl has all
+TRAIN_CURVES = {name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib")}
+EVAL_CURVES = {"eval_loss": "eval/loss", "perplexity": "eval/perplexity"}
+
+
+def targets_table(targets: list[Target], total_parameters: int) -> Table:
+    """The audit of LoRA targets: name, count, shape, adapter parameters, and their share of the model."""
+    trained = sum(target.adapter_parameters for target in targets)
+    table = Table(title="LoRA targets")
+    for header in ("module", "layers", "shape (out x in)", "adapter parameters"):
+        table.add_column(header, justify="left" if header == "module" else "right")
+    for target in targets:
+        shapes = ", ".join(f"{rows} x {columns}" for rows, columns in target.shapes)
+        table.add_row(target.name, str(len(target.layers)), shapes, f"{target.adapter_parameters:,}")
+    table.caption = (
+        f"{trained:,} trained, {100 * trained / (total_parameters + trained):.2f} % of {total_parameters + trained:,}"
+    )
+    return table
+
+
+def sample_table(sample: Sample) -> Table:
+    """Base and tuned answer to one prompt, side by side."""
+    table = Table(title=Text(sample.prompt), title_justify="left", expand=True)
+    cells = []
+    for header, text in (("base", sample.base), ("tuned", sample.tuned)):
+        table.add_column(header, ratio=1, overflow="fold")
+        lines = text.strip().splitlines()
+        rest = [f"... {len(lines) - SAMPLE_LINES} more lines"] if len(lines) > SAMPLE_LINES else []
+        cells.append(Text("\n".join(lines[:SAMPLE_LINES] + rest)))  # Text: a model's [brackets] are no markup
+    table.add_row(*cells)
+    return table
+
+
+def say(console: Console, line: str) -> None:
+    """Print one line, secrets masked, and never wrapped, so that a path in it can be copied."""
+    console.print(redact(line), markup=False, highlight=False, soft_wrap=True)
+
+
+class Tracker:
+    """Writes what happens to the run folder and shows it; use it as a context.
+
+    Attributes:
+        evaluations: step -> held-out result, those of before a resume included.
+    """
+
+    def __init__(self, run_folder: Path, console: Console, step: int = 0, held_out: str | None = None):
+        """Open the files of a run that is about to train step `step` + 1; rows of later steps, which are to come again, go.
+
+        `held_out` is the digest of the data that evaluations are of: those of other data do not count as known.
+        """
+        self.run_folder = run_folder
+        self.held_out_sha256 = held_out
+        self.console = console
+        metrics = run_folder / "metrics.jsonl"
+        rows = [row for row in whole_rows(metrics) if row["step"] <= step and step > 0]
+        write_file(metrics, b"".join(_line(row) for row in rows))
+        known = [row for row in rows if row["event"] == "eval" and row.get("held_out") == held_out]
+        self.evaluations = {row["step"]: _held_out_of(row) for row in known}
+        self.metrics_file = metrics.open("ab")
+        # What an earlier process told TensorBoard of this step and later ones does not count, so the step is told again.
+        used = any((run_folder / "tensorboard").glob("events.*"))
+        self.board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step if used else None)
+        for row in rows:
+            if row["step"] == step or not used:  # or all of them, where a run branches off
+                self._draw(row)
+        columns = (
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        self.progress = Progress(*columns, console=console, expand=True, disable=not console.is_terminal)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+        with contextlib.suppress(OSError):  # of a full disk, which has ended the run already
+            self.metrics_file.close()
+        with contextlib.suppress(OSError):
+            self.board.close()
+
+    def begin(self, step: int, total_steps: int, logging_steps: int) -> None:
+        """Start the progress bar after `step` steps; where there is none, every `logging_steps`-th step gets a line."""
+        self.total_steps, self.logging_steps = total_steps, logging_steps
+        self.task = self.progress.add_task("", total=total_steps, completed=step, metrics="")
+        self.progress.start()
+
+    def steps(self, rows: list[dict[str, Any]]) -> None:
+        """Record finished steps, oldest first."""
+        for row in rows:
+            self._record({"event": "step", **row})
+            step = row["step"]
+            metrics = (  # a bar of 80 columns has room for these and seven more
+                f"epoch {row['epoch']} loss {row['loss']:.4f} lr {row['learning_rate']:.1e} norm {row['grad_norm']:.2f} "
+                f"{row['tokens_per_s']:.0f} tok/s {row['peak_memory_gib']:.1f} GiB"
+            )
+            self.progress.update(self.task, completed=step, metrics=metrics)
+            if not self.console.is_terminal and (step % self.logging_steps == 0 or step in (1, self.total_steps)):
+                self.say(
+                    f"step {step}/{self.total_steps}  epoch {row['epoch']}  loss {row['loss']:.4f}  "
+                    f"lr {row['learning_rate']:.2e}  grad_norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  "
+                    f"peak {row['peak_memory_gib']:.2f} GiB"
+                )
+        self.flush()
+
+    def held_out(self, step: int, epoch: int, result: HeldOut) -> None:
+        """Record a held-out evaluation after `step` steps."""
+        self.evaluations[step] = result
+        row = {"event": "eval", "step": step, "epoch": epoch, "eval_loss": result.loss, "perplexity": result.perplexity}
+        self._record({**row, "num_tokens": result.num_tokens, "held_out": self.held_out_sha256})
+        self.flush()
+        self.say(f"epoch {epoch}  held-out loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
+
+    def ends_early(self, step: int, patience: int | None) -> bool:
+        """Whether the held-out loss has stopped falling; if so, `step` becomes the last step of the run."""
+        if step == self.total_steps or not has_stalled(self.evaluations, patience):
+            return False
+        self.total_steps = step
+        self.progress.update(self.task, total=step)
+        self.say(f"Ended early, after step {step}: the held-out loss stopped falling (--early-stopping-patience {patience}).")
+        return True
+
+    def adapter_chosen(self, step: int) -> None:
+        """Tell which step early stopping took the adapter of, and how its held-out loss compares."""
+        losses = {at: result.loss for at, result in self.evaluations.items()}
+        start, loss = losses.pop(0, math.inf), losses.get(step, math.nan)
+        is_best = loss == min(losses.values(), key=lambda value: (math.isnan(value), value), default=math.nan)
+        rank = "the checkpoint with the lowest held-out loss" if is_best else "whose held-out loss is not the lowest"
+        line = f"adapter/ is that of step {step}, {rank}, {loss:.4f}."
+        if start <= loss:
+            line += f" It was {start:.4f} before training: no step made it lower."
+        self.say(line)
+
+    def samples(self, samples: list[Sample], of: str, step: int) -> None:
+        """Record and show greedy answers of the adapter of `step`; `of` says which prompts they answer."""
+        rows = [{"step": step, **sample._asdict()} for sample in samples]
+        write_file(self.run_folder / "samples.jsonl", b"".join(map(_line, rows)))
+        for index, sample in enumerate(samples):
+            text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample._asdict().items())
+            self.board.add_text(f"samples/{index}", text, self.total_steps)
+        self.progress.stop()
+        self.say(f"Greedy answers to {of} prompts, without and with the adapter:")
+        for sample in samples:
+            self.console.print(sample_table(sample))
+
+    def hyperparameters(self, config: TrainConfig, result: HeldOut | None) -> None:
+        """Record the configuration beside what it led to, for TensorBoard's table of runs."""
+        values = {
+            name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in config.plain().items()
+        }
+        outcome = {"outcome/eval_loss": result.loss, "outcome/perplexity": result.perplexity} if result else {}
+        self.board.add_hparams(values, outcome, run_name=".")
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar if there is one."""
+        say(self.console, line)
+
+    def flush(self) -> None:
+        """See to it that all that was recorded is on disk: a checkpoint is written after the rows of its steps.
+
+        Raises:
+            UserError: exit 4 if the disk is full.
+        """
+        try:
+            self.metrics_file.flush()
+            os.fsync(self.metrics_file.fileno())
+            self.board.flush()
+        except OSError as error:
+            raise cannot_write(self.run_folder / "metrics.jsonl", 0, error) from None
+
+    def _record(self, row: dict[str, Any]) -> None:
+        # JSON knows no NaN and no infinity.
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+        try:
+            self.metrics_file.write(_line(row))
+        except OSError as error:
+            raise cannot_write(self.run_folder / "metrics.jsonl", 0, error) from None
+        self._draw(row)
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        for name, curve in (EVAL_CURVES if row["event"] == "eval" else TRAIN_CURVES).items():
+            if row[name] is not None:
+                self.board.add_scalar(curve, row[name], row["step"])
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _held_out_of(row: dict[str, Any]) -> HeldOut:
+    loss, perplexity = (math.nan if row[name] is None else row[name] for name in ("eval_loss", "perplexity"))
+    return HeldOut(loss, perplexity, row["num_tokens"])
+
+
+def closing_words(run_folder: Path, report: str, peak_gib: float, predicted_gib: float) -> str:
+    """Where everything is, and the commands to go on with; on a GPU the peak of its memory beside what was predicted.
+
+    Args:
+        run_folder: of a run that is complete.
+        report: where its report is, or why there is none.
+        peak_gib: of memory in training.
+        predicted_gib: the same as it was predicted, for a GPU.
+    """
+    adapter = run_folder / "adapter"
+    memory = ""
+    if torch.cuda.is_available():
+        memory = f"GPU memory:   {peak_gib:.2f} GiB at its peak, {predicted_gib:.2f} predicted\n"
+    return f"""
+{memory}Adapter:      {adapter}
+Report:       {report}
+Metrics:      {run_folder / "metrics.jsonl"}, samples.jsonl beside it
+TensorBoard:  tensorboard --logdir {shlex.quote(str(run_folder / "tensorboard"))}
+
+Load it in bf16:
+  from peft import AutoPeftModelForCausalLM
+  model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", dtype="bfloat16")
+
+or on the NF4 base that it was trained against:
+  import torch
+  from transformers import BitsAndBytesConfig
+  nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                           bnb_4bit_compute_dtype=torch.bfloat16)
+  model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", quantization_config=nf4, dtype="bfloat16")"""

@@ -1,0 +1,291 @@
+"""How decoder layers run in training: what each keeps for backward, what is computed again, and whether they are compiled.
+
+Three policies, from fast to small; none changes a result but by rounding:
+
+- none: all matrix products and attention are kept. Compiled, what is cheap (norms, activations, rotations) is computed again.
+- selective: attention and the product that it reads are kept; those behind it, the MLP's being the largest, are not.
+- full: only the layer's input is kept (Chen et al., 2016, arXiv 1604.06174).
+
+Each layer is compiled by itself, so that all share one piece of code: compilation takes seconds, whatever the depth. CUDA
+graphs then launch all of them at once.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qlora.config import Compile, GradientCheckpointing, TrainConfig
+from qlora.errors import ExitCode, UserError
+from qlora.model.families import FAMILIES
+from qlora.model.lora import Target
+from qlora.speed import lora_linear
+from qlora.speed.graphs import Graphs, graph_obstacle
+from qlora.speed.memory import ATTENTION_INPUTS, memory_terms
+
+# torch warns of in-place operators in what is computed again; there are none in a layer.
+logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn is passed" not in str(record.msg))
+# And of products in fp32 that could be less precise; there are none but where they are wanted so.
+warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
+# Operators that attend; what each returns is as large as its queries, and dear to compute.
+ATTENTION = {
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "torch_attn::_varlen_attn",
+}
+PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "qlora::nf4_linear", "bitsandbytes::gemm_4bit"}
+
+
+def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operator.name().partition(".")[0] in ATTENTION | PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operator.name().partition(".")[0]
+    kept = name in ATTENTION or name == "aten::mm" or (name == "qlora::nf4_linear" and args[-1] in ATTENTION_INPUTS)
+    return CheckpointPolicy.MUST_SAVE if kept and not _draws(operator, args, kwargs) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _draws(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call draws random numbers, that is, has a dropout rate above 0.
+
+    Such a call must run again in the recomputation. If its saved output were used instead, the generator would not advance,
+    and every later dropout of the layer would draw another mask than it drew in the forward pass.
+    """
+    names = [argument.name for argument in operator._schema.arguments]
+    rate = kwargs.get("dropout_p", args[names.index("dropout_p")] if "dropout_p" in names[: len(args)] else 0.0)
+    return bool(rate)
+
+
+COMPILE_ERRORS = (
+    torch._dynamo.exc.TorchDynamoException,
+    torch._dynamo.exc.FailOnRecompileLimitHit,
+    torch._inductor.exc.InductorError,
+)
+HOW = {"none": "as written", "layers": "compiled", "graphs": "compiled, replayed as CUDA graphs"}
+MARGIN = 0.9  # of the memory that is free: predictions are good to a tenth, and fragments take room
+
+
+def choose_layers(
+    config: TrainConfig, skeleton: Any, targets: list[Target], longest: int, device: torch.device
+) -> tuple[TrainConfig, str]:
+    """Resolve `compile` and `gradient_checkpointing`, if they are auto.
+
+    Args:
+        config: resolved otherwise.
+        skeleton: the base model without weights.
+        targets: of the adapters.
+        longest: tokens of the longest row.
+        device: where the model is to be.
+
+    Returns:
+        The configuration, and a line for the log: what was chosen and why, with the memory that is predicted.
+
+    Raises:
+        UserError: exit 7 if compilation or offloaded checkpoints were asked for and cannot be had; 2 if checkpoints were, and
+            transformers does not mark the model's layers as such that can have them.
+    """
+    policies = _policies(config, skeleton)
+    config = dataclasses.replace(config, gradient_checkpointing=policies[0])
+    dropout = dropout_obstacle(skeleton)
+    if dropout and config.compile in ("layers", "graphs"):
+        raise UserError(ExitCode.ENVIRONMENT, f"--compile {config.compile} cannot be used: {dropout}. Leave it out.")
+    obstacle = compile_obstacle(skeleton.config.model_type, device) or dropout
+    unrecorded = obstacle or ("checkpoints go to the host" if config.offload_checkpoints else graph_obstacle(skeleton))
+    hows: tuple[Compile, ...] = (config.compile,)
+    why = "as asked"
+    if config.compile == "auto":
+        hows = ("none",) if obstacle else ("layers",) if unrecorded else ("graphs", "layers")
+        why = unrecorded or ""
+    config = dataclasses.replace(config, compile=hows[0])
+    if config.compile == "graphs" and unrecorded:
+        text = f"--compile graphs cannot be used: {unrecorded}. Leave it out, or give another one."
+        raise UserError(ExitCode.ENVIRONMENT, text)
+    if config.offload_checkpoints and config.compile != "layers":
+        text = f"--offload-checkpoints needs --compile layers, and it is {config.compile}, as {obstacle or 'asked or resumed'}."
+        raise UserError(ExitCode.ENVIRONMENT, text)
+    if device.type != "cuda":
+        how = HOW[config.compile] + (f" ({why})" if why else "")
+        return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing}"
+    free_gib = torch.cuda.mem_get_info(device)[0] / 2**30
+    for policy, compile in itertools.product(policies, hows):  # where the CPU keeps up, graphs gain less than a policy costs
+        config = dataclasses.replace(config, compile=compile, gradient_checkpointing=policy)
+        terms_gib = memory_terms(skeleton, targets, config, longest)
+        predicted_gib = sum(terms_gib.values())
+        if predicted_gib < MARGIN * free_gib:
+            break
+    fits = "the fastest that fits" if predicted_gib < MARGIN * free_gib else "the smallest, which may not fit"
+    if config.compile != hows[0]:
+        why = "graphs would need more memory"
+    how = HOW[config.compile] + (f" ({why})" if why else "")
+    chosen = fits if len(policies) > 1 else "as asked"
+    memory = f"{predicted_gib:.2f} GiB predicted, {free_gib:.1f} free"
+    line = f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({chosen}: {memory})"
+    terms = ", ".join(f"{name} {size:.2f}" for name, size in terms_gib.items() if size >= 0.005)
+    return config, f"{line}\nMemory predicted, in GiB: {terms}"
+
+
+def _policies(config: TrainConfig, skeleton: Any) -> tuple[GradientCheckpointing, ...]:
+    """Those that may be chosen, the fastest first."""
+    if any(isinstance(module, GradientCheckpointingLayer) for module in skeleton.modules()):
+        asked = config.gradient_checkpointing
+        return ("none", "selective", "full") if asked == "auto" else (asked,)
+    if config.gradient_checkpointing in ("selective", "full"):
+        text = f"--gradient-checkpointing {config.gradient_checkpointing} cannot be used: transformers marks no layer of"
+        text = f"{text} {skeleton.config.model_type} as one that can be computed again. Leave it out."
+        raise UserError(ExitCode.CONFIGURATION, text)
+    return ("none",)
+
+
+def offloaded(hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Within this, what autograd saves of `hidden` is saved in the host's memory, pinned, and brought back by backward.
+
+    Both copies are made in the order of the stream: 0.5 ms for 25 MB, in the shadow of nothing, but no buffer is in the way.
+    """
+    place = hidden.data_ptr(), hidden.shape
+
+    def pack(tensor: torch.Tensor) -> Any:
+        if (tensor.data_ptr(), tensor.shape) != place:
+            return tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)  # [B, T, D]
+        host.copy_(tensor, non_blocking=True)
+        return host, tensor.device
+
+    def unpack(saved: Any) -> torch.Tensor:
+        return saved if isinstance(saved, torch.Tensor) else saved[0].to(saved[1], non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def compile_obstacle(model_type: str, device: torch.device) -> str | None:
+    """Why layers are not compiled unless it is asked for, or None.
+
+    Args:
+        model_type: of the model's configuration.
+        device: where the model is to be.
+    """
+    if device.type != "cuda":
+        return "there is no CUDA GPU"
+    if model_type not in FAMILIES:
+        return f"it was tried with {', '.join(FAMILIES)} only, this is {model_type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU with bf16 (compute capability 8.0)"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "it needs a C compiler, and there is none"
+    return None
+
+
+def dropout_obstacle(skeleton: Any) -> str | None:
+    """Why the layers of a model with dropout of its own are never compiled, or None. (Adapters' dropout draws from seeds.)
+
+    What torch.compile computes again in backward it draws from a generator of its own, which neither `--seed` nor a checkpoint
+    holds and which cannot be captured in a CUDA graph.
+
+    Args:
+        skeleton: the base model without weights.
+    """
+    rates = {getattr(skeleton.config.get_text_config(), "attention_dropout", 0.0) or 0.0}
+    rates |= {module.p for module in skeleton.modules() if isinstance(module, torch.nn.Dropout)}
+    if max(rates) > 0:
+        return f"its layers have dropout of their own ({max(rates):g}), which compiled layers would not draw from the seed"
+    return None
+
+
+def prepare_layers(model: Any, config: TrainConfig, backend: str = "inductor") -> None:
+    """Make a model's decoder layers run as the configuration says while they train; evaluation stays as it was.
+
+    Args:
+        model: with adapters; changed in place.
+        config: resolved; gradient_checkpointing, compile, lora_dropout, batch size and max_length are read.
+        backend: of torch.compile; a test may take one that needs no C compiler.
+    """
+    decoder = model.get_decoder()
+    cache = torch.bfloat16 if config.cache_dequantized else None
+    seeded = config.compile != "none" and config.lora_dropout > 0
+    decoder.forward = functools.partial(_decoder_forward, decoder, lora_linear.install(model, cache), seeded)
+    run, compiled = _policy(config), None
+    if config.compile != "none":
+        # Its dropout is drawn from seeds, and what torch 2.11 makes of torch's own with dynamic lengths cannot be compiled.
+        compiled = torch.compile(_policy(config, preserve_rng_state=False), fullgraph=True, backend=backend)
+    for layer in decoder.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = functools.partial(_forward, layer, run, compiled, config)
+    if config.compile == "graphs":
+        Graphs(decoder)
+
+
+def free_training_memory(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Free CUDA graphs, gradients and optimizer state. The model keeps its weights and generates; it no longer trains."""
+    decoder = model.get_decoder()
+    if isinstance(graphs := getattr(decoder.forward, "__self__", None), Graphs):
+        graphs.release()
+    del graphs  # it holds the pool
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.state.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _decoder_forward(decoder: Any, adapted: list[lora_linear.LoRALinear], seeded: bool, *args: Any, **inputs: Any) -> Any:
+    if decoder.training and adapted:
+        lora_linear.copy_adapters(adapted, seeded)
+    return type(decoder).forward(decoder, *args, **inputs)  # some families pass input_ids by position
+
+
+def _policy(config: TrainConfig, preserve_rng_state: bool = True) -> Callable[..., torch.Tensor]:
+    """(layer, *its arguments) -> its output, keeping for backward what the policy says."""
+    if config.gradient_checkpointing == "none" and config.compile == "none":
+        return lambda layer, *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
+    keep = {"none": _keep_products, "selective": _keep_attention, "full": None}[config.gradient_checkpointing]
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+    if keep is not None:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)
+    return lambda layer, *args, **kwargs: checkpoint(type(layer).forward, layer, *args, **options, **kwargs)
+
+
+def _forward(
+    layer: Any,
+    run: Callable[..., torch.Tensor],
+    compiled: Callable[..., torch.Tensor] | None,
+    config: TrainConfig,
+    hidden: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """[B, T, D] -> [B, T, D]."""
+    if not layer.training:
+        return type(layer).forward(layer, hidden, *args, **kwargs)
+    if compiled is None:
+        return run(layer, hidden, *args, **kwargs)
+    # One compilation for all lengths: without a word here, each new one would begin another.
+    for tensor in (hidden, kwargs.get("position_ids"), *kwargs.get("position_embeddings", ())):
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)  # T of [B, T, ...]
+    if kwargs.get("attention_mask") is not None:
+        torch._dynamo.maybe_mark_dynamic(kwargs["attention_mask"], (2, 3))  # T and T of [B, 1, T, T]
+    if kwargs.get("cu_seq_lens_q") is not None:
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):  # usually one tensor
+            torch._dynamo.maybe_mark_dynamic(kwargs[name], 0)  # S + 1
+        bound = config.max_length + config.length_multiple  # does as well, and stays the same
+        kwargs |= {"max_length_q": bound, "max_length_k": bound}
+    try:
+        with offloaded(hidden) if config.offload_checkpoints else contextlib.nullcontext():
+            return compiled(layer, hidden, *args, **kwargs)
+    except COMPILE_ERRORS as error:
+        text = f"{type(layer).__name__} could not be compiled. Pass --compile none, which runs it as it is written, but slower."
+        raise UserError(ExitCode.ENVIRONMENT, f"{text} ({' '.join(str(error).split())[:300]})") from error

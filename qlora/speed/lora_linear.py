@@ -1,0 +1,274 @@
+"""A frozen NF4 linear layer with LoRA beside it, as one operator: the weight is dequantised once in each pass.
+
+PEFT's own layer multiplies by the weight, copies the result, multiplies by A and by B, scales, and adds: five tensors as large
+as the output. Here A comes first; B's small product makes the output, and the large product adds to it while it is computed.
+Nothing of the layer's size is kept for backward but its input, for the gradient of A. Only in training: evaluation and
+generation take PEFT's way.
+
+Shapes: M positions, K inputs, N outputs, r the rank.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import register_flop_formula
+
+from qlora.model.third_party import Linear4bit, bitsandbytes
+from qlora.speed.nf4 import NF4Weight, dequantized, frozen_weight
+
+
+def require_plain_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Refuse gradient hooks on adapters: backward writes their `.grad` itself, so autograd would never call a hook.
+
+    Raises:
+        RuntimeError: if a parameter has a hook of `register_hook` or `register_post_accumulate_grad_hook`, or in a forward pass
+            of DistributedDataParallel, whose reducer is such a hook.
+    """
+    if DistributedDataParallel._get_active_ddp_module() is not None:
+        text = (
+            "DistributedDataParallel would never reduce these gradients: this loop's backward pass writes the adapters' .grad"
+        )
+        raise RuntimeError(f"{text} itself, outside autograd. Leave the wrapper out, and all_reduce .grad after backward().")
+    watched = sum(bool(p._backward_hooks) or bool(p._post_accumulate_grad_hooks) for p in parameters)
+    if watched:
+        text = f"{watched} adapter tensors have gradient hooks, which would never be called: this loop's backward pass writes"
+        raise RuntimeError(f"{text} their .grad itself, outside autograd. Read .grad after backward() instead.")
+
+
+def _dense(weight: Sequence[torch.Tensor], outputs: int, dtype: torch.dtype) -> torch.Tensor:
+    """[N, K]: dequantised from the tensors of an NF4Weight, or the one that is cached."""
+    return weight[0].to(dtype) if len(weight) == 1 else dequantized(NF4Weight(*weight), outputs, dtype)
+
+
+def _inputs(tensors: int, elements: int, outputs: int) -> int:
+    """K, from how many tensors a weight has, the elements of its first, and N: two values lie in a byte if it is not cached."""
+    return (1 if tensors == 1 else 2) * elements // outputs
+
+
+# -- the operator ------------------------------------------------------------------------------------------------------
+
+# Opaque to torch.compile, which would otherwise keep dequantised weights for backward, at 2 bytes a parameter.
+# Its last argument says which layer it is, for those who decide what is kept and what is recomputed.
+
+
+@torch.library.custom_op("qlora::nf4_linear", mutates_args=())
+def nf4_linear(
+    x: torch.Tensor,
+    reduced: torch.Tensor,
+    a: torch.Tensor | None,
+    b: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    name: str,
+) -> torch.Tensor:
+    """x [M, K], reduced [M, r], b [N, r] -> x W^T + reduced b^T [M, N], all in the dtype of x.
+
+    `reduced` is x a^T, without its gradient to x, if a [r, K] is given: backward then adds that to the one through W while it
+    is computed. With dropout before a, `reduced` brings its own.
+    """
+    output = reduced @ b.T  # [M, N]
+    return output.addmm_(x, _dense(weight, len(b), x.dtype).T)  # [M, N]
+
+
+@nf4_linear.register_fake
+def _nf4_linear_shape(x: torch.Tensor, reduced: torch.Tensor, a: Any, b: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], b.shape[0])  # [M, N]
+
+
+@torch.library.custom_op("qlora::nf4_linear_backward", mutates_args=())
+def nf4_linear_backward(
+    d_output: torch.Tensor,
+    reduced: torch.Tensor,
+    a: torch.Tensor | None,
+    b: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """d_output [M, N] -> the gradients of x [M, K], reduced [M, r] and b [N, r]."""
+    d_reduced = d_output @ b  # [M, r]
+    d_x = d_output @ _dense(weight, len(b), d_output.dtype)  # [M, K]
+    if a is not None:
+        d_x.addmm_(d_reduced, a)  # [M, K]
+    return d_x, d_reduced, d_output.T @ reduced
+
+
+@nf4_linear_backward.register_fake
+def _nf4_linear_backward_shapes(
+    d_output: torch.Tensor, reduced: torch.Tensor, a: Any, b: torch.Tensor, weight: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    d_x = d_output.new_empty(d_output.shape[0], _inputs(len(weight), weight[0].numel(), b.shape[0]))  # [M, K]
+    return d_x, torch.empty_like(reduced), torch.empty_like(b)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, reduced, a, b, weight, _ = inputs
+    ctx.save_for_backward(reduced, a, b, *weight)  # not x: W is frozen
+
+
+def _differentiate(ctx: Any, d_output: torch.Tensor) -> tuple[Any, ...]:
+    reduced, a, b, *weight = ctx.saved_tensors
+    d_x, d_reduced, d_b = torch.ops.qlora.nf4_linear_backward(d_output, reduced, a, b, weight)
+    return d_x, d_reduced, None, d_b, [None] * len(weight), None
+
+
+nf4_linear.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+@register_flop_formula(torch.ops.qlora.nf4_linear)
+def _forward_flops(x: list[int], reduced: list[int], a: Any, b: list[int], *weight_and_name: Any, **_: Any) -> int:
+    return 2 * x[0] * b[0] * (x[1] + b[1])
+
+
+@register_flop_formula(torch.ops.qlora.nf4_linear_backward)
+def _backward_flops(
+    d_output: list[int], reduced: list[int], a: list[int] | None, b: list[int], weight: list[Any], **_: Any
+) -> int:
+    inputs = _inputs(len(weight), math.prod(weight[0]), b[0])
+    return 2 * d_output[0] * (b[0] * (inputs + 2 * b[1]) + (b[1] * inputs if a else 0))
+
+
+# -- the layer ---------------------------------------------------------------------------------------------------------
+
+
+class LoRALinear(Linear4bit):
+    """PEFT's adapted NF4 layer, with the operator above as its forward in training."""
+
+    frozen: list[torch.Tensor]  # the fields of an NF4Weight, or W [N, K] itself if it is cached
+    name: str
+    copies: tuple[torch.Tensor, torch.Tensor] | None = None  # of A [r, K] and scaling * B [N, r], as copy_adapters made them
+    seed: torch.Tensor | None = None  # [] int32 of this pass's dropout; None: PEFT's, which draws from torch's generator
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[..., K] -> [..., N], in autocast's dtype if there is one, else in that of x."""
+        if not self.training or self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        autocast, device = torch.is_autocast_enabled(x.device.type), x.device.type
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        if self.copies is not None and self.copies[0].dtype == dtype:
+            a, b = self.copies  # [r, K], [N, r]
+        else:
+            a, b = (weight.to(dtype) for weight in self.adapter)  # [r, K], [N, r]
+            b = b * self.scaling["default"]  # [N, r]
+        rows = x.to(dtype).flatten(0, -2)  # [M, K]
+        dropout: Any = self.lora_dropout["default"]
+        drops = isinstance(dropout, torch.nn.Dropout)  # at a rate of 0 PEFT puts an Identity there
+        if not drops:
+            dropped = rows.detach()  # [M, K]: the operator differentiates
+        else:
+            dropped = dropout(rows) if self.seed is None else seeded_dropout(rows, dropout.p, self.seed)  # [M, K]
+        reduced = dropped @ a.T  # [M, r]
+        output = nf4_linear(rows, reduced, None if drops else a.detach(), b, self.frozen, self.name)  # [M, N]
+        if self.base_layer.bias is not None:
+            output = output + self.base_layer.bias.to(dtype)  # [M, N]
+        return output.view(*x.shape[:-1], -1)  # [..., N]
+
+    @property
+    def adapter(self) -> tuple[Any, Any]:
+        """A [r, K] and B [N, r]."""
+        return self.lora_A["default"].weight, self.lora_B["default"].weight
+
+
+def seeded_dropout(x: torch.Tensor, rate: float, seed: torch.Tensor) -> torch.Tensor:
+    """Dropout of x [M, K] whose mask is a function of the seed [], so that it needs no memory and is the same again.
+
+    torch 2.11 cannot compile a layer that computes torch's own dropout again in backward, if lengths are dynamic.
+    """
+    # The hash is in 32 bits and wraps around. In the C++ that torch.compile writes for a CPU, int32 arithmetic must not: signed
+    # overflow is undefined there, and g++ drops loop code that it takes to be unreachable. int64 has the room.
+    dtype = torch.int64 if x.device.type == "cpu" else torch.int32
+    rows, columns = (torch.arange(size, dtype=dtype, device=x.device) for size in x.shape)  # [M], [K]
+    bits = _mixed(_low_32((_mixed(rows) ^ seed)[:, None] + columns * 0x9E3779B))  # [M, K]
+    return torch.where((bits & 0xFFFFFF) >= round(rate * 2**24), x / (1.0 - rate), 0.0)  # [M, K]
+
+
+def _mixed(bits: torch.Tensor) -> torch.Tensor:
+    """32 bits each, every bit of the result depending on all: the finalizer of MurmurHash3 (Appleby, public domain)."""
+    bits = _low_32((bits ^ (bits >> 16 & 0xFFFF)) * -0x7A143595)  # the shifts bring in zeros
+    bits = _low_32((bits ^ (bits >> 13 & 0x7FFFF)) * -0x3D4D51CB)
+    return bits ^ (bits >> 16 & 0xFFFF)
+
+
+def _low_32(bits: torch.Tensor) -> torch.Tensor:
+    """What wrapping around leaves of a sum or product; int32 does that itself."""
+    return bits & 0xFFFFFFFF if bits.dtype == torch.int64 else bits
+
+
+class _Copies(torch.autograd.Function):
+    """anchor [] -> A and scaling * B of all layers in another dtype; backward adds to the gradients of A and B themselves.
+
+    Layer by layer these would be a launch for each cast, each scale and each sum: 2,000 in a step of Phi-3-mini.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, layers: list[LoRALinear], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        # Not the layers: they hold the copies, which hold this, and no collector of garbage sees through autograd.
+        ctx.weights = [weight for layer in layers for weight in layer.adapter]  # [r, K], [N, r], [r, K], ...
+        ctx.scales = [scale for layer in layers for scale in (1.0, layer.scaling["default"])]
+        ctx.set_materialize_grads(False)
+        copies = [torch.empty_like(weight, dtype=dtype) for weight in ctx.weights]  # the same
+        torch._foreach_copy_(copies, ctx.weights)
+        torch._foreach_mul_(copies, ctx.scales)
+        return tuple(copies)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None, None]:
+        found = [entry for entry in zip(ctx.weights, ctx.scales, gradients, strict=True) if entry[2] is not None]
+        added = [torch.empty_like(weight) for weight, _, _ in found]  # [r, K], [N, r], ...
+        torch._foreach_copy_(added, [gradient for _, _, gradient in found if gradient is not None])
+        torch._foreach_mul_(added, [scale for _, scale, _ in found])
+        earlier = [(weight.grad, new) for (weight, _, _), new in zip(found, added, strict=True) if weight.grad is not None]
+        if earlier:
+            torch._foreach_add_([gradient for gradient, _ in earlier], [new for _, new in earlier])
+        for (weight, _, _), new in zip(found, added, strict=True):
+            if weight.grad is None:
+                weight.grad = new
+        return None, None, None
+
+
+def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
+    """Give layers what they need for one forward and its backward: copies of A and B in autocast's dtype, if it is on.
+
+    Autograd knows the copies only. Their backward adds to `.grad` of A and B, so gradient hooks on A and B never fire, nor
+    does the reducer of `DistributedDataParallel`. Both are refused: sum `.grad` over ranks after backward.
+
+    Args:
+        layers: all that are trained.
+        seeded: also a seed each, by which dropout is drawn again where a compiled layer is computed again.
+    """
+    device = layers[0].adapter[0].device
+    if seeded:
+        seeds = torch.randint(2**31 - 1, (len(layers),), dtype=torch.int32, device=device)  # [layers]
+        for layer, seed in zip(layers, seeds.unbind(), strict=True):
+            layer.seed = seed
+    require_plain_gradients([weight for layer in layers for weight in layer.adapter])
+    for layer in layers:
+        layer.copies = None  # those of the last pass
+    if torch.is_autocast_enabled(device.type):
+        anchor = torch.zeros((), device=device, requires_grad=True)  # []
+        copies = _Copies.apply(anchor, layers, torch.get_autocast_dtype(device.type))
+        for layer, *pair in zip(layers, copies[::2], copies[1::2], strict=True):
+            layer.copies = (pair[0], pair[1])
+
+
+def install(model: Any, cache: torch.dtype | None = None) -> list[LoRALinear]:
+    """Make every adapted NF4 layer of a model a LoRALinear, in place: same weights, same names.
+
+    Args:
+        model: with adapters.
+        cache: keep the weights dequantised in this dtype too, for training: 2 bytes a parameter in bf16, and the same numbers.
+
+    Returns:
+        These layers.
+    """
+    installed: list[LoRALinear] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit) and isinstance(module.base_layer, bitsandbytes.nn.Linear4bit):
+            frozen = frozen_weight(module.base_layer)
+            ours: Any = module
+            ours.__class__ = LoRALinear
+            ours.frozen = list(frozen) if cache is None else [dequantized(frozen, module.base_layer.out_features, cache)]
+            ours.name = name.rsplit(".", 1)[-1]
+            installed.append(ours)
+    return installed

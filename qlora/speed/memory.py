@@ -1,0 +1,200 @@
+"""Memory: the measured peak, an estimate beside it, and what to change when it does not suffice."""
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from qlora.config import TrainConfig
+from qlora.data.batch import longest_rows, rounded, training_batches
+from qlora.data.dataset import Samples
+from qlora.errors import out_of_memory_told
+from qlora.model.families import nf4_layers, uncovered
+from qlora.model.lora import Target
+from qlora.model.loss import CHUNK_TOKENS
+from qlora.model.random_state import random_state, set_random_state
+
+ATTENTION_INPUTS = ("qkv_proj", "q_proj", "k_proj", "v_proj")  # layers whose output attention reads
+LEAST_LENGTH, LEAST_RANK = 128, 4  # below which a run would hardly be the one that was wanted
+NF4_BYTES = 4.127 / 8  # of a parameter, scales in double quantisation included
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory so far, in GiB: allocated on the GPU, or resident in the process where there is none.
+
+    What CUDA graphs write to when they are replayed counts as a whole, though the allocator holds most of it to be free.
+    """
+    if device.type == "cuda":
+        pools = [part for part in torch.cuda.memory_snapshot() if part["segment_pool_id"] != (0, 0)]
+        held = sum(part["total_size"] - part["allocated_size"] for part in pools)
+        return (torch.cuda.max_memory_allocated(device) + held) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def leave_no_gaps() -> None:
+    """Have torch grow its blocks of GPU memory instead of adding others, which leaves gaps where lengths vary.
+
+    To be called before CUDA starts, as its allocator reads the variable then; a PYTORCH_ALLOC_CONF of the user's stays.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest: int) -> dict[str, float]:
+    """What a step's tensors take on a GPU when they take the most, in GiB, term by term, from the shape alone.
+
+    The sum is within 5 % of the peaks of Phi-3-mini in benchmarks/results (plan, tokens, train_step, ladders and peers of the
+    H100), which the constants of activations were fitted to; other models are further off. CUDA's context, about 0.5 GiB,
+    comes on top.
+
+    Args:
+        model: the base model or its skeleton.
+        targets: from audit_targets.
+        config: resolved, but that compile and gradient_checkpointing may be anything but auto.
+        longest: tokens of the longest row.
+    """
+    shape = model.config.get_text_config()
+    hidden, layers = shape.hidden_size, shape.num_hidden_layers
+    heads = getattr(shape, "num_attention_heads", 0)  # Mamba has none
+    inner = getattr(shape, "intermediate_size", 4 * hidden)
+    linear, in_bf16 = sum(layer.weight.numel() for layer in nf4_layers(model).values()), uncovered(model).parameters
+    names = [name for target in targets for name in target.layers] if config.cache_dequantized else []
+    trained = sum(target.adapter_parameters for target in targets)
+    moment = 4 if config.optimizer == "adamw" else 1 + 4 / 256  # bytes: fp32, or 8 bits and an fp32 scale for each 256
+    longest = rounded(longest, config.length_multiple)
+    tokens = config.per_device_train_batch_size * longest
+    attention_inputs = sum(target.shapes[0][0] for target in targets if target.name in ATTENTION_INPUTS) or 3 * hidden
+    kept = {"full": 0 if config.offload_checkpoints else 2 * hidden}  # bytes of a layer and token that stay until backward
+    kept["selective"] = kept["full"] + 2 * hidden + 4 * heads + 2 * attention_inputs
+    kept["none"] = kept["selective"] + 2 * hidden + 4 * inner
+    full = config.gradient_checkpointing == "full"
+    at_work = 27 * hidden + 8 * inner  # bytes of a token in the layer whose backward runs
+    at_work += 3 * hidden + inner if config.lora_dropout else 0  # which of the adapters' inputs were dropped
+    if config.compile != "none":
+        # As live at the peak: gate, up, their gradients, q, k, v ...; where products are kept, what is beside them.
+        at_work = 6 * hidden + 10 * inner + 2 * attention_inputs if full else 2 * hidden + 6 * inner
+    elif config.gradient_checkpointing == "none":
+        kept["none"] = at_work  # and nothing beside it
+    rest = 0 if config.gradient_checkpointing == "none" and config.compile == "none" else at_work
+    scores = heads * tokens * longest if config.attn_implementation == "eager" else 0
+    score_copies = 6 * layers if config.gradient_checkpointing == "none" else 13 if config.compile == "none" else 8  # bytes
+    staying, scored = tokens * layers * kept[config.gradient_checkpointing], score_copies * scores
+    terms = {
+        "base in NF4": NF4_BYTES * linear,
+        "weights not in NF4": 2 * in_bf16,
+        "embeddings, head, norms": 2 * (model.num_parameters() - linear - in_bf16),
+        "base in bf16": 2 * sum(model.get_submodule(name).weight.numel() for name in names),
+        "adapters in fp32": 4 * trained,
+        "their gradients": 4 * trained,
+        "their moments": 2 * moment * trained,
+        "their copies in bf16": 2 * trained,
+        "kept until backward": staying,
+        "attention scores": scored,
+        "one layer at work": tokens * rest,
+        "gaps in the graphs' memory": 0,
+        "head and loss": 2 * min(CHUNK_TOKENS, tokens) * shape.vocab_size + 12 * tokens * hidden,
+        "one weight dequantised": 2 * max((rows * columns for target in targets for rows, columns in target.shapes), default=0),
+    }
+    if config.compile == "graphs":  # memory of its own, and a workspace of cuBLAS for each stream
+        twice = 0.37 if full else 1.3  # of a layer's, in forward's and backward's graph
+        terms["gaps in the graphs' memory"] = 0.06 * (staying + scored + tokens * rest) + twice * tokens * rest + 0.35 * 2**30
+    return {name: size / 2**30 for name, size in terms.items()}
+
+
+def estimated_memory_gib(model: Any, targets: list[Target], config: TrainConfig, longest: int) -> float:
+    """The sum of `memory_terms`, in GiB."""
+    return sum(memory_terms(model, targets, config, longest).values())
+
+
+class Setting(NamedTuple):
+    """A change that needs less memory."""
+
+    flags: str  # of the command line, perhaps with a remark
+    changes: dict[str, Any]  # fields of the configuration; nothing where what to give them is the user's choice
+    same_training: bool  # whether nothing changes but speed, and rounding
+
+
+def settings_to_try(config: TrainConfig, longest: int) -> list[Setting]:
+    """Changes that need less memory, those first that change nothing but speed.
+
+    Args:
+        config: resolved.
+        longest: tokens of the longest row.
+
+    Returns:
+        One setting at least; lengths and ranks are halved down to LEAST_LENGTH and LEAST_RANK.
+    """
+    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    same: list[tuple[str, dict[str, Any]]] = []
+    if config.cache_dequantized:
+        same.append(("--no-cache-dequantized", {"cache_dequantized": False}))
+    if config.gradient_checkpointing != "full":
+        same.append(("--gradient-checkpointing full", {"gradient_checkpointing": "full"}))
+    if config.attn_implementation == "eager":
+        same.append(("--attn-implementation sdpa", {"attn_implementation": "sdpa"}))
+    if config.compile == "graphs":
+        same.append(("--compile layers", {"compile": "layers"}))
+    if config.compile == "layers" and not config.offload_checkpoints:
+        same.append(("--offload-checkpoints", {"offload_checkpoints": True}))
+    if batch > 1:
+        smaller = next(size for size in range(batch // 2, 0, -1) if batch % size == 0)
+        step = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": accumulation * batch // smaller}
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in step.items())
+        same.append((f"{flags} (the same step)", step))
+    other: list[tuple[str, dict[str, Any]]] = []
+    if config.optimizer == "adamw":
+        saved = "6 bytes less for each trained parameter"
+        other.append((f"--optimizer adamw_8bit ({saved})", {"optimizer": "adamw_8bit"}))
+    if longest > LEAST_LENGTH:
+        shorter = max(longest // 2, LEAST_LENGTH)
+        other.append((f"--max-length {shorter} (the longest row has {longest} tokens)", {"max_length": shorter}))
+    if config.lora_r > LEAST_RANK:
+        smaller = max(config.lora_r // 2, LEAST_RANK)
+        other.append((f"--lora-r {smaller}", {"lora_r": smaller}))
+    other.append(("--target-modules with fewer names", {}))
+    return [*(Setting(*each, True) for each in same), *(Setting(*each, False) for each in other)]
+
+
+def explained(
+    config: TrainConfig, device: torch.device, estimate_gib: float, longest: int
+) -> contextlib.AbstractContextManager[None]:
+    """Turn running out of memory in a block into the error that says what was needed and what to try.
+
+    Raises:
+        UserError: exit 6.
+    """
+    where = "GPU" if device.type == "cuda" else "machine"
+    advice = ", or ".join(setting.flags for setting in settings_to_try(config, longest)[:3])
+    return out_of_memory_told(
+        lambda reason: (
+            f"The {where} ran out of memory: the peak so far was {peak_memory_gib(device):.2f} GiB, the estimate for these "
+            f"settings {estimate_gib:.2f} GiB. Try {advice}. ({reason})"
+        )
+    )
+
+
+def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, samples: Samples, config: TrainConfig) -> None:
+    """Take steps at rate zero on the longest rows, so that what does not fit shows at the start.
+
+    Nothing is left of it but the measured peak: no weight moves, no gradient stays, generators are put back.
+
+    Args:
+        step: the loop's own, called with `optimizer` and `window`.
+        optimizer: its parameters are those that are trained; another one of its kind takes the step.
+        samples: all of the training data.
+        config: batch size and accumulation are read.
+    """
+    batch = next(training_batches(samples, longest_rows(samples, config), config))
+    window = min(2, config.gradient_accumulation_steps) * [batch]
+    before = random_state()
+    # bitsandbytes never frees pages: those of a paged `scratch`, 2 bytes a parameter, move to the host when room is needed.
+    same_kind: Any = type(optimizer)
+    scratch = same_kind([dict(group) for group in optimizer.param_groups])
+    for _ in range(2):  # the first makes the moments, which lie in memory beside the activations ever after
+        step(optimizer=scratch, window=window)
+    scratch.zero_grad(set_to_none=True)  # the parameters' own
+    set_random_state(before)

@@ -1,0 +1,132 @@
+"""The doctor tells what works, and what is broken costs its own row."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+
+from qlora.cli import main
+from qlora.commands import doctor
+from qlora.commands.doctor import Row
+from qlora.commands.options import DoctorOptions
+from qlora.errors import ExitCode
+from qlora.model import attention
+from qlora.speed import nf4
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """Put modules of our own making before those that are installed, for children to import; their names are checked alone."""
+
+    def make(modules: dict[str, str], *names: str) -> list[Row]:
+        for module, body in modules.items():
+            (tmp_path / f"{module}.py").write_text(body)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+        known = doctor.checks()
+        monkeypatch.setattr(doctor, "checks", lambda: {name: known[name] for name in names})
+        monkeypatch.setattr(doctor, "_requirements", list)
+        return doctor.examine()
+
+    return make
+
+
+def test_this_machine_can_start_a_run(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["can_start"] and found["reason"] is None
+    rows = {row["check"]: row for row in found["checks"]}
+    needed = {name for name, row in rows.items() if row["needed"]}
+    assert needed == {"Python", "train_loop", "NF4 forward and backward", "NF4 dequantised", "temporary files"}
+    assert all(rows[name]["ok"] for name in needed)
+    assert rows["package torch"]["detail"] == torch.__version__
+    listed = (ROOT / "setup.cfg").read_text().partition("install_requires =")[2].partition("\n\n")[0].split()
+    assert [name for name in rows if name.startswith("package ")] == [f"package {text.split('>')[0]}" for text in listed]
+    if not torch.cuda.is_available():
+        assert not rows["GPU"]["ok"] and not rows["compiled layers"]["ok"] and not rows["attention varlen"]["ok"]
+        assert rows["attention sdpa"]["ok"] and "GiB free" in rows["host memory"]["detail"]
+
+
+def test_what_raises_dies_or_hangs_costs_its_own_row(broken, monkeypatch):
+    monkeypatch.setattr(doctor, "CHILD_S", 3)
+    modules = {
+        "jinja2": "raise OSError('libx.so: cannot open shared object file')",
+        "gguf": "import os; os.kill(os.getpid(), 11)",
+        "yaml": "import time; time.sleep(60)",
+        "rich": "print('noise'); import sys; sys.exit('gone')",
+    }
+    names = ["package jinja2", "host memory", "package gguf", "package pyyaml", "package rich", "temporary files"]
+    rows = broken(modules, *names)
+    assert [row.check for row in rows] == ["Python", *names]
+    assert [row.ok for row in rows] == [True, False, True, False, False, False, True]
+    details = [row.detail for row in rows]
+    assert details[1] == "OSError: libx.so: cannot open shared object file"
+    assert "GiB free" in details[2] and "SIGSEGV" in details[3] and "3 s" in details[4] and details[5] == "gone"
+
+
+def test_without_torch_no_run_can_start_and_the_rest_is_told_of(broken, monkeypatch, capsys):
+    rows = broken({"torch": "raise ImportError('libtorch_cpu.so: undefined symbol')"}, "train_loop", "GPU", "host memory")
+    assert [row.ok for row in rows] == [True, False, False, True] and "undefined symbol" in rows[1].detail
+    monkeypatch.setattr(doctor, "examine", lambda: rows)
+    assert doctor.run(DoctorOptions()) == ExitCode.ENVIRONMENT == 7
+    assert "No run can start: train_loop: ImportError: libtorch_cpu.so" in " ".join(capsys.readouterr().out.split())
+    assert doctor.run(DoctorOptions(json=True)) == 7
+    assert json.loads(capsys.readouterr().out)["can_start"] is False
+
+
+def test_a_version_out_of_range_is_no_obstacle_but_a_no():
+    (row,) = doctor._package("rich<1.0")
+    assert not row.ok and not row.needed and "wanted <1.0" in row.detail
+    (row,) = doctor._package("rich>=1.0")
+    assert row.ok
+
+
+def test_away_from_a_clone_versions_wanted_are_those_of_the_installed_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "qlora" / "doctor.py"))
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ["torch<2.14", 'trl; extra == "test"'])
+    assert doctor._requirements() == ["torch<2.14"] and "package torch" in doctor.checks()
+
+
+def test_a_wrong_gradient_and_wrong_bits_are_seen(monkeypatch):
+    assert all(row.ok and row.needed for row in doctor._nf4())
+    functions = bitsandbytes.autograd._functions.MatMul4Bit
+    backward = functions.backward
+    with monkeypatch.context() as patch:
+        patch.setattr(functions, "backward", staticmethod(lambda ctx, d: (backward(ctx, d)[0] * 1.05, None, None, None, None)))
+        products, bits = doctor._nf4()
+    assert not products.ok and "0.05" in products.detail and bits.ok
+    with monkeypatch.context() as patch:
+        patch.setattr(nf4, "dequantized", lambda *_: torch.zeros(128, 256, dtype=torch.bfloat16))
+        products, bits = doctor._nf4()
+    assert products.ok and not bits.ok and doctor.verdict([products, bits]) == f"{bits.check}: {bits.detail}"
+
+
+def test_an_obstacle_stands_in_its_row(monkeypatch):
+    monkeypatch.setattr(attention, "_varlen_obstacle", lambda *_: None)
+    monkeypatch.setattr(attention, "_flash_obstacle", lambda *_: "why not")
+    rows = {row.check: row for row in doctor._attention()}
+    assert rows["attention varlen"].ok and not rows["attention flash_attention_2"].ok
+    assert rows["attention flash_attention_2"].detail == "why not"
+
+
+def test_without_rich_rows_are_lines(monkeypatch, capsys):
+    rows = [Row("one", True, "fine"), Row("two", False, "[bad]", needed=True)]
+    doctor.show(rows)
+    assert "[bad]" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    doctor.show(rows)
+    assert capsys.readouterr().out == "yes  one: fine\nno   two: [bad]\n"
+
+
+def test_without_tyro_the_command_line_says_so(tmp_path):
+    (tmp_path / "tyro.py").write_text("raise ImportError('broken')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "qlora", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 7 and done.stderr.count("\n") == 1 and "tyro" in done.stderr and "Traceback" not in done.stderr

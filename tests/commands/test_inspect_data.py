@@ -1,0 +1,165 @@
+"""What inspect-data tells of data is what training makes of it."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import transformers
+from rich.console import Console
+
+from qlora.cli import main
+from qlora.commands import inspect_data
+from qlora.commands.inspect_data import Repeats
+from qlora.config import TrainConfig
+from qlora.data.batch import epoch_rows, micro_batches, training_batches
+from qlora.data.dataset import Samples
+from qlora.data.formats import Example, Message
+from qlora.data.template import IGNORED, Encoded
+from qlora.run import explain
+from qlora.run.explain import Token
+
+
+def encoded(*lengths: int, prompt: int = 4) -> Samples:
+    return Samples(Encoded([1] * n, [IGNORED] * prompt + [1] * (n - prompt), line) for line, n in enumerate(lengths, 1))
+
+
+def example(line: int, prompt: str, response: str, system: str | None = None) -> Example:
+    turns = [Message("system", system)] if system else []
+    return Example((*turns, Message("user", prompt), Message("assistant", response)), line)
+
+
+def shown(renderable) -> str:
+    out = io.StringIO()
+    Console(file=out, width=120).print(renderable)
+    return out.getvalue()
+
+
+def test_contents_are_counted_as_training_would():
+    everything = encoded(5, 30, 7, 20, 10)
+    config = TrainConfig(max_length=10, on_long="truncate")
+    contents, kept = inspect_data.describe("a.jsonl", everything, config)
+    assert (contents.examples, contents.truncated, contents.dropped) == (5, 2, 0)
+    assert kept.lengths == [5, 10, 7, 10, 10] and contents.input_tokens == 42 and contents.trained_tokens == 1 + 6 + 3 + 6 + 6
+    assert (contents.shortest, contents.median, contents.mean, contents.longest) == (5, 10, 14.4, 30)
+    contents, kept = inspect_data.describe("a.jsonl", everything, dataclasses.replace(config, on_long="drop"))
+    assert (contents.truncated, contents.dropped, contents.dropped_lines) == (0, 2, [2, 4]) and kept.lengths == [5, 7, 10]
+    everything = encoded(15, 30, 20, prompt=15)  # a cut at 10 leaves nothing to train on
+    contents, kept = inspect_data.describe("a.jsonl", everything, config)
+    assert (contents.truncated, contents.dropped_lines) == (0, [1, 2, 3]) and len(kept) == 0
+    contents, _ = inspect_data.describe("a", encoded(*range(1, 101)), TrainConfig())
+    assert contents.percentile_95 == 95
+
+
+@pytest.mark.parametrize("lengths", [[7], [1, 2, 3], [5, 5, 900], list(range(3, 1000, 7)), [100] * 30])
+def test_a_histogram_holds_each_length_once(lengths):
+    found = inspect_data.histogram(sorted(lengths))
+    assert len(found) <= inspect_data.BINS and found[0][0] == min(lengths) and found[-1][1] >= max(lengths)
+    assert all(count == sum(start <= n <= end for n in lengths) for start, end, count in found)
+    assert [end + 1 for _, end, _ in found[:-1]] == [start for start, _, _ in found[1:]]
+
+
+def test_duplicates_are_exact_or_equal_but_for_case_and_white_space():
+    rows = [example(1, "p", "r"), example(2, "p", "R "), example(3, "p", "r"), example(4, "p", "other"), example(5, "q", "r")]
+    assert inspect_data.duplicates(rows) == Repeats(exact=[(3, 1)], normalised=[(2, 1), (3, 1)])
+    apart = [example(1, "a b", "c"), example(2, "a", "b c"), example(3, "a", "b c", system="s")]
+    assert inspect_data.duplicates(apart) == Repeats([], [])
+
+
+def test_leaks_are_found_by_prompt_and_by_prompt_and_response():
+    train = [example(1, "one", "x"), example(2, "Two  words", "y"), example(3, "one", "z"), example(4, "three", "w")]
+    held_out = [example(1, "four", "x"), example(2, "one", "z"), example(3, "two words", "Y"), example(4, "three", "v")]
+    assert inspect_data.leaks(train, held_out, prompts_only=False) == Repeats([(2, 3)], [(2, 3), (3, 2)])
+    assert inspect_data.leaks(train, held_out, prompts_only=True) == Repeats([(2, 1), (4, 4)], [(2, 1), (3, 2), (4, 4)])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_padding_is_that_of_the_batches_of_an_epoch(packing):
+    samples = encoded(5, 30, 7, 20, 10, 31, 9, 150, 6)
+    config = TrainConfig(max_length=200, packing=packing, per_device_train_batch_size=2, seed=3)
+    found = inspect_data.padding(samples, config)
+    rows = epoch_rows(samples, config, 1)
+    batches = list(micro_batches(samples, rows, 2))
+    positions, tokens = sum(batch.input_ids.numel() for batch in batches), sum(samples.lengths)
+    assert (found.rows, found.micro_batches, found.positions) == (len(rows), len(batches), positions)
+    assert found.wasted == pytest.approx(1 - tokens / positions)
+    graphs = dataclasses.replace(config, compile="graphs")
+    recorded = sum(batch.input_ids.numel() for batch in training_batches(samples, rows, graphs))
+    assert found.wasted_with_graphs == pytest.approx(1 - tokens / recorded) and recorded > positions
+
+
+def test_shown_samples_go_from_the_shortest_to_the_longest():
+    samples = encoded(5, 30, 7, 20, 10)
+    assert [len(sample.input_ids) for sample in inspect_data.spread(samples, 3)] == [5, 10, 30]
+    assert [len(sample.input_ids) for sample in inspect_data.spread(samples, 9)] == [5, 7, 10, 20, 30]
+    assert [len(sample.input_ids) for sample in inspect_data.spread(samples, 1)] == [5] and inspect_data.spread(
+        samples, 0
+    ) == []
+
+
+def test_trained_tokens_are_green_and_in_brackets():
+    rows = [Token(0, 1, "a", False), Token(1, 2, "[b]", True), Token(2, 3, "c\n", True), Token(3, 4, "d", False)]
+    text = explain.token_text(rows)
+    assert text.plain == "│a⟦[b]│c↵\n⟧d"
+    assert [text.plain[span.start : span.end] for span in text.spans if "green" in span.style] == ["[b]", "c↵\n"]
+    assert explain.token_text(rows[:2]).plain == "│a⟦[b]⟧"
+    long = explain.token_text([Token(index, index, f"<{index}>", False) for index in range(1000)]).plain
+    assert "<99>" in long and "<100>" not in long and "800 more" in long and "<899>" not in long and "<900>" in long
+
+
+def test_what_training_would_refuse_is_said():
+    contents, _ = inspect_data.describe("a", encoded(5, 5, 5, 30), TrainConfig(max_length=10))
+    assert "fifth" in inspect_data.refusal(contents, TrainConfig())
+    assert inspect_data.refusal(contents, TrainConfig(allow_drop=True)) is None
+    assert "error" in inspect_data.refusal(contents, TrainConfig(allow_drop=True, on_long="error"))
+    contents, kept = inspect_data.describe("a", encoded(30, 40), TrainConfig(max_length=10))
+    assert inspect_data.refusal(contents, TrainConfig(allow_drop=True)) == "none is left" and len(kept) == 0
+    bars = shown(inspect_data.histogram_text(contents, 35))
+    assert bars.count("█") == 2 * inspect_data.BAR and "--max-length is in" not in bars
+
+
+@pytest.fixture
+def files(tmp_path, tiny):
+    """Command line for a training file and a held-out one: a duplicate, a leak, and a long example."""
+    rows = [("one", "a"), ("two", "b"), ("one", "a"), ("three", "c " * 300)]
+    held_out = [("TWO ", "B"), ("one", "other"), ("new", "n")]
+    for name, pairs in (("train", rows), ("held_out", held_out)):
+        text = "".join(json.dumps({"prompt": prompt, "completion": response}) + "\n" for prompt, response in pairs)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    return ["inspect-data", "--model", "tiny-random", "--train-file", str(tmp_path / "train.jsonl"),
+            "--eval-file", str(tmp_path / "held_out.jsonl")]  # fmt: skip
+
+
+def test_the_command_tells_it_all_without_weights(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    assert main([*files, "--max-length", "100", "--packing", "--json", str(tmp_path / "found.json")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "duplicates in train: 1 of 4 (lines 3 = 1)" in out
+    assert "held-out prompt and response in train: 0 of 3 but for case and white space: 1 of 3 (lines 1 = 2)" in out
+    assert "held-out prompt in train: 1 of 3 (lines 2 = 1) but for case and white space: 2 of 3 (lines 1 = 2, 2 = 1)" in out
+    assert "Dropped of train: lines 4" in out and "Training would refuse train: more than a fifth" in out
+    assert "packed *" in out and "⟦" in out and "Line 1," in out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["data"]["train"]["dropped_lines"] == [4] and found["config"]["max_length"] == 100
+    assert found["repeats"]["held-out prompt in train"] == {"exact": [[2, 1]], "normalised": [[1, 2], [2, 1]]}
+    assert set(found["padding"]) == {"single samples", "packed"} and found["data"]["held-out"]["examples"] == 3
+
+
+def test_all_dropped_is_told_too(files, capsys):
+    assert main([*files, "--max-length", "3", "--examples", "0"]) == 0
+    assert "none is left" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_paragraph(files, tmp_path, capsys):
+    wrong = (
+        (["--examples", "-1"], 2),
+        (["--max-length", "0"], 2),
+        (["--per-device-train-batch-size", "0"], 2),
+        (["--json", str(tmp_path / "no" / "x.json")], 4),
+        (["--eval-file", str(tmp_path / "none.jsonl")], 3),
+        (["--model", str(tmp_path)], 7),
+    )
+    for flags, code in wrong:
+        assert main([*files, *flags]) == code, flags
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("error: "), error

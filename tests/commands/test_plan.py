@@ -1,0 +1,124 @@
+"""What a run needs of memory before it is one: shapes, columns, verdicts, and the way down to a card."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+
+from qlora.cli import main as command_line
+from qlora.commands import plan
+from qlora.commands.options import PlanOptions
+from qlora.errors import ExitCode, UserError
+from qlora.model.lora import audit_targets
+from qlora.run.files import require_writable
+from qlora.speed import memory
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"), [("phi3-mini", 3_821_079_552), ("phi3-medium", 13_960_238_080), ("demo", 134_515_008)]
+)
+def test_the_built_in_shapes_have_the_parameters_of_their_models(shape, parameters):
+    options = PlanOptions(shape=shape)
+    assert plan.shape_skeleton(options, plan.configuration(options)).num_parameters() == parameters
+
+
+def test_the_table_is_what_training_predicts(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert command_line(["plan", "--json", str(out), "--lora-r", "8", "--max-length", "512"]) == 0
+    told, record = capsys.readouterr().out, json.loads(out.read_text())
+    assert [row["gradient_checkpointing"] for row in record["policies"]] == ["none", "selective", "full"]
+    options = PlanOptions(lora_r=8, max_length=512)
+    config = plan.configuration(options)
+    skeleton = plan.shape_skeleton(options, config)
+    for row in record["policies"]:
+        changed = dataclasses.replace(config, gradient_checkpointing=row["gradient_checkpointing"])
+        expected = memory.estimated_memory_gib(skeleton, audit_targets(skeleton, changed), changed, 512)
+        assert row["total_gib"] == pytest.approx(expected) == pytest.approx(sum(row["terms_gib"].values()))
+        assert f"{expected:.2f}" in told
+    assert "base in bf16" not in told and "attention scores" not in told  # nothing of them here
+    assert "Rank 8: 12,582,912 parameters trained of 3,833,662,464." in told
+    assert record["changes"] == [] and record["free_gib"] is None
+
+
+def planned(capsys, *arguments: str) -> str:
+    assert command_line(["plan", *arguments]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_card_gets_the_fastest_that_fits_or_the_way_down_to_it(capsys):
+    assert "It fits with --gradient-checkpointing none --compile graphs" in planned(capsys, "--gpu-gib", "24")
+    assert "It fits with --gradient-checkpointing selective" in planned(capsys, "--gpu-gib", "12")
+    assert "A card of 8 GiB: 6.75 GiB are taken for safe. It fits with --gradient-checkpointing full" in planned(
+        capsys, "--gpu-gib", "8"
+    )
+    told = planned(capsys, "--gpu-gib", "4.5")
+    assert "To make it fit, one after the other" in told and told.count("fits") == 1
+    assert told.index("-batch-size 1") < told.index("--compile layers") < told.index("--offload-check") < told.index("fits")
+    told = planned(capsys, "--gpu-gib", "2")
+    assert "Nothing that can be set, down to 128 tokens and rank 4, makes it fit" in told
+    assert "--max-length 128" in told and "--max-length 64" not in told and "--lora-r 4" in told and "--lora-r 2" not in told
+    asked = ("--gpu-gib", "24", "--gradient-checkpointing", "full")
+    assert "It fits with --gradient-checkpointing full" in planned(capsys, *asked)
+
+
+def test_each_change_comes_on_top_of_those_before_it():
+    options = PlanOptions(attn_implementation="eager", cache_dequantized=True)
+    config = dataclasses.replace(plan.configuration(options), gradient_checkpointing="none")
+    skeleton = plan.shape_skeleton(options, config)
+    steps = list(plan.steps_down(skeleton, config, 4.2))
+    totals = [step.total_gib for _, step in steps]
+    assert totals == sorted(totals, reverse=True)
+    assert [step.fits(4.2) for _, step in steps] == [False] * (len(steps) - 1) + [True]
+    last = steps[-1][1].config
+    assert (last.cache_dequantized, last.gradient_checkpointing, last.compile) == (False, "full", "layers")
+
+
+def test_each_change_is_the_one_that_saves_most_and_training_is_changed_last():
+    options = PlanOptions(attn_implementation="eager", cache_dequantized=True)
+    config = dataclasses.replace(plan.configuration(options), gradient_checkpointing="none")
+    skeleton = plan.shape_skeleton(options, config)
+    found = [(None, plan.planned(skeleton, config)), *plan.steps_down(skeleton, config, 0.1)]
+    kinds = []
+    for (_, before), (words, then) in itertools.pairwise(found):
+        settings = memory.settings_to_try(before.config, before.config.max_length)
+        totals = {each: [] for each in (True, False)}
+        for each in settings:
+            changed = plan.planned(skeleton, dataclasses.replace(before.config, **each.changes))
+            totals[each.same_training].append(changed.total_gib)
+        (kind,) = (each.same_training for each in settings if each.flags == words)
+        assert then.total_gib == min(totals[kind]) < before.total_gib
+        assert kind or min([*totals[True], before.total_gib]) >= before.total_gib  # nothing else was left that saves
+        kinds.append(kind)
+    assert kinds == sorted(kinds, reverse=True) and {True, False} == set(kinds)
+    assert (found[-1][1].config.max_length, found[-1][1].config.lora_r) == (128, 4)
+
+
+def test_a_model_s_own_configuration_is_read_and_what_cannot_be_is_refused(tiny, capsys):
+    for model in (str(tiny), "tiny-random"):
+        assert "135,168 parameters trained of 799,680" in planned(capsys, "--model", model, "--max-length", "256")
+    assert command_line(["plan", "--model", "tiny-random", "--shape", "phi3-mini"]) == ExitCode.CONFIGURATION
+    assert "--model tiny-random and --shape phi3-mini were both given" in capsys.readouterr().err
+    assert command_line(["plan", "--max-length", "9999"]) == ExitCode.CONFIGURATION
+    assert "more than the 4096 positions of phi3-mini" in capsys.readouterr().err
+    assert command_line(["plan", "--gpu-gib", "0"]) == ExitCode.CONFIGURATION
+    assert command_line(["plan", "--lora-r", "0"]) == ExitCode.CONFIGURATION
+    assert command_line(["plan", "--target-modules", "q_proj"]) == ExitCode.CONFIGURATION
+    assert "--lora-r 0 cannot be used: it must be at least 1" in capsys.readouterr().err
+    with pytest.raises(UserError, match="needs --compile layers, not none"):
+        plan.configuration(PlanOptions(offload_checkpoints=True, compile="none"))
+    assert plan.configuration(PlanOptions(offload_checkpoints=True)).compile == "layers"
+
+
+def test_what_is_read_is_not_replaced_and_a_folder_is_no_file(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"instruction": "a", "response": "b"}\n')
+    for command in (["inspect-data", "--model", "tiny-random", "--train-file", str(data)],):
+        assert command_line([*command, "--json", str(data)]) == ExitCode.CONFIGURATION
+        assert "is read by this command" in capsys.readouterr().err
+    assert data.read_text() == '{"instruction": "a", "response": "b"}\n'
+    for path in (tmp_path / "nowhere" / "x.json", tmp_path):
+        assert command_line(["plan", "--json", str(path)]) == ExitCode.CHECKPOINT
+        assert "cannot be written" in capsys.readouterr().err
+    with pytest.raises(UserError, match="it is a folder"):
+        require_writable(tmp_path)

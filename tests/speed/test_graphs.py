@@ -1,0 +1,342 @@
+"""What surrounds CUDA graphs, on a CPU: a stand-in runs what would be replayed. The graphs themselves: tests/test_gpu.py."""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qlora.data.batch import collate, collate_packed, micro_batches
+from qlora.data.template import Encoded
+from qlora.errors import ExitCode, UserError
+from qlora.model import attention
+from qlora.model.loss import read_head, token_loss_sum
+from qlora.speed import graphs, layers, lora_linear
+from tests.helpers import adapted_model, gradients, prepared, wake_adapters
+from train_loop import train_step
+
+
+class Rerun:
+    """In the place of a recording: the same memory for inputs, hidden states and gradients, filled by running it again."""
+
+    def __init__(self, forward, inputs, parameters, pool, first):
+        assert first == all(parameter.grad is None for parameter in parameters)
+        self.inputs = graphs.static_copies(inputs)
+        self.run = forward
+        with torch.enable_grad():
+            hidden = self.run(**self.inputs).last_hidden_state  # [B, T, D]
+            hidden.backward(torch.zeros_like(hidden))
+        self.hidden, self.d_hidden = hidden.detach(), torch.zeros_like(hidden)
+        self.forward, self.backward = SimpleNamespace(replay=self.replay), SimpleNamespace(replay=self.replay_backward)
+        self.gradients = [parameter.grad for parameter in parameters]
+        self.parameters, self.replays = parameters, 0
+
+    def replay(self):
+        with torch.enable_grad():
+            self.live = self.run(**self.inputs).last_hidden_state
+        self.hidden.copy_(self.live.detach())
+        self.replays += 1
+
+    def replay_backward(self):
+        assert all(p.grad is gradient for p, gradient in zip(self.parameters, self.gradients, strict=True))  # a graph would
+        self.live.backward(self.d_hidden)  # add there, whatever p.grad is
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setattr(graphs, "_Recording", Rerun)
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+
+
+def run(config, samples, compile):
+    """Losses and adapters of windows with two shapes, a new one in the middle, a batch filled up, and gradients that were
+    None, zero, or another tensor before the window."""
+    config = dataclasses.replace(config, attn_implementation="sdpa", compile=compile)
+    model = adapted_model(config)
+    wake_adapters(model)
+    prepared(model, config, "none", compile)
+    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    found = []
+    with attention.for_training(model.train(), config):
+        for number, rows in enumerate(([0, 1, 2, 3, 5], [5, 0, 1], [16, 17, 2, 3], [1, 2, 16, 17])):
+            window = list(micro_batches(samples, rows, 2, multiple=64, least=2))
+            loss, norm = train_step(model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)
+            found.append([loss, norm, *(p.detach().clone() for p in parameters)])
+            if number == 1:
+                optimizer.zero_grad(set_to_none=False)
+            if number == 2:
+                parameters[0].grad = parameters[0].grad.clone()
+    return model, found
+
+
+def test_what_surrounds_a_graph_changes_no_bit(config, samples, stand_in):
+    _, plain = run(config, samples, "layers")
+    model, ours = run(config, samples, "graphs")
+    assert all(torch.equal(x, y) for one, other in zip(ours, plain, strict=True) for x, y in zip(one, other, strict=True))
+    recordings = model.get_decoder().forward.__self__.recordings
+    assert len(recordings) == 2 and sum(recording.replays for recording in recordings.values()) == 9
+
+
+def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_of_its_own(config, stand_in):
+    """Packed rows of the same ids and shapes, whose samples end elsewhere: nothing but positions, ends and masks differs."""
+    config = dataclasses.replace(config, attn_implementation="sdpa", packing=True)
+    ids = torch.randint(3, 60, (128,), generator=torch.Generator().manual_seed(0)).tolist()
+    ours, plain = adapted_model(config), adapted_model(config)
+    for model in (ours, plain):
+        wake_adapters(model)
+        prepared(model, config, "none")  # not compiled, which would take its time
+    recordings = graphs.Graphs(ours.get_decoder()).recordings
+    found = []
+    for end in (20, 34, 20):
+        cuts = [[ids[:end], ids[end:64]], [ids[64:]]]
+        batch = collate_packed([[Encoded(part, part, 1) for part in row] for row in cuts], 64)
+        for autocast in (True, False):
+            with attention.for_training(ours, config), attention.for_training(plain, config):
+                inputs = attention.decoder_inputs(batch, ours.config)
+                with torch.autocast("cpu", torch.bfloat16, autocast):
+                    hidden, expected = (
+                        model.get_decoder()(**inputs, use_cache=False).last_hidden_state for model in (ours, plain)
+                    )  # [2, 64, D] each
+            assert torch.equal(hidden, expected)
+            found.append(hidden.detach().clone())  # [2, 64, D]
+            read = list(recordings.values())[not autocast].inputs
+            tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+            assert {"input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "attention_mask"} == set(tensors)
+            assert all(torch.equal(read[name], value) for name, value in tensors.items())
+    assert [recording.replays for recording in recordings.values()] == [3, 3]
+    assert not torch.equal(found[0], found[2]) and torch.equal(found[0], found[4])
+
+
+def test_only_training_is_recorded_and_only_so_many_shapes(config, samples, stand_in, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 1)
+    config = dataclasses.replace(config, attn_implementation="sdpa")
+    decoder = prepared(adapted_model(config), config, "none", "graphs").get_decoder()
+    recordings = decoder.forward.__self__.recordings
+    ids = torch.randint(3, 60, (2, 128))  # [B, T]
+    decoder.eval()(input_ids=ids, use_cache=False)
+    with torch.no_grad():
+        decoder.train()(input_ids=ids, use_cache=False)
+    assert not recordings
+    decoder(input_ids=ids, use_cache=False)
+    decoder(input_ids=ids[:, :64], use_cache=False)
+    assert len(recordings) == 1
+    decoder(input_ids=ids, use_cache=False)
+    assert next(iter(recordings.values())).replays == 2
+
+
+def test_what_cannot_be_recorded_says_how_to_do_without(config, samples, stand_in, monkeypatch):
+    def refuse(*_, first):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    config = dataclasses.replace(config, attn_implementation="sdpa")
+    decoder = prepared(adapted_model(config), config, "none", "graphs").get_decoder()
+    monkeypatch.setattr(graphs, "_Recording", refuse)
+    with pytest.raises(UserError, match=r"could not be recorded as CUDA graphs\. Pass --compile layers") as refused:
+        decoder(input_ids=torch.zeros(2, 128, dtype=torch.int64), use_cache=False)
+    assert refused.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def decoder_with_graphs(config, **changes):
+    """A decoder with awake adapters in stand-ins for graphs, and its configuration."""
+    config = dataclasses.replace(config, attn_implementation="sdpa", **changes)
+    model = adapted_model(config)
+    wake_adapters(model)
+    return prepared(model, config, "none", "graphs"), config
+
+
+def test_a_gradient_from_outside_the_graphs_is_carried_into_them(config, samples, stand_in, monkeypatch):
+    """One recording is allowed: in a step whose first micro-batch has another shape, the graph must add to its gradient."""
+    rows = ([0, 1], [16, 17], [0, 1], [16, 17])  # shapes A, B, A, B
+    config = dataclasses.replace(config, attn_implementation="sdpa")
+    batches = [next(micro_batches(samples, pair, 2, multiple=64)) for pair in rows]
+    assert batches[0].input_ids.shape == batches[2].input_ids.shape != batches[1].input_ids.shape
+    monkeypatch.setattr(graphs, "MOST", 1)
+    found = []
+    for compile in ("layers", "graphs"):
+        model = adapted_model(config)
+        wake_adapters(model)
+        prepared(model, config, "none", compile)
+        loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        with attention.for_training(model.train(), config):
+            for order in ([0], [1, 0], [1, 2, 3, 0], [0, 1]):  # the first records A
+                train_step(model.get_decoder(), optimizer, [batches[index] for index in order], loss_sum, 0.0, None)
+                found.append(gradients(model))
+    assert len(model.get_decoder().forward.__self__.recordings) == 1
+    for plain, ours in zip(found[:4], found[4:], strict=True):
+        assert all(torch.equal(gradient, plain[name]) for name, gradient in ours.items())
+
+
+def test_gradients_that_zero_grad_removed_after_the_forward_pass_are_there_again(config, stand_in):
+    """forward, zero_grad, backward: the graph adds to tensors that zero_grad has taken from the parameters."""
+    model, _ = decoder_with_graphs(config)
+    decoder, ids = model.get_decoder(), torch.randint(3, 60, (2, 128))  # [B, T]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    found = []
+    for late in (False, False, True):  # the first records
+        optimizer.zero_grad()
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
+        if late:
+            optimizer.zero_grad()
+        hidden.square().mean().backward()
+        found.append(gradients(model))
+    assert all(torch.equal(gradient, found[1][name]) and gradient.any() for name, gradient in found[2].items())
+    optimizer.zero_grad()
+    decoder(input_ids=ids[:, :64], use_cache=False).last_hidden_state.mean().backward()  # recorded without any
+    assert all(
+        p.grad is g for p, g in zip(decoder.forward.__self__.parameters, decoder.forward.__self__.gradients, strict=True)
+    )
+
+
+def test_each_recording_warms_up_before_its_capture(monkeypatch):
+    """With stand-ins for CUDA's graphs and streams: what is new about a shape is compiled while nothing is captured."""
+    capturing, passes = [], []
+
+    @contextlib.contextmanager
+    def capture(*_):
+        capturing.append(True)
+        yield
+        capturing.pop()
+
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    for name, value in {"graph": capture, "CUDAGraph": object, "current_stream": lambda: stream, "empty_cache": lambda: None,
+                        "stream": lambda _: contextlib.nullcontext(), "use_mem_pool": lambda _: contextlib.nullcontext(),
+                        "reset_peak_memory_stats": lambda: None}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    weight = torch.nn.Parameter(torch.ones(4))
+
+    def forward(x):
+        passes.append(bool(capturing))
+        return SimpleNamespace(last_hidden_state=x * weight)
+
+    pool = graphs._Pool(SimpleNamespace(id=(0, 1)), stream)
+    for first, expected in ((True, [False, False, True]), (False, [False, True])):
+        graphs._Recording(forward, {"x": torch.ones(2, 4)}, [weight], pool, first)
+        assert passes == expected
+        passes.clear()
+
+
+def test_recordings_for_another_number_of_packed_samples_compile_nothing(config, stand_in):
+    """The ends of 128 and of 384 samples: tensors of two lengths, each under two names, copied for each recording."""
+    model, config = decoder_with_graphs(config, packing=True)
+    recordings = model.get_decoder().forward.__self__.recordings
+    seen = []
+    with attention.for_training(model.train(), config), torch.autocast("cpu", torch.bfloat16):
+        for count, length in ((3, 64), (150, 1), (300, 1), (5, 30)):
+            sample = Encoded([5 + count % 7] * length, [5] * length, 1)
+            batch = collate_packed([[sample] * count], 128)
+            inputs = attention.decoder_inputs(batch, model.config)
+            del inputs["attention_mask"]  # its size says nothing of how many samples there are
+            model.get_decoder()(**inputs, use_cache=False).last_hidden_state.sum().backward()
+            seen.append((len(batch.cu_seqlens), torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    assert {ends for ends, _ in seen} == {128, 256, 384} and len(recordings) >= 3
+    assert len({compiled for _, compiled in seen}) == 1
+    for recording in recordings.values():
+        assert recording.inputs["cu_seq_lens_q"] is recording.inputs["cu_seq_lens_k"]
+
+
+def test_one_tensor_under_two_names_has_one_copy(stand_in, config):
+    ends, other = torch.arange(3), torch.arange(3)
+    copies = graphs.static_copies({"q": ends, "k": ends, "other": other, "longest": 7, "nothing": None})
+    assert copies["q"] is copies["k"] is not copies["other"] and copies["longest"] == 7 and copies["nothing"] is None
+    assert copies["q"] is not ends and torch.equal(copies["q"], ends)
+    key = decoder_with_graphs(config)[0].get_decoder().forward.__self__._key
+    assert key({"q": ends, "k": ends}) == key({"q": other, "k": other}) != key({"q": ends, "k": other})
+
+
+def test_a_second_forward_before_the_backward_is_an_error(config, stand_in):
+    model, config = decoder_with_graphs(config)
+    ids = torch.randint(3, 60, (2, 128), generator=torch.Generator().manual_seed(0))  # [B, T]
+    decoder = model.get_decoder()
+    for later in (ids, ids[:, :64]):  # a replay, and a recording of another shape
+        one = decoder(ids, use_cache=False).last_hidden_state.sum()  # by position, as some callers do
+        other = decoder(input_ids=later, use_cache=False).last_hidden_state.sum()
+        with pytest.raises(RuntimeError, match=r"A later forward pass .* Call backward\(\) before the next forward pass"):
+            one.backward()
+        other.backward()
+    with torch.no_grad():
+        decoder(ids, use_cache=False)  # overwrites nothing
+    decoder(ids, use_cache=False).last_hidden_state.sum().backward()
+
+
+def test_a_second_backward_is_an_error(config, samples, stand_in):
+    model, config = decoder_with_graphs(config)
+    loss = model.get_decoder()(input_ids=torch.full((2, 128), 5), use_cache=False).last_hidden_state.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="has had its backward pass: a CUDA graph keeps nothing for a second one"):
+        loss.backward()
+    batch = collate(samples[:2])
+    hidden = torch.randn(*batch.input_ids.shape, model.config.hidden_size, requires_grad=True)  # [2, T, D]
+    loss = token_loss_sum(hidden, batch, read_head(model.eval())._replace(weight=torch.randn(384, hidden.shape[-1])))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="This loss has had its backward pass"):
+        loss.backward()
+
+
+def test_released_graphs_are_gone_and_the_decoder_still_runs(config, stand_in):
+    model, config = decoder_with_graphs(config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    decoder, ids = model.get_decoder(), torch.full((2, 128), 5)
+    decoder(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+    optimizer.step()
+    recorder = decoder.forward.__self__
+    kept = [weakref.ref(recording) for recording in recorder.recordings.values()]
+    del recorder
+    layers.free_training_memory(model, optimizer)
+    gc.collect()
+    assert kept and all(reference() is None for reference in kept)
+    assert not optimizer.state and all(parameter.grad is None for parameter in model.parameters())
+    with torch.no_grad():
+        assert decoder.eval()(input_ids=ids, use_cache=False).last_hidden_state.isfinite().all()
+
+
+# -- hooks of autograd -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compile", ["none", "graphs"])
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_gradient_hooks_are_refused_since_they_would_never_fire(config, stand_in, compile, register):
+    config = dataclasses.replace(config, attn_implementation="sdpa")
+    decoder = prepared(adapted_model(config), config, "none", compile).get_decoder()
+    parameter = next(p for p in decoder.parameters() if p.requires_grad)
+    hook = getattr(parameter, register)(lambda _: None)
+    with pytest.raises(RuntimeError, match="1 adapter tensors have gradient hooks, which would never be called"):
+        decoder(input_ids=torch.full((2, 128), 5), use_cache=False)
+    hook.remove()
+    assert decoder(input_ids=torch.full((2, 128), 5), use_cache=False).last_hidden_state.requires_grad
+
+
+def test_distributed_data_parallel_is_refused_since_it_would_never_reduce(config, samples, tmp_path, monkeypatch):
+    """Why this loop must sum gradients over ranks itself: DDP's reducer is built on hooks that do not fire here."""
+    config = dataclasses.replace(config, attn_implementation="sdpa")
+    model = prepared(adapted_model(config), config, "none")
+    wake_adapters(model)
+    batch, reduced = collate(samples[:2]), []
+
+    def count(_, bucket):
+        reduced.append(bucket.index())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        wrapped.register_comm_hook(None, count)
+        with pytest.raises(RuntimeError, match="DistributedDataParallel would never reduce these gradients"):
+            wrapped(input_ids=batch.input_ids, use_cache=False)
+        monkeypatch.setattr(lora_linear, "require_plain_gradients", lambda _: None)
+        with torch.autocast("cpu", torch.bfloat16):
+            wrapped(input_ids=batch.input_ids, use_cache=False).logits.float().square().mean().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert reduced == [] and all(p.grad.any() for p in model.parameters() if p.requires_grad)
