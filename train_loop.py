@@ -16,41 +16,46 @@ if __name__ == "__main__":  # Parse first: --help and a typo should not wait for
 
     raise SystemExit(command_line())  # it imports this file again, as a module
 
-import dataclasses
 import functools
 import itertools
 import math
-import os
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 
 from qlora.config import TrainConfig
-from qlora.data.batch import Batch, epoch_rows, longest_rows, micro_batches, row_length, training_batches, windows
-from qlora.data.dataset import Samples, check_files, encode_files, first_examples
-from qlora.data.template import Format, read_format
+from qlora.data.batch import Batch, count_steps, epoch_rows, micro_batches, training_batches, windows
+from qlora.data.dataset import first_examples
 from qlora.eval.generate import try_samples
-from qlora.eval.loss import evaluate_loss
+from qlora.eval.loss import HeldOut, evaluate_loss, has_stalled
 from qlora.model import attention
-from qlora.model.demo import model_source
-from qlora.model.load import fingerprint, load_nf4_model, load_skeleton, load_tokenizer
-from qlora.model.lora import add_adapters, checked_targets, with_init_adapter
+from qlora.model.load import fingerprint, load_nf4_model
+from qlora.model.lora import add_adapters
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
 from qlora.model.random_state import seed_generators
-from qlora.report.html import after_training, when_complete
-from qlora.run import checkpoint, environment, explain, log
+from qlora.report import html
+from qlora.run import checkpoint, explain, log
 from qlora.run.files import write_folder
 from qlora.run.folder import RunFolder
-from qlora.run.guards import check_first_gradients, count_not_finite
+from qlora.run.guards import check_finite, check_first_gradients
+from qlora.run.prepare import Prepared, prepare, resolve, set_up_torch
 from qlora.run.signals import Signals
-from qlora.speed.layers import choose_layers, free_training_memory, prepare_layers
-from qlora.speed.memory import explained, leave_no_gaps, memory_terms, peak_memory_gib, probe_memory
+from qlora.speed import memory
+from qlora.speed.accelerate import AcceleratedDecoder, accelerate
 
 LossSum = Callable[[torch.Tensor, Batch], torch.Tensor]  # (hidden [B, T, D], batch) -> fp32 scalar, a sum over tokens
+
+
+class Trainee(NamedTuple):
+    """The model, and what trains it."""
+
+    model: Any  # NF4 base with adapters; evaluated and saved
+    decoder: AcceleratedDecoder  # the same weights; what a training step runs
+    loss_sum: LossSum
+    optimizer: torch.optim.Optimizer  # over the adapters
 
 
 def lr_multiplier(step: int, warmup_steps: int, total_steps: int) -> float:
@@ -65,43 +70,51 @@ def lr_multiplier(step: int, warmup_steps: int, total_steps: int) -> float:
 
 
 def train_step(
-    decoder: torch.nn.Module,
+    decoder: Any,
     optimizer: torch.optim.Optimizer,
-    window: list[Batch],
+    micro_batches: list[Batch],
     loss_sum: LossSum,
     learning_rate: float,
     max_grad_norm: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step over the micro-batches of a window, as if they were one batch.
+    """One optimizer step over micro-batches, as if they were one batch.
 
     Args:
-        decoder: maps ids [B, T] to hidden states [B, T, D], without the head; adapters inside.
+        decoder: maps ids [B, T] to hidden states [B, T, D], without the head; adapters inside. Accelerated or plain.
         optimizer: over the adapters alone.
-        window: micro-batches on the CPU, pinned if the decoder is on a GPU.
-        loss_sum: sum of token losses of a micro-batch; a test may pass the plain head.
+        micro_batches: on the CPU, pinned if the decoder is on a GPU.
+        loss_sum: sum of the token losses of a micro-batch; a test may pass the plain head.
         learning_rate: of this step.
         max_grad_norm: clip to this norm; None leaves gradients as they are.
 
     Returns:
-        Mean loss of a token in the window, and the gradient norm before clipping: fp32 scalars still on the device.
+        Mean loss per supervised token, and the gradient norm before clipping: fp32 scalars, still on the device.
     """
+    # Only the adapters: the base is frozen, and no optimizer knows it.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     device = parameters[0].device
-    # Divide by the tokens of the whole window, never by the number of micro-batches: a mean of means weighs tokens of
+    # Divide by the tokens of the whole step, never by the number of micro-batches: a mean of means weighs tokens of
     # short answers more, and is off by a factor of 1.4 in the gradient for answers of 12 and 100 tokens.
-    num_tokens = sum(micro_batch.num_tokens for micro_batch in window)
+    num_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
     loss = torch.zeros((), device=device)  # []
-    optimizer.zero_grad(set_to_none=True)  # the last step's, which stayed until now so that they could be looked at
-    for micro_batch in window:
+    # The gradients of the last step stayed until now so that they could be looked at.
+    optimizer.zero_grad(set_to_none=True)
+    for micro_batch in micro_batches:
+        # The copy does not wait: the batch is in pinned memory.
         batch = micro_batch.to(device)
-        # Autocast runs matrix products in bf16 and casts the fp32 adapters on the fly; norms and the loss stay in fp32.
+        # Autocast runs matrix products in bf16 and casts the fp32 adapters on the fly. Norms and the loss stay in fp32.
         with torch.autocast(device.type, torch.bfloat16):
-            inputs = attention.decoder_inputs(batch, decoder.config)  # the ids, and what keeps samples of a row apart
+            # Ids [B, T], and with packing what keeps the samples of a row apart.
+            inputs = attention.decoder_inputs(batch, decoder.config)
             hidden = decoder(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
             micro_loss = loss_sum(hidden, batch) / num_tokens  # []
-        micro_loss.backward()  # adds to the gradients of the window's earlier micro-batches
+        # Adds to the gradients of the step's earlier micro-batches.
+        micro_loss.backward()
+        # The loss stays on the device: reading it here would wait for the backward pass.
         loss += micro_loss.detach()
+    # Returns the norm even where nothing is clipped.
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
+    # The schedule is a function of the step, so there is no scheduler to save and restore.
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     # A NaN or infinity must not reach the weights. A fused optimizer skips its update where found_inf is 1, on the device;
@@ -115,215 +128,185 @@ def train_step(
     return loss, grad_norm
 
 
-def count_steps(config: TrainConfig, num_rows: int) -> tuple[int, int]:
-    """Optimizer steps of an epoch, whose short last window is a step too, and of the whole run."""
-    num_micro_batches = math.ceil(num_rows / config.per_device_train_batch_size)
-    steps_per_epoch = math.ceil(num_micro_batches / config.gradient_accumulation_steps)
-    return steps_per_epoch, config.max_steps or config.num_train_epochs * steps_per_epoch
-
-
 def train(
-    config: TrainConfig,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    loss_sum: LossSum,
-    samples: Samples,
-    held_out: Samples | None,
-    progress: checkpoint.Progress,
-    tracker: log.Tracker,
-    run: RunFolder,
-    stop: Signals,
-) -> None:
-    """The whole run, or the rest of it: epochs of windows, a log line every few steps, an evaluation each epoch.
+    prep: Prepared, trainee: Trainee, state: checkpoint.Progress, run: RunFolder, tracker: log.Tracker, stop: Signals
+) -> dict[int, HeldOut]:
+    """The whole run, or the rest of it: epochs of steps of micro-batches.
 
     Args:
-        config: resolved.
-        model: NF4 base with adapters.
-        optimizer: over the adapters.
-        loss_sum: sum of token losses of a micro-batch, from its last hidden states.
-        samples: to train on, one at least.
-        held_out: to evaluate on, if there is any.
-        progress: where the run is; model, optimizer and generators are in that state.
-        tracker: where metrics go.
+        prep: configuration and data.
+        trainee: in the state that `state` says.
+        state: where the run is.
         run: where checkpoints go.
+        tracker: where metrics go.
         stop: whether a signal has come; the step at hand is finished and saved first.
+
+    Returns:
+        Step -> result on the eval data, including those of earlier processes of this run.
 
     Raises:
         UserError: exit 5 if the first step finds an adapter without a gradient, or if a loss or norm is not finite.
         Stopped: after a signal, when all is saved.
     """
-    assert config.learning_rate is not None  # as resolved
-    decoder, device = model.get_decoder(), model.device
-    on_gpu = device.type == "cuda"
-    batch_size, window_size = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    steps_per_epoch, total_steps = count_steps(config, len(epoch_rows(samples, config, 1)))
+    config = prep.config
+    model, decoder, loss_sum, optimizer = trainee
+    # Only from pinned memory can a batch be copied to the GPU while the host goes on.
+    pin = prep.device.type == "cuda"
+    adapters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    # The last step of an epoch may have fewer micro-batches; it is a step all the same.
+    steps_per_epoch, total_steps = count_steps(config, len(epoch_rows(prep.train_set, config, 1)))
+    # Rounded up: with a ratio above 0 there is at least one step of warmup.
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+    # The end of each epoch is saved in any case.
     save_steps = config.save_steps or total_steps
+    # Early stopping counts the evaluations of earlier processes too.
+    evaluations = dict(tracker.known_evaluations)
+    # Steps taken; epoch to go on in; rows of it that were trained on; steps skipped as not finite.
+    step, first_epoch, seen, skipped = state
 
-    def evaluate_held_out(step: int, epoch: int) -> None:
-        if held_out is None or step in tracker.evaluations:  # a run that goes on after this step may know it already
+    def evaluate(step: int, epoch: int) -> None:
+        # A resumed run may know this evaluation already.
+        if prep.eval_set is None or step in evaluations:
             return
-        with stop.immediate():  # all is saved
-            batches = micro_batches(held_out, range(len(held_out)), batch_size, pin=on_gpu)
-            result = evaluate_loss(model, batches, loss_sum)
-        tracker.held_out(step, epoch, result)
+        # Everything is saved, so a signal may end the process on the spot.
+        with stop.immediate():
+            batches = micro_batches(prep.eval_set, range(len(prep.eval_set)), config.per_device_train_batch_size, pin)
+            evaluations[step] = evaluate_loss(model, batches, loss_sum)
+        tracker.held_out(step, epoch, evaluations[step])
 
-    step, first_epoch, seen, skipped = progress
+    # A progress bar in a terminal, a line every few steps elsewhere.
     tracker.begin(step, total_steps, config.logging_steps)
-    run.prune(config.save_total_limit, tracker.evaluations)  # which a process that died after its save has not done
+    # A process that died after its save has not removed old checkpoints.
+    run.prune(config.save_total_limit, evaluations)
+    # Dropout of the adapters is on.
     model.train()
+    # A signal is only noted in here, and acted on once the step at hand is saved.
     with stop.deferred():
         if step == 0:
-            evaluate_held_out(0, 0)
-        pending: list[dict[str, Any]] = []  # steps not yet read from the device
-        recent: list[dict[str, Any]] = []  # the last that were
-        since = time.perf_counter()
+            evaluate(0, 0)
+        step_log = log.StepLog(tracker, prep.device)
         for epoch in range(first_epoch, math.ceil(total_steps / steps_per_epoch) + 1):
-            rows_left = epoch_rows(samples, config, epoch)[seen:]
-            batches = training_batches(samples, rows_left, config, pin=on_gpu)
-            for window in itertools.islice(windows(batches, window_size), total_steps - step):
-                learning_rate = config.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
-                loss, grad_norm = train_step(decoder, optimizer, window, loss_sum, learning_rate, config.max_grad_norm)
+            # -- batch --
+            # The order is a function of seed and epoch, so a resumed run finds it again and leaves out what it has seen.
+            rows_left = epoch_rows(prep.train_set, config, epoch)[seen:]
+            # Batches are collated as they are asked for; the data may be larger than memory.
+            batches = training_batches(prep.train_set, rows_left, config, pin)
+            steps = windows(batches, config.gradient_accumulation_steps)
+            for step_batches in itertools.islice(steps, total_steps - step):
+                # -- step --
+                learning_rate = prep.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
+                loss, grad_norm = train_step(decoder, optimizer, step_batches, loss_sum, learning_rate, config.max_grad_norm)
                 step += 1
-                row: dict[str, Any] = {"step": step, "epoch": epoch, "learning_rate": learning_rate}
-                row |= {"loss": loss, "grad_norm": grad_norm}
-                row["num_tokens"] = sum(micro_batch.num_tokens for micro_batch in window)
-                row["num_input_tokens"] = sum(micro_batch.num_input_tokens for micro_batch in window)
-                row["lines"] = [line for micro_batch in window for line in micro_batch.lines]
-                pending.append(row)
-                seen += sum(len(micro_batch.input_ids) for micro_batch in window)
+                seen += sum(len(micro_batch.input_ids) for micro_batch in step_batches)
+                # A target that gets no gradient would train nothing, in silence.
                 if step == 1:
-                    check_first_gradients(named, grad_norm)
+                    check_first_gradients(adapters, grad_norm)
+                # -- log --
+                # Reading a loss waits for the GPU, so rows are read every few steps. The first step is read at once.
+                step_log.add(step, epoch, learning_rate, loss, grad_norm, step_batches)
+                # Due after a signal, every save_steps, at the end of an epoch, and at the end.
                 save = stop.received is not None or step % save_steps == 0 or step in (epoch * steps_per_epoch, total_steps)
                 if save or step == 1 or step % config.logging_steps == 0:
-                    rows = read_pending(pending, since, device)
-                    tracker.steps(rows)
-                    explain.explain_step(config, model, optimizer, step, tracker, first=not recent)
-                    skipped = count_not_finite(rows, recent, skipped, config.skip_nonfinite, tracker.say, run.advice)
-                    pending, recent, since = [], [*recent, *rows][-5:], time.perf_counter()
+                    step_log.flush()  # sync
+                    explain.explain_step(config, model, optimizer, step, tracker, first=not step_log.before)
+                    skipped = check_finite(step_log, skipped, config.skip_nonfinite, run.advice)
+                    # tokens_per_s counts training alone: not explanations, saves or evaluations.
+                    step_log.restart_clock()
+                # -- save --
+                # After the rows of its steps are on disk, and verified before an older checkpoint goes.
                 if save:
-                    progress = checkpoint.Progress(step, epoch, seen, skipped)
-                    run.save(model, optimizer, progress, config.save_total_limit, tracker.evaluations)
+                    state = checkpoint.Progress(step, epoch, seen, skipped)
+                    run.save(model, optimizer, state, config.save_total_limit, evaluations)
                     stop.raise_if_received()
-                    since = time.perf_counter()  # saving and evaluation are not training time
+                    step_log.restart_clock()
+            # -- evaluate --
             seen = 0
-            evaluate_held_out(step, epoch)
-            if tracker.ends_early(step, config.early_stopping_patience):
+            evaluate(step, epoch)
+            if step < total_steps and has_stalled(evaluations, config.early_stopping_patience):
+                tracker.ended_early(step, config.early_stopping_patience)
                 break
-            since = time.perf_counter()
+            step_log.restart_clock()
+    return evaluations
 
 
-def read_pending(pending: list[dict[str, Any]], since: float, device: torch.device) -> list[dict[str, Any]]:
-    """Rows of finished steps with numbers in place of tensors: one wait for the device, however many steps."""
-    keys = ("loss", "grad_norm")
-    numbers = torch.stack([torch.stack([row[key] for key in keys]) for row in pending]).tolist()  # sync; [steps, 2]
-    seconds = time.perf_counter() - since
-    tokens_per_s = sum(row["num_input_tokens"] for row in pending) / seconds
-    measured = {"tokens_per_s": tokens_per_s, "peak_memory_gib": peak_memory_gib(device)}
-    return [{**row, **dict(zip(keys, values, strict=True)), **measured} for row, values in zip(pending, numbers, strict=True)]
+def finish(prep: Prepared, trainee: Trainee, evaluations: dict[int, HeldOut], run: RunFolder, tracker: log.Tracker) -> float:
+    """Leave the adapter, the mark of a complete run, and sample answers, in this order.
+
+    Returns:
+        Peak memory in training, in GiB.
+    """
+    model, decoder, _, optimizer = trainee
+    adapter_step = run.step
+    # Early stopping hands over the best adapter; without it, the last one is what was asked for.
+    if prep.config.early_stopping_patience is not None:
+        adapter_step = run.load_best(model, evaluations, tracker.say)
+        tracker.adapter_chosen(adapter_step, evaluations)
+    # In PEFT's format, with the tokenizer: AutoPeftModelForCausalLM loads it.
+    write_folder(run.folder / "adapter", dict(checkpoint.adapter_files(model, prep.template.tokenizer)))
+    tracker.hyperparameters(prep.config, evaluations.get(adapter_step))
+    run.finish(adapter_step)
+    # The run is complete; the answers below are only shown. Generation needs the memory that training no longer does.
+    peak_gib = memory.peak_memory_gib(prep.device)
+    # CUDA graphs, gradients and moments go; the weights stay.
+    decoder.release(optimizer)
+    examples = functools.partial(first_examples, prep.config, prep.train_set, prep.eval_set, 3)
+    record = functools.partial(tracker.samples, of="held-out" if prep.eval_set else "training", step=adapter_step)
+    try_samples(model, examples, prep.template, record, tracker.say)
+    return peak_gib
 
 
-def main(config: TrainConfig, stop: Signals) -> None:
-    """From the command line's configuration to a checked run: what needs no model first, then its small files, then training.
-
-    A mistake should not cost a download, and nothing that is on disk already.
+def main(options: TrainConfig, stop: Signals) -> None:
+    """One run, from the command line's options to a finished adapter.
 
     Raises:
         UserError: with the exit code of its kind.
         Stopped: after a signal, as soon as all is saved.
     """
+    # From here on a signal ends the process in an orderly way; during imports it would end it on the spot.
     stop.armed = True
     console = Console()
     say = functools.partial(log.say, console)
-    torch.use_deterministic_algorithms(config.deterministic)
-    leave_no_gaps()
-    if config.deterministic:  # read when CUDA starts, and by flash attention's backward
-        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    config, line = with_init_adapter(config).resolved(on_gpu=device.type == "cuda")
-    assert config.model is not None and config.output_dir is not None  # as resolved
-    say(line)
-    attention.choose_attention(config, device)
-    with RunFolder(config.output_dir, config.resume) as run:
+    device = set_up_torch(options)
+    asked = resolve(options, device, say)
+    with RunFolder.open(asked) as run:
+        # What a signal or an error prints: what is safe, and the command that resumes.
         stop.advice = run.advice
-        columns = check_files(config)
-        source = model_source(config.model)
-        config = run.as_before(config)
-        skeleton = load_skeleton(source, config)
-        attn = attention.choose_attention(config, device, skeleton)
-        config = dataclasses.replace(config, attn_implementation=attn.implementation)
-        say(f"Attention: {attn.implementation} ({attn.reason})")
-        targets = checked_targets(skeleton, config, say)
-        console.print(log.targets_table(targets, skeleton.num_parameters()))
-        form = read_format(load_tokenizer(source, skeleton, config), config.prompt_format, run.date)
-        samples, held_out = encode_files(config, columns, form, say)
-        facts: dict[str, Any] = {"data": samples.sha256, "held_out": held_out.sha256 if held_out else None}
-        facts |= {"targets": sorted(f"{target.name} x {len(target.layers)}" for target in targets), "device": device.type}
-        facts |= {"environment": environment.environment(device), "parameters": skeleton.num_parameters(), "date": form.date}
-        facts["counts"] = [samples.counts, held_out.counts if held_out else None]
-        longest = row_length(samples, longest_rows(samples, config)[-1])
-        config, line = choose_layers(config, skeleton, targets, longest, device)
-        if not run.accept(config, facts, total_steps=count_steps(config, len(epoch_rows(samples, config, 1)))[1]):
-            say(when_complete(run.folder))
+        # A mistake should not cost a download, so everything that needs no weights comes first.
+        prep = prepare(asked, device, run, console)
+        if prep is None:
+            say(html.when_complete(run.folder))
             return
-        say(line)
-        run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
-        for note in run.notes:
-            say(note)
-        predicted_gib = run.keep_prediction(memory_terms(skeleton, targets, config, longest))
-        with explained(config, device, predicted_gib, longest):
+        config = prep.config
+        with memory.explained(config, device, prep.predicted_gib, prep.longest):
+            # Adapters start from the seed; order and dropout follow from it too.
             seed_generators(config.seed)
-            model = load_nf4_model(source, config, attn.loaded_as, device)
-            model = add_adapters(model, config, targets, source)
-            peak_gib = fine_tune(config, model, form, samples, held_out, console, run, stop, predicted_gib)
-        say(log.closing_words(run.folder, after_training(run.folder), peak_gib, predicted_gib))
-
-
-def fine_tune(
-    config: TrainConfig,
-    model: Any,
-    form: Format,
-    samples: Samples,
-    held_out: Samples | None,
-    console: Console,
-    run: RunFolder,
-    stop: Signals,
-    predicted_gib: float,
-) -> float:
-    """Restore what there is, train, and leave the adapter, the mark of a finished run and sample answers.
-
-    Returns:
-        The peak of memory in training, in GiB.
-    """
-    base = fingerprint(model)
-    prepare_layers(model, config)
-    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(parameters, config)
-    if model.device.type == "cuda":  # what does not fit shall not fit now, not in hour three
-        step = functools.partial(train_step, model.get_decoder(), loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
-        with attention.for_training(model.train(), config):
-            probe_memory(step, optimizer, samples, config)
-        peak_gib = peak_memory_gib(model.device)
-        log.say(console, f"Memory: the longest batch peaks at {peak_gib:.2f} GiB, {predicted_gib:.2f} were predicted")
-    progress = run.restore(model, optimizer, base)
-    run.take_over(config)
-    with log.Tracker(run.folder, console, progress.step, held_out.sha256 if held_out else None) as tracker:
-        tracker.say(f"Learning rate: {config.learning_rate:g}; run folder: {run.folder}")
-        explain.explain_start(config, model, samples, form.tokenizer, console)
-        with attention.for_training(model, config):
-            train(config, model, optimizer, loss_sum, samples, held_out, progress, tracker, run, stop)
-        adapter_step = run.step
-        if config.early_stopping_patience is not None:
-            adapter_step = run.load_best(model, tracker)
-        write_folder(run.folder / "adapter", dict(checkpoint.adapter_files(model, form.tokenizer)))
-        tracker.hyperparameters(config, tracker.evaluations.get(adapter_step))
-        run.finish(tracker.total_steps, adapter_step)
-        # The run is complete; the answers below are only shown. Generation needs the memory that training no longer does.
-        peak_gib = peak_memory_gib(model.device)
-        free_training_memory(model, optimizer)
-        first = functools.partial(first_examples, config, samples, held_out, 3)
-        record = functools.partial(tracker.samples, of="held-out" if held_out else "training", step=adapter_step)
-        try_samples(model, first, form, record, tracker.say)
-    return peak_gib
+            # QLoRA in five lines: a frozen base in 4 bits per weight, fp32 adapters, a fast decoder, the loss, the optimizer.
+            # 3.8 billion parameters take 2.3 GB; no weight of the base ever gets a gradient.
+            model = load_nf4_model(prep.source, config, prep.attention.loaded_as, device)
+            model = add_adapters(model, config, prep.targets, prep.source)
+            # A resumed run must find the very same base.
+            base = fingerprint(model)
+            # A callable for training steps. Evaluation, generation and saving use the model itself.
+            decoder = accelerate(model, config)
+            # The head and cross-entropy, in chunks, over supervised positions only.
+            loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+            optimizer = build_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
+            # What changes from step to step is in here: adapters and moments.
+            trainee = Trainee(model, decoder, loss_sum, optimizer)
+            if device.type == "cuda":
+                # What does not fit should fail now, not in hour three.
+                step = functools.partial(train_step, decoder, loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
+                with attention.for_training(model.train(), config):
+                    say(memory.probe_memory(step, optimizer, prep.train_set, config, prep.predicted_gib))
+            # Adapters, moments and generators, each tensor in its dtype; or step 0.
+            state = run.restore(model, optimizer, base)
+            # Only from here on does the run folder change.
+            run.take_over(config)
+            with log.Tracker(run.folder, console, state.step, prep.eval_set.sha256 if prep.eval_set else None) as tracker:
+                tracker.say(f"Learning rate: {config.learning_rate:g}; run folder: {run.folder}")
+                explain.explain_start(config, model, prep.train_set, prep.template.tokenizer, console)
+                # Phi-3's sliding window is off where it changes nothing: it would cost sdpa its flash kernel.
+                with attention.for_training(model, config):
+                    evaluations = train(prep, trainee, state, run, tracker, stop)
+                peak_gib = finish(prep, trainee, evaluations, run, tracker)
+        say(log.closing_words(run.folder, html.after_training(run.folder), peak_gib, prep.predicted_gib))

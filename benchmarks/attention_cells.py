@@ -24,13 +24,14 @@ from benchmarks.attention_kernels import LEAST_STEPS, Unavailable, matmul_tflops
 from benchmarks.train_step import spread, write_random_model
 from qlora.config import AttnImplementation, TrainConfig
 from qlora.data.batch import Batch, collate, collate_packed, pack
+from qlora.data.batch import micro_batches as collated
 from qlora.data.template import IGNORED, Encoded
 from qlora.model import attention
 from qlora.model.load import load_nf4_model, load_skeleton
 from qlora.model.lora import add_adapters, audit_targets
 from qlora.model.loss import Head, read_head, token_loss_sum
 from qlora.run.environment import environment
-from qlora.speed.layers import prepare_layers
+from qlora.speed.accelerate import accelerate
 from qlora.speed.memory import peak_memory_gib
 from train_loop import train_step
 
@@ -105,13 +106,13 @@ def micro_batches(cell: dict[str, Any], count: int, vocabulary: int, pin: bool) 
     length, rows = cell["length"], cell["rows"]
     if cell["layout"] == "full":
         samples, order = random_rows([length] * rows, vocabulary), list(range(rows))
-        return list(micro_batches(samples, order, rows, pin))
+        return list(collated(samples, order, rows, pin))
     draw, median = random.Random(1), MEDIAN_LENGTH * length
     lengths = [min(length, max(8, round(draw.lognormvariate(0, 0.6) * median))) for _ in range(count)]
     samples = random_rows(lengths, vocabulary)
     order = list(range(count))
     packed: Any = pack(lengths, order, length) if cell["layout"] == "packed" else order
-    return list(micro_batches(samples, packed, rows, pin))
+    return list(collated(samples, packed, rows, pin))
 
 
 def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torch.device) -> dict[str, Any]:
@@ -119,17 +120,16 @@ def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torc
     began = time.perf_counter()
     model, config = load(scratch / "model", cell["backend"], cell["length"], grid["window"], device)
     loaded_s = time.perf_counter() - began
-    prepare_layers(model, dataclasses.replace(config, gradient_checkpointing=cell["checkpointing"], compile="none"))
+    config = dataclasses.replace(config, gradient_checkpointing=cell["checkpointing"], compile="none")
+    decoder = accelerate(model, config)
     head = read_head(model)
     window = micro_batches(cell, grid["samples"], len(head.weight), pin=device.type == "cuda")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     loss_sum = functools.partial(token_loss_sum, head=head)
-    decoder = model.get_decoder()
-
     take = functools.partial(train_step, decoder, optimizer, window, loss_sum, 5e-5, 1.0)
     ours = cell["window"] == "as trained"
     with attention.for_training(model, config) if ours else contextlib.nullcontext():
-        ran = verified(cell["backend"], lambda: hidden_states(model, window[0].to(device)), device)
+        ran = verified(cell["backend"], lambda: hidden_states(decoder, window[0].to(device)), device)
         first_loss = take()[0].item()
         step_ms = milliseconds(take, device, grid["timed_s"], LEAST_STEPS, grid["steps"], warm_up=0)
         loss, norm = take()
@@ -165,7 +165,7 @@ def parity(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: to
             parameter.data.normal_(std=0.02, generator=generator)
     if is_reference:
         dequantize(model)
-    prepare_layers(
+    decoder = accelerate(
         model, dataclasses.replace(config, gradient_checkpointing="full" if device.type == "cuda" else "none", compile="none")
     )
     head, vocabulary = read_head(model), model.config.vocab_size
@@ -179,11 +179,13 @@ def parity(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: to
                 continue
             batch = collate_packed([samples]) if layout == "packed" else collate(samples)
             with attention.for_training(model, dataclasses.replace(config, max_length=length)):
-                found = compared(model, head, batch.to(device), torch.load(file, map_location=device), length == lengths[2])
+                found = compared(
+                    model, decoder, head, batch.to(device), torch.load(file, map_location=device), length == lengths[2]
+                )
                 if layout == "packed":
-                    found["leak"] = leak(model, samples, device)
+                    found["leak"] = leak(decoder, samples, device)
                 if (length, layout) == (lengths[0], "unpadded"):
-                    found |= verified(backend, lambda b=batch: hidden_states(model, b.to(device)), device)
+                    found |= verified(backend, lambda b=batch: hidden_states(decoder, b.to(device)), device)
             yield {"level": "parity", "backend": backend, "length": length, "layout": layout, "window": grid["window"], **found}
     if is_reference:
         yield {**cell, "done": True}
@@ -225,19 +227,18 @@ def probed(length: int) -> list[int]:
     return sorted({round(i * (length - 2) / (PROBED - 1)) for i in range(PROBED)})
 
 
-def hidden_states(model: Any, batch: Batch) -> torch.Tensor:
+def hidden_states(decoder: Any, batch: Batch) -> torch.Tensor:
     """[B, T, D] under bf16 autocast, as the loop computes them."""
-    decoder = model.get_decoder()
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16):
         return decoder(**attention.decoder_inputs(batch, decoder.config), use_cache=False).last_hidden_state
 
 
-def compared(model: Any, head: Head, batch: Batch, expected: dict[str, Any], twice: bool) -> dict[str, Any]:
+def compared(model: Any, decoder: Any, head: Head, batch: Batch, expected: dict[str, Any], twice: bool) -> dict[str, Any]:
     """Differences to the reference, and whether the same backward gives the same bits again."""
 
     def gradients() -> tuple[float, torch.Tensor, dict[str, torch.Tensor]]:
         model.zero_grad()
-        hidden = hidden_states(model, batch)  # [B, T, D]
+        hidden = hidden_states(decoder, batch)  # [B, T, D]
         with torch.autocast(hidden.device.type, torch.bfloat16):
             loss = token_loss_sum(hidden, batch, head) / batch.num_tokens  # []
         loss.backward()
@@ -273,12 +274,12 @@ def sample_starts(batch: Batch) -> list[tuple[int, int]]:
     return [(row * batch.labels.shape[1], length) for row, length in enumerate(trained)]
 
 
-def leak(model: Any, samples: list[Encoded], device: torch.device) -> float:
+def leak(decoder: Any, samples: list[Encoded], device: torch.device) -> float:
     """Largest change in the hidden states of a row's other samples when all ids of the middle one change: 0, or it leaks."""
-    changed = samples[1]._replace(input_ids=[(index + 7) % model.config.vocab_size for index in samples[1].input_ids])
+    changed = samples[1]._replace(input_ids=[(index + 7) % decoder.config.vocab_size for index in samples[1].input_ids])
     with torch.no_grad():
         before, after = (
-            hidden_states(model, collate_packed([[samples[0], middle, samples[2]]]).to(device))
+            hidden_states(decoder, collate_packed([[samples[0], middle, samples[2]]]).to(device))
             for middle in (samples[1], changed)
         )  # [1, T, D] each
     first, second = len(samples[0].input_ids), len(samples[0].input_ids) + len(samples[1].input_ids)

@@ -20,8 +20,8 @@ from qlora.config import BUNDLED_TRAIN, TrainConfig
 from qlora.data.batch import collate
 from qlora.data.formats import read_examples
 from qlora.data.template import IGNORED, encode, read_format
+from qlora.model.coverage import linear_layers
 from qlora.model.demo import tiny_random_model
-from qlora.model.families import linear_layers
 from qlora.model.load import load_skeleton, load_tokenizer
 from qlora.model.lora import audit_targets
 from qlora.model.loss import CHUNK_TOKENS

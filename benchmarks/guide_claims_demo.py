@@ -33,8 +33,8 @@ from qlora.data.batch import Batch, collate
 from qlora.data.formats import read_examples
 from qlora.data.template import IGNORED, Encoded, Format, encode, read_format
 from qlora.model import attention
+from qlora.model.coverage import linear_layers
 from qlora.model.demo import model_source
-from qlora.model.families import linear_layers
 from qlora.model.load import fingerprint, load_nf4_model, load_skeleton, load_tokenizer
 from qlora.model.lora import audit_targets
 from qlora.model.loss import read_head, token_loss_sum
@@ -42,7 +42,7 @@ from qlora.model.optimizer import build_optimizer
 from qlora.model.third_party import bitsandbytes, peft, transformers
 from qlora.run import checkpoint
 from qlora.run.files import write_folder
-from qlora.speed.layers import prepare_layers
+from qlora.speed.accelerate import accelerate
 from qlora.speed.memory import NF4_BYTES
 
 CPU = torch.device("cpu")
@@ -139,17 +139,16 @@ def start(source: Source) -> Figures:
         with_adapters = model.eval()(input_ids=batch.input_ids).logits  # [B, T, V]
         with model.disable_adapter():
             without = model(input_ids=batch.input_ids).logits  # [B, T, V]
-    prepare_layers(model.train(), config)
-    loss = token_loss_sum(hidden_of(model, batch), batch, read_head(model))
+    decoder = accelerate(model.train(), config)
+    loss = token_loss_sum(hidden_of(decoder, batch), batch, read_head(model))
     loss.backward()
     norms = {side: math.sqrt(sum(float(p.grad.square().sum()) for name, p in model.named_parameters() if side in name))
              for side in ("lora_A", "lora_B")}  # fmt: skip
     return {"largest_difference": float((with_adapters - without).abs().max()), "gradient": norms}
 
 
-def hidden_of(model: Any, batch: Batch) -> torch.Tensor:
+def hidden_of(decoder: Any, batch: Batch) -> torch.Tensor:
     """Last hidden states [B, T, D], as train_step computes them."""
-    decoder = model.get_decoder()
     with torch.autocast("cpu", torch.bfloat16):
         return decoder(**attention.decoder_inputs(batch, decoder.config), use_cache=False).last_hidden_state
 
@@ -159,21 +158,21 @@ def alphas(source: Source) -> Figures:
     norms = {}
     for alpha in (16, 64, 256):
         config, form, model = training.start(source.model, {"lora_dropout": 0.0, "lora_alpha": alpha})
-        prepare_layers(model.train(), config)
-        norms[str(alpha)] = float(gradient_of(model, window_of(source, form)[0], read_head(model)).norm())
+        decoder = accelerate(model.train(), config)
+        norms[str(alpha)] = float(gradient_of(model, decoder, window_of(source, form)[0], read_head(model)).norm())
     return {"norms": norms, "of_16": norms["64"] / norms["16"], "of_64": norms["256"] / norms["64"]}
 
 
 def frozen(source: Source) -> Figures:
     """Two steps: which parameters moved, and whether the base is still the same bytes."""
     config, form, model = training.start(source.model, {})
-    prepare_layers(model.train(), config)
+    decoder = accelerate(model.train(), config)
     before = fingerprint(model)
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     for _ in range(2):  # in the first, A stands still, as B is zero
-        train_loop.train_step(model.get_decoder(), optimizer, window_of(source, form), loss_sum, 1e-3, 1.0)
+        train_loop.train_step(decoder, optimizer, window_of(source, form), loss_sum, 1e-3, 1.0)
     moved = sum(not torch.equal(p, trained[name]) for name, p in model.named_parameters() if name in trained)
     return {"base_unchanged": fingerprint(model) == before, "moved": moved, "trained": len(trained)}
 
@@ -181,17 +180,17 @@ def frozen(source: Source) -> Figures:
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def gradient_of(model: Any, batch: Batch, head: Any) -> torch.Tensor:
+def gradient_of(model: Any, decoder: Any, batch: Batch, head: Any) -> torch.Tensor:
     """The gradient of a micro-batch's loss sum to all adapters, as one vector."""
     model.zero_grad(set_to_none=True)
-    token_loss_sum(hidden_of(model, batch), batch, head).backward()
+    token_loss_sum(hidden_of(decoder, batch), batch, head).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])  # [parameters]
 
 
 def accumulation(source: Source) -> Figures:
     """The gradient of a mean of micro-batch means against that of the window's tokens, for like and unlike answers."""
     config, form, model = training.start(source.model, {"lora_dropout": 0.0})
-    prepare_layers(model.train(), config)
+    decoder = accelerate(model.train(), config)
     head = read_head(model)
     found = {}
     whole = encoded(source, form=form)
@@ -199,7 +198,7 @@ def accumulation(source: Source) -> Figures:
     short = Encoded(*(part[: prompt + 12] for part in whole[0][:2]), 1)
     windows = {"bundled": window_of(source, form), "unlike": [collate([short]), collate([whole[1]])]}
     for name, window in windows.items():
-        sums = [gradient_of(model, batch, head) for batch in window]
+        sums = [gradient_of(model, decoder, batch, head) for batch in window]
         counts = [batch.num_tokens for batch in window]
         right = sum(sums) / sum(counts)  # [parameters]
         means = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(window)  # [parameters]
@@ -210,10 +209,10 @@ def accumulation(source: Source) -> Figures:
 def batch_noise(source: Source) -> Figures:
     """Cosine between the gradient of 1, 2, 4 and 11 examples and that of all 22, the mean over disjoint batches."""
     config, form, model = training.start(source.model, {"lora_dropout": 0.0})
-    prepare_layers(model.train(), config)
+    decoder = accelerate(model.train(), config)
     head = read_head(model)
     samples = [collate([sample]) for sample in encoded(source, form=form)]
-    gradients = torch.stack([gradient_of(model, batch, head) for batch in samples])  # [22, parameters]
+    gradients = torch.stack([gradient_of(model, decoder, batch, head) for batch in samples])  # [22, parameters]
     everything = gradients.sum(0)  # [parameters]
     found = {}
     for size in (1, 2, 4, 11):
@@ -225,7 +224,7 @@ def batch_noise(source: Source) -> Figures:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def saved_bytes(model: Any, length: int) -> int:
+def saved_bytes(model: Any, decoder: Any, length: int) -> int:
     """Bytes that a forward pass of one row keeps for backward, parameters and frozen weights left out."""
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
@@ -241,7 +240,7 @@ def saved_bytes(model: Any, length: int) -> int:
     ids = torch.arange(length)[None] % model.config.vocab_size  # [1, T]
     batch = collate([Encoded(ids[0].tolist(), ids[0].tolist(), 1)])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden_of(model, batch)
+        hidden_of(decoder, batch)
     return sum(storages.values())
 
 
@@ -250,8 +249,8 @@ def checkpointing(source: Source, lengths: tuple[int, ...] = (64, 128, 256, 512)
     kept: dict[str, dict[str, float]] = {}
     for policy in ("none", "full"):
         config, _, model = training.start(source.model, {})
-        prepare_layers(model.train(), TrainConfig(**{**vars(config), "gradient_checkpointing": policy}))
-        kept[policy] = {str(length): saved_bytes(model, length) / 1e6 for length in lengths}
+        decoder = accelerate(model.train(), TrainConfig(**{**vars(config), "gradient_checkpointing": policy}))
+        kept[policy] = {str(length): saved_bytes(model, decoder, length) / 1e6 for length in lengths}
     shape = model.config
     inputs = {str(length): 2 * length * shape.hidden_size * shape.num_hidden_layers / 1e6 for length in lengths}
     longest = str(max(lengths))
@@ -268,13 +267,13 @@ def checkpointing(source: Source, lengths: tuple[int, ...] = (64, 128, 256, 512)
 def memory_terms(source: Source) -> Figures:
     """The terms of memory predicted from the shape, and what the tensors of a step weigh, in MB."""
     config, form, model = training.start(source.model, {})
-    prepare_layers(model.train(), config)
+    decoder = accelerate(model.train(), config)
     skeleton = load_skeleton(model_source(source.model), config)
     linear = sum(layer.weight.numel() for layer in linear_layers(skeleton).values())
     adapters = sum(target.adapter_parameters for target in audit_targets(skeleton, config))
     optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-    train_loop.train_step(model.get_decoder(), optimizer, window_of(source, form), loss_sum, 1e-3, 1.0)
+    train_loop.train_step(decoder, optimizer, window_of(source, form), loss_sum, 1e-3, 1.0)
     quantized = [p for p in model.parameters() if isinstance(p, bitsandbytes.nn.Params4bit)]
     scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in (p.quant_state for p in quantized))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -324,12 +323,12 @@ def rank_cost(source: Source, chosen: tuple[int, ...] = (2, 8, 32, 128), rounds:
     steps, found, kept = {}, {}, {}
     for rank in chosen:
         config, form, model = training.start(source.model, {"lora_r": rank, "lora_alpha": 2 * rank})
-        prepare_layers(model.train(), config)
+        decoder = accelerate(model.train(), config)
         trained = [p for p in model.parameters() if p.requires_grad]
         loss_sum = functools.partial(token_loss_sum, head=read_head(model))
         optimizer, window = build_optimizer(trained, config), window_of(source, form)
         steps[rank] = functools.partial(
-            train_loop.train_step, model.get_decoder(), optimizer, window, loss_sum, 1e-4, 1.0
+            train_loop.train_step, decoder, optimizer, window, loss_sum, 1e-4, 1.0
         )  # () -> loss, norm
         kept[rank] = optimizer
         frozen_mb = sum(p.nbytes for p in model.parameters() if not p.requires_grad) / 1e6

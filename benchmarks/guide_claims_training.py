@@ -15,7 +15,7 @@ import torch
 
 import train_loop
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, TrainConfig
-from qlora.data.batch import epoch_rows, micro_batches, windows
+from qlora.data.batch import count_steps, epoch_rows, micro_batches, windows
 from qlora.data.dataset import encode_all
 from qlora.data.formats import read_examples
 from qlora.data.template import Format, read_format
@@ -27,7 +27,7 @@ from qlora.model.lora import add_adapters, audit_targets
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
 from qlora.model.random_state import seed_generators
-from qlora.speed.layers import prepare_layers
+from qlora.speed.accelerate import accelerate
 from qlora.speed.memory import peak_memory_gib
 
 CPU = torch.device("cpu")
@@ -105,10 +105,10 @@ def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
     samples, held_out = (
         encode_all(read_examples(path, "train"), path, form, config)[0] for path in (BUNDLED_TRAIN, BUNDLED_EVAL)
     )
-    prepare_layers(adapted, config)
+    decoder = accelerate(adapted, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(adapted))
     optimizer = build_optimizer([parameter for parameter in adapted.parameters() if parameter.requires_grad], config)
-    step, (_, total) = 0, train_loop.count_steps(config, len(samples))
+    step, (_, total) = 0, count_steps(config, len(samples))
     warmup = math.ceil(config.warmup_ratio * total)
     losses, norms, seconds = [], [], []
     evaluated = [held_out_loss(adapted, held_out, loss_sum, config)]
@@ -120,9 +120,7 @@ def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
             for window in windows(batches, config.gradient_accumulation_steps):
                 since = time.perf_counter()
                 rate = config.learning_rate * train_loop.lr_multiplier(step, warmup, total)
-                step_loss, norm = train_loop.train_step(
-                    adapted.get_decoder(), optimizer, window, loss_sum, rate, config.max_grad_norm
-                )
+                step_loss, norm = train_loop.train_step(decoder, optimizer, window, loss_sum, rate, config.max_grad_norm)
                 losses.append(step_loss.item())
                 norms.append(norm.item())
                 seconds.append(time.perf_counter() - since)

@@ -246,7 +246,8 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
     from qlora.model.loss import read_head, token_loss_sum
     from qlora.model.optimizer import build_optimizer
     from qlora.model.random_state import seed_generators
-    from qlora.speed import layers
+    from qlora.speed.accelerate import accelerate
+    from qlora.speed.layers import choose_layers
     from qlora.speed.memory import leave_no_gaps
 
     leave_no_gaps()
@@ -264,21 +265,21 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
     skeleton = load_skeleton(source, config)
     attn = attention.choose_attention(config, clock.device, skeleton)
     config = dataclasses.replace(config, attn_implementation=attn.implementation)
-    config, _ = layers.choose_layers(config, skeleton, audit_targets(skeleton, config), work.max_length, clock.device)
+    config, _ = choose_layers(config, skeleton, audit_targets(skeleton, config), work.max_length, clock.device)
     seed_generators(config.seed)
     model = load_nf4_model(source, config, attn.loaded_as, clock.device)
     model = add_adapters(model, config, audit_targets(skeleton, config), source)
-    layers.prepare_layers(model, config)
+    decoder = accelerate(model, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(parameters, config)
-    step = functools.partial(train_loop.train_step, model.get_decoder(), optimizer, loss_sum=loss_sum)
+    step = functools.partial(train_loop.train_step, decoder, optimizer, loss_sum=loss_sum)
     with attention.for_training(model.train(), config):
         clock.attention = attn.implementation
         clock.loaded()
         for window in windows(work, clock.on_gpu, config.length_multiple):
             clock.begin()
-            loss, _ = step(window=window, learning_rate=RATE, max_grad_norm=CLIP)
+            loss, _ = step(micro_batches=window, learning_rate=RATE, max_grad_norm=CLIP)
             clock.end()
             clock.losses += [] if clock.losses else [loss.item()]
     return model

@@ -118,7 +118,7 @@ def time_cell(options: Options) -> dict:
     from qlora.model.load import load_nf4_model, load_skeleton
     from qlora.model.lora import add_adapters, audit_targets
     from qlora.model.loss import read_head, token_loss_sum
-    from qlora.speed.layers import prepare_layers
+    from qlora.speed.accelerate import accelerate
     from qlora.speed.memory import leave_no_gaps, peak_memory_gib
     from train_loop import train_step
 
@@ -131,7 +131,7 @@ def time_cell(options: Options) -> dict:
     torch.manual_seed(0)
     model = load_nf4_model(folder, config, chosen.loaded_as, device)
     model = add_adapters(model, config, audit_targets(skeleton, config), folder).train()
-    prepare_layers(model, config)
+    decoder = accelerate(model, config)
     head = read_head(model)
     vocabulary = len(head.weight)
     batch = config.per_device_train_batch_size
@@ -139,9 +139,7 @@ def time_cell(options: Options) -> dict:
     samples = [Encoded(ids, ids, line) for line, ids in enumerate(rows, start=1)]
     window = list(micro_batches(samples, range(len(samples)), batch, device.type == "cuda", config.length_multiple))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
-    step = functools.partial(
-        train_step, model.get_decoder(), optimizer, window, functools.partial(token_loss_sum, head=head), 5e-5, 1.0
-    )
+    step = functools.partial(train_step, decoder, optimizer, window, functools.partial(token_loss_sum, head=head), 5e-5, 1.0)
     clock = (lambda: torch.cuda.Event(enable_timing=True)) if device.type == "cuda" else None
     milliseconds, losses = [], []
     with attention.for_training(model, config):

@@ -22,7 +22,7 @@ from qlora.model.load import load_nf4_model
 from qlora.model.lora import add_adapters, audit_targets, with_init_adapter
 from qlora.model.loss import Head, token_loss_sum
 from qlora.run.environment import environment
-from qlora.speed.layers import prepare_layers
+from qlora.speed.accelerate import accelerate
 
 CPU = torch.device("cpu")
 
@@ -37,11 +37,16 @@ def adapted_model(config: TrainConfig, attn_implementation: str = "sdpa"):
 
 
 def prepared(model, config: TrainConfig, policy: str, compile: str = "none"):
-    """The model with its layers as training runs them; compiled without a C compiler, so that no bit differs."""
+    """The model, and as `model.accelerated` what trains it; compiled without a C compiler, so that no bit differs."""
     torch._dynamo.reset()  # each model of the session is new to it
     settings: dict = {"gradient_checkpointing": policy, "compile": compile}
-    prepare_layers(model, dataclasses.replace(config, **settings), backend="aot_eager_decomp_partition")
+    model.accelerated = accelerate(model, dataclasses.replace(config, **settings), backend="aot_eager_decomp_partition")
     return model
+
+
+def decoder_of(model):
+    """What a training step runs: the accelerated decoder where there is one."""
+    return getattr(model, "accelerated", None) or model.get_decoder()
 
 
 def wake_adapters(model, scale: float = 0.05) -> None:
@@ -92,7 +97,7 @@ def fp32_twin(model, config):
 def adapter_gradients(model, batch, head: Head, autocast: bool):
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        hidden = decoder_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         loss = token_loss_sum(hidden, batch, head) / batch.num_tokens
     loss.backward()
     return loss.item(), gradients(model)

@@ -149,11 +149,12 @@ def test_help_and_a_typo_answer_without_importing_torch(argument):
 
 
 def test_every_option_is_read_outside_config():
-    sources = [ROOT / "train_loop.py", *(path for path in (ROOT / "qlora").glob("*.py") if path.name != "config.py")]
+    sources = [ROOT / "train_loop.py", *(path for path in (ROOT / "qlora").rglob("*.py") if path.name != "config.py")]
     read = set()
     for node in (node for path in sources for node in ast.walk(ast.parse(path.read_text()))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config":
-            read.add(node.attr)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+            owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+            read |= {node.attr} if owner in ("config", "resolved") else set()
     assert {field.name for field in dataclasses.fields(TrainConfig)} <= read
 
 

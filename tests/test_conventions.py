@@ -73,8 +73,8 @@ def test_what_is_not_done_here(path):
         rest = function.args.kwarg  # `_` where transformers' AttentionInterface passes more than is asked for
         wraps = function.name in {
             "forward",
-            "_forward",
-            "_decoder_forward",
+            "__call__",
+            "_run",
             "_keep_products",
             "_keep_attention",
         }  # a layer of transformers or PEFT, or an operator of torch, whose arguments are its own
@@ -84,9 +84,10 @@ def test_what_is_not_done_here(path):
 
 
 def test_every_wait_for_the_device_in_the_loop_says_so():
-    waits = [line for line in LOOP.read_text().splitlines() if re.search(r"\.(item|tolist|cpu|numpy)\(|synchronize\(", line)]
-    waits = [line for line in waits if "randperm" not in line]
-    assert len(waits) == 2 and all("# sync" in line for line in waits)
+    lines = [line for path in (LOOP, ROOT / "qlora" / "run" / "log.py") for line in path.read_text().splitlines()]
+    waits = [line for line in lines if re.search(r"\.(item|tolist|cpu|numpy|flush)\(|synchronize\(", line)]
+    waits = [line for line in waits if not re.search(r"(self\.flush|metrics_file\.flush|board\.flush)\(", line)]
+    assert len(waits) == 3 and all("# sync" in line for line in waits)
 
 
 # A module may import from its own folder and from those before it; cli.py and __main__.py import lazily and are exempt.
@@ -163,7 +164,7 @@ def test_lines_that_make_tensors_end_with_their_shape(path):
 
 
 def test_every_test_asserts_something():
-    for path in (ROOT / "tests").rglob("test_*.py"):
+    for path in sorted({*(ROOT / "tests").rglob("test_*.py")} - {*(ROOT / "tests" / "faults").iterdir()}):
         for function in functions(path):
             if function.name.startswith("test_"):
                 assert re.search(r"\bassert\b|pytest\.raises|assert_close|check_first_gradients", ast.unparse(function)), (

@@ -31,8 +31,7 @@ from qlora.data.template import IGNORED, Encoded, encode
 from qlora.model import loss
 from qlora.model.loss import Head, read_head, token_loss_sum
 from qlora.run.signals import Signals
-from qlora.speed import layers
-from tests.helpers import adapted_model, plain_loss_sum, relative_error, to_fp32
+from tests.helpers import adapted_model, decoder_of, plain_loss_sum, relative_error, to_fp32
 from train_loop import train_step
 
 SEEDS = (42, 43, 44)  # of the order of samples, the start of the adapters, dropout
@@ -170,9 +169,9 @@ def ours(config, folder: Path, monkeypatch, loss_sum=trainers_loss_sum, own_laye
         patch.setattr(train_loop, "token_loss_sum", loss_sum)
         patch.setattr(train_loop, "add_adapters", add_adapters)
         patch.setattr(train_loop, "train_step", reseeded)
-        patch.setattr(train_loop.evaluate, "sample_responses", lambda *_: [])
+        patch.setattr("qlora.eval.generate.sample_responses", lambda *_: [])
         if not own_layers:
-            patch.setattr(layers.nf4_linear, "install", lambda *_: [])
+            patch.setattr("qlora.speed.lora_linear.install", lambda *_: [])
         train_loop.main(dataclasses.replace(config, output_dir=folder / "run"), Signals())
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["event"] == "step"]
@@ -347,7 +346,7 @@ def fp32_run(config, samples, monkeypatch, batch_size: int, window_size: int, ba
         for epoch in (1, 2):
             order = epoch_order(len(samples), config.seed, epoch)
             for window in windows(micro_batches(samples, order, batch_size), window_size):
-                losses.append(train_step(model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)[0].item())
+                losses.append(train_step(decoder_of(model), optimizer, window, loss_sum, 1e-3, 1.0)[0].item())
     return losses, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -35,10 +35,10 @@ from qlora.model.optimizer import build_optimizer
 from qlora.run import checkpoint
 from qlora.run.files import verify, write_folder
 from qlora.speed import layers, nf4
-from qlora.speed.layers import prepare_layers
+from qlora.speed.accelerate import accelerate
 from tests.faults.harness import rows as metrics
 from tests.faults.harness import tensors
-from tests.helpers import adapted_model, adapter_gradients, fp32_twin, gradients, relative_error, wake_adapters
+from tests.helpers import adapted_model, adapter_gradients, decoder_of, fp32_twin, gradients, relative_error, wake_adapters
 from train_loop import train_step
 
 pytestmark = [
@@ -73,7 +73,7 @@ def gpu_model(config, backend: str):
 def run_layers(model, config, policy: str, compile: str) -> None:
     torch._dynamo.reset()
     settings: dict = {"gradient_checkpointing": policy, "compile": compile}
-    prepare_layers(model, dataclasses.replace(config, **settings))
+    model.accelerated = accelerate(model, dataclasses.replace(config, **settings))
 
 
 ROWS = [[0, 2], [1], [3, 4, 5]]  # of the samples: two side by side, one alone, and three
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backen
     with attention.for_training(model, trained), torch.autocast("cuda", torch.bfloat16):
         assert (model.config._attn_implementation, model.config.sliding_window) == (f"training_{backend}", window)
         inputs = attention.decoder_inputs(moved, model.config)
-        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        hidden = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
         ours = token_loss_sum(hidden, moved, head) / moved.num_tokens
         ours.backward()
     found = {name: gradient.cpu() for name, gradient in gradients(model).items()}
@@ -130,7 +130,7 @@ def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, 
     assert window[0].input_ids.is_pinned() and (not packing or window[0].cu_seqlens.is_pinned())
     trained = dataclasses.replace(config, attn_implementation=backend)
     with attention.for_training(model, trained), warnings.catch_warnings(record=True) as waits:
-        step = functools.partial(train_step, model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)
+        step = functools.partial(train_step, decoder_of(model), optimizer, window, loss_sum, 1e-3, 1.0)
         step()
         warnings.simplefilter("always")
         waits.clear()
@@ -170,13 +170,13 @@ def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend
                 order = [*rows[number:-1], *rows[:number], rows[-1]]
                 batches = [next(training_batches(samples, two, recorded)) for two in order]
                 shapes |= {batch.input_ids.shape for batch in batches}
-                loss, norm = train_step(model.get_decoder(), optimizer, batches, loss_sum, 1e-3, 1.0)
+                loss, norm = train_step(decoder_of(model), optimizer, batches, loss_sum, 1e-3, 1.0)
                 run.append([loss.clone(), norm.clone(), *(p.detach().clone() for p in parameters)])
                 if number == 1:
                     optimizer.zero_grad(set_to_none=False)
                 if number == 2:
                     parameters[0].grad = parameters[0].grad.clone()
-    assert len(model.get_decoder().forward.__self__.recordings) == len(shapes) > packing  # padded to 128, all are alike
+    assert len(decoder_of(model).graphs.recordings) == len(shapes) > packing  # padded to 128, all are alike
     losses = [[float(step[0]) for step in run] for run in found]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2) and len(set(losses[0])) == 4
     if backend == "sdpa":
@@ -192,8 +192,8 @@ def test_each_replay_of_a_graph_draws_dropout_of_its_own(config, samples):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     window = [next(micro_batches(samples, [0, 1], 2, multiple=128))]
     with attention.for_training(model.train(), config):
-        losses = [train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)[0].item() for _ in range(3)]
-    assert len(model.get_decoder().forward.__self__.recordings) == 1 and len(set(losses)) == 3
+        losses = [train_step(decoder_of(model), optimizer, window, loss_sum, 0.0, None)[0].item() for _ in range(3)]
+    assert len(decoder_of(model).graphs.recordings) == 1 and len(set(losses)) == 3
 
 
 def short_samples(count: int, length: int) -> list[Encoded]:
@@ -227,9 +227,9 @@ def test_graphs_of_rows_with_any_number_of_samples_compile_nothing_while_capturi
         optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
         with attention.for_training(model.train(), config):
             for window in (batches[:1], batches[1:3], batches[3:], batches[::-1]):
-                loss, norm = train_step(model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)
+                loss, norm = train_step(decoder_of(model), optimizer, window, loss_sum, 1e-3, 1.0)
                 run.append([loss.clone(), norm.clone(), *(p.detach().clone() for p in parameters)])
-    assert len(model.get_decoder().forward.__self__.recordings) == len(batches)
+    assert len(decoder_of(model).graphs.recordings) == len(batches)
     losses = [[float(step[0]) for step in run] for run in found]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2) and len(set(losses[0])) == 4
     if backend == "sdpa":
@@ -247,7 +247,7 @@ def test_a_later_recording_needs_no_memory_beside_the_pool(config):
     with attention.for_training(model.train(), config):
         for length in (2048, 1920, 1792, 1664):
             window = [collate(short_samples(16, length))]
-            train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)
+            train_step(decoder_of(model), optimizer, window, loss_sum, 0.0, None)
             torch.cuda.empty_cache()
             reserved.append(torch.cuda.memory_reserved() / 1e6)
     growth = [later - reserved[0] for later in reserved[1:]]
@@ -261,7 +261,7 @@ def test_two_forwards_before_a_backward_and_a_second_backward_are_errors(config,
     head, batch = read_head(model), collate(samples[:2], multiple=128).to(GPU)
     with attention.for_training(model.train(), config), torch.autocast("cuda", torch.bfloat16):
         one, other = (
-            token_loss_sum(model.get_decoder()(batch.input_ids, use_cache=False).last_hidden_state, batch, head)
+            token_loss_sum(decoder_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state, batch, head)
             for _ in range(2)
         )
         with pytest.raises(RuntimeError, match="A later forward pass"):
@@ -298,7 +298,7 @@ def test_dropout_of_attention_and_of_adapters_is_drawn_again_as_it_was(config, s
         head = read_head(model)
         torch.manual_seed(5)
         with attention.for_training(model.train(), config), torch.autocast("cuda", torch.bfloat16):
-            hidden = model.get_decoder()(**attention.decoder_inputs(batch, model.config), use_cache=False).last_hidden_state
+            hidden = decoder_of(model)(**attention.decoder_inputs(batch, model.config), use_cache=False).last_hidden_state
             loss = token_loss_sum(hidden, batch, head)
             loss.backward()
         found[policy] = (loss.item(), gradients(model))
@@ -326,7 +326,8 @@ def test_running_out_of_memory_in_the_answers_leaves_a_complete_run(tiny, tmp_pa
     held = []
 
     def cramped(model, *arguments):
-        held.append((torch.cuda.memory_reserved(), hasattr(model.get_decoder().forward, "__self__")))
+        pools = {part["segment_pool_id"] for part in torch.cuda.memory_snapshot()}
+        held.append((torch.cuda.memory_reserved(), pools == {(0, 0)}))
         torch.cuda.set_per_process_memory_fraction(held[0][0] / torch.cuda.get_device_properties(GPU).total_memory)
         return torch.empty(2**33, dtype=torch.uint8, device=GPU)  # a KV cache that does not fit
 
@@ -338,7 +339,7 @@ def test_running_out_of_memory_in_the_answers_leaves_a_complete_run(tiny, tmp_pa
         torch.cuda.set_per_process_memory_fraction(1.0)
     out = capsys.readouterr().out
     assert "Warning: no sample answers were generated: memory ran out (CUDA out of memory." in out
-    assert "replayed as CUDA graphs" in out and held[0][1] is False and (tmp_path / "run" / "finished.json").exists()
+    assert "replayed as CUDA graphs" in out and held[0][1] and (tmp_path / "run" / "finished.json").exists()
     assert command_line(flags) == 0 and "it is complete" in capsys.readouterr().out
 
 

@@ -272,7 +272,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
     (
         {"num_items_in_batch": (f"{TRAINER}:Trainer.training_step", "inputs, num_items_in_batch=num_items_in_batch)")},
         "train_loop.py:train_step",
-        "num_tokens = sum(micro_batch.num_tokens for micro_batch in window)",
+        "num_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)",
     ),
     (
         {"remainder": (EPOCH, "remainder = steps_in_epoch % self.args.gradient_accumulation_steps")},
@@ -287,10 +287,10 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
         "(step + 1) / warmup_steps",
     ),
     ({"zero_grad": (EPOCH, "model.zero_grad()")}, "train_loop.py:train_step", "optimizer.zero_grad(set_to_none=True)"),
-    ({"logging_steps=10": None}, "train_loop.py:train", "pending.append(row)"),
+    ({"logging_steps=10": None}, "qlora/run/log.py:StepLog.add", "self.pending.append(row)"),
     (
         {"mean_token_accuracy": (f"{SFT}:SFTTrainer.compute_loss", '["mean_token_accuracy"].append(')},
-        "train_loop.py:read_pending",
+        "qlora/run/log.py:StepLog.flush",
         "torch.stack",
     ),
     ({"logging_nan_inf_filter=True": None}, "train_loop.py:train_step", "torch.isfinite(loss) & torch.isfinite(grad_norm)"),
@@ -299,7 +299,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
         "qlora/eval/loss.py:evaluate_loss",
         "model.eval()",
     ),
-    ({'eval_strategy="no"': None}, "train_loop.py:train", "evaluate_held_out(step, epoch)"),
+    ({'eval_strategy="no"': None}, "train_loop.py:train", "evaluate(step, epoch)"),
     (
         {"save_steps=500": None, "save_total_limit=None": None},
         "qlora/run/checkpoint.py:lowest",
@@ -319,7 +319,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
     (
         {"skip_first_batches": (EPOCH, "skip_first_batches(train_dataloader,")},
         "train_loop.py:train",
-        "data.epoch_rows(samples, config, epoch)[seen:]",
+        "epoch_rows(prep.train_set, config, epoch)[seen:]",
     ),
 ]
 
@@ -392,7 +392,7 @@ def test_the_trainer_does_what_the_map_says(tmp_path):
 def run_commands(number: int, folder: Path, monkeypatch, capsys) -> str:
     """Run the commands of an exercise on the tiny model in a folder of its own; what they print."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("train_loop.evaluate.sample_responses", lambda *_: [])
+    monkeypatch.setattr("qlora.eval.generate.sample_responses", lambda *_: [])
     block = EXERCISES.partition(f"**{number}. ")[2].partition(f"**{number + 1}. ")[0]
     (commands,) = re.findall(r"```bash\n(.*?)```", block, re.DOTALL)
     capsys.readouterr()
@@ -462,10 +462,9 @@ def test_ctrl_c_loses_nothing_where_checkpoints_are_evaluated(tiny, tmp_path, mo
     straight = run_copy(text, tmp_path, monkeypatch, "straight", save_steps=3)
     for name, call, saved in (("train_step", 4, "step-000004"), ("evaluate_loss", 2, "step-000003")):
         loop = changed_loop(text, tmp_path, monkeypatch, name)
-        holder = loop if name == "train_step" else loop.evaluate
-        interrupted = interrupting(getattr(holder, name), call)
+        interrupted = interrupting(getattr(loop, name), call)
         with monkeypatch.context() as patch, Signals() as stop:
-            patch.setattr(holder, name, interrupted)
+            patch.setattr(loop, name, interrupted)
             loop.main(short_run(tmp_path / name, 3), stop)
         assert stop.received == signal.SIGINT
         assert max(path.name for path in (tmp_path / name / "checkpoints").iterdir()) == saved

@@ -151,8 +151,8 @@ def test_gradients_of_the_last_step_do_not_leak_into_the_next(config, samples, m
     first, second = [collate(samples[:2])], [collate(samples[2:4])]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     step = functools.partial(train_step, model.get_decoder(), optimizer, loss_sum=functools.partial(token_loss_sum, head=head))
-    step(window=first, learning_rate=0.0, max_grad_norm=None)  # moves nothing, leaves gradients behind
-    _, norm = step(window=second, learning_rate=1.0, max_grad_norm=None)
+    step(micro_batches=first, learning_rate=0.0, max_grad_norm=None)  # moves nothing, leaves gradients behind
+    _, norm = step(micro_batches=second, learning_rate=1.0, max_grad_norm=None)
     _, (_, alone) = updates(config, second)
     assert norm.item() == alone.item()
 
@@ -198,12 +198,12 @@ def test_what_is_not_finite_never_reaches_weights_or_moments(config, samples, ma
 
     step = functools.partial(train_step, model.get_decoder(), optimizer, learning_rate=1e-3, max_grad_norm=1.0)
     first, second = [collate(samples[:2])], [collate(samples[2:4])]
-    step(window=first, loss_sum=good)
+    step(micro_batches=first, loss_sum=good)
     before = state()
-    loss, norm = step(window=second, loss_sum=broken)
+    loss, norm = step(micro_batches=second, loss_sum=broken)
     assert not torch.isfinite(norm) and torch.isfinite(loss) == (bad == "gradient")
     assert all(torch.equal(a, b) for was, now in zip(before, state(), strict=True) for a, b in zip(was, now, strict=True))
-    loss, _ = step(window=second, loss_sum=good)
+    loss, _ = step(micro_batches=second, loss_sum=good)
     assert torch.isfinite(loss) and not torch.equal(state()[0][-1], before[0][-1])
     assert all(torch.equal(now, was + 1) for was, now in zip(before[1], state()[1], strict=True))
 
@@ -479,7 +479,7 @@ def test_training_leaves_the_window_out_where_it_may_and_checkpoints_where_it_sh
     original, checkpoint = train_loop.train_step, layers.checkpoint
 
     def spy(decoder, *args, **kwargs):
-        seen.append((decoder.config.sliding_window, decoder.config._attn_implementation, decoder.training))
+        seen.append((decoder.config.sliding_window, decoder.config._attn_implementation, decoder.decoder.training))
         return original(decoder, *args, **kwargs)
 
     def counted(function, layer, *args, **kwargs):
@@ -507,7 +507,7 @@ def test_no_mask_is_made_for_padding(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", spy)
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-        patch.setattr(train_loop.evaluate, "sample_responses", lambda *a: [])
+        patch.setattr("qlora.eval.generate.sample_responses", lambda *a: [])
         assert run(tmp_path, "--max-steps", "2")[0] == 0
     assert masks and all(mask is None for mask in masks)
 

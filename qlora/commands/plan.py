@@ -13,8 +13,8 @@ from rich.table import Table
 from qlora.commands.options import PlanOptions, refuse_below
 from qlora.config import GradientCheckpointing, TrainConfig
 from qlora.errors import ExitCode, UserError
+from qlora.model.coverage import UNCOVERED_LIMIT, uncovered
 from qlora.model.demo import model_source
-from qlora.model.families import UNCOVERED_LIMIT, uncovered
 from qlora.model.load import load_skeleton
 from qlora.model.lora import Target, audit_targets
 from qlora.run.files import require_writable, write_file

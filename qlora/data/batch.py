@@ -6,6 +6,7 @@ A supervised token is a label that is trained after the shift by one: the hidden
 
 import bisect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -198,3 +199,10 @@ def windows(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     items = iter(items)
     while window := list(itertools.islice(items, size)):
         yield window
+
+
+def count_steps(config: TrainConfig, num_rows: int) -> tuple[int, int]:
+    """Optimizer steps of an epoch, whose short last window is a step too, and of the whole run."""
+    num_micro_batches = math.ceil(num_rows / config.per_device_train_batch_size)
+    steps_per_epoch = math.ceil(num_micro_batches / config.gradient_accumulation_steps)
+    return steps_per_epoch, config.max_steps or config.num_train_epochs * steps_per_epoch

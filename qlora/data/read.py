@@ -37,6 +37,11 @@ def listed(items: Iterable[object]) -> str:
 
 
 def file_rows(path: Path, is_text: bool = False) -> Iterator[tuple[int, object]]:
+    """Line number and value of each row of a JSONL or Parquet file, or the lines of a text.
+
+    Raises:
+        UserError: exit 3, naming file and line.
+    """
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -127,6 +132,11 @@ def _refuse_constant(where: str, name: str) -> None:
 
 
 def hub_rows(source: str, default_split: str) -> Iterator[tuple[int, object]]:
+    """Number and value of each row of a hub dataset, NAME or NAME:SPLIT.
+
+    Raises:
+        UserError: exit 3 if it cannot be loaded.
+    """
     import datasets
 
     name, _, split = source.partition(":")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from qlora.config import TrainConfig
 from qlora.errors import ExitCode, UserError, is_out_of_memory
-from qlora.model.families import linear_classes
+from qlora.model.coverage import linear_classes
 from qlora.model.third_party import bitsandbytes, transformers
 
 Precision = Literal["nf4", "int8", "bf16"]  # of a base model's linear layers

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from qlora.config import TrainConfig
 from qlora.errors import ExitCode, UserError
-from qlora.model.families import ROUTER, UNCOVERED_LIMIT, linear_classes, linear_layers, nf4_layers, uncovered
+from qlora.model.coverage import ROUTER, UNCOVERED_LIMIT, linear_classes, linear_layers, nf4_layers, uncovered
 from qlora.model.third_party import peft
 
 # -- adapters --------------------------------------------------------------------------------------------------------

@@ -10,9 +10,6 @@ import warnings
 from collections.abc import Iterator
 
 import huggingface_hub
-import peft
-import transformers
-from peft.tuners.lora.bnb import Linear4bit
 
 
 @contextlib.contextmanager
@@ -35,6 +32,9 @@ logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 with _without_kernels_package():
     import bitsandbytes
+import peft  # noqa: E402  after bitsandbytes, which it imports
+import transformers  # noqa: E402
+from peft.tuners.lora.bnb import Linear4bit  # noqa: E402
 
 __all__ = ["Linear4bit", "bitsandbytes", "peft", "transformers"]
 

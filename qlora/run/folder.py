@@ -9,8 +9,9 @@ import re
 import shlex
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -19,14 +20,10 @@ from rich.text import Text
 
 from qlora.config import Overridable, TrainConfig
 from qlora.errors import ExitCode, UserError, redact
+from qlora.eval.loss import HeldOut
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, write_file, write_folder
-from qlora.run.schema import UNREADABLE, check_types, reason
-
-if TYPE_CHECKING:
-    from qlora.eval.loss import HeldOut
-    from qlora.run.log import Tracker
-from qlora.run.schema import Facts
+from qlora.run.schema import UNREADABLE, Facts, RunInfo, check_types, reason
 
 LOCK, RUN, FINISHED, METRICS, SAMPLES = "run.lock", "run.json", "finished.json", "metrics.jsonl", "samples.jsonl"
 # Options that may differ without a word: they change no number of the training, or are compared by what they give.
@@ -61,7 +58,7 @@ class RunFolder:
         """
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.notes: list[str] = []
-        self.facts: dict[str, Any] = {}
+        self.info: RunInfo | None = None
         self._damaged: list[Path] = []
         self._taken_over = False
         self._lock = _locked(folder)
@@ -73,6 +70,12 @@ class RunFolder:
         except BaseException:
             self._lock.close()
             raise
+
+    @classmethod
+    def open(cls, config: TrainConfig) -> "RunFolder":
+        """The run folder of a resolved configuration; errors are those of RunFolder itself."""
+        assert config.output_dir is not None  # as resolved
+        return cls(config.output_dir, config.resume)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -148,14 +151,12 @@ class RunFolder:
         starts = [match[1] for path in run_folder.glob("tensorboard/events.*") if (match := EVENTS.match(path.name))]
         return datetime.datetime.fromtimestamp(min(map(int, starts))).isoformat() if starts else None
 
-    def accept(self, config: TrainConfig, facts: dict[str, Any], total_steps: int) -> bool:
+    def accept(self, config: TrainConfig, info: RunInfo) -> bool:
         """Compare this run with the one that the folder holds. Nothing is touched yet; see take_over.
 
         Args:
             config: resolved.
-            facts: JSON values that a later process is to find the same (data, held_out, targets, device) or that are kept
-                for it: environment, and what the report tells.
-            total_steps: that this run is to have.
+            info: of this run; data, held_out, targets and device must be those of before.
 
         Returns:
             Whether there is anything left to do.
@@ -163,24 +164,24 @@ class RunFolder:
         Raises:
             UserError: exit 2 with a table of what differs and was not named in `--override`.
         """
-        self.facts = {"config": config.plain(), **facts, "total_steps": total_steps, "history": [], "origin": None}
+        self.info = info
         there, before = self._begun()
         if before is None and not self._finished:
             return True
-        overrides = _differences(before, self.facts, config, there or self._finished) if before else {}
+        overrides = _differences(before, dataclasses.asdict(info), config, there or self._finished) if before else {}
         if self._finished and not overrides:
             return False
         if before is None or there is None:
             text = f"{self.folder} holds a finished run whose checkpoints are gone, so that it cannot be extended."
             raise UserError(ExitCode.CHECKPOINT, f"{text} --init-adapter {self.folder / 'adapter'} starts from its adapter.")
-        if self.step > total_steps:
-            text = f"{self.folder} is at step {self.step}, beyond the {total_steps} asked for."
+        if self.step > info.total_steps:
+            text = f"{self.folder} is at step {self.step}, beyond the {info.total_steps} asked for."
             raise UserError(ExitCode.CONFIGURATION, f"{text} Ask for more, or choose another --output-dir.")
         event = {"step": self.step, "overrides": overrides, "environment": there["environment"]}
-        self.facts |= {"history": [*before["history"], event], "origin": before["origin"]}
+        self.info = dataclasses.replace(info, history=[*before["history"], event], origin=before["origin"])
         changed = "".join(f"; {name}: {old} -> {new}" for name, (old, new) in overrides.items())
-        on_gpu = facts["device"] == "cuda"
-        close = _exactness(there["environment"], facts["environment"], config.deterministic, on_gpu, bool(overrides))
+        on_gpu = info.device == "cuda"
+        close = _exactness(there["environment"], info.environment, config.deterministic, on_gpu, bool(overrides))
         self.notes.append(f"Resuming after step-{self.step:06d}{changed}. {close}")
         return True
 
@@ -195,10 +196,11 @@ class RunFolder:
             self._branch_off(self.checkpoint)
         # A later process goes on by itself, and what was permitted once need not be permitted again.
         kept = dataclasses.replace(config, resume="auto", override=())
-        environment = {**self.facts["environment"], "command": [redact(word) for word in sys.argv]}
+        assert self.info is not None  # as accepted
+        environment = {**self.info.environment, "command": [redact(word) for word in sys.argv]}
         write_file(self.folder / "config.yaml", kept.to_yaml().encode())
         write_file(self.folder / "env.json", json.dumps(environment, indent=1).encode())
-        write_file(self.folder / RUN, json.dumps(self.facts, indent=1).encode())
+        write_file(self.folder / RUN, json.dumps(dataclasses.asdict(self.info), indent=1).encode())
         for folder in self._damaged:  # out of the way of the checkpoints to come, and kept
             folder.rename(_free_name(folder.with_name(f"{folder.name}.damaged")))
         for made_at_the_end in (FINISHED, SAMPLES):
@@ -208,15 +210,16 @@ class RunFolder:
         self._taken_over = True
 
     def _branch_off(self, source: Path) -> None:
+        assert self.info is not None  # as accepted
         from qlora.run.files import whole_rows  # here, as it imports this module
 
         metrics = source.parent.parent / METRICS
         if metrics.is_file():
             write_file(self.folder / METRICS, metrics.read_bytes())
-        rows = [row for row in whole_rows(metrics) if row["event"] == "eval" and row.get("held_out") == self.facts["held_out"]]
+        rows = [row for row in whole_rows(metrics) if row["event"] == "eval" and row.get("held_out") == self.info.held_out]
         losses = {row["step"]: row["eval_loss"] for row in rows if row["step"] <= self.step and row["eval_loss"] is not None}
         self.checkpoint = self.checkpoints / source.name
-        self.facts["origin"] = str(source.resolve())
+        self.info = dataclasses.replace(self.info, origin=str(source.resolve()))
         found = checkpoint.by_step(source.parent)
         # The best one before the branch is copied too, as early stopping may choose it. `source` is written last.
         for folder in dict.fromkeys([*(found[step] for step in checkpoint.lowest(losses, found)), source]):
@@ -233,23 +236,19 @@ class RunFolder:
         missing = max(keep + 1 - len(checkpoint.by_step(self.checkpoints)), 1)
         require_space(self.folder, trained_parameters * (SAVED_BYTES * missing + 4))
 
-    def keep_prediction(self, terms_gib: dict[str, float]) -> float:
-        """Keep what memory.memory_terms predicts, for the report, and give the sum, in GiB."""
-        self.facts |= {"predicted_gib": sum(terms_gib.values()), "predicted_terms_gib": terms_gib}
-        return self.facts["predicted_gib"]
-
     def restore(self, model: Any, optimizer: torch.optim.Optimizer, weights: str) -> checkpoint.Progress:
         """Put model, optimizer and generators in the state of the checkpoint, if there is one.
 
         Args:
             model: with adapters.
             optimizer: over them.
-            weights: fingerprint of the frozen base, kept with the facts.
+            weights: fingerprint of the frozen base, kept in run.json.
 
         Raises:
             UserError: exit 2 if the base is another, 4 if the checkpoint does not fit.
         """
-        self.facts["weights"] = weights
+        assert self.info is not None  # as accepted
+        self.info = dataclasses.replace(self.info, weights=weights)
         if self.checkpoint is None:
             return checkpoint.Progress()
         if checkpoint.read_state(self.checkpoint)["weights"] != weights:
@@ -263,48 +262,47 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         progress: checkpoint.Progress,
         keep: int,
-        evaluations: "dict[int, HeldOut]",
+        evaluations: dict[int, HeldOut],
     ) -> None:
         """Write a checkpoint, verify it, and only then remove old ones; see checkpoint.save and checkpoint.prune."""
-        self.checkpoint = checkpoint.save(self.checkpoints, model, optimizer, progress, self.facts)
+        assert self.info is not None  # as accepted
+        self.checkpoint = checkpoint.save(self.checkpoints, model, optimizer, progress, dataclasses.asdict(self.info))
         self.prune(keep, evaluations)
 
-    def prune(self, keep: int, evaluations: "dict[int, HeldOut]") -> None:
+    def prune(self, keep: int, evaluations: dict[int, HeldOut]) -> None:
         """Remove old checkpoints; see checkpoint.prune."""
         checkpoint.prune(self.checkpoints, keep, {step: result.loss for step, result in evaluations.items()})
 
-    def load_best(self, model: Any, tracker: "Tracker") -> int:
+    def load_best(self, model: Any, evaluations: dict[int, HeldOut], say: Callable[[str], None]) -> int:
         """Give the model the adapter of the checkpoint with the lowest held-out loss, for early stopping.
 
         Args:
             model: with the adapter of the newest checkpoint.
-            tracker: has the evaluations, and logs which step was chosen.
+            evaluations: step -> result.
+            say: for a warning about a damaged checkpoint.
 
         Returns:
             The step of the adapter. It is the newest if no other checkpoint has a finite loss and is sound.
         """
         folders = checkpoint.by_step(self.checkpoints)
-        losses = {step: result.loss for step, result in tracker.evaluations.items()}
-        chosen = self.step
+        losses = {step: result.loss for step, result in evaluations.items()}
         while best := checkpoint.lowest(losses, folders):
             (step,) = best
-            if step == self.step or not (problem := checkpoint.problem_of(folders[step])):
-                chosen = step
+            if step == self.step:
                 break
-            tracker.say(f"Warning: checkpoint {folders.pop(step).name}, which has the lowest loss, is damaged: {problem}.")
-        if chosen != self.step:
-            checkpoint.load_adapter(folders[chosen], model)
-        tracker.adapter_chosen(chosen)
-        return chosen
+            if not (problem := checkpoint.problem_of(folders[step])):
+                checkpoint.load_adapter(folders[step], model)
+                return step
+            say(f"Warning: checkpoint {folders.pop(step).name}, which has the lowest loss, is damaged: {problem}.")
+        return self.step
 
-    def finish(self, step: int, adapter_step: int) -> None:
+    def finish(self, adapter_step: int) -> None:
         """Mark the run as complete. Only sample answers, the report and the model card are written later.
 
         Args:
-            step: last step of the run.
             adapter_step: step whose adapter is in adapter/; an earlier one after early stopping.
         """
-        self._finished = {"step": step, "adapter_step": adapter_step}
+        self._finished = {"step": self.step, "adapter_step": adapter_step}
         write_file(self.folder / FINISHED, json.dumps(self._finished).encode())
 
     @property

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from qlora.errors import ExitCode, UserError
+from qlora.run.log import StepLog
 
 
 def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm: torch.Tensor) -> None:
@@ -33,22 +33,13 @@ def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm
     raise UserError(ExitCode.NUMERICS, text)
 
 
-def count_not_finite(
-    rows: list[dict[str, Any]],
-    before: list[dict[str, Any]],
-    skipped: int,
-    permitted: int,
-    say: Callable[[str], None],
-    advice: Callable[[], str],
-) -> int:
+def check_finite(steps: StepLog, skipped: int, permitted: int, advice: Callable[[], str]) -> int:
     """Count the windows that train_step left out because of a NaN or infinity, and end the run when they are too many.
 
     Args:
-        rows: of finished steps, with numbers for loss and grad_norm.
-        before: rows of steps before them.
+        steps: the steps of its last flush are looked at.
         skipped: windows left out so far.
         permitted: how many may be.
-        say: for a line about each that is permitted.
         advice: what to tell about checkpoints when the run ends.
 
     Returns:
@@ -57,7 +48,7 @@ def count_not_finite(
     Raises:
         UserError: exit 5, with step, rate, losses before it and the lines of the data.
     """
-    for index, row in enumerate(rows):
+    for index, row in enumerate(steps.rows):
         if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
             continue
         skipped += 1
@@ -67,9 +58,9 @@ def count_not_finite(
             f"{row['learning_rate']:g}, lines {lines} of the training data."
         )
         if skipped > permitted:
-            losses = ", ".join(f"{earlier['loss']:.4g}" for earlier in [*before, *rows[:index]][-5:])
+            losses = ", ".join(f"{earlier['loss']:.4g}" for earlier in [*steps.before, *steps.rows[:index]][-5:])
             way_out = "Lower --learning-rate, look at those lines, or allow some such steps with --skip-nonfinite."
             text = f"{seen} The weights were kept from it. Losses before it: {losses or 'none'}. {way_out} {advice()}"
             raise UserError(ExitCode.NUMERICS, text)
-        say(f"{seen} It was skipped, {skipped} of {permitted} that may be.")
+        steps.tracker.say(f"{seen} It was skipped, {skipped} of {permitted} that may be.")
     return skipped

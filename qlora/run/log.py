@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 from qlora.config import TrainConfig
+from qlora.data.batch import Batch
 from qlora.errors import redact
 from qlora.eval.generate import Sample
-from qlora.eval.loss import HeldOut, has_stalled
+from qlora.eval.loss import HeldOut
 from qlora.model.lora import Target
 from qlora.run.files import cannot_write, whole_rows, write_file
+from qlora.speed.memory import peak_memory_gib
 
 SAMPLE_LINES = 24  # of an answer, in the terminal; samples.jsonl has all
 TRAIN_CURVES = {name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib")}
@@ -64,7 +67,7 @@ class Tracker:
     """Writes what happens to the run folder and shows it; use it as a context.
 
     Attributes:
-        evaluations: step -> held-out result, those of before a resume included.
+        known_evaluations: step -> held-out result, as far as earlier processes of this run have them.
     """
 
     def __init__(self, run_folder: Path, console: Console, step: int = 0, held_out: str | None = None):
@@ -79,7 +82,7 @@ class Tracker:
         rows = [row for row in whole_rows(metrics) if row["step"] <= step and step > 0]
         write_file(metrics, b"".join(_line(row) for row in rows))
         known = [row for row in rows if row["event"] == "eval" and row.get("held_out") == held_out]
-        self.evaluations = {row["step"]: _held_out_of(row) for row in known}
+        self.known_evaluations = {row["step"]: _held_out_of(row) for row in known}
         self.metrics_file = metrics.open("ab")
         # What an earlier process told TensorBoard of this step and later ones does not count, so the step is told again.
         used = any((run_folder / "tensorboard").glob("events.*"))
@@ -131,24 +134,19 @@ class Tracker:
 
     def held_out(self, step: int, epoch: int, result: HeldOut) -> None:
         """Record a held-out evaluation after `step` steps."""
-        self.evaluations[step] = result
         row = {"event": "eval", "step": step, "epoch": epoch, "eval_loss": result.loss, "perplexity": result.perplexity}
         self._record({**row, "num_tokens": result.num_tokens, "held_out": self.held_out_sha256})
         self.flush()
         self.say(f"epoch {epoch}  held-out loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
 
-    def ends_early(self, step: int, patience: int | None) -> bool:
-        """Whether the held-out loss has stopped falling; if so, `step` becomes the last step of the run."""
-        if step == self.total_steps or not has_stalled(self.evaluations, patience):
-            return False
-        self.total_steps = step
+    def ended_early(self, step: int, patience: int | None) -> None:
+        """Tell that `step` is the last step of the run, as the held-out loss stopped falling."""
         self.progress.update(self.task, total=step)
         self.say(f"Ended early, after step {step}: the held-out loss stopped falling (--early-stopping-patience {patience}).")
-        return True
 
-    def adapter_chosen(self, step: int) -> None:
+    def adapter_chosen(self, step: int, evaluations: dict[int, HeldOut]) -> None:
         """Tell which step early stopping took the adapter of, and how its held-out loss compares."""
-        losses = {at: result.loss for at, result in self.evaluations.items()}
+        losses = {at: result.loss for at, result in evaluations.items()}
         start, loss = losses.pop(0, math.inf), losses.get(step, math.nan)
         is_best = loss == min(losses.values(), key=lambda value: (math.isnan(value), value), default=math.nan)
         rank = "the checkpoint with the lowest held-out loss" if is_best else "whose held-out loss is not the lowest"
@@ -163,7 +161,7 @@ class Tracker:
         write_file(self.run_folder / "samples.jsonl", b"".join(map(_line, rows)))
         for index, sample in enumerate(samples):
             text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample._asdict().items())
-            self.board.add_text(f"samples/{index}", text, self.total_steps)
+            self.board.add_text(f"samples/{index}", text, step)
         self.progress.stop()
         self.say(f"Greedy answers to {of} prompts, without and with the adapter:")
         for sample in samples:
@@ -207,6 +205,62 @@ class Tracker:
         for name, curve in (EVAL_CURVES if row["event"] == "eval" else TRAIN_CURVES).items():
             if row[name] is not None:
                 self.board.add_scalar(curve, row[name], row["step"])
+
+
+class StepLog:
+    """Rows of optimizer steps: collected without waiting for the device, then read together and written.
+
+    Attributes:
+        rows: those of the last flush, with numbers for loss and grad_norm.
+        before: the last five that were written earlier.
+    """
+
+    def __init__(self, tracker: Tracker, device: torch.device) -> None:
+        """Start the clock.
+
+        Args:
+            tracker: writes and shows the rows.
+            device: of the model.
+        """
+        self.tracker, self.device = tracker, device
+        self.pending: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.before: list[dict[str, Any]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Begin to count the seconds of the next steps: saving and evaluation are not training time."""
+        self.since = time.perf_counter()
+
+    def add(
+        self,
+        step: int,
+        epoch: int,
+        learning_rate: float,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor,
+        micro_batches: list[Batch],
+    ) -> None:
+        """Note a step that has been launched; `loss` and `grad_norm` are scalars on the device, and stay there."""
+        row = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "loss": loss, "grad_norm": grad_norm}
+        row["num_tokens"] = sum(batch.num_tokens for batch in micro_batches)
+        row["num_input_tokens"] = sum(batch.num_input_tokens for batch in micro_batches)
+        row["lines"] = [line for batch in micro_batches for line in batch.lines]
+        self.pending.append(row)
+
+    def flush(self) -> None:
+        """Read all pending steps from the device, in one wait however many they are, and write their rows."""
+        pairs = torch.stack([torch.stack([row["loss"], row["grad_norm"]]) for row in self.pending]).tolist()  # sync; [steps, 2]
+        seconds = time.perf_counter() - self.since
+        tokens_per_s = sum(row["num_input_tokens"] for row in self.pending) / seconds
+        measured = {"tokens_per_s": tokens_per_s, "peak_memory_gib": peak_memory_gib(self.device)}
+        self.before = [*self.before, *self.rows][-5:]
+        self.rows = [
+            {**row, "loss": loss, "grad_norm": grad_norm, **measured}
+            for row, (loss, grad_norm) in zip(self.pending, pairs, strict=True)
+        ]
+        self.pending = []
+        self.tracker.steps(self.rows)
 
 
 def _line(row: dict[str, Any]) -> bytes:

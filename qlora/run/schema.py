@@ -1,5 +1,6 @@
 """Types of the JSON and YAML files in a run folder; keys that no type names are ignored."""
 
+import dataclasses
 import functools
 from typing import Annotated, Any, NotRequired
 
@@ -86,6 +87,27 @@ class Facts(TypedDict):
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[float, Field(gt=-1e300, lt=1e300)]  # which NaN is not
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What run.json and each checkpoint keep of a run: what a later process is compared with, and what the report shows."""
+
+    config: dict[str, Any]  # as in config.yaml
+    data: str  # SHA-256 of the ids and labels of the training data
+    held_out: str | None  # the same of the eval data
+    targets: list[str]  # "qkv_proj x 32"
+    device: str  # cpu or cuda
+    environment: dict[str, Any]  # versions, commit, hardware
+    parameters: int  # of the base model
+    date: str  # ISO 8601: what a chat template that prints the date is told
+    counts: list[dict[str, int] | None]  # of the training data and the eval data
+    total_steps: int
+    predicted_gib: float  # peak memory in training
+    predicted_terms_gib: dict[str, float]  # what it is made of
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of resumes: step, overrides, environment
+    origin: str | None = None  # checkpoint that this run branched off from
+    weights: str | None = None  # fingerprint of the frozen base
 
 
 class OfData(TypedDict):

@@ -7,7 +7,7 @@ inputs are copied to where it reads, and gradients are added where it found them
 
 import contextlib
 import functools
-import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -131,33 +131,26 @@ class _Replay(torch.autograd.Function):
 class Graphs:
     """The decoder in training, replayed where its batch has a shape that was seen before."""
 
-    def __init__(self, decoder: Any) -> None:
+    def __init__(self, run: Callable[..., Any], decoder: Any) -> None:
         """Nothing is recorded yet.
 
         Args:
-            decoder: with layers prepared; its forward is replaced.
+            run: the decoder's forward in training, which is recorded.
+            decoder: holds the adapters.
         """
-        self.decoder = decoder
+        self.run = run
         self.parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
         self.gradients: list[torch.Tensor | None] = []  # where the graphs add
         self.recordings: dict[Any, _Recording] = {}
         self.passes = 0  # replays of a forward pass, all of which write to the pool
         self.pool = _Pool(torch.cuda.MemPool(), torch.cuda.Stream())
         self.anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)  # []
-        self.names = list(inspect.signature(type(decoder).forward).parameters)[1:]  # of its arguments, self excluded
-        self.recorded, decoder.forward = decoder.forward, self.forward
 
-    def forward(self, *args: Any, **inputs: Any) -> Any:
-        """Like the decoder's own forward.
-
-        In training the hidden states belong to the graph: they are valid until the next forward pass, and so is backward.
-        """
-        inputs |= dict(zip(self.names, args, strict=False))
-        if not (self.decoder.training and torch.is_grad_enabled()):
-            return self.recorded(**inputs)
+    def __call__(self, **inputs: Any) -> Any:
+        """Like `run`, but the hidden states belong to the graph: they are valid until the next call, and so is backward."""
         key = self._key(inputs)
         if key not in self.recordings and len(self.recordings) == MOST:
-            return self.recorded(**inputs)
+            return self.run(**inputs)
         require_plain_gradients(self.parameters)
         if key not in self.recordings:
             self.put_gradients_back()  # a recording adds to the gradients that it finds
@@ -175,15 +168,9 @@ class Graphs:
         shapes = ((name, first[id(value)], tuple(value.shape)) for name, value in tensors.items())
         return (torch.is_autocast_enabled(self.anchor.device.type), *shapes)
 
-    def release(self) -> None:
-        """Free all recordings; from now on the decoder runs without graphs."""
-        self.decoder.forward = self.recorded
-        self.recordings.clear()
-        self.gradients.clear()
-
     def _record(self, inputs: dict[str, Any]) -> _Recording:
         try:
-            recording = _Recording(self.recorded, inputs, self.parameters, self.pool, first=not self.recordings)
+            recording = _Recording(self.run, inputs, self.parameters, self.pool, first=not self.recordings)
         except RuntimeError as error:
             if is_out_of_memory(error) or "captur" not in str(error):
                 raise

@@ -29,8 +29,7 @@ from qlora.config import Compile, GradientCheckpointing, TrainConfig
 from qlora.errors import ExitCode, UserError
 from qlora.model.families import FAMILIES
 from qlora.model.lora import Target
-from qlora.speed import lora_linear
-from qlora.speed.graphs import Graphs, graph_obstacle
+from qlora.speed.graphs import graph_obstacle
 from qlora.speed.memory import ATTENTION_INPUTS, memory_terms
 
 # torch warns of in-place operators in what is computed again; there are none in a layer.
@@ -77,6 +76,7 @@ COMPILE_ERRORS = (
     torch._dynamo.exc.FailOnRecompileLimitHit,
     torch._inductor.exc.InductorError,
 )
+Run = Callable[..., torch.Tensor]  # (layer, *its arguments) -> its output
 HOW = {"none": "as written", "layers": "compiled", "graphs": "compiled, replayed as CUDA graphs"}
 MARGIN = 0.9  # of the memory that is free: predictions are good to a tenth, and fragments take room
 
@@ -206,48 +206,7 @@ def dropout_obstacle(skeleton: Any) -> str | None:
     return None
 
 
-def prepare_layers(model: Any, config: TrainConfig, backend: str = "inductor") -> None:
-    """Make a model's decoder layers run as the configuration says while they train; evaluation stays as it was.
-
-    Args:
-        model: with adapters; changed in place.
-        config: resolved; gradient_checkpointing, compile, lora_dropout, batch size and max_length are read.
-        backend: of torch.compile; a test may take one that needs no C compiler.
-    """
-    decoder = model.get_decoder()
-    cache = torch.bfloat16 if config.cache_dequantized else None
-    seeded = config.compile != "none" and config.lora_dropout > 0
-    decoder.forward = functools.partial(_decoder_forward, decoder, lora_linear.install(model, cache), seeded)
-    run, compiled = _policy(config), None
-    if config.compile != "none":
-        # Its dropout is drawn from seeds, and what torch 2.11 makes of torch's own with dynamic lengths cannot be compiled.
-        compiled = torch.compile(_policy(config, preserve_rng_state=False), fullgraph=True, backend=backend)
-    for layer in decoder.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = functools.partial(_forward, layer, run, compiled, config)
-    if config.compile == "graphs":
-        Graphs(decoder)
-
-
-def free_training_memory(model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Free CUDA graphs, gradients and optimizer state. The model keeps its weights and generates; it no longer trains."""
-    decoder = model.get_decoder()
-    if isinstance(graphs := getattr(decoder.forward, "__self__", None), Graphs):
-        graphs.release()
-    del graphs  # it holds the pool
-    optimizer.zero_grad(set_to_none=True)
-    optimizer.state.clear()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _decoder_forward(decoder: Any, adapted: list[lora_linear.LoRALinear], seeded: bool, *args: Any, **inputs: Any) -> Any:
-    if decoder.training and adapted:
-        lora_linear.copy_adapters(adapted, seeded)
-    return type(decoder).forward(decoder, *args, **inputs)  # some families pass input_ids by position
-
-
-def _policy(config: TrainConfig, preserve_rng_state: bool = True) -> Callable[..., torch.Tensor]:
+def _policy(config: TrainConfig, preserve_rng_state: bool = True) -> Run:
     """(layer, *its arguments) -> its output, keeping for backward what the policy says."""
     if config.gradient_checkpointing == "none" and config.compile == "none":
         return lambda layer, *args, **kwargs: type(layer).forward(layer, *args, **kwargs)
@@ -258,34 +217,70 @@ def _policy(config: TrainConfig, preserve_rng_state: bool = True) -> Callable[..
     return lambda layer, *args, **kwargs: checkpoint(type(layer).forward, layer, *args, **options, **kwargs)
 
 
-def _forward(
-    layer: Any,
-    run: Callable[..., torch.Tensor],
-    compiled: Callable[..., torch.Tensor] | None,
-    config: TrainConfig,
-    hidden: torch.Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """[B, T, D] -> [B, T, D]."""
-    if not layer.training:
-        return type(layer).forward(layer, hidden, *args, **kwargs)
-    if compiled is None:
-        return run(layer, hidden, *args, **kwargs)
-    # One compilation for all lengths: without a word here, each new one would begin another.
-    for tensor in (hidden, kwargs.get("position_ids"), *kwargs.get("position_embeddings", ())):
-        if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)  # T of [B, T, ...]
-    if kwargs.get("attention_mask") is not None:
-        torch._dynamo.maybe_mark_dynamic(kwargs["attention_mask"], (2, 3))  # T and T of [B, 1, T, T]
-    if kwargs.get("cu_seq_lens_q") is not None:
-        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):  # usually one tensor
-            torch._dynamo.maybe_mark_dynamic(kwargs[name], 0)  # S + 1
-        bound = config.max_length + config.length_multiple  # does as well, and stays the same
-        kwargs |= {"max_length_q": bound, "max_length_k": bound}
-    try:
-        with offloaded(hidden) if config.offload_checkpoints else contextlib.nullcontext():
-            return compiled(layer, hidden, *args, **kwargs)
-    except COMPILE_ERRORS as error:
-        text = f"{type(layer).__name__} could not be compiled. Pass --compile none, which runs it as it is written, but slower."
-        raise UserError(ExitCode.ENVIRONMENT, f"{text} ({' '.join(str(error).split())[:300]})") from error
+class TrainingLayer(torch.nn.Module):
+    """A decoder layer as it runs in training: compiled, and with its activations kept or recomputed.
+
+    It stands in the layer's place while the decoder runs; the layer itself is not changed.
+    """
+
+    def __init__(self, layer: torch.nn.Module, run: Run, compiled: Run | None, config: TrainConfig) -> None:
+        """Wrap a layer.
+
+        Args:
+            layer: of transformers.
+            run: (layer, *its arguments) -> its output, under the policy of `config`.
+            compiled: the same, compiled; None where it is not.
+            config: resolved; offload_checkpoints and the longest row are read.
+        """
+        super().__init__()
+        self.layer, self.run, self.compiled, self.config = layer, run, compiled, config
+
+    def __getattr__(self, name: str) -> Any:
+        """Some decoders ask their layers which kind of attention they have."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        if self.compiled is None:
+            return self.run(self.layer, hidden, *args, **kwargs)
+        # One compilation for all lengths: without a word here, each new one would begin another.
+        for tensor in (hidden, kwargs.get("position_ids"), *kwargs.get("position_embeddings", ())):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)  # T of [B, T, ...]
+        if kwargs.get("attention_mask") is not None:
+            torch._dynamo.maybe_mark_dynamic(kwargs["attention_mask"], (2, 3))  # T and T of [B, 1, T, T]
+        if kwargs.get("cu_seq_lens_q") is not None:
+            for name in ("cu_seq_lens_q", "cu_seq_lens_k"):  # usually one tensor
+                torch._dynamo.maybe_mark_dynamic(kwargs[name], 0)  # S + 1
+            bound = self.config.max_length + self.config.length_multiple  # does as well, and stays the same
+            kwargs |= {"max_length_q": bound, "max_length_k": bound}
+        try:
+            with offloaded(hidden) if self.config.offload_checkpoints else contextlib.nullcontext():
+                return self.compiled(self.layer, hidden, *args, **kwargs)
+        except COMPILE_ERRORS as error:
+            kind = type(self.layer).__name__
+            text = f"{kind} could not be compiled. Pass --compile none, which runs it as it is written, but slower."
+            raise UserError(ExitCode.ENVIRONMENT, f"{text} ({' '.join(str(error).split())[:300]})") from error
+
+
+def training_layers(decoder: Any, config: TrainConfig, backend: str) -> list[tuple[torch.nn.Module, str, TrainingLayer]]:
+    """The layers of a decoder as they run in training, each with the module that holds it and its name there.
+
+    Args:
+        decoder: of a model with adapters; it is not changed.
+        config: resolved; gradient_checkpointing and compile are read.
+        backend: of torch.compile.
+    """
+    run, compiled = _policy(config), None
+    if config.compile != "none":
+        # Its dropout is drawn from seeds, and what torch 2.11 makes of torch's own with dynamic lengths cannot be compiled.
+        compiled = torch.compile(_policy(config, preserve_rng_state=False), fullgraph=True, backend=backend)
+    return [
+        (parent, name, TrainingLayer(child, run, compiled, config))
+        for parent in decoder.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, GradientCheckpointingLayer)
+    ]

@@ -13,7 +13,7 @@ from qlora.config import TrainConfig
 from qlora.data.batch import longest_rows, rounded, training_batches
 from qlora.data.dataset import Samples
 from qlora.errors import out_of_memory_told
-from qlora.model.families import nf4_layers, uncovered
+from qlora.model.coverage import nf4_layers, uncovered
 from qlora.model.lora import Target
 from qlora.model.loss import CHUNK_TOKENS
 from qlora.model.random_state import random_state, set_random_state
@@ -177,16 +177,26 @@ def explained(
     )
 
 
-def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, samples: Samples, config: TrainConfig) -> None:
+def probe_memory(
+    step: Callable[..., Any],
+    optimizer: torch.optim.Optimizer,
+    samples: Samples,
+    config: TrainConfig,
+    predicted_gib: float,
+) -> str:
     """Take steps at rate zero on the longest rows, so that what does not fit shows at the start.
 
     Nothing is left of it but the measured peak: no weight moves, no gradient stays, generators are put back.
 
     Args:
-        step: the loop's own, called with `optimizer` and `window`.
+        step: the loop's own, called with `optimizer` and `micro_batches`.
         optimizer: its parameters are those that are trained; another one of its kind takes the step.
         samples: all of the training data.
         config: batch size and accumulation are read.
+        predicted_gib: by memory_terms.
+
+    Returns:
+        A line with the peak beside the prediction.
     """
     batch = next(training_batches(samples, longest_rows(samples, config), config))
     window = min(2, config.gradient_accumulation_steps) * [batch]
@@ -195,6 +205,8 @@ def probe_memory(step: Callable[..., Any], optimizer: torch.optim.Optimizer, sam
     same_kind: Any = type(optimizer)
     scratch = same_kind([dict(group) for group in optimizer.param_groups])
     for _ in range(2):  # the first makes the moments, which lie in memory beside the activations ever after
-        step(optimizer=scratch, window=window)
+        step(optimizer=scratch, micro_batches=window)
     scratch.zero_grad(set_to_none=True)  # the parameters' own
     set_random_state(before)
+    peak_gib = peak_memory_gib(optimizer.param_groups[0]["params"][0].device)
+    return f"Memory: the longest batch peaks at {peak_gib:.2f} GiB, {predicted_gib:.2f} were predicted"

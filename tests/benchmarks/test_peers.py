@@ -16,8 +16,8 @@ import transformers
 
 from benchmarks import peers as benchmark
 from benchmarks import peers_cells, peers_work, report
+from qlora.model.coverage import linear_layers
 from qlora.model.demo import build_tiny_random
-from qlora.model.families import linear_layers
 from qlora.model.load import load_skeleton
 from qlora.model.lora import audit_targets
 

@@ -36,7 +36,7 @@ def test_evaluation_keeps_the_mode_and_turns_dropout_off(config, samples):
     import dataclasses
 
     from qlora.model.loss import read_head
-    from tests.conftest import adapted_model
+    from tests.helpers import adapted_model
 
     model = adapted_model(dataclasses.replace(config, lora_dropout=0.5))
     wake_adapters(model)

@@ -66,7 +66,7 @@ class Case:
         """
 
         def run() -> int:
-            train_loop.after_training = lambda folder: "left out"
+            train_loop.html.after_training = lambda folder: "left out"
             before()
             return command_line([*self.flags, "--output-dir", str(folder), *more])
 

@@ -60,7 +60,7 @@ def count_calls(kill_at: int | None, told: Path | None) -> Callable[[], None]:
 
         def watch(frame, event, function):
             module = frame.f_code.co_filename
-            ours = any(part in module for part in ("checkpoint.py", "pathlib", "shutil.py"))
+            ours = any(part in module for part in ("checkpoint.py", "files.py", "pathlib", "shutil.py"))
             if event == "c_call" and ours and function.__name__ in CALLS:
                 calls.append(function.__name__)
                 if len(calls) == kill_at:

@@ -201,7 +201,7 @@ def test_a_signal_while_imports_run_ends_it_at_once(case: Case, tmp_path):
     """An exception raised in the middle of an import may be taken for a broken package."""
 
     def before() -> None:
-        import qlora.__main__ as program
+        import qlora.cli as program
 
         parse = program.parse
         program.parse = lambda argv: os.kill(os.getpid(), signal.SIGTERM) or parse(argv)

@@ -19,7 +19,7 @@ from qlora.errors import ExitCode, UserError
 from qlora.model import attention
 from qlora.model.lora import add_adapters, audit_targets
 from qlora.model.loss import read_head, token_loss_sum
-from tests.helpers import CPU, SIZES, adapted_model, gradients, prepared, relative_error, to_fp32, wake_adapters
+from tests.helpers import CPU, SIZES, adapted_model, decoder_of, gradients, prepared, relative_error, to_fp32, wake_adapters
 from train_loop import train_step
 
 GPU = torch.device("cuda", 0)
@@ -280,7 +280,7 @@ def results(model, batch: Batch, context, autocast: bool = True):
     head = read_head(model)  # which calls the model as a whole
     with context, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         inputs = attention.decoder_inputs(batch, model.config)
-        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        hidden = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
         loss = token_loss_sum(hidden, batch, head) / batch.num_tokens
         loss.backward()
     return hidden.detach(), loss.item(), gradients(model)
@@ -373,7 +373,7 @@ def test_a_step_over_packed_rows_is_the_step_over_their_samples(config, monkeypa
         window = list(micro_batches(samples, rows, size))
         assert len(window) == 2
         with attend(model, backend, None):
-            losses.append([train_step(model.get_decoder(), optimizer, window, loss_sum, 0.5, 0.7) for _ in range(2)])
+            losses.append([train_step(decoder_of(model), optimizer, window, loss_sum, 0.5, 0.7) for _ in range(2)])
         ends.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
     start = {name: p.detach() for name, p in awake(config).named_parameters() if p.requires_grad}
     padded, ours = ({name: end[name] - start[name] for name in end} for end in ends)
@@ -397,7 +397,7 @@ def test_rows_of_padding_that_fill_up_a_batch_train_nothing(config, monkeypatch,
         window = list(training_batches(samples, rows, changed))
         assert [len(batch.input_ids) for batch in window] == [1 if compile == "none" else 3]
         with attend(model, backend, None):
-            loss, norm = train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)
+            loss, norm = train_step(decoder_of(model), optimizer, window, loss_sum, 0.0, None)
         found.append((loss.item(), norm.item(), gradients(model)))
     one, other = found
     assert one[:2] == pytest.approx(other[:2], rel=1e-5) and relative_error(other[2], one[2]) < 1e-5
@@ -484,7 +484,7 @@ OTHERS = {
 
 @torch.no_grad()
 def hidden_states(model, inputs) -> torch.Tensor:
-    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return decoder_of(model)(**inputs, use_cache=False).last_hidden_state
 
 
 def other(name: str, backend: str):

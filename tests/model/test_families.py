@@ -14,7 +14,7 @@ from qlora.cli import train as command_line
 from qlora.config import TrainConfig
 from qlora.errors import ExitCode, UserError
 from qlora.eval import generate
-from qlora.model.families import nf4_layers, uncovered
+from qlora.model.coverage import nf4_layers, uncovered
 from qlora.model.load import load_nf4_model, load_skeleton
 from qlora.model.lora import add_adapters, audit_targets, checked_targets
 from qlora.speed.memory import memory_terms

@@ -21,7 +21,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from qlora.data import dataset
 from qlora.data.batch import collate
 from qlora.errors import ExitCode, UserError
 from qlora.model.loss import read_head, token_loss_sum
@@ -210,7 +209,7 @@ def test_a_save_that_reads_back_otherwise_is_an_error(trained, tmp_path, monkeyp
     write = _write
 
     def lying(path: Path, data: bytes) -> None:
-        write(path, dataset[:-1] + b"?" if path.name == checkpoint.TRAINER_STATE else dataset)
+        write(path, data[:-1] + b"?" if path.name == checkpoint.TRAINER_STATE else data)
 
     monkeypatch.setattr(files, "_write", lying)
     with pytest.raises(UserError, match=r"reads back otherwise: trainer_state\.safetensors is not what was written") as caught:
@@ -333,7 +332,7 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path, monkeypatch):
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
     def full(path: Path, data: bytes) -> None:
-        path.write_bytes(dataset[:1])
+        path.write_bytes(data[:1])
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files, "_write", full)
@@ -398,7 +397,7 @@ def test_the_adapter_names_its_base_and_commit_and_carries_no_blank_card(model, 
 def test_a_hub_model_is_named_by_id_and_commit(config, tmp_path):
     from qlora.model.load import load_nf4_model
     from qlora.model.lora import add_adapters, audit_targets
-    from tests.conftest import CPU
+    from tests.helpers import CPU
 
     base = load_nf4_model(config.model, config, "sdpa", CPU)
     base.config._commit_hash = "0123abc"

@@ -15,20 +15,20 @@ from qlora.cli import train as command_line
 from qlora.data.batch import collate, collate_packed, micro_batches
 from qlora.data.formats import Example, Message
 from qlora.data.template import IGNORED, Encoded, encode
-from qlora.model.families import linear_layers
+from qlora.model.coverage import linear_layers
 from qlora.model.load import load_skeleton
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
 from qlora.run import explain
 from qlora.run.explain import Count, Group, Token
-from tests.helpers import adapted_model, prepared, wake_adapters
+from tests.helpers import adapted_model, decoder_of, prepared, wake_adapters
 from train_loop import train_step
 
 
 def after_a_step(model, config, samples):
     optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-    _, norm = train_step(model.get_decoder(), optimizer, [collate(samples[:2])], loss_sum, 1e-3, None)
+    _, norm = train_step(decoder_of(model), optimizer, [collate(samples[:2])], loss_sum, 1e-3, None)
     return optimizer, norm.item()
 
 
@@ -197,7 +197,7 @@ def test_what_is_printed_of_the_ledger():
 
 @pytest.fixture(autouse=True)
 def no_sample_answers(monkeypatch):
-    monkeypatch.setattr("train_loop.evaluate.sample_responses", lambda *_: [])
+    monkeypatch.setattr("qlora.eval.generate.sample_responses", lambda *_: [])
 
 
 def explained(folder, *flags: str) -> list[dict]:

@@ -26,7 +26,7 @@ from qlora.eval.loss import HeldOut
 from qlora.report import html, model_card, record
 from qlora.report.caveats import caveats
 from qlora.report.html import _evaluations
-from qlora.run import checkpoint
+from qlora.run import checkpoint, prepare
 from qlora.run.files import verify, write_folder
 from qlora.run.folder import RunFolder, _exactness
 from tests.faults.harness import rows, tensors
@@ -214,7 +214,7 @@ def test_a_run_is_complete_though_its_data_is_gone_or_the_disk_is_full_by_then(t
         monkeypatch.setattr(RunFolder, "finish", finish)
     else:
         monkeypatch.setattr(generate, "sample_responses", lambda *_: [SAMPLE])
-        monkeypatch.setattr(train_loop.tracking.Tracker, "samples", lambda *_, **__: full())
+        monkeypatch.setattr(train_loop.log.Tracker, "samples", lambda *_, **__: full())
     assert run(folder, "--train-file", str(rows), "--max-steps", "1") == 0
     words = "does not exist" if what == "data" else "No space left"
     assert re.search(f"Warning: no sample answers were generated: UserError .*{words}", capsys.readouterr().out)
@@ -720,13 +720,13 @@ def test_what_auto_was_resolved_to_stays_the_runs_own(stopped, straight, monkeyp
     """The machine has changed: auto would be something else by now, and the run goes on as it began, bit for bit."""
     known = json.loads((stopped / "run.json").read_text())["config"]
     assert (known["gradient_checkpointing"], known["compile"], known["attn_implementation"]) == ("none", "none", "sdpa")
-    original = train_loop.choose_layers
+    original = prepare.choose_layers
 
     def elsewhere(config, *arguments):
         other = {"gradient_checkpointing": "full"} if config.gradient_checkpointing == "auto" else {}
         return original(dataclasses.replace(config, **other), *arguments)
 
-    monkeypatch.setattr(train_loop, "choose_layers", elsewhere)
+    monkeypatch.setattr(prepare, "choose_layers", elsewhere)
     assert run(stopped, "--max-steps", "8") == 0
     assert "gradient checkpointing: none" in capsys.readouterr().out
     assert tensors(stopped / "checkpoints" / "step-000008") == tensors(straight / "checkpoints" / "step-000008")

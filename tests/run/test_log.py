@@ -107,7 +107,7 @@ def test_a_resumed_run_has_each_row_and_each_point_once(tmp_path):
     for start, end in ((0, 5), (3, 6), (6, 7)):
         with log.Tracker(tmp_path, console, start) as tracker:
             tracker.begin(start, total_steps=7, logging_steps=3)
-            known = sorted(tracker.evaluations)
+            known = sorted(tracker.known_evaluations)
             if start == 0:
                 tracker.held_out(0, 0, HeldOut(1.0, 2.718, 10))
             for step in range(start + 1, end + 1):
@@ -129,7 +129,7 @@ def test_a_run_that_starts_again_before_its_first_checkpoint_starts_its_records_
     for loss in (5.0, 4.0):
         with log.Tracker(tmp_path, Console(file=io.StringIO()), step=0) as tracker:
             tracker.begin(0, total_steps=7, logging_steps=3)
-            assert tracker.evaluations == {}
+            assert tracker.known_evaluations == {}
             tracker.held_out(0, 0, HeldOut(loss, 2.718, 10))
             tracker.steps([row(1)])
         time.sleep(1.01)  # TensorBoard reads files in the order of their names, which have seconds in them
@@ -158,7 +158,7 @@ def test_what_is_not_finite_is_null_in_the_metrics_and_left_out_of_the_curves(tm
     assert (rows[1]["loss"], rows[1]["grad_norm"], rows[2]["eval_loss"]) == (None, None, None)
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1]
     with log.Tracker(tmp_path, Console(file=io.StringIO()), step=2) as tracker:
-        assert math.isnan(tracker.evaluations[2].loss)  # known, and never the best
+        assert math.isnan(tracker.known_evaluations[2].loss)  # known, and never the best
 
 
 def test_a_full_disk_ends_the_run_with_exit_4_not_with_a_traceback(tmp_path):
@@ -223,10 +223,7 @@ def test_a_run_that_ends_early_says_which_adapter_it_took(tmp_path, losses, word
     told = io.StringIO()
     with log.Tracker(tmp_path, Console(file=told, width=200), step=0) as tracker:
         tracker.begin(0, total_steps=9, logging_steps=3)
-        for at, loss in losses.items():
-            tracker.held_out(at, 1, HeldOut(loss, 2.0, 10))
-        assert not tracker.ends_early(9, 1)  # it ends there anyway
-        assert tracker.ends_early(max(losses), 1) and tracker.total_steps == max(losses)
-        tracker.adapter_chosen(3)
+        tracker.ended_early(max(losses), 1)
+        tracker.adapter_chosen(3, {at: HeldOut(loss, 2.0, 10) for at, loss in losses.items()})
     told = told.getvalue()
     assert f"Ended early, after step {max(losses)}: the held-out loss stopped falling" in told and words in told

@@ -15,8 +15,8 @@ from qlora.data.template import Encoded
 from qlora.errors import ExitCode, UserError
 from qlora.model import attention
 from qlora.model.loss import read_head, token_loss_sum
-from qlora.speed import graphs, layers, lora_linear
-from tests.helpers import adapted_model, gradients, prepared, wake_adapters
+from qlora.speed import graphs, lora_linear
+from tests.helpers import adapted_model, decoder_of, gradients, prepared, wake_adapters
 from train_loop import train_step
 
 
@@ -67,7 +67,7 @@ def run(config, samples, compile):
     with attention.for_training(model.train(), config):
         for number, rows in enumerate(([0, 1, 2, 3, 5], [5, 0, 1], [16, 17, 2, 3], [1, 2, 16, 17])):
             window = list(micro_batches(samples, rows, 2, multiple=64, least=2))
-            loss, norm = train_step(model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)
+            loss, norm = train_step(decoder_of(model), optimizer, window, loss_sum, 1e-3, 1.0)
             found.append([loss, norm, *(p.detach().clone() for p in parameters)])
             if number == 1:
                 optimizer.zero_grad(set_to_none=False)
@@ -80,7 +80,7 @@ def test_what_surrounds_a_graph_changes_no_bit(config, samples, stand_in):
     _, plain = run(config, samples, "layers")
     model, ours = run(config, samples, "graphs")
     assert all(torch.equal(x, y) for one, other in zip(ours, plain, strict=True) for x, y in zip(one, other, strict=True))
-    recordings = model.get_decoder().forward.__self__.recordings
+    recordings = decoder_of(model).graphs.recordings
     assert len(recordings) == 2 and sum(recording.replays for recording in recordings.values()) == 9
 
 
@@ -92,7 +92,8 @@ def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_o
     for model in (ours, plain):
         wake_adapters(model)
         prepared(model, config, "none")  # not compiled, which would take its time
-    recordings = graphs.Graphs(ours.get_decoder()).recordings
+    ours.accelerated.graphs = graphs.Graphs(ours.accelerated._run, ours.get_decoder())
+    recordings = ours.accelerated.graphs.recordings
     found = []
     for end in (20, 34, 20):
         cuts = [[ids[:end], ids[end:64]], [ids[64:]]]
@@ -102,7 +103,7 @@ def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_o
                 inputs = attention.decoder_inputs(batch, ours.config)
                 with torch.autocast("cpu", torch.bfloat16, autocast):
                     hidden, expected = (
-                        model.get_decoder()(**inputs, use_cache=False).last_hidden_state for model in (ours, plain)
+                        decoder_of(model)(**inputs, use_cache=False).last_hidden_state for model in (ours, plain)
                     )  # [2, 64, D] each
             assert torch.equal(hidden, expected)
             found.append(hidden.detach().clone())  # [2, 64, D]
@@ -117,12 +118,14 @@ def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_o
 def test_only_training_is_recorded_and_only_so_many_shapes(config, samples, stand_in, monkeypatch):
     monkeypatch.setattr(graphs, "MOST", 1)
     config = dataclasses.replace(config, attn_implementation="sdpa")
-    decoder = prepared(adapted_model(config), config, "none", "graphs").get_decoder()
-    recordings = decoder.forward.__self__.recordings
+    decoder = decoder_of(prepared(adapted_model(config), config, "none", "graphs"))
+    recordings = decoder.graphs.recordings
     ids = torch.randint(3, 60, (2, 128))  # [B, T]
-    decoder.eval()(input_ids=ids, use_cache=False)
+    decoder.decoder.eval()
+    decoder(input_ids=ids, use_cache=False)
+    decoder.decoder.train()
     with torch.no_grad():
-        decoder.train()(input_ids=ids, use_cache=False)
+        decoder(input_ids=ids, use_cache=False)
     assert not recordings
     decoder(input_ids=ids, use_cache=False)
     decoder(input_ids=ids[:, :64], use_cache=False)
@@ -136,7 +139,7 @@ def test_what_cannot_be_recorded_says_how_to_do_without(config, samples, stand_i
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     config = dataclasses.replace(config, attn_implementation="sdpa")
-    decoder = prepared(adapted_model(config), config, "none", "graphs").get_decoder()
+    decoder = decoder_of(prepared(adapted_model(config), config, "none", "graphs"))
     monkeypatch.setattr(graphs, "_Recording", refuse)
     with pytest.raises(UserError, match=r"could not be recorded as CUDA graphs\. Pass --compile layers") as refused:
         decoder(input_ids=torch.zeros(2, 128, dtype=torch.int64), use_cache=False)
@@ -167,9 +170,9 @@ def test_a_gradient_from_outside_the_graphs_is_carried_into_them(config, samples
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         with attention.for_training(model.train(), config):
             for order in ([0], [1, 0], [1, 2, 3, 0], [0, 1]):  # the first records A
-                train_step(model.get_decoder(), optimizer, [batches[index] for index in order], loss_sum, 0.0, None)
+                train_step(decoder_of(model), optimizer, [batches[index] for index in order], loss_sum, 0.0, None)
                 found.append(gradients(model))
-    assert len(model.get_decoder().forward.__self__.recordings) == 1
+    assert len(decoder_of(model).graphs.recordings) == 1
     for plain, ours in zip(found[:4], found[4:], strict=True):
         assert all(torch.equal(gradient, plain[name]) for name, gradient in ours.items())
 
@@ -177,7 +180,7 @@ def test_a_gradient_from_outside_the_graphs_is_carried_into_them(config, samples
 def test_gradients_that_zero_grad_removed_after_the_forward_pass_are_there_again(config, stand_in):
     """forward, zero_grad, backward: the graph adds to tensors that zero_grad has taken from the parameters."""
     model, _ = decoder_with_graphs(config)
-    decoder, ids = model.get_decoder(), torch.randint(3, 60, (2, 128))  # [B, T]
+    decoder, ids = decoder_of(model), torch.randint(3, 60, (2, 128))  # [B, T]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     found = []
     for late in (False, False, True):  # the first records
@@ -190,9 +193,7 @@ def test_gradients_that_zero_grad_removed_after_the_forward_pass_are_there_again
     assert all(torch.equal(gradient, found[1][name]) and gradient.any() for name, gradient in found[2].items())
     optimizer.zero_grad()
     decoder(input_ids=ids[:, :64], use_cache=False).last_hidden_state.mean().backward()  # recorded without any
-    assert all(
-        p.grad is g for p, g in zip(decoder.forward.__self__.parameters, decoder.forward.__self__.gradients, strict=True)
-    )
+    assert all(p.grad is g for p, g in zip(decoder.graphs.parameters, decoder.graphs.gradients, strict=True))
 
 
 def test_each_recording_warms_up_before_its_capture(monkeypatch):
@@ -226,7 +227,7 @@ def test_each_recording_warms_up_before_its_capture(monkeypatch):
 def test_recordings_for_another_number_of_packed_samples_compile_nothing(config, stand_in):
     """The ends of 128 and of 384 samples: tensors of two lengths, each under two names, copied for each recording."""
     model, config = decoder_with_graphs(config, packing=True)
-    recordings = model.get_decoder().forward.__self__.recordings
+    recordings = decoder_of(model).graphs.recordings
     seen = []
     with attention.for_training(model.train(), config), torch.autocast("cpu", torch.bfloat16):
         for count, length in ((3, 64), (150, 1), (300, 1), (5, 30)):
@@ -234,7 +235,7 @@ def test_recordings_for_another_number_of_packed_samples_compile_nothing(config,
             batch = collate_packed([[sample] * count], 128)
             inputs = attention.decoder_inputs(batch, model.config)
             del inputs["attention_mask"]  # its size says nothing of how many samples there are
-            model.get_decoder()(**inputs, use_cache=False).last_hidden_state.sum().backward()
+            decoder_of(model)(**inputs, use_cache=False).last_hidden_state.sum().backward()
             seen.append((len(batch.cu_seqlens), torch._dynamo.utils.counters["stats"]["unique_graphs"]))
     assert {ends for ends, _ in seen} == {128, 256, 384} and len(recordings) >= 3
     assert len({compiled for _, compiled in seen}) == 1
@@ -247,28 +248,28 @@ def test_one_tensor_under_two_names_has_one_copy(stand_in, config):
     copies = graphs.static_copies({"q": ends, "k": ends, "other": other, "longest": 7, "nothing": None})
     assert copies["q"] is copies["k"] is not copies["other"] and copies["longest"] == 7 and copies["nothing"] is None
     assert copies["q"] is not ends and torch.equal(copies["q"], ends)
-    key = decoder_with_graphs(config)[0].get_decoder().forward.__self__._key
+    key = decoder_of(decoder_with_graphs(config)[0]).graphs._key
     assert key({"q": ends, "k": ends}) == key({"q": other, "k": other}) != key({"q": ends, "k": other})
 
 
 def test_a_second_forward_before_the_backward_is_an_error(config, stand_in):
     model, config = decoder_with_graphs(config)
     ids = torch.randint(3, 60, (2, 128), generator=torch.Generator().manual_seed(0))  # [B, T]
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     for later in (ids, ids[:, :64]):  # a replay, and a recording of another shape
-        one = decoder(ids, use_cache=False).last_hidden_state.sum()  # by position, as some callers do
+        one = decoder(input_ids=ids, use_cache=False).last_hidden_state.sum()
         other = decoder(input_ids=later, use_cache=False).last_hidden_state.sum()
         with pytest.raises(RuntimeError, match=r"A later forward pass .* Call backward\(\) before the next forward pass"):
             one.backward()
         other.backward()
     with torch.no_grad():
-        decoder(ids, use_cache=False)  # overwrites nothing
-    decoder(ids, use_cache=False).last_hidden_state.sum().backward()
+        decoder(input_ids=ids, use_cache=False)  # overwrites nothing
+    decoder(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
 
 
 def test_a_second_backward_is_an_error(config, samples, stand_in):
     model, config = decoder_with_graphs(config)
-    loss = model.get_decoder()(input_ids=torch.full((2, 128), 5), use_cache=False).last_hidden_state.sum()
+    loss = decoder_of(model)(input_ids=torch.full((2, 128), 5), use_cache=False).last_hidden_state.sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="has had its backward pass: a CUDA graph keeps nothing for a second one"):
         loss.backward()
@@ -283,18 +284,16 @@ def test_a_second_backward_is_an_error(config, samples, stand_in):
 def test_released_graphs_are_gone_and_the_decoder_still_runs(config, stand_in):
     model, config = decoder_with_graphs(config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
-    decoder, ids = model.get_decoder(), torch.full((2, 128), 5)
+    decoder, ids = decoder_of(model), torch.full((2, 128), 5)
     decoder(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
     optimizer.step()
-    recorder = decoder.forward.__self__
-    kept = [weakref.ref(recording) for recording in recorder.recordings.values()]
-    del recorder
-    layers.free_training_memory(model, optimizer)
+    kept = [weakref.ref(recording) for recording in decoder.graphs.recordings.values()]
+    decoder.release(optimizer)
     gc.collect()
     assert kept and all(reference() is None for reference in kept)
     assert not optimizer.state and all(parameter.grad is None for parameter in model.parameters())
     with torch.no_grad():
-        assert decoder.eval()(input_ids=ids, use_cache=False).last_hidden_state.isfinite().all()
+        assert decoder(input_ids=ids, use_cache=False).last_hidden_state.isfinite().all()
 
 
 # -- hooks of autograd -------------------------------------------------------------------------------------------------
@@ -304,13 +303,24 @@ def test_released_graphs_are_gone_and_the_decoder_still_runs(config, stand_in):
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
 def test_gradient_hooks_are_refused_since_they_would_never_fire(config, stand_in, compile, register):
     config = dataclasses.replace(config, attn_implementation="sdpa")
-    decoder = prepared(adapted_model(config), config, "none", compile).get_decoder()
-    parameter = next(p for p in decoder.parameters() if p.requires_grad)
+    decoder = decoder_of(prepared(adapted_model(config), config, "none", compile))
+    parameter = next(p for p in decoder.decoder.parameters() if p.requires_grad)
     hook = getattr(parameter, register)(lambda _: None)
     with pytest.raises(RuntimeError, match="1 adapter tensors have gradient hooks, which would never be called"):
         decoder(input_ids=torch.full((2, 128), 5), use_cache=False)
     hook.remove()
     assert decoder(input_ids=torch.full((2, 128), 5), use_cache=False).last_hidden_state.requires_grad
+
+
+class Accelerated(torch.nn.Module):
+    """The accelerated decoder as a module, which DistributedDataParallel needs."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return decoder_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def test_distributed_data_parallel_is_refused_since_it_would_never_reduce(config, samples, tmp_path, monkeypatch):
@@ -330,13 +340,13 @@ def test_distributed_data_parallel_is_refused_since_it_would_never_reduce(config
         "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )
     try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        wrapped = torch.nn.parallel.DistributedDataParallel(Accelerated(model))
         wrapped.register_comm_hook(None, count)
         with pytest.raises(RuntimeError, match="DistributedDataParallel would never reduce these gradients"):
-            wrapped(input_ids=batch.input_ids, use_cache=False)
+            wrapped(batch.input_ids)
         monkeypatch.setattr(lora_linear, "require_plain_gradients", lambda _: None)
         with torch.autocast("cpu", torch.bfloat16):
-            wrapped(input_ids=batch.input_ids, use_cache=False).logits.float().square().mean().backward()
+            wrapped(batch.input_ids).float().square().mean().backward()
     finally:
         torch.distributed.destroy_process_group()
     assert reduced == [] and all(p.grad.any() for p in model.parameters() if p.requires_grad)

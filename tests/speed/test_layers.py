@@ -27,8 +27,10 @@ from qlora.model import attention
 from qlora.model.load import load_skeleton
 from qlora.model.lora import audit_targets
 from qlora.model.loss import read_head, token_loss_sum
-from qlora.speed import layers, lora_linear, nf4
-from tests.helpers import CPU, adapted_model, gradients, prepared, relative_error, wake_adapters
+from qlora.model.third_party import Linear4bit
+from qlora.speed import layers, lora_linear
+from qlora.speed.accelerate import accelerate
+from tests.helpers import CPU, adapted_model, decoder_of, gradients, prepared, relative_error, wake_adapters
 from train_loop import train_step
 
 POLICIES = ("none", "selective", "full")
@@ -42,7 +44,7 @@ def step(model, config, window, dropout_seed: int | None = None) -> tuple[float,
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     torch.manual_seed(dropout_seed or 0)
     with attention.for_training(model.train(), config):
-        loss, norm = train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)
+        loss, norm = train_step(decoder_of(model), optimizer, window, loss_sum, 0.0, None)
     return loss.item(), norm.item(), gradients(model)
 
 
@@ -112,7 +114,7 @@ def test_dropout_is_another_in_each_pass_and_in_each_layer(awake, window, compil
     passes = []
     for _ in range(2):
         with attention.for_training(model.train(), config):
-            model.get_decoder()(input_ids=window[0].input_ids, use_cache=False)
+            decoder_of(model)(input_ids=window[0].input_ids, use_cache=False)
         passes.append([module.seed for module in model.modules() if isinstance(module, lora_linear.LoRALinear)])
     if compile == "none":
         assert passes[0] == passes[1] == [None] * len(passes[0])  # torch's generator, which no layer begins again
@@ -124,13 +126,13 @@ def test_dropout_is_another_in_each_pass_and_in_each_layer(awake, window, compil
 def counted(monkeypatch):
     """Names of the layers whose weights were dequantised, in order."""
     names = []
-    original = nf4.dequantized
+    original = lora_linear.dequantized
 
     def spy(weight, outputs, dtype):
         names.append((outputs, 2 * weight.packed.numel() // outputs))
         return original(weight, outputs, dtype)
 
-    monkeypatch.setattr(nf4, "dequantized", spy)
+    monkeypatch.setattr(lora_linear, "dequantized", spy)
     return names
 
 
@@ -221,7 +223,7 @@ def test_what_is_kept_falls_from_policy_to_policy(awake, window, compile):
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16),
         ):
-            model.get_decoder()(input_ids=window[0].input_ids, use_cache=False)
+            decoder_of(model)(input_ids=window[0].input_ids, use_cache=False)
         kept.append(sum(sizes.values()))
     if compile == "layers":  # without, what selective keeps is not in autograd's hands
         assert kept[1] < 0.75 * kept[0] and kept[2] < 0.5 * kept[1]
@@ -271,7 +273,7 @@ def test_packed_rows_of_any_number_of_samples_share_one_compilation(awake):
             inputs = attention.decoder_inputs(batch, model.config)
             del inputs["attention_mask"]  # its size says nothing of how many samples there are
             inputs["cu_seq_lens_k"] = inputs["cu_seq_lens_k"].clone()
-            model.get_decoder()(**inputs, use_cache=False)
+            decoder_of(model)(**inputs, use_cache=False)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
@@ -280,7 +282,7 @@ def test_compiled_for_real_it_stays_near(awake, window):
     model, config = awake()
     plain = step(prepared(model, config, "none"), config, window)
     real, config = awake(gradient_checkpointing="selective", compile="layers")
-    layers.prepare_layers(real, config)
+    real.accelerated = accelerate(real, config)
     ours = step(real, config, window)
     assert ours[0] == pytest.approx(plain[0], rel=1e-3) and relative_error(ours[2], plain[2]) < 0.02
 
@@ -299,7 +301,7 @@ def test_fifty_steps_follow_the_slow_path_s_curve(awake, samples):
             for at in range(50):
                 rows = [(4 * at + k) % 20 for k in range(4)]
                 window = list(micro_batches(samples, rows, 2))
-                curve.append(train_step(model.get_decoder(), optimizer, window, loss_sum, 2e-3, 1.0)[0].item())
+                curve.append(train_step(decoder_of(model), optimizer, window, loss_sum, 2e-3, 1.0)[0].item())
         curves.append(curve)
     assert curves[0][-1] < curves[0][0] - 1.0  # it learns
     assert max(abs(one - other) for one, other in zip(*curves, strict=True)) < 0.02
@@ -318,7 +320,7 @@ def test_gradients_are_added_to_what_is_there_and_made_where_there_is_none(awake
     head = read_head(model)
     with attention.for_training(model.train(), config), torch.autocast("cpu", torch.bfloat16):
         for batch in window:
-            hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            hidden = decoder_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
             (token_loss_sum(hidden, batch, head) / sum(one.num_tokens for one in window)).backward()
     assert all(parameter.grad is kept[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
     assert relative_error({name: gradient - 1 for name, gradient in kept.items()}, once[2]) < 1e-4
@@ -350,7 +352,11 @@ def test_evaluation_runs_the_layer_as_it_is_written(awake, window, monkeypatch):
     model, config = awake()
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     before = evaluate_loss(model, window, loss_sum)
-    prepared(model, config, "full", "layers")
+    names = {name: type(module) for name, module in model.get_decoder().named_modules()}
+    step(prepared(model, config, "full"), config, window[:1])
+    after = {name: type(module) for name, module in model.get_decoder().named_modules()}
+    changed = {(names[name], kind) for name, kind in after.items() if names[name] != kind}
+    assert after.keys() == names.keys() and changed == {(Linear4bit, lora_linear.LoRALinear)}
     monkeypatch.setattr(layers, "checkpoint", None)  # calling it would fail
     assert evaluate_loss(model, window, loss_sum) == before
 
@@ -361,7 +367,7 @@ def test_what_cannot_be_compiled_says_how_to_do_without(awake, window):
 
     model, config = awake(gradient_checkpointing="full", compile="layers")
     torch._dynamo.reset()
-    layers.prepare_layers(model, config, backend=broken)
+    model.accelerated = accelerate(model, config, backend=broken)
     with pytest.raises(UserError, match=r"could not be compiled\. Pass --compile none") as refused:
         step(model, config, window)
     assert refused.value.exit_code == ExitCode.ENVIRONMENT and isinstance(refused.value.__cause__, TorchDynamoException)

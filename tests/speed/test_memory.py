@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
 from qlora.model.random_state import random_state
 from qlora.speed import memory
-from tests.helpers import CPU, adapted_model, wake_adapters
+from tests.helpers import CPU, adapted_model, decoder_of, wake_adapters
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LADDERS = {
@@ -130,14 +131,15 @@ def test_the_probe_leaves_nothing_behind(config, samples, woken, packing, optimi
     generators = random_state()
     batches, kinds = [], []
 
-    def step(optimizer, window):
-        batches.append(window)
+    def step(optimizer, micro_batches):
+        batches.append(micro_batches)
         kinds.append({state["state1"].dtype for state in optimizer.state.values() if "state1" in state})
         assert type(optimizer) is kind and optimizer.param_groups == groups
         loss_sum = functools.partial(token_loss_sum, head=head)
-        return train_loop.train_step(model.get_decoder(), optimizer, window, loss_sum, 0.0, None)
+        return train_loop.train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 0.0, None)
 
-    memory.probe_memory(step, optimizer, samples, config)
+    line = memory.probe_memory(step, optimizer, samples, config, 1.5)
+    assert re.fullmatch(r"Memory: the longest batch peaks at \d+\.\d\d GiB, 1\.50 were predicted", line)
     longest = sorted(row_length(samples, row) for row in epoch_rows(samples, config, 2))[-2:]  # of any epoch
     assert len(batches[0]) == 2 and batches[0][0].num_input_tokens == sum(longest)
     assert (batches[0][0].cu_seqlens is not None) == packing and (sum(longest) > 800) == packing
@@ -156,10 +158,11 @@ def test_the_probe_takes_the_largest_batch_of_an_epoch(config, samples, compile,
     parameter = torch.nn.Parameter(torch.zeros(2))
     seen = []
     memory.probe_memory(
-        lambda optimizer, window: seen.append([len(batch.input_ids) for batch in window]),
+        lambda optimizer, micro_batches: seen.append([len(batch.input_ids) for batch in micro_batches]),
         torch.optim.AdamW([parameter]),
         samples,
         config,
+        1.5,
     )
     assert seen == 2 * [2 * [rows]]
 
