@@ -26,13 +26,13 @@ import torch
 from rich.console import Console
 
 from qlora.config import TrainConfig
-from qlora.data.batch import Batch, count_steps, epoch_rows, micro_batches, training_batches, windows
+from qlora.data.batch import Batch, batched, count_steps, epoch_rows, micro_batches, training_batches
 from qlora.data.dataset import first_examples
 from qlora.eval.generate import try_samples
-from qlora.eval.loss import HeldOut, evaluate_loss, has_stalled
+from qlora.eval.loss import EvalResult, evaluate_loss, has_stalled
 from qlora.model import attention
 from qlora.model.load import fingerprint, load_nf4_model
-from qlora.model.lora import add_adapters
+from qlora.model.lora import add_lora
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
 from qlora.model.random_state import seed_generators
@@ -129,8 +129,8 @@ def train_step(
 
 
 def train(
-    prep: Prepared, trainee: Trainee, state: checkpoint.Progress, run: RunFolder, tracker: log.Tracker, stop: Signals
-) -> dict[int, HeldOut]:
+    prep: Prepared, trainee: Trainee, state: checkpoint.TrainState, run: RunFolder, tracker: log.Tracker, stop: Signals
+) -> dict[int, EvalResult]:
     """The whole run, or the rest of it: epochs of steps of micro-batches.
 
     Args:
@@ -191,7 +191,7 @@ def train(
             rows_left = epoch_rows(prep.train_set, config, epoch)[seen:]
             # Batches are collated as they are asked for; the data may be larger than memory.
             batches = training_batches(prep.train_set, rows_left, config, pin)
-            steps = windows(batches, config.gradient_accumulation_steps)
+            steps = batched(batches, config.gradient_accumulation_steps)
             for step_batches in itertools.islice(steps, total_steps - step):
                 # -- step --
                 learning_rate = prep.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
@@ -215,7 +215,7 @@ def train(
                 # -- save --
                 # After the rows of its steps are on disk, and verified before an older checkpoint goes.
                 if save:
-                    state = checkpoint.Progress(step, epoch, seen, skipped)
+                    state = checkpoint.TrainState(step, epoch, seen, skipped)
                     run.save(model, optimizer, state, config.save_total_limit, evaluations)
                     stop.raise_if_received()
                     step_log.restart_clock()
@@ -229,7 +229,7 @@ def train(
     return evaluations
 
 
-def finish(prep: Prepared, trainee: Trainee, evaluations: dict[int, HeldOut], run: RunFolder, tracker: log.Tracker) -> float:
+def finish(prep: Prepared, trainee: Trainee, evaluations: dict[int, EvalResult], run: RunFolder, tracker: log.Tracker) -> float:
     """Leave the adapter, the mark of a complete run, and sample answers, in this order.
 
     Returns:
@@ -277,13 +277,13 @@ def main(options: TrainConfig, stop: Signals) -> None:
             say(html.when_complete(run.folder))
             return
         config = prep.config
-        with memory.explained(config, device, prep.predicted_gib, prep.longest):
+        with memory.oom_as_user_error(config, device, prep.predicted_gib, prep.longest):
             # Adapters start from the seed; order and dropout follow from it too.
             seed_generators(config.seed)
             # QLoRA in five lines: a frozen base in 4 bits per weight, fp32 adapters, a fast decoder, the loss, the optimizer.
             # 3.8 billion parameters take 2.3 GB; no weight of the base ever gets a gradient.
             model = load_nf4_model(prep.source, config, prep.attention.loaded_as, device)
-            model = add_adapters(model, config, prep.targets, prep.source)
+            model = add_lora(model, config, prep.targets, prep.source)
             # A resumed run must find the very same base.
             base = fingerprint(model)
             # A callable for training steps. Evaluation, generation and saving use the model itself.

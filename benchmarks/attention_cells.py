@@ -25,10 +25,10 @@ from benchmarks.train_step import spread, write_random_model
 from qlora.config import AttnImplementation, TrainConfig
 from qlora.data.batch import Batch, collate, collate_packed, pack
 from qlora.data.batch import micro_batches as collated
-from qlora.data.template import IGNORED, Encoded
+from qlora.data.template import IGNORED, TokenizedExample
 from qlora.model import attention
-from qlora.model.load import load_nf4_model, load_skeleton
-from qlora.model.lora import add_adapters, audit_targets
+from qlora.model.load import load_meta_model, load_nf4_model
+from qlora.model.lora import add_lora, audit_targets
 from qlora.model.loss import Head, read_head, token_loss_sum
 from qlora.run.environment import environment
 from qlora.speed.accelerate import accelerate
@@ -85,20 +85,22 @@ def load(
 ) -> tuple[Any, TrainConfig]:
     """The NF4 model with adapters, as the loop has it, and the configuration it is trained with."""
     config = TrainConfig(model=str(folder), lora_dropout=0.0, max_length=max_length, attn_implementation=backend)
-    skeleton = load_skeleton(str(folder), dataclasses.replace(config, max_length=16))  # rows here may be longer than it allows
-    chosen = attention.choose_attention(config, device, skeleton)
+    meta_model = load_meta_model(
+        str(folder), dataclasses.replace(config, max_length=16)
+    )  # rows here may be longer than it allows
+    chosen = attention.choose_attention(config, device, meta_model)
     torch.manual_seed(0)
     model = load_nf4_model(str(folder), config, chosen.loaded_as, device)
-    model = add_adapters(model, config, audit_targets(skeleton, config), str(folder)).train()
+    model = add_lora(model, config, audit_targets(meta_model, config), str(folder)).train()
     model.config.sliding_window = window
     return model, config
 
 
-def random_rows(lengths: list[int], vocabulary: int) -> list[Encoded]:
+def random_rows(lengths: list[int], vocabulary: int) -> list[TokenizedExample]:
     """Samples of the given lengths, every id but the first trained."""
     draw = random.Random(0)
     rows = [[draw.randrange(3, vocabulary) for _ in range(length)] for length in lengths]
-    return [Encoded(ids, ids, line) for line, ids in enumerate(rows)]
+    return [TokenizedExample(ids, ids, line) for line, ids in enumerate(rows)]
 
 
 def micro_batches(cell: dict[str, Any], count: int, vocabulary: int, pin: bool) -> list[Batch]:
@@ -206,7 +208,7 @@ def dequantize(model: Any) -> None:
         parameter.data = parameter.data.float()
 
 
-def reference(model: Any, samples: list[Encoded], device: torch.device) -> dict[str, Any]:
+def reference(model: Any, samples: list[TokenizedExample], device: torch.device) -> dict[str, Any]:
     """Each sample alone, in fp32, through transformers' own eager attention, its window and its head; F.cross_entropy."""
     model.zero_grad()
     logits, loss, tokens = [], 0.0, sum(len(sample.input_ids) - 1 for sample in samples)
@@ -274,7 +276,7 @@ def sample_starts(batch: Batch) -> list[tuple[int, int]]:
     return [(row * batch.labels.shape[1], length) for row, length in enumerate(trained)]
 
 
-def leak(decoder: Any, samples: list[Encoded], device: torch.device) -> float:
+def leak(decoder: Any, samples: list[TokenizedExample], device: torch.device) -> float:
     """Largest change in the hidden states of a row's other samples when all ids of the middle one change: 0, or it leaks."""
     changed = samples[1]._replace(input_ids=[(index + 7) % decoder.config.vocab_size for index in samples[1].input_ids])
     with torch.no_grad():

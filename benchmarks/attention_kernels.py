@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.train_step import spread
 from qlora.config import TrainConfig
 from qlora.data.batch import collate
-from qlora.data.template import Encoded
+from qlora.data.template import TokenizedExample
 from qlora.errors import UserError, is_out_of_memory
 from qlora.model import attention
 from qlora.speed.memory import peak_memory_gib
@@ -172,7 +172,7 @@ def kernel(cell: dict[str, Any], grid: dict[str, Any], device: torch.device) -> 
 
 def band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
     """[1, 1, T, T] bool: the causal mask of a row, with the window."""
-    return attention.causal_mask(collate([Encoded([0] * length, [0] * length, 1)]).to(device), window)
+    return attention.causal_mask(collate([TokenizedExample([0] * length, [0] * length, 1)]).to(device), window)
 
 
 def eager_kernel(rows: int, length: int, window: int | None, heads: int, device: torch.device) -> Callable[..., torch.Tensor]:

@@ -100,15 +100,15 @@ def judge(adapter: Path) -> dict:
 
     from qlora.config import BUNDLED_EVAL, TrainConfig
     from qlora.data.formats import read_examples
-    from qlora.data.template import read_format
+    from qlora.data.template import load_template
     from qlora.eval.generate import sample_responses
-    from qlora.model.load import load_nf4_model, load_skeleton, load_tokenizer
+    from qlora.model.load import load_meta_model, load_nf4_model, load_tokenizer
     from qlora.model.third_party import peft
 
     config = TrainConfig()
     base = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     model = peft.PeftModel.from_pretrained(load_nf4_model(base, config, "sdpa", torch.device("cpu")), str(adapter))
-    form = read_format(load_tokenizer(str(adapter), load_skeleton(base, config), config), "plain")
+    form = load_template(load_tokenizer(str(adapter), load_meta_model(base, config), config), "plain")
     examples = list(read_examples(BUNDLED_EVAL, "test"))
     answers = sample_responses(model, examples, form)
     return {

@@ -19,10 +19,10 @@ from benchmarks import report
 from qlora.config import BUNDLED_TRAIN, TrainConfig
 from qlora.data.batch import collate
 from qlora.data.formats import read_examples
-from qlora.data.template import IGNORED, encode, read_format
+from qlora.data.template import IGNORED, encode, load_template
 from qlora.model.coverage import linear_layers
 from qlora.model.demo import tiny_random_model
-from qlora.model.load import load_skeleton, load_tokenizer
+from qlora.model.load import load_meta_model, load_tokenizer
 from qlora.model.lora import audit_targets
 from qlora.model.loss import CHUNK_TOKENS
 from qlora.model.third_party import bitsandbytes, peft, transformers
@@ -393,7 +393,7 @@ def pad_token(source: Source) -> Figures:
 def tiny_tokenizer() -> Any:
     """The tiny model's tokenizer, whose pad is its eos, as the guide sets it."""
     source = str(tiny_random_model())
-    return load_tokenizer(source, load_skeleton(source, TrainConfig()), TrainConfig())
+    return load_tokenizer(source, load_meta_model(source, TrainConfig()), TrainConfig())
 
 
 @functools.cache
@@ -427,7 +427,7 @@ def guides_batch() -> Any:
 def pad_labels(source: Source) -> Figures:
     """Stop tokens that stay trained when pad = eos: in SFTTrainer, with transformers' collator, which masks by id, and here."""
     tokenizer, theirs = tiny_tokenizer(), guides_batch()
-    form = read_format(tokenizer, "plain")
+    form = load_template(tokenizer, "plain")
     samples = [encode(example, form, "all") for example in read_examples(BUNDLED_TRAIN, "train")]
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
     by_id = collator([{"input_ids": sample.input_ids, "attention_mask": [1] * len(sample.input_ids)} for sample in samples])
@@ -438,7 +438,7 @@ def pad_labels(source: Source) -> Figures:
 
 def stop_token(source: Source) -> Figures:
     """How many of the guide's samples end with a stop token, as SFTTrainer makes them and here, and what is trained of each."""
-    form, theirs = read_format(tiny_tokenizer(), "plain"), guides_batch()
+    form, theirs = load_template(tiny_tokenizer(), "plain"), guides_batch()
     last = theirs["labels"].gather(1, theirs["lengths"][:, None] - 1)[:, 0]  # [22]
     ours = [encode(example, form, "response") for example in read_examples(BUNDLED_TRAIN, "train")]
     positions = sum(len(sample.input_ids) for sample in ours)

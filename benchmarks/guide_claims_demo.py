@@ -31,11 +31,11 @@ from benchmarks.guide_claims_cells import (
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, TrainConfig
 from qlora.data.batch import Batch, collate
 from qlora.data.formats import read_examples
-from qlora.data.template import IGNORED, Encoded, Format, encode, read_format
+from qlora.data.template import IGNORED, PromptTemplate, TokenizedExample, encode, load_template
 from qlora.model import attention
 from qlora.model.coverage import linear_layers
 from qlora.model.demo import model_source
-from qlora.model.load import fingerprint, load_nf4_model, load_skeleton, load_tokenizer
+from qlora.model.load import fingerprint, load_meta_model, load_nf4_model, load_tokenizer
 from qlora.model.lora import audit_targets
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
@@ -50,13 +50,13 @@ CPU = torch.device("cpu")
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "MatMul8bitLt" not in str(record.msg))
 
 
-def format_of(source: Source) -> Format:
+def format_of(source: Source) -> PromptTemplate:
     """The plain form with the model's own tokenizer."""
     folder = model_source(source.model)
-    return read_format(load_tokenizer(folder, load_skeleton(folder, TrainConfig()), TrainConfig()), "plain")
+    return load_template(load_tokenizer(folder, load_meta_model(folder, TrainConfig()), TrainConfig()), "plain")
 
 
-def encoded(source: Source, path: Path = BUNDLED_TRAIN, form: Format | None = None) -> list[Encoded]:
+def encoded(source: Source, path: Path = BUNDLED_TRAIN, form: PromptTemplate | None = None) -> list[TokenizedExample]:
     """The bundled examples, loss on the response."""
     form = form or format_of(source)
     return [encode(example, form, "response") for example in read_examples(path, "train")]
@@ -117,7 +117,7 @@ def format_errors(source: Source) -> Figures:
 
 def printed_size(source: Source) -> Figures:
     """What sum(p.numel()) gives for a model in NF4, and how many parameters it has."""
-    real = load_skeleton(model_source(source.model), TrainConfig()).num_parameters()
+    real = load_meta_model(model_source(source.model), TrainConfig()).num_parameters()
     printed = sum(parameter.numel() for parameter in base_model(source, "nf4_dq").parameters())
     return {"printed_m": printed / 1e6, "real_m": real / 1e6, "share": printed / real}
 
@@ -125,7 +125,7 @@ def printed_size(source: Source) -> Figures:
 # -- adapters at their start -------------------------------------------------------------------------------------------
 
 
-def window_of(source: Source, form: Format) -> list[Batch]:
+def window_of(source: Source, form: PromptTemplate) -> list[Batch]:
     """The first four examples as two micro-batches."""
     samples = encoded(source, form=form)
     return [collate(samples[:2]), collate(samples[2:4])]
@@ -195,7 +195,7 @@ def accumulation(source: Source) -> Figures:
     found = {}
     whole = encoded(source, form=form)
     prompt = sum(label == IGNORED for label in whole[0].labels)
-    short = Encoded(*(part[: prompt + 12] for part in whole[0][:2]), 1)
+    short = TokenizedExample(*(part[: prompt + 12] for part in whole[0][:2]), 1)
     windows = {"bundled": window_of(source, form), "unlike": [collate([short]), collate([whole[1]])]}
     for name, window in windows.items():
         sums = [gradient_of(model, decoder, batch, head) for batch in window]
@@ -238,7 +238,7 @@ def saved_bytes(model: Any, decoder: Any, length: int) -> int:
         return tensor
 
     ids = torch.arange(length)[None] % model.config.vocab_size  # [1, T]
-    batch = collate([Encoded(ids[0].tolist(), ids[0].tolist(), 1)])
+    batch = collate([TokenizedExample(ids[0].tolist(), ids[0].tolist(), 1)])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden_of(decoder, batch)
     return sum(storages.values())
@@ -268,9 +268,9 @@ def memory_terms(source: Source) -> Figures:
     """The terms of memory predicted from the shape, and what the tensors of a step weigh, in MB."""
     config, form, model = training.start(source.model, {})
     decoder = accelerate(model.train(), config)
-    skeleton = load_skeleton(model_source(source.model), config)
-    linear = sum(layer.weight.numel() for layer in linear_layers(skeleton).values())
-    adapters = sum(target.adapter_parameters for target in audit_targets(skeleton, config))
+    meta_model = load_meta_model(model_source(source.model), config)
+    linear = sum(layer.weight.numel() for layer in linear_layers(meta_model).values())
+    adapters = sum(target.adapter_parameters for target in audit_targets(meta_model, config))
     optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     train_loop.train_step(decoder, optimizer, window_of(source, form), loss_sum, 1e-3, 1.0)
@@ -278,7 +278,7 @@ def memory_terms(source: Source) -> Figures:
     scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in (p.quant_state for p in quantized))
     trained = [p for p in model.parameters() if p.requires_grad]
     other = [p for p in model.parameters() if not p.requires_grad and not isinstance(p, bitsandbytes.nn.Params4bit)]
-    sixteen_bits = 2 * (skeleton.num_parameters() - linear)
+    sixteen_bits = 2 * (meta_model.num_parameters() - linear)
     sizes = {  # bytes: predicted, measured
         "linear layers, NF4": (NF4_BYTES * linear, scales + sum(p.nbytes for p in quantized)),
         "embeddings, head, norms, bf16": (sixteen_bits, sum(p.nbytes for p in other)),
@@ -359,12 +359,12 @@ def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
 def prompt_forms(source: Source) -> Figures:
     """Loss of the held-out answers behind the guide's headings and behind the model's own chat template, untrained."""
     folder = model_source(source.model)
-    tokenizer = load_tokenizer(folder, load_skeleton(folder, TrainConfig()), TrainConfig())
+    tokenizer = load_tokenizer(folder, load_meta_model(folder, TrainConfig()), TrainConfig())
     model = base_model(source, "bf16")
     losses = {}
     for name in ("plain", "chat"):
         total, tokens = 0.0, 0
-        for sample in encoded(source, BUNDLED_EVAL, read_format(tokenizer, name)):
+        for sample in encoded(source, BUNDLED_EVAL, load_template(tokenizer, name)):
             trained = torch.tensor(sample.labels)[1:]  # [T - 1]
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([sample.input_ids])).logits.float()[0, :-1]  # [T - 1, V]

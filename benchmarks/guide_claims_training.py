@@ -15,15 +15,15 @@ import torch
 
 import train_loop
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, TrainConfig
-from qlora.data.batch import count_steps, epoch_rows, micro_batches, windows
+from qlora.data.batch import batched, count_steps, epoch_rows, micro_batches
 from qlora.data.dataset import encode_all
 from qlora.data.formats import read_examples
-from qlora.data.template import Format, read_format
+from qlora.data.template import PromptTemplate, load_template
 from qlora.eval.loss import evaluate_loss
 from qlora.model import attention
 from qlora.model.demo import model_source
-from qlora.model.load import load_nf4_model, load_skeleton, load_tokenizer
-from qlora.model.lora import add_adapters, audit_targets
+from qlora.model.load import load_meta_model, load_nf4_model, load_tokenizer
+from qlora.model.lora import add_lora, audit_targets
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
 from qlora.model.random_state import seed_generators
@@ -42,7 +42,7 @@ class Trained(NamedTuple):
     row: dict[str, Any]
     model: Any
     config: TrainConfig
-    form: Format
+    form: PromptTemplate
 
 
 def configured(model: str, flags: Flags, epochs: int = EPOCHS) -> TrainConfig:
@@ -53,7 +53,7 @@ def configured(model: str, flags: Flags, epochs: int = EPOCHS) -> TrainConfig:
     return TrainConfig(**{**vars(config), **fixed})
 
 
-def text_rows(form: Format, rows: int = TEXT_ROWS, length: int = TEXT_LENGTH) -> torch.Tensor:
+def text_rows(form: PromptTemplate, rows: int = TEXT_ROWS, length: int = TEXT_LENGTH) -> torch.Tensor:
     """[rows, length] ids of the reference text that comes with Python (pydoc_data.topics, PSF licence), from its start."""
     text = "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
     ids = form.ids(text[: 8 * rows * length])
@@ -80,15 +80,15 @@ def text_losses(model: Any, ids: torch.Tensor, dtype: torch.dtype | None = torch
     return losses
 
 
-def start(model: str, flags: Flags, epochs: int = EPOCHS) -> tuple[TrainConfig, Format, Any]:
+def start(model: str, flags: Flags, epochs: int = EPOCHS) -> tuple[TrainConfig, PromptTemplate, Any]:
     """What train_loop.main makes before its first step: configuration, form, and the NF4 model with its adapters."""
     config = configured(model, flags, epochs)
     source = model_source(str(config.model))
-    skeleton = load_skeleton(source, config)
-    form = read_format(load_tokenizer(source, skeleton, config), config.prompt_format)
-    targets = audit_targets(skeleton, config)
+    meta_model = load_meta_model(source, config)
+    form = load_template(load_tokenizer(source, meta_model, config), config.prompt_format)
+    targets = audit_targets(meta_model, config)
     seed_generators(config.seed)
-    return config, form, add_adapters(load_nf4_model(source, config, "sdpa", CPU), config, targets, source)
+    return config, form, add_lora(load_nf4_model(source, config, "sdpa", CPU), config, targets, source)
 
 
 def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
@@ -117,7 +117,7 @@ def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
         for epoch in range(1, epochs + 1):
             rows = epoch_rows(samples, config, epoch)
             batches = micro_batches(samples, rows, config.per_device_train_batch_size)
-            for window in windows(batches, config.gradient_accumulation_steps):
+            for window in batched(batches, config.gradient_accumulation_steps):
                 since = time.perf_counter()
                 rate = config.learning_rate * train_loop.lr_multiplier(step, warmup, total)
                 step_loss, norm = train_loop.train_step(decoder, optimizer, window, loss_sum, rate, config.max_grad_norm)

@@ -241,8 +241,8 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
     import train_loop
     from qlora.config import TrainConfig
     from qlora.model import attention
-    from qlora.model.load import load_nf4_model, load_skeleton
-    from qlora.model.lora import add_adapters, audit_targets
+    from qlora.model.load import load_meta_model, load_nf4_model
+    from qlora.model.lora import add_lora, audit_targets
     from qlora.model.loss import read_head, token_loss_sum
     from qlora.model.optimizer import build_optimizer
     from qlora.model.random_state import seed_generators
@@ -262,13 +262,13 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
         per_device_train_batch_size=work.batch,
         **OURS[contender],
     )
-    skeleton = load_skeleton(source, config)
-    attn = attention.choose_attention(config, clock.device, skeleton)
+    meta_model = load_meta_model(source, config)
+    attn = attention.choose_attention(config, clock.device, meta_model)
     config = dataclasses.replace(config, attn_implementation=attn.implementation)
-    config, _ = choose_layers(config, skeleton, audit_targets(skeleton, config), work.max_length, clock.device)
+    config, _ = choose_layers(config, meta_model, audit_targets(meta_model, config), work.max_length, clock.device)
     seed_generators(config.seed)
     model = load_nf4_model(source, config, attn.loaded_as, clock.device)
-    model = add_adapters(model, config, audit_targets(skeleton, config), source)
+    model = add_lora(model, config, audit_targets(meta_model, config), source)
     decoder = accelerate(model, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -289,10 +289,10 @@ def windows(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
     """The micro-batches of each step, collated when they are asked for, as the loop does."""
     from qlora.data.batch import micro_batches, pack
     from qlora.data.batch import windows as grouped
-    from qlora.data.template import Encoded
+    from qlora.data.template import TokenizedExample
 
     lines = enumerate(zip(work.input_ids, work.labels, strict=True), start=1)
-    samples = [Encoded(ids, labels, line) for line, (ids, labels) in lines]
+    samples = [TokenizedExample(ids, labels, line) for line, (ids, labels) in lines]
     lengths = [len(ids) for ids in work.input_ids]
     rows: list[Any] = []
     for step in work.samples_of_steps:

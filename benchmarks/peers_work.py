@@ -89,11 +89,11 @@ def bundled(folder: Path, warm_up: int, steps: int) -> Work:
     from qlora.config import BUNDLED_TRAIN, TrainConfig
     from qlora.data.dataset import encode_all
     from qlora.data.formats import read_examples
-    from qlora.data.template import read_format
-    from qlora.model.load import load_skeleton, load_tokenizer
+    from qlora.data.template import load_template
+    from qlora.model.load import load_meta_model, load_tokenizer
 
     config, source = TrainConfig(), str(folder.resolve())
-    form = read_format(load_tokenizer(source, load_skeleton(source, config), config), config.prompt_format)
+    form = load_template(load_tokenizer(source, load_meta_model(source, config), config), config.prompt_format)
     samples = list(encode_all(read_examples(BUNDLED_TRAIN, "train"), BUNDLED_TRAIN, form, config)[0])
     ids, labels = [sample.input_ids for sample in samples], [sample.labels for sample in samples]
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps

@@ -83,7 +83,7 @@ def predicted_gib(shape: str, folder: str, setting: Setting) -> float:
         compile=setting["compile"],
     )
     config = dataclasses.replace(plan.configuration(options), lora_dropout=0.0)
-    return plan.planned(plan.shape_skeleton(options, config), config).total_gib
+    return plan.planned(plan.shape_meta_model(options, config), config).total_gib
 
 
 def measured(shape: str, folder: str, setting: Setting) -> dict[str, Any]:

@@ -323,7 +323,7 @@ def plan_fits() -> str:
     from qlora.commands import plan
     from qlora.commands.options import PlanOptions
 
-    shape = plan.shape_skeleton(PlanOptions(), plan.configuration(PlanOptions()))
+    shape = plan.shape_meta_model(PlanOptions(), plan.configuration(PlanOptions()))
 
     def fastest(free_gib: float, batch: int) -> str:
         for policy in plan.POLICIES:

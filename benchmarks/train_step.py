@@ -113,10 +113,10 @@ def time_cell(options: Options) -> dict:
     import torch
 
     from qlora.data.batch import micro_batches
-    from qlora.data.template import Encoded
+    from qlora.data.template import TokenizedExample
     from qlora.model import attention
-    from qlora.model.load import load_nf4_model, load_skeleton
-    from qlora.model.lora import add_adapters, audit_targets
+    from qlora.model.load import load_meta_model, load_nf4_model
+    from qlora.model.lora import add_lora, audit_targets
     from qlora.model.loss import read_head, token_loss_sum
     from qlora.speed.accelerate import accelerate
     from qlora.speed.memory import leave_no_gaps, peak_memory_gib
@@ -126,17 +126,17 @@ def time_cell(options: Options) -> dict:
     leave_no_gaps()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config = configuration(options)
-    skeleton = load_skeleton(folder, config)
-    chosen = attention.choose_attention(config, device, skeleton)
+    meta_model = load_meta_model(folder, config)
+    chosen = attention.choose_attention(config, device, meta_model)
     torch.manual_seed(0)
     model = load_nf4_model(folder, config, chosen.loaded_as, device)
-    model = add_adapters(model, config, audit_targets(skeleton, config), folder).train()
+    model = add_lora(model, config, audit_targets(meta_model, config), folder).train()
     decoder = accelerate(model, config)
     head = read_head(model)
     vocabulary = len(head.weight)
     batch = config.per_device_train_batch_size
     rows = torch.randint(3, vocabulary, (options.accumulation * batch, options.length)).tolist()
-    samples = [Encoded(ids, ids, line) for line, ids in enumerate(rows, start=1)]
+    samples = [TokenizedExample(ids, ids, line) for line, ids in enumerate(rows, start=1)]
     window = list(micro_batches(samples, range(len(samples)), batch, device.type == "cuda", config.length_multiple))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     step = functools.partial(train_step, decoder, optimizer, window, functools.partial(token_loss_sum, head=head), 5e-5, 1.0)

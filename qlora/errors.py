@@ -43,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def out_of_memory_told(words: Callable[[str], str]) -> Iterator[None]:
+def user_error_on_oom(words: Callable[[str], str]) -> Iterator[None]:
     """A block in which running out of memory is an error in these words.
 
     Args:

@@ -13,9 +13,9 @@ import transformers
 from qlora.config import BUNDLED_TRAIN, TrainConfig
 from qlora.data.dataset import encode_all
 from qlora.data.formats import Example, read_examples
-from qlora.data.template import Encoded, Format, read_format
+from qlora.data.template import PromptTemplate, TokenizedExample, load_template
 from qlora.model import demo
-from qlora.model.load import load_skeleton, load_tokenizer
+from qlora.model.load import load_meta_model, load_tokenizer
 from qlora.model.loss import Head, read_head
 from qlora.report import html
 from qlora.speed import lora_linear
@@ -34,12 +34,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny: Path):
-    return load_tokenizer(str(tiny), load_skeleton(str(tiny), TrainConfig()), TrainConfig())
+    return load_tokenizer(str(tiny), load_meta_model(str(tiny), TrainConfig()), TrainConfig())
 
 
 @pytest.fixture(scope="session")
-def form(tokenizer) -> Format:
-    return read_format(tokenizer, "plain")
+def form(tokenizer) -> PromptTemplate:
+    return load_template(tokenizer, "plain")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def examples() -> list[Example]:
 
 
 @pytest.fixture
-def samples(examples, form, config) -> list[Encoded]:
+def samples(examples, form, config) -> list[TokenizedExample]:
     return encode_all(examples, BUNDLED_TRAIN, form, config)[0]
 
 

@@ -19,7 +19,7 @@ from qlora.config import TrainConfig
 from qlora.data.batch import Batch
 from qlora.data.template import IGNORED
 from qlora.model.load import load_nf4_model
-from qlora.model.lora import add_adapters, audit_targets, with_init_adapter
+from qlora.model.lora import add_lora, audit_targets, with_init_adapter
 from qlora.model.loss import Head, token_loss_sum
 from qlora.run.environment import environment
 from qlora.speed.accelerate import accelerate
@@ -32,7 +32,7 @@ def adapted_model(config: TrainConfig, attn_implementation: str = "sdpa"):
     config = with_init_adapter(config)
     torch.manual_seed(config.seed)
     model = load_nf4_model(config.model, config, attn_implementation, CPU)
-    model = add_adapters(model, config, audit_targets(model, config), config.model)
+    model = add_lora(model, config, audit_targets(model, config), config.model)
     return model.train()
 
 
@@ -89,7 +89,7 @@ def fp32_twin(model, config):
                 state.dtype = torch.float32
                 weight = bitsandbytes.functional.dequantize_4bit(weight.data, state)
             parameter.copy_(weight)
-    twin = add_adapters(twin, config, audit_targets(twin, config), config.model)
+    twin = add_lora(twin, config, audit_targets(twin, config), config.model)
     twin.load_state_dict({n: p for n, p in model.named_parameters() if "lora_" in n}, strict=False)
     return twin.train()
 

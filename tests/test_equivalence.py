@@ -24,10 +24,10 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import train_loop
-from qlora.data.batch import Batch, collate, epoch_order, epoch_rows, micro_batches, windows
-from qlora.data.dataset import Samples
+from qlora.data.batch import Batch, batched, collate, epoch_order, epoch_rows, micro_batches
+from qlora.data.dataset import TokenizedDataset
 from qlora.data.formats import Example, Message, read_examples
-from qlora.data.template import IGNORED, Encoded, encode
+from qlora.data.template import IGNORED, TokenizedExample, encode
 from qlora.model import loss
 from qlora.model.loss import Head, read_head, token_loss_sum
 from qlora.run.signals import Signals
@@ -76,7 +76,7 @@ def trl_loss_sum(hidden: torch.Tensor, batch: Batch, head: Head) -> torch.Tensor
 class EpochOrder(torch.utils.data.Sampler):
     """Our order of an epoch, as a DataLoader wants it."""
 
-    def __init__(self, samples: Samples, config: Any):
+    def __init__(self, samples: TokenizedDataset, config: Any):
         self.samples, self.config, self.epoch = samples, config, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -99,7 +99,7 @@ class Reseed(transformers.TrainerCallback):
 
 def without_mask(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Our collation, in the form that Trainer wants."""
-    batch = collate([Encoded(row["input_ids"], row["labels"], 0) for row in rows])
+    batch = collate([TokenizedExample(row["input_ids"], row["labels"], 0) for row in rows])
     return {"input_ids": batch.input_ids, "labels": batch.labels}
 
 
@@ -150,7 +150,7 @@ def ours(config, folder: Path, monkeypatch, loss_sum=trainers_loss_sum, own_laye
     The base becomes fp32 once it has its adapters, as PEFT draws their start in the base's dtype.
     """
 
-    def add_adapters(*arguments):
+    def add_lora(*arguments):
         model = original_adapters(*arguments)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -163,11 +163,11 @@ def ours(config, folder: Path, monkeypatch, loss_sum=trainers_loss_sum, own_laye
             torch.manual_seed(step)
         return train_step(*arguments, **settings)
 
-    original_adapters, steps_done = train_loop.add_adapters, iter(range(STEPS))
+    original_adapters, steps_done = train_loop.add_lora, iter(range(STEPS))
     with monkeypatch.context() as patch:
         patch.setattr(train_loop, "lr_multiplier", transformers_multiplier)
         patch.setattr(train_loop, "token_loss_sum", loss_sum)
-        patch.setattr(train_loop, "add_adapters", add_adapters)
+        patch.setattr(train_loop, "add_lora", add_lora)
         patch.setattr(train_loop, "train_step", reseeded)
         patch.setattr("qlora.eval.generate.sample_responses", lambda *_: [])
         if not own_layers:
@@ -345,13 +345,13 @@ def fp32_run(config, samples, monkeypatch, batch_size: int, window_size: int, ba
         patch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
         for epoch in (1, 2):
             order = epoch_order(len(samples), config.seed, epoch)
-            for window in windows(micro_batches(samples, order, batch_size), window_size):
+            for window in batched(micro_batches(samples, order, batch_size), window_size):
                 losses.append(train_step(decoder_of(model), optimizer, window, loss_sum, 1e-3, 1.0)[0].item())
     return losses, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.fixture
-def ragged(form) -> list[Encoded]:
+def ragged(form) -> list[TokenizedExample]:
     """11 samples of 1 to 41 trained tokens: a window of 8, and a short one of 3."""
     rows = [Example((Message("user", f"q{i}"), Message("assistant", "ab" * i)), i) for i in range(1, 22, 2)]
     return [encode(row, form, "response") for row in rows]

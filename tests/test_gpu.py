@@ -24,12 +24,12 @@ from qlora.commands import doctor, merge
 from qlora.commands.adapter import open_adapter
 from qlora.config import TrainConfig
 from qlora.data.batch import collate, collate_packed, micro_batches, training_batches
-from qlora.data.template import Encoded
+from qlora.data.template import TokenizedExample
 from qlora.errors import ExitCode
 from qlora.eval import generate
 from qlora.model import attention
 from qlora.model.load import load_nf4_model
-from qlora.model.lora import add_adapters, audit_targets
+from qlora.model.lora import add_lora, audit_targets
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
 from qlora.run import checkpoint
@@ -55,7 +55,7 @@ FLASH = pytest.param(
 VARLEN = pytest.param(
     "varlen",
     marks=pytest.mark.skipif(
-        not torch.cuda.is_available() or attention._varlen_obstacle(GPU, None) is not None, reason="no varlen kernel"
+        not torch.cuda.is_available() or attention._varlen_unavailable_reason(GPU, None) is not None, reason="no varlen kernel"
     ),
 )
 BACKENDS = ["sdpa", "eager", FLASH, VARLEN]
@@ -64,7 +64,7 @@ BACKENDS = ["sdpa", "eager", FLASH, VARLEN]
 def gpu_model(config, backend: str):
     torch.manual_seed(config.seed)
     model = load_nf4_model(config.model, config, attention.Attention(backend, "").loaded_as, GPU)
-    model = add_adapters(model, config, audit_targets(model, config), config.model).train()
+    model = add_lora(model, config, audit_targets(model, config), config.model).train()
     model.load_state_dict({n: p for n, p in adapted_model(config).named_parameters() if "lora_" in n}, strict=False)
     wake_adapters(model)
     return model
@@ -196,11 +196,11 @@ def test_each_replay_of_a_graph_draws_dropout_of_its_own(config, samples):
     assert len(decoder_of(model).graphs.recordings) == 1 and len(set(losses)) == 3
 
 
-def short_samples(count: int, length: int) -> list[Encoded]:
+def short_samples(count: int, length: int) -> list[TokenizedExample]:
     """Samples of random ids, all of which are trained."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 300, (count, length), generator=generator).tolist()
-    return [Encoded(row, row, line) for line, row in enumerate(ids)]
+    return [TokenizedExample(row, row, line) for line, row in enumerate(ids)]
 
 
 @pytest.mark.parametrize("backend", ["sdpa", FLASH, VARLEN])
@@ -289,7 +289,7 @@ def test_dropout_of_attention_and_of_adapters_is_drawn_again_as_it_was(config, s
             monkeypatch.setattr(layers, "_draws", lambda *_: False)
         torch.manual_seed(config.seed)
         model = load_nf4_model(config.model, config, "sdpa", GPU)
-        model = add_adapters(model, config, audit_targets(model, config), config.model).train()
+        model = add_lora(model, config, audit_targets(model, config), config.model).train()
         wake_adapters(model)
         for module in model.modules():
             if hasattr(module, "attention_dropout"):
@@ -453,7 +453,7 @@ def test_8_bit_moments_come_back_where_they_lay_and_go_on_bit_for_bit(config, tm
 
     optimizer = build_optimizer(parameters, config)
     step(optimizer, 1)
-    folder = checkpoint.save(tmp_path, model, optimizer, checkpoint.Progress(step=1), {})
+    folder = checkpoint.save(tmp_path, model, optimizer, checkpoint.TrainState(step=1), {})
     saved, paged = state(optimizer)
     assert bool(paged) == (name == "paged_adamw_8bit") and {kind for _, kind in paged} <= {"state1", "state2"}
     step(optimizer, 2)

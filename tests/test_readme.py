@@ -224,7 +224,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
     ({"max_length=1024": None}, "qlora/data/dataset.py:_fitting", "tally.drop(example.line)"),
     (
         {"fully masked": (PREPARE, "Dropping fully masked examples")},
-        "qlora/data/dataset.py:fitted",
+        "qlora/data/dataset.py:truncate_or_drop",
         "any(label != IGNORED for label in cut.labels[1:])",
     ),
     (
@@ -249,7 +249,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
     ),
     (
         {"torch.bfloat16": (f"{SFT}:SFTTrainer.__init__", "param.data = param.data.to(torch.bfloat16)")},
-        "qlora/model/lora.py:add_adapters",
+        "qlora/model/lora.py:add_lora",
         "peft.get_peft_model(model, lora)",
     ),
     ({"gradient_checkpointing=True": None}, "qlora/speed/layers.py:_policies", '("none", "selective", "full")'),
@@ -276,7 +276,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
     ),
     (
         {"remainder": (EPOCH, "remainder = steps_in_epoch % self.args.gradient_accumulation_steps")},
-        "qlora/data/batch.py:windows",
+        "qlora/data/batch.py:batched",
         "itertools.islice(items, size)",
     ),
     ({"max_grad_norm=1.0": None}, "train_loop.py:train_step", "torch.nn.utils.clip_grad_norm_"),

@@ -15,8 +15,8 @@ import transformers
 import train_loop
 from qlora.cli import train as command_line
 from qlora.config import BUNDLED_TRAIN, parse
-from qlora.data.batch import collate, epoch_rows, micro_batches, windows
-from qlora.data.template import IGNORED, Encoded
+from qlora.data.batch import batched, collate, epoch_rows, micro_batches
+from qlora.data.template import IGNORED, TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.speed import layers
@@ -79,7 +79,7 @@ def test_a_window_counts_as_one_batch_however_it_is_cut(config):
         ids = torch.randint(
             40 * index, 40 * index + 40, (length + 3,), generator=generator
         ).tolist()  # each on a topic of its own
-        rows.append(Encoded(ids, [IGNORED] * 3 + ids[3:], index))
+        rows.append(TokenizedExample(ids, [IGNORED] * 3 + ids[3:], index))
     whole, (loss, norm) = updates(config, [collate(rows)])
     for size in (1, 2, 3):
         window = list(micro_batches(rows, range(8), size))
@@ -95,7 +95,7 @@ def test_a_window_counts_as_one_batch_however_it_is_cut(config):
 def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
     """Against the same thing written down without any of our code in it: logits, cross_entropy, AdamW, three steps."""
     batches = list(micro_batches(samples[:11], range(11), 2))  # six micro-batches, the last of one sample
-    grouped = list(windows(batches, 2))
+    grouped = list(batched(batches, 2))
     model = adapted_model(config)
     head = read_head(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.01, fused=True)

@@ -20,11 +20,11 @@ from typing_extensions import TypedDict
 
 from qlora.config import EMBEDDED, PromptFormat, TrainConfig
 from qlora.data.formats import Prompt
-from qlora.data.template import Format, encode_prompt, read_format
-from qlora.errors import ExitCode, UserError, out_of_memory_told
+from qlora.data.template import PromptTemplate, encode_prompt, load_template
+from qlora.errors import ExitCode, UserError, user_error_on_oom
 from qlora.model import attention
 from qlora.model.demo import model_source
-from qlora.model.load import Precision, fingerprint, load_base_model, load_skeleton, load_tokenizer
+from qlora.model.load import Precision, fingerprint, load_base_model, load_meta_model, load_tokenizer
 from qlora.model.third_party import peft
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, verify
@@ -84,8 +84,8 @@ class Adapter(NamedTuple):
     lora: Any  # peft.LoraConfig
     config: TrainConfig  # OF_THE_RUN as the run had them, defaults where there is no run; model, revision and format resolved
     source: str  # of the base, as transformers takes it
-    skeleton: Any  # the base on the meta device
-    form: Format
+    meta_model: Any  # the base on the meta device
+    form: PromptTemplate
     device: torch.device
     facts: dict[str, Any] | None  # run.json of the run, or the state of the checkpoint
     notes: tuple[str, ...]  # lines for the log
@@ -93,7 +93,7 @@ class Adapter(NamedTuple):
     @property
     def is_stored_in_nf4(self) -> bool:
         """Whether the base is, so that there is no other precision to be had of it."""
-        return getattr(self.skeleton.config, "quantization_config", None) is not None
+        return getattr(self.meta_model.config, "quantization_config", None) is not None
 
 
 def open_adapter(
@@ -130,16 +130,16 @@ def open_adapter(
     changed = {"model": base, "revision": revision, "prompt_format": form_name, "trust_remote_code": trust_remote_code}
     config = TrainConfig(**{**kept, **changed})
     source = model_source(base)
-    skeleton = load_skeleton(source, dataclasses.replace(config, max_length=1))
-    positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None) or config.max_length
+    meta_model = load_meta_model(source, dataclasses.replace(config, max_length=1))
+    positions = getattr(meta_model.config.get_text_config(), "max_position_embeddings", None) or config.max_length
     config = dataclasses.replace(config, max_length=min(config.max_length, positions))
-    _check_fit(folder, lora, source, copy.deepcopy(skeleton))
-    attn = attention.choose_attention(config, place, skeleton)
+    _check_fit(folder, lora, source, copy.deepcopy(meta_model))
+    attn = attention.choose_attention(config, place, meta_model)
     config = dataclasses.replace(config, attn_implementation=attn.implementation)
     own_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(folder) if own_tokenizer else source, skeleton, config)
-    form = read_format(tokenizer, config.prompt_format, facts.get("date") if facts else None)  # prompts as in training
-    return Adapter(folder, lora, config, source, skeleton, form, place, facts, tuple(notes))
+    tokenizer = load_tokenizer(str(folder) if own_tokenizer else source, meta_model, config)
+    form = load_template(tokenizer, config.prompt_format, facts.get("date") if facts else None)  # prompts as in training
+    return Adapter(folder, lora, config, source, meta_model, form, place, facts, tuple(notes))
 
 
 def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
@@ -156,7 +156,7 @@ def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
     if precision != "nf4" and adapter.is_stored_in_nf4:
         text = f"{adapter.source} is stored in NF4, so there is no {precision} to be had of it."
         raise UserError(ExitCode.CONFIGURATION, f"{text} Name the same model in bf16 with --model.")
-    attn = attention.choose_attention(adapter.config, adapter.device, adapter.skeleton)
+    attn = attention.choose_attention(adapter.config, adapter.device, adapter.meta_model)
     base = load_base_model(adapter.source, adapter.config, attn.loaded_as, adapter.device, precision)
     model = put_on(base, adapter)
     facts = adapter.facts or {}
@@ -175,7 +175,7 @@ def put_on(base: Any, adapter: Adapter) -> Any:
 
 def positions_of(adapter: Adapter) -> int | None:
     """How many positions the base was built for; None if it does not tell."""
-    return getattr(adapter.skeleton.config.get_text_config(), "max_position_embeddings", None)
+    return getattr(adapter.meta_model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def prompt_ids(prompt: Prompt, adapter: Adapter, max_new_tokens: int) -> list[int]:
@@ -195,14 +195,14 @@ def prompt_ids(prompt: Prompt, adapter: Adapter, max_new_tokens: int) -> list[in
     return ids
 
 
-def memory_explained(advice: str) -> contextlib.AbstractContextManager[None]:
+def oom_as_user_error_with(advice: str) -> contextlib.AbstractContextManager[None]:
     """A block in which running out of memory is an error that tells what to do.
 
     Raises:
         UserError: exit 6.
     """
     more = "A quantised base on a GPU with more memory, or --device cpu, may help too."
-    return out_of_memory_told(lambda reason: f"Memory ran out ({reason}). {advice} {more}")
+    return user_error_on_oom(lambda reason: f"Memory ran out ({reason}). {advice} {more}")
 
 
 def _device(name: str) -> torch.device:
@@ -324,14 +324,14 @@ def _base(folder: Path, lora: Any, of_the_run: str | None, asked: str | None, no
     return named, None if Path(named).is_dir() or named in EMBEDDED else lora.revision
 
 
-def _check_fit(folder: Path, lora: Any, source: str, skeleton: Any) -> None:
+def _check_fit(folder: Path, lora: Any, source: str, meta_model: Any) -> None:
     """Compare names and shapes: PEFT loads what fits, leaves the rest at its start, and warns.
 
     Args:
         folder: with adapter_model.safetensors.
         lora: its configuration.
         source: of the base, for the message.
-        skeleton: the base on the meta device; adapters are hung on it.
+        meta_model: the base on the meta device; adapters are hung on it.
     """
     path = folder / checkpoint.ADAPTER
     if not path.exists() and (folder / "adapter_model.bin").exists():
@@ -350,10 +350,10 @@ def _check_fit(folder: Path, lora: Any, source: str, skeleton: Any) -> None:
         raise UserError(ExitCode.CONFIGURATION, text)
     own = copy.deepcopy(lora)
     own.base_model_name_or_path = None  # PEFT puts in the model's, and warns where there was another
-    of_the_base = {f"base_model.model.{name}" for name in skeleton.state_dict()}
+    of_the_base = {f"base_model.model.{name}" for name in meta_model.state_dict()}
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # what it warns of is compared, or refused, below
-            adapted = peft.get_peft_model(skeleton, own)
+            adapted = peft.get_peft_model(meta_model, own)
             state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except ValueError as error:
         why = " ".join(str(error).split())[:300]

@@ -154,8 +154,8 @@ def _attention() -> Iterator[Row]:
     """Each value of --attn-implementation, for a model such as Phi-3."""
     from qlora.model import attention
 
-    for name, obstacle in attention.obstacles(_device(), _skeleton()).items():
-        yield Row(f"attention {name}", obstacle is None, obstacle or "can run")
+    for name, unavailable_reason in attention.unavailable_reasons(_device(), _skeleton()).items():
+        yield Row(f"attention {name}", unavailable_reason is None, unavailable_reason or "can run")
 
 
 def _skeleton() -> Any:
@@ -178,9 +178,9 @@ def _layers() -> Iterator[Row]:
     """Whether decoder layers are compiled, and recorded as CUDA graphs, where --compile is auto."""
     from qlora.speed import graphs, layers
 
-    device, skeleton = _device(), _skeleton()
-    compiled = layers.compile_obstacle("phi3", device)
-    recorded = compiled or graphs.graph_obstacle(skeleton)
+    device, meta_model = _device(), _skeleton()
+    compiled = layers.compile_unavailable_reason("phi3", device)
+    recorded = compiled or graphs.graphs_unavailable_reason(meta_model)
     yield Row("compiled layers", compiled is None, compiled or "can be had")
     yield Row("CUDA graphs", recorded is None, recorded or "can be had")
 

@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora.commands.adapter import Adapter, load_adapted, memory_explained, open_adapter, positions_of, prompt_ids
+from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, positions_of, prompt_ids
 from qlora.commands.options import EvaluateOptions, HeldOutOptions, refuse_below, refuse_seed, require_packages
 from qlora.data.batch import Batch, micro_batches
-from qlora.data.dataset import Samples, encode_all
+from qlora.data.dataset import TokenizedDataset, encode_all
 from qlora.data.formats import Example, Prompt, check_source, read_examples
-from qlora.data.template import Encoded, encode_prompt
+from qlora.data.template import TokenizedExample, encode_prompt
 from qlora.errors import ExitCode, UserError
 from qlora.eval import scores
 from qlora.eval.generate import answer_limit, generate_all
-from qlora.eval.loss import HeldOut, evaluate_loss
+from qlora.eval.loss import EvalResult, evaluate_loss
 from qlora.model import attention
 from qlora.model.load import Precision, prepare_inference
 from qlora.model.loss import CHUNK_TOKENS, Head, read_head
@@ -37,7 +37,7 @@ SIDES = ("base", "adapter")  # always in this order
 class Side(NamedTuple):
     """What one side, base or adapter, did."""
 
-    held_out: HeldOut
+    held_out: EvalResult
     tokens: numpy.ndarray  # [n, 3]: of each sample the sum of losses, tokens that were the likeliest, trained tokens
     answers: list[str]
     loss_s: float
@@ -68,7 +68,7 @@ def run(options: EvaluateOptions) -> int:
     limit = options.max_new_tokens or _answer_limit(examples, adapter)
     prompts = [prompt_ids(Prompt(example.prompt, f"{file}:{example.line}"), adapter, limit) for example in examples]
     precision: Precision = "int8" if options.int8 else "nf4"
-    with memory_explained(f"Lower --batch-size {options.batch_size} or --max-new-tokens {limit}."):
+    with oom_as_user_error_with(f"Lower --batch-size {options.batch_size} or --max-new-tokens {limit}."):
         model = load_adapted(adapter, precision)
         sides = both_sides(model, adapter, samples, prompts, options.batch_size, limit)
     compared = comparisons(sides, [example.response for example in examples], options.seed)
@@ -105,7 +105,7 @@ def _finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def read_held_out(options: HeldOutOptions, adapter: Adapter) -> tuple[str, Samples, list[Example], str]:
+def read_held_out(options: HeldOutOptions, adapter: Adapter) -> tuple[str, TokenizedDataset, list[Example], str]:
     """The file, its samples and examples in the same order, and a line that counts them.
 
     Raises:
@@ -131,7 +131,7 @@ def _answer_limit(examples: list[Example], adapter: Adapter) -> int:
 
 
 def both_sides(
-    model: Any, adapter: Adapter, samples: Samples, prompts: list[list[int]], batch_size: int, limit: int
+    model: Any, adapter: Adapter, samples: TokenizedDataset, prompts: list[list[int]], batch_size: int, limit: int
 ) -> list[Side]:
     """Losses and greedy answers of the base alone, and with the adapter: in the order of SIDES.
 
@@ -162,7 +162,7 @@ def _timed(function: Any, *arguments: Any) -> tuple[Any, float]:
     return function(*arguments), round(time.perf_counter() - started, 2)
 
 
-def score_tokens(model: Any, samples: Sequence[Encoded], batch_size: int) -> tuple[HeldOut, numpy.ndarray]:
+def score_tokens(model: Any, samples: Sequence[TokenizedExample], batch_size: int) -> tuple[EvalResult, numpy.ndarray]:
     """The evaluation of training, and of each sample [n, 3]: sum of losses, tokens that were the likeliest, trained tokens."""
     head = read_head(model)
     rows: list[torch.Tensor] = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from qlora.commands.adapter import Adapter, load_adapted, memory_explained, open_adapter, prompt_ids
+from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, prompt_ids
 from qlora.commands.options import GenerateOptions, refuse_below, refuse_seed
 from qlora.data.formats import Message, Prompt, as_prompt, read_prompts
 from qlora.errors import ExitCode, UserError, redact
@@ -18,7 +18,7 @@ from qlora.model.load import prepare_inference
 from qlora.run.files import require_writable, write_file
 
 CHAT = "Ctrl-D ends the chat, /reset begins another."
-COLDEST = 1e-3  # temperature above 0
+MIN_TEMPERATURE = 1e-3  # temperature above 0
 
 
 def run(options: GenerateOptions) -> int:
@@ -39,7 +39,7 @@ def run(options: GenerateOptions) -> int:
     for note in adapter.notes:
         _say(note)
     batch = f"--batch-size {options.batch_size} or " if len(prompts) > 1 else ""
-    with memory_explained(f"Lower {batch}--max-new-tokens {options.max_new_tokens}."):
+    with oom_as_user_error_with(f"Lower {batch}--max-new-tokens {options.max_new_tokens}."):
         model = load_adapted(adapter, "int8" if options.int8 else "nf4")
         prepare_inference(model)
         _say(f"{adapter.folder} on {adapter.source}, {adapter.config.prompt_format} prompts, {_named(sampling)}")
@@ -64,11 +64,10 @@ def _check(options: GenerateOptions) -> Sampling | None:
     """How to draw tokens; None is greedy."""
     refuse_below(1, options, "max_new_tokens", "batch_size", "top_k")
     refuse_seed(options.seed)
-    if options.temperature and not COLDEST <= options.temperature < float("inf"):
-        text = (
-            f"--temperature {options.temperature} cannot be used: it must be finite and at least {COLDEST}, as logits over less"
-        )
-        raise UserError(ExitCode.CONFIGURATION, f"{text} overflow; or 0, which is greedy: the likeliest token, always.")
+    if options.temperature and not MIN_TEMPERATURE <= options.temperature < float("inf"):
+        seen = f"--temperature {options.temperature} cannot be used"
+        text = f"{seen}: it must be 0 (greedy: the likeliest token, always) or finite and at least {MIN_TEMPERATURE}."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} Logits divided by less overflow.")
     if options.prompt is not None and options.prompts_file is not None:
         raise UserError(ExitCode.CONFIGURATION, "--prompt and --prompts-file were both given. Keep one of them.")
     if options.top_p is not None and not 0 < options.top_p <= 1:

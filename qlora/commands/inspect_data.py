@@ -19,12 +19,12 @@ from rich.text import Text
 
 from qlora.commands.options import InspectDataOptions, refuse_below
 from qlora.config import TrainConfig
-from qlora.data.batch import epoch_rows, rounded, row_length, windows
-from qlora.data.dataset import Samples, check_files, encode_files, fitted
+from qlora.data.batch import batched, epoch_rows, rounded, row_length
+from qlora.data.dataset import TokenizedDataset, check_files, encode_files, truncate_or_drop
 from qlora.data.formats import Example, Message, read_examples
-from qlora.data.template import IGNORED, Encoded, read_format
+from qlora.data.template import IGNORED, TokenizedExample, load_template
 from qlora.model.demo import model_source
-from qlora.model.load import load_skeleton, load_tokenizer
+from qlora.model.load import load_meta_model, load_tokenizer
 from qlora.run import explain
 from qlora.run.files import require_writable, write_file
 from qlora.run.log import say
@@ -77,7 +77,7 @@ class Padding:
 # -- facts -----------------------------------------------------------------------------------------------------------
 
 
-def describe(source: str, everything: Samples, config: TrainConfig) -> tuple[Contents, Samples]:
+def describe(source: str, everything: TokenizedDataset, config: TrainConfig) -> tuple[Contents, TokenizedDataset]:
     """Count a source.
 
     Args:
@@ -90,7 +90,7 @@ def describe(source: str, everything: Samples, config: TrainConfig) -> tuple[Con
     """
     lengths = everything.lengths
     dropped: list[int] = []
-    kept = Samples(_kept(everything, config, dropped))
+    kept = TokenizedDataset(_kept(everything, config, dropped))
     ordered = sorted(lengths)
     contents = Contents(
         source=source,
@@ -110,9 +110,9 @@ def describe(source: str, everything: Samples, config: TrainConfig) -> tuple[Con
     return contents, kept
 
 
-def _kept(everything: Samples, config: TrainConfig, dropped: list[int]) -> Iterator[Encoded]:
+def _kept(everything: TokenizedDataset, config: TrainConfig, dropped: list[int]) -> Iterator[TokenizedExample]:
     for sample in everything:
-        kept = fitted(sample, config)
+        kept = truncate_or_drop(sample, config)
         if kept is None:
             dropped.append(sample.line)
         else:
@@ -186,7 +186,7 @@ def _compared(example: Example, prompts_only: bool) -> tuple[Message, ...]:
     return example.prompt if prompts_only else example.messages
 
 
-def padding(samples: Samples, config: TrainConfig) -> Padding:
+def padding(samples: TokenizedDataset, config: TrainConfig) -> Padding:
     """What padding costs in the first epoch, from lengths alone.
 
     Args:
@@ -195,13 +195,13 @@ def padding(samples: Samples, config: TrainConfig) -> Padding:
     """
     rows = [row_length(samples, row) for row in epoch_rows(samples, config, epoch=1)]
     size = config.per_device_train_batch_size
-    groups = list(windows(rows, size))
+    groups = list(batched(rows, size))
     positions = sum(len(group) * max(group) for group in groups)
     in_graphs = sum(size * rounded(max(group), GRAPH_MULTIPLE) for group in groups)
     return Padding(len(rows), len(groups), positions, 1 - sum(rows) / positions, 1 - sum(rows) / in_graphs)
 
 
-def spread(samples: Samples, count: int) -> list[Encoded]:
+def spread(samples: TokenizedDataset, count: int) -> list[TokenizedExample]:
     """`count` samples, from the shortest to the longest, evenly by rank."""
     order = sorted(range(len(samples)), key=samples.length)
     count = min(count, len(order))
@@ -294,8 +294,8 @@ def run(options: InspectDataOptions) -> int:
     say(console, line)
     columns = check_files(config)
     source = model_source(str(config.model))
-    skeleton = load_skeleton(source, config)
-    form = read_format(load_tokenizer(source, skeleton, config), config.prompt_format)
+    meta_model = load_meta_model(source, config)
+    form = load_template(load_tokenizer(source, meta_model, config), config.prompt_format)
     sources = {"train": config.train_file, "held-out": config.eval_file}
     unlimited = dataclasses.replace(config, max_length=UNLIMITED)
     encoded = encode_files(unlimited, columns, form, functools.partial(say, console))

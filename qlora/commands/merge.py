@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora.commands import export_onnx
-from qlora.commands.adapter import Adapter, load_adapted, memory_explained, open_adapter, put_on
+from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, put_on
 from qlora.commands.evaluate import read_held_out
 from qlora.commands.options import MergeOptions, refuse_below, require_packages
 from qlora.data.batch import Batch, micro_batches
-from qlora.data.dataset import Samples
+from qlora.data.dataset import TokenizedDataset
 from qlora.errors import ExitCode, UserError
 from qlora.eval.generate import stop_ids
 from qlora.model.loss import CHUNK_TOKENS, read_head
@@ -90,7 +90,7 @@ def merged_model(adapter: Adapter, route: Route) -> Any:
 
 
 @torch.no_grad()
-def difference(reference: Any, other: Any, samples: Samples, alone: bool = False) -> Difference:
+def difference(reference: Any, other: Any, samples: TokenizedDataset, alone: bool = False) -> Difference:
     """Compare next-token distributions at the trained tokens, a sample at a time.
 
     Args:
@@ -132,7 +132,7 @@ def _hidden(model: Any, batch: Batch) -> torch.Tensor:
     return hidden.flatten(0, 1)[batch.positions]  # [N, D]
 
 
-def measured(adapter: Adapter, routes: list[Route], samples: Samples) -> dict[str, Difference]:
+def measured(adapter: Adapter, routes: list[Route], samples: TokenizedDataset) -> dict[str, Difference]:
     """The unmerged adapter, its base alone, and each way to merge, by name, against the first."""
     reference = load_adapted(adapter, "nf4")
     found = {"unmerged": difference(reference, reference, samples)}
@@ -269,7 +269,7 @@ def run(options: MergeOptions) -> int:
         _check_place(place, adapter, options.onnx)
     file, samples, _, notes = read_held_out(options, adapter)
     say(f"{notes}; {file}")
-    with memory_explained("Merging needs the base in bf16 and in NF4 at once, about 3 bytes a parameter."):
+    with oom_as_user_error_with("Merging needs the base in bf16 and in NF4 at once, about 3 bytes a parameter."):
         found = measured(adapter, routes, samples)
         console.print(differences_table(found))
         best, line = recommendation(found)
@@ -315,7 +315,7 @@ def _require_new(folder: Path) -> None:
 def _check_place(folder: Path, adapter: Adapter, onnx: bool) -> None:
     _require_new(folder)
     require_writable(folder)
-    needed = adapter.skeleton.num_parameters() * (2 + 4 * onnx)
+    needed = adapter.meta_model.num_parameters() * (2 + 4 * onnx)
     require_space(folder.absolute().parent, needed, "the merged model")
 
 
@@ -343,7 +343,7 @@ GGUF:          git clone {LLAMA_CPP}
                pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt
                python llama.cpp/convert_hf_to_gguf.py {quoted} --outfile {gguf} --outtype bf16"""
     is_gpt2 = type(adapter.form.tokenizer).__name__.startswith("GPT2Tokenizer")  # Phi-4's, which the converter takes as it is
-    if adapter.skeleton.config.model_type == "phi3" and not is_gpt2 and not (folder / "tokenizer.model").exists():
+    if adapter.meta_model.config.model_type == "phi3" and not is_gpt2 and not (folder / "tokenizer.model").exists():
         text += """
                It will refuse this folder: for Phi-3 it wants tokenizer.model, which was not found with the base."""
     return text

@@ -15,7 +15,7 @@ from qlora.config import GradientCheckpointing, TrainConfig
 from qlora.errors import ExitCode, UserError
 from qlora.model.coverage import UNCOVERED_LIMIT, uncovered
 from qlora.model.demo import model_source
-from qlora.model.load import load_skeleton
+from qlora.model.load import load_meta_model
 from qlora.model.lora import Target, audit_targets
 from qlora.run.files import require_writable, write_file
 from qlora.speed.layers import MARGIN
@@ -73,18 +73,18 @@ def run(options: PlanOptions) -> int:
     if options.json is not None:
         require_writable(options.json)
     config = configuration(options)
-    skeleton = shape_skeleton(options, config)
-    targets = audit_targets(skeleton, config)
+    meta_model = shape_meta_model(options, config)
+    targets = audit_targets(meta_model, config)
     free_gib, card = _free(options.gpu_gib)
     tried = POLICIES if options.gradient_checkpointing == "auto" else (options.gradient_checkpointing,)
     changed = (dataclasses.replace(config, gradient_checkpointing=policy) for policy in tried)
-    plans = [planned(skeleton, each) for each in changed]
+    plans = [planned(meta_model, each) for each in changed]
     console = Console()
     what = options.model or options.shape or DEFAULT_SHAPE
     console.print(terms_table(f"{what}: {config.per_device_train_batch_size} x {config.max_length} tokens", plans))
     trained = sum(target.adapter_parameters for target in targets)
-    console.print(f"Rank {config.lora_r}: {trained:,} parameters trained of {skeleton.num_parameters() + trained:,}.")
-    if (rest := uncovered(skeleton)).share > UNCOVERED_LIMIT:
+    console.print(f"Rank {config.lora_r}: {trained:,} parameters trained of {meta_model.num_parameters() + trained:,}.")
+    if (rest := uncovered(meta_model)).share > UNCOVERED_LIMIT:
         console.print(f"Warning: {rest}. Training refuses such a model unless --target-modules names the layers to adapt.")
     steps: list[tuple[str, Plan]] = []
     if free_gib is not None:
@@ -93,7 +93,7 @@ def run(options: PlanOptions) -> int:
         if fitting:
             console.print(f"It fits with {flags(fitting[0].config)}, the fastest of these that does.")
         else:
-            steps = list(steps_down(skeleton, plans[-1].config, free_gib))
+            steps = list(steps_down(meta_model, plans[-1].config, free_gib))
             console.print(ways_table(steps, free_gib))
             if not steps or not steps[-1][1].fits(free_gib):
                 least = f"down to {LEAST_LENGTH} tokens and rank {LEAST_RANK}"
@@ -123,10 +123,10 @@ def configuration(options: PlanOptions) -> TrainConfig:
     return config
 
 
-def shape_skeleton(options: PlanOptions, config: TrainConfig) -> Any:
+def shape_meta_model(options: PlanOptions, config: TrainConfig) -> Any:
     """The model on the meta device: one of the built-in shapes, or that of a hub id or folder."""
     if options.model is not None:
-        return load_skeleton(model_source(options.model), config)
+        return load_meta_model(model_source(options.model), config)
     name = options.shape or DEFAULT_SHAPE
     shape = transformers.Phi3Config(**SHAPES[name], pad_token_id=0)
     if config.max_length > shape.max_position_embeddings:
@@ -136,18 +136,18 @@ def shape_skeleton(options: PlanOptions, config: TrainConfig) -> Any:
         return transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation="eager")
 
 
-def planned(skeleton: Any, config: TrainConfig) -> Plan:
+def planned(meta_model: Any, config: TrainConfig) -> Plan:
     """The memory of rows of --max-length tokens."""
-    targets: list[Target] = audit_targets(skeleton, config)
-    return Plan(config, memory_terms(skeleton, targets, config, config.max_length))
+    targets: list[Target] = audit_targets(meta_model, config)
+    return Plan(config, memory_terms(meta_model, targets, config, config.max_length))
 
 
-def steps_down(skeleton: Any, config: TrainConfig, free_gib: float) -> Iterator[tuple[str, Plan]]:
+def steps_down(meta_model: Any, config: TrainConfig, free_gib: float) -> Iterator[tuple[str, Plan]]:
     """What to change, one after the other, until it fits: the largest saving first, what changes the training last."""
-    plan = planned(skeleton, config)
+    plan = planned(meta_model, config)
     while not plan.fits(free_gib):
         settings = settings_to_try(plan.config, plan.config.max_length)
-        tried = [(each, planned(skeleton, dataclasses.replace(plan.config, **each.changes))) for each in settings]
+        tried = [(each, planned(meta_model, dataclasses.replace(plan.config, **each.changes))) for each in settings]
         saving = [(each, then) for each, then in tried if then.total_gib < plan.total_gib]
         if not saving:
             return

@@ -8,16 +8,13 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from qlora.config import TrainConfig
-
-if TYPE_CHECKING:
-    pass
-from qlora.data.dataset import Samples
-from qlora.data.template import IGNORED, Encoded
+from qlora.data.dataset import TokenizedDataset
+from qlora.data.template import IGNORED, TokenizedExample
 
 Item = TypeVar("Item")
 
@@ -57,7 +54,7 @@ class Batch(NamedTuple):
 # -- collation and order ---------------------------------------------------------------------------------------------
 
 
-def collate(samples: Sequence[Encoded], multiple: int = 1, least: int = 1) -> Batch:
+def collate(samples: Sequence[TokenizedExample], multiple: int = 1, least: int = 1) -> Batch:
     """Pad on the right with id 0: any would do, as padding is told by length, never by its id.
 
     Args:
@@ -77,7 +74,7 @@ def collate(samples: Sequence[Encoded], multiple: int = 1, least: int = 1) -> Ba
     return Batch(input_ids, labels, positions, len(positions), num_input_tokens, lines)
 
 
-def collate_packed(rows: Sequence[Sequence[Encoded]], multiple: int = 1, least: int = 1) -> Batch:
+def collate_packed(rows: Sequence[Sequence[TokenizedExample]], multiple: int = 1, least: int = 1) -> Batch:
     """Put the samples of a row one behind the other: positions start anew in each, and no label is predicted across.
 
     What pads a row is a sample too; samples without a token make their number, and that of the ends, a multiple.
@@ -104,10 +101,10 @@ def rounded(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _joined(samples: Sequence[Encoded]) -> Encoded:
+def _joined(samples: Sequence[TokenizedExample]) -> TokenizedExample:
     ids = [index for sample in samples for index in sample.input_ids]
     labels = [label for sample in samples for label in (IGNORED, *sample.labels[1:])]  # nothing precedes a sample's first id
-    return Encoded(ids, labels, samples[0].line)
+    return TokenizedExample(ids, labels, samples[0].line)
 
 
 def pack(lengths: Sequence[int], order: Iterable[int], budget: int) -> list[list[int]]:
@@ -142,7 +139,7 @@ def pack(lengths: Sequence[int], order: Iterable[int], budget: int) -> list[list
     return rows
 
 
-def epoch_rows(samples: "Samples", config: TrainConfig, epoch: int) -> Sequence[Row]:
+def epoch_rows(samples: TokenizedDataset, config: TrainConfig, epoch: int) -> Sequence[Row]:
     """The rows of an epoch in their order: one sample each or, with packing, as many as fit; always the same number.
 
     Packing goes by length, so that mostly the same samples share a row in each epoch; the order of rows changes.
@@ -154,13 +151,13 @@ def epoch_rows(samples: "Samples", config: TrainConfig, epoch: int) -> Sequence[
     return [rows[index] for index in epoch_order(len(rows), config.seed, epoch)]
 
 
-def longest_rows(samples: "Samples", config: TrainConfig) -> list[Row]:
+def longest_rows(samples: TokenizedDataset, config: TrainConfig) -> list[Row]:
     """The rows of a micro-batch that needs the most memory, the longest last."""
     rows = sorted(epoch_rows(samples, config, epoch=1), key=lambda row: row_length(samples, row))
     return rows[-config.per_device_train_batch_size :]
 
 
-def row_length(samples: "Samples", row: Row) -> int:
+def row_length(samples: TokenizedDataset, row: Row) -> int:
     """Tokens of a row, without padding."""
     return sum(map(samples.length, [row] if isinstance(row, int) else row))
 
@@ -172,10 +169,15 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
 
 
 def micro_batches(
-    samples: Sequence[Encoded], rows: Iterable[Row], batch_size: int, pin: bool = False, multiple: int = 1, least: int = 1
+    samples: Sequence[TokenizedExample],
+    rows: Iterable[Row],
+    batch_size: int,
+    pin: bool = False,
+    multiple: int = 1,
+    least: int = 1,
 ) -> Iterator[Batch]:
     """Collate `batch_size` rows at a time in the given order; the last batch may be smaller, but for padding."""
-    for group in windows(rows, batch_size):
+    for group in batched(rows, batch_size):
         packed = [[samples[index] for index in row] for row in group if isinstance(row, list)]
         if packed:
             batch = collate_packed(packed, multiple, least)
@@ -185,7 +187,7 @@ def micro_batches(
 
 
 def training_batches(
-    samples: Sequence[Encoded], rows: Iterable[Row], config: TrainConfig, pin: bool = False
+    samples: Sequence[TokenizedExample], rows: Iterable[Row], config: TrainConfig, pin: bool = False
 ) -> Iterator[Batch]:
     """The micro-batches of training. Where layers are compiled all have the same number of rows, so that one layer's code, and
     memory, is that of all: rows of padding fill up the last of an epoch."""
@@ -194,7 +196,7 @@ def training_batches(
     return micro_batches(samples, rows, size, pin, config.length_multiple, least)
 
 
-def windows(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """`size` items at a time, the last window shorter: samples to a micro-batch, micro-batches to an optimizer step."""
     items = iter(items)
     while window := list(itertools.islice(items, size)):

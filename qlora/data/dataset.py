@@ -8,21 +8,18 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 from qlora.config import TrainConfig
-from qlora.errors import ExitCode, UserError
-
-if TYPE_CHECKING:
-    pass
 from qlora.data.formats import Example, check_source, read_examples
 from qlora.data.read import LISTED, data_error, listed
-from qlora.data.template import IGNORED, Encoded, Format, encode
+from qlora.data.template import IGNORED, PromptTemplate, TokenizedExample, encode
+from qlora.errors import ExitCode, UserError
 
 # -- the samples of a run --------------------------------------------------------------------------------------------
 
 
-class Samples(Sequence[Encoded]):
+class TokenizedDataset(Sequence[TokenizedExample]):
     """Encoded examples, in a temporary file that is mapped into memory: there may be more of them than memory holds.
 
     The file has no name and goes with the process. It holds int32: ids, then labels, of one sample after the other.
@@ -31,7 +28,7 @@ class Samples(Sequence[Encoded]):
         UserError: exit 4 if the temporary folder has no room for them.
     """
 
-    def __init__(self, encoded: Iterable[Encoded]):
+    def __init__(self, encoded: Iterable[TokenizedExample]):
         self._ends = array("q")  # of each sample, counted in ids from the first sample on
         self._lines = array("q")
         self._numbers = memoryview(b"")
@@ -62,17 +59,17 @@ class Samples(Sequence[Encoded]):
         return len(self._ends)
 
     @overload
-    def __getitem__(self, index: int) -> Encoded: ...
+    def __getitem__(self, index: int) -> TokenizedExample: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+    def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
+    def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
         at = range(len(self))[index]  # as a list has it: from the end when negative, an IndexError behind it
         if isinstance(at, range):
             return [self[one] for one in at]
         length = self.length(at)
         start = 2 * (self._ends[at] - length)
         ids, labels = self._numbers[start : start + length], self._numbers[start + length : start + 2 * length]
-        return Encoded(ids.tolist(), labels.tolist(), self._lines[at])
+        return TokenizedExample(ids.tolist(), labels.tolist(), self._lines[at])
 
     @property
     def longest(self) -> int:
@@ -109,7 +106,7 @@ class _Tally:
         if len(self.dropped_lines) <= LISTED:
             self.dropped_lines.append(line)
 
-    def keep(self, encoded: Encoded, special_text: str) -> None:
+    def keep(self, encoded: TokenizedExample, special_text: str) -> None:
         """Count one that is trained on; `special_text` is that of a special token in its messages, if there is one."""
         self.tokens += sum(label != IGNORED for label in encoded.labels[1:])
         self.longest = max(self.longest, len(encoded.input_ids))
@@ -117,7 +114,9 @@ class _Tally:
         self.special_text = self.special_text or special_text
 
 
-def encode_all(examples: Iterable[Example], source: str | Path, form: Format, config: TrainConfig) -> tuple[Samples, str]:
+def encode_all(
+    examples: Iterable[Example], source: str | Path, form: PromptTemplate, config: TrainConfig
+) -> tuple[TokenizedDataset, str]:
     """Encode examples one after the other and deal with those longer than `config.max_length`.
 
     Returns:
@@ -128,7 +127,7 @@ def encode_all(examples: Iterable[Example], source: str | Path, form: Format, co
             `--on-long error`, or the chat template fails on one. Exit 4 if the temporary folder is full.
     """
     tally = _Tally()
-    samples = Samples(_fitting(examples, source, form, config, tally))
+    samples = TokenizedDataset(_fitting(examples, source, form, config, tally))
     limit = f"--max-length {config.max_length}"
     cut = "" if config.on_long == "truncate" else "use --on-long truncate, "
     if not samples:
@@ -155,8 +154,8 @@ def encode_all(examples: Iterable[Example], source: str | Path, form: Format, co
 
 
 def _fitting(
-    examples: Iterable[Example], source: str | Path, form: Format, config: TrainConfig, tally: _Tally
-) -> Iterator[Encoded]:
+    examples: Iterable[Example], source: str | Path, form: PromptTemplate, config: TrainConfig, tally: _Tally
+) -> Iterator[TokenizedExample]:
     for example in examples:
         tally.seen += 1
         try:
@@ -166,7 +165,7 @@ def _fitting(
         length = len(encoded.input_ids)
         if length > config.max_length and config.on_long == "error":
             raise data_error(f"{source}:{example.line}: {length} tokens, more than --max-length {config.max_length}.")
-        kept = fitted(encoded, config)
+        kept = truncate_or_drop(encoded, config)
         if kept is None:
             tally.drop(example.line)
             continue
@@ -176,15 +175,15 @@ def _fitting(
         yield kept
 
 
-def fitted(encoded: Encoded, config: TrainConfig) -> Encoded | None:
+def truncate_or_drop(encoded: TokenizedExample, config: TrainConfig) -> TokenizedExample | None:
     """The sample; cut to `config.max_length` if it is longer and is to be cut; None if it cannot be used."""
     if len(encoded.input_ids) <= config.max_length:
         return encoded
-    cut = Encoded(encoded.input_ids[: config.max_length], encoded.labels[: config.max_length], encoded.line)
+    cut = TokenizedExample(encoded.input_ids[: config.max_length], encoded.labels[: config.max_length], encoded.line)
     return cut if config.on_long == "truncate" and any(label != IGNORED for label in cut.labels[1:]) else None
 
 
-def count_shared(samples: Sequence[Encoded], held_out: Sequence[Encoded]) -> int:
+def count_shared(samples: Sequence[TokenizedExample], held_out: Sequence[TokenizedExample]) -> int:
     """How many held-out samples have the very ids of a training sample; memory for the held-out side alone."""
     wanted = [_digest(sample) for sample in held_out]
     distinct = set(wanted)
@@ -192,7 +191,7 @@ def count_shared(samples: Sequence[Encoded], held_out: Sequence[Encoded]) -> int
     return sum(digest in shared for digest in wanted)
 
 
-def _digest(sample: Encoded) -> bytes:
+def _digest(sample: TokenizedExample) -> bytes:
     return hashlib.sha256(array("i", sample.input_ids).tobytes()).digest()
 
 
@@ -206,8 +205,8 @@ def check_files(config: TrainConfig) -> list[str]:
 
 
 def encode_files(
-    config: TrainConfig, columns: list[str], form: Format, say: Callable[[str], None]
-) -> tuple[Samples, Samples | None]:
+    config: TrainConfig, columns: list[str], form: PromptTemplate, say: Callable[[str], None]
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """The training data and, if there is any, the held-out data, with a line about each.
 
     Raises:
@@ -232,13 +231,15 @@ def _files(config: TrainConfig) -> list[tuple[str, str, str]]:
     return [(config.train_file, "train", "Data"), *held_out]
 
 
-def first_examples(config: TrainConfig, samples: Samples, held_out: Samples | None, count: int) -> list[Example]:
+def first_examples(
+    config: TrainConfig, samples: TokenizedDataset, held_out: TokenizedDataset | None, count: int
+) -> list[Example]:
     """The first `count` examples of the held-out data, or of the training data if there is none."""
     file, split, _ = _files(config)[-1]
     return kept_examples(read_examples(file, split), held_out or samples, count)
 
 
-def kept_examples(examples: Iterable[Example], samples: Sequence[Encoded], count: int) -> list[Example]:
+def kept_examples(examples: Iterable[Example], samples: Sequence[TokenizedExample], count: int) -> list[Example]:
     """The first `count` examples that encode_all kept; the rest is not read."""
     lines = {sample.line for sample in samples[:count]}
     return list(itertools.islice((example for example in examples if example.line in lines), len(lines)))

@@ -7,10 +7,8 @@ import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    pass
 from qlora.data.read import LISTED, data_error, file_rows, hub_rows, listed
 
 COLUMNS = (("instruction", "response"), ("prompt", "completion"), ("messages",))

@@ -8,12 +8,9 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qlora.errors import ExitCode, UserError
 
-if TYPE_CHECKING:
-    pass
 LINE_LIMIT = 10_000_000  # bytes; a file without a newline must not be read whole to be refused
 LISTED = 10  # names or lines that a message lists at most
 FOREIGN = {

@@ -18,7 +18,7 @@ IGNORED = -100  # cross-entropy's own default for "not trained"
 PIECES = re.compile(f"{OPEN}[^{OPEN}{CLOSE}]+{CLOSE}|[^{OPEN}{CLOSE}]+")
 
 
-class Encoded(NamedTuple):
+class TokenizedExample(NamedTuple):
     """Token ids of one example and, of the same length, what is trained: the id itself, or IGNORED."""
 
     input_ids: list[int]
@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
 # -- formatting and masking ------------------------------------------------------------------------------------------
 
 
-class Format(NamedTuple):
+class PromptTemplate(NamedTuple):
     """How text becomes ids: the tokenizer, the form, and the ids that begin a sample and end an answer."""
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -71,7 +71,7 @@ class Format(NamedTuple):
         return both[len(before) :] if both[: len(before)] == before else self._tokenize(text, split_special)
 
 
-def read_format(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat, date: str | None = None) -> Format:
+def load_template(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat, date: str | None = None) -> PromptTemplate:
     """The form to train and to prompt in.
 
     Args:
@@ -91,7 +91,7 @@ def read_format(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat, date: 
             raise UserError(ExitCode.CONFIGURATION, why)
         first = tokenizer("a").input_ids[0]
         begin_ids = (first,) if first == tokenizer.bos_token_id else ()
-        return Format(tokenizer, name, begin_ids, tokenizer.eos_token_id, special, date)
+        return PromptTemplate(tokenizer, name, begin_ids, tokenizer.eos_token_id, special, date)
     if tokenizer.chat_template is None:
         why = "--prompt-format chat: the tokenizer has no chat template. Use --prompt-format plain."
         raise UserError(ExitCode.CONFIGURATION, why)
@@ -103,15 +103,15 @@ def read_format(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat, date: 
     if not tail or tail[0] not in tokenizer.added_tokens_decoder:
         why = "the template ends an answer without a special token, so the model could not learn to stop"
         raise UserError(ExitCode.CONFIGURATION, f"--prompt-format chat: {why}. Use --prompt-format plain.")
-    return Format(tokenizer, name, (), tail[0], special, date)
+    return PromptTemplate(tokenizer, name, (), tail[0], special, date)
 
 
-def encode_prompt(messages: tuple[Message, ...], form: Format) -> list[int]:
+def encode_prompt(messages: tuple[Message, ...], form: PromptTemplate) -> list[int]:
     """Ids that an answer to `messages` (the last one a user's) is generated from; training saw the same ids."""
     return _encode_turns((*messages, Message("assistant", "")), form, loss_on="response")[0]
 
 
-def encode(example: Example, form: Format, loss_on: str) -> Encoded:
+def encode(example: Example, form: PromptTemplate, loss_on: str) -> TokenizedExample:
     """Tokenise prompts and answers apart and join their ids, so that no token hides where the loss begins.
 
     Returns:
@@ -120,10 +120,10 @@ def encode(example: Example, form: Format, loss_on: str) -> Encoded:
     Raises:
         ValueError: if the chat template refuses the conversation, or does not render an answer as it stands.
     """
-    return Encoded(*_encode_turns(example.messages, form, loss_on), example.line)
+    return TokenizedExample(*_encode_turns(example.messages, form, loss_on), example.line)
 
 
-def _encode_turns(messages: tuple[Message, ...], form: Format, loss_on: str) -> tuple[list[int], list[int]]:
+def _encode_turns(messages: tuple[Message, ...], form: PromptTemplate, loss_on: str) -> tuple[list[int], list[int]]:
     ids = list(form.begin_ids)
     labels = list(ids) if loss_on == "all" else [IGNORED] * len(ids)
     for before, context, answer in _chat_turns(messages, form) if form.name == "chat" else _plain_turns(messages):
@@ -150,7 +150,7 @@ def _plain_turns(messages: tuple[Message, ...]) -> Iterator[tuple[str, str, str]
             context = "\n\n"
 
 
-def _chat_turns(messages: tuple[Message, ...], form: Format) -> Iterator[tuple[str, str, str]]:
+def _chat_turns(messages: tuple[Message, ...], form: PromptTemplate) -> Iterator[tuple[str, str, str]]:
     """For each turn the stop token's text if one stands before it, what the template puts before the answer, and the answer.
 
     Whatever the template writes between its generation prompt and the answer (a space, an empty chain of thought) counts

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qlora.data.batch import windows
+from qlora.data.batch import batched
 from qlora.data.formats import Example
-from qlora.data.template import Format, encode_prompt
+from qlora.data.template import PromptTemplate, encode_prompt
 from qlora.errors import UserError, is_out_of_memory
 
 # What may go wrong with sample answers: libraries, the disk, the data.
@@ -15,7 +15,7 @@ FAILURES = (RuntimeError, MemoryError, ArithmeticError, AttributeError, LookupEr
             ImportError, OSError, UserError)  # fmt: skip
 
 
-class Sample(NamedTuple):
+class Completion(NamedTuple):
     """Greedy answers of the model without and with its adapter, and the answer that was wanted."""
 
     prompt: str
@@ -32,7 +32,7 @@ class Sampling(NamedTuple):
     top_k: int | None = None
 
 
-def stop_ids(model: Any, form: Format) -> list[int]:
+def stop_ids(model: Any, form: PromptTemplate) -> list[int]:
     """What ends an answer: the stop token that was trained, and those that the model itself names."""
     own = model.generation_config.eos_token_id
     return sorted({form.stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
@@ -42,7 +42,7 @@ def stop_ids(model: Any, form: Format) -> list[int]:
 def generate(
     model: Any,
     prompts: list[list[int]],
-    form: Format,
+    form: PromptTemplate,
     max_new_tokens: int,
     sampling: Sampling | None = None,
     streamer: Any = None,
@@ -88,23 +88,28 @@ def generate(
 
 
 def generate_all(
-    model: Any, prompts: list[list[int]], form: Format, max_new_tokens: int, batch_size: int, sampling: Sampling | None = None
+    model: Any,
+    prompts: list[list[int]],
+    form: PromptTemplate,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling | None = None,
 ) -> list[str]:
     """Answers to any number of prompts, in their order; prompts of like length share a batch, for less padding."""
     answers = [""] * len(prompts)
-    for rows in windows(sorted(range(len(prompts)), key=lambda row: len(prompts[row])), batch_size):
+    for rows in batched(sorted(range(len(prompts)), key=lambda row: len(prompts[row])), batch_size):
         found = generate(model, [prompts[row] for row in rows], form, max_new_tokens, sampling)
         for row, answer in zip(rows, found, strict=True):
             answers[row] = answer
     return answers
 
 
-def answer_limit(examples: list[Example], form: Format) -> int:
+def answer_limit(examples: list[Example], form: PromptTemplate) -> int:
     """Tokens that an answer may have: twice those of the longest that is wanted, and 1,024 at most."""
     return min(2 * max(len(form.ids(example.response)) for example in examples) + 8, 1024)
 
 
-def sample_responses(model: Any, examples: list[Example], form: Format) -> list[Sample]:
+def sample_responses(model: Any, examples: list[Example], form: PromptTemplate) -> list[Completion]:
     """Greedy answers to the prompts of `examples`, without and with the adapter, up to answer_limit."""
     prompts = [encode_prompt(example.prompt, form) for example in examples]
     limit = answer_limit(examples, form)
@@ -113,14 +118,14 @@ def sample_responses(model: Any, examples: list[Example], form: Format) -> list[
         with model.disable_adapter():
             base = generate(model, prompts, form, limit)
     rows = zip(examples, base, tuned, strict=True)
-    return [Sample(example.prompt[-1].content, base, tuned, example.response) for example, base, tuned in rows]
+    return [Completion(example.prompt[-1].content, base, tuned, example.response) for example, base, tuned in rows]
 
 
 def try_samples(
     model: Any,
     examples: Callable[[], list[Example]],
-    form: Format,
-    record: Callable[[list[Sample]], None],
+    form: PromptTemplate,
+    record: Callable[[list[Completion]], None],
     say: Callable[[str], None],
 ) -> None:
     """Like sample_responses, but whatever fails is a warning with the reason, and no samples.

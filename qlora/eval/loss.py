@@ -10,7 +10,7 @@ from qlora.data.batch import Batch
 from qlora.model import attention
 
 
-class HeldOut(NamedTuple):
+class EvalResult(NamedTuple):
     """Mean negative log-likelihood of a trained token, in nats; its exponential; and how many tokens it was taken over."""
 
     loss: float
@@ -19,7 +19,7 @@ class HeldOut(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torch.Tensor, Batch], torch.Tensor]) -> HeldOut:
+def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torch.Tensor, Batch], torch.Tensor]) -> EvalResult:
     """Sum of losses over sum of tokens, so that batch shapes and padding change nothing.
 
     Args:
@@ -41,10 +41,10 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torc
         num_tokens += batch.num_tokens
     model.train(training)
     loss = total.item() / num_tokens  # sync
-    return HeldOut(loss, math.exp(min(loss, 700.0)), num_tokens)
+    return EvalResult(loss, math.exp(min(loss, 700.0)), num_tokens)
 
 
-def has_stalled(evaluations: dict[int, HeldOut], patience: int | None) -> bool:
+def has_stalled(evaluations: dict[int, EvalResult], patience: int | None) -> bool:
     """Whether the lowest held-out loss is `patience` evaluations old; a loss that is NaN is none. None never is."""
     losses = [math.inf if math.isnan(evaluations[step].loss) else evaluations[step].loss for step in sorted(evaluations)]
     return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience

@@ -15,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from qlora.config import AttnImplementation, TrainConfig
 from qlora.data.batch import Batch, collate_packed
-from qlora.data.template import Encoded
+from qlora.data.template import TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.model.families import FAMILIES, is_uniform
 
@@ -34,7 +34,7 @@ class Attention(NamedTuple):
         return "sdpa" if self.implementation == "varlen" else self.implementation
 
 
-def choose_attention(config: TrainConfig, device: torch.device, skeleton: Any = None) -> Attention:
+def choose_attention(config: TrainConfig, device: torch.device, meta_model: Any = None) -> Attention:
     """Resolve `--attn-implementation`: `auto` picks what can run, a name runs or fails, and nothing is downloaded.
 
     auto takes sdpa while it needs no mask, and with packing, or where the sliding window is active, a kernel that knows about
@@ -43,20 +43,20 @@ def choose_attention(config: TrainConfig, device: torch.device, skeleton: Any = 
     Args:
         config: attn_implementation, packing and max_length are read.
         device: where the model will be.
-        skeleton: the model without weights; not every one has every backend (Gemma 2 has no sdpa, for its soft-capping).
+        meta_model: the model without weights; not every one has every backend (Gemma 2 has no sdpa, for its soft-capping).
             None, before it is known, to check the rest.
 
     Raises:
         UserError: exit 7 if a backend was asked for by name and cannot run here.
     """
-    against = obstacles(device, skeleton)
+    against = unavailable_reasons(device, meta_model)
     requested = config.attn_implementation
     if requested != "auto":
         if against[requested]:
             text = f"--attn-implementation {requested} cannot run here: {against[requested]}. Use auto to take what can."
             raise UserError(ExitCode.ENVIRONMENT, text)
         return Attention(requested, "as asked")
-    window = None if skeleton is None else training_window(skeleton.config.get_text_config(), config.max_length)
+    window = None if meta_model is None else training_window(meta_model.config.get_text_config(), config.max_length)
     order: list[AttnImplementation] = ["sdpa", "flash_attention_2", "eager"]
     why = "it needs no mask here"
     if config.packing or window is not None:
@@ -67,22 +67,22 @@ def choose_attention(config: TrainConfig, device: torch.device, skeleton: Any = 
     return Attention(chosen, "; ".join(passed_over) or why)
 
 
-def obstacles(device: torch.device, skeleton: Any = None) -> dict[str, str | None]:
+def unavailable_reasons(device: torch.device, meta_model: Any = None) -> dict[str, str | None]:
     """Why a backend cannot run here, or None, for each value of `--attn-implementation` but auto.
 
     Args:
         device: where the model will be.
-        skeleton: the model without weights; None to look at the machine alone.
+        meta_model: the model without weights; None to look at the machine alone.
     """
     return {
-        "flash_attention_2": _flash_obstacle(device, skeleton),
-        "varlen": _varlen_obstacle(device, skeleton),
-        "sdpa": None if getattr(skeleton, "_supports_sdpa", True) else f"{type(skeleton).__name__} does not support it",
+        "flash_attention_2": _flash_unavailable_reason(device, meta_model),
+        "varlen": _varlen_unavailable_reason(device, meta_model),
+        "sdpa": None if getattr(meta_model, "_supports_sdpa", True) else f"{type(meta_model).__name__} does not support it",
         "eager": None,
     }
 
 
-def _cuda_obstacle(device: torch.device) -> str | None:
+def _cuda_unavailable_reason(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "it needs a CUDA GPU"
     capability = torch.cuda.get_device_capability(device)
@@ -91,20 +91,20 @@ def _cuda_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def _flash_obstacle(device: torch.device, skeleton: Any) -> str | None:
+def _flash_unavailable_reason(device: torch.device, meta_model: Any) -> str | None:
     # Asked of the package itself: transformers would fetch a replacement from the hub where `kernels` is installed.
-    if obstacle := _cuda_obstacle(device):
-        return obstacle
+    if unavailable_reason := _cuda_unavailable_reason(device):
+        return unavailable_reason
     if not is_flash_attn_2_available():
         return "package flash-attn is not installed (pip install flash-attn --no-build-isolation)"
     try:
         import flash_attn  # noqa: F401
     except ImportError as error:
         return f"package flash-attn does not fit this torch ({error})"
-    return None if getattr(skeleton, "_supports_flash_attn", True) else f"{type(skeleton).__name__} does not support it"
+    return None if getattr(meta_model, "_supports_flash_attn", True) else f"{type(meta_model).__name__} does not support it"
 
 
-def _varlen_obstacle(device: torch.device, skeleton: Any) -> str | None:
+def _varlen_unavailable_reason(device: torch.device, meta_model: Any) -> str | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -113,13 +113,15 @@ def _varlen_obstacle(device: torch.device, skeleton: Any) -> str | None:
         known = False
     if not known:
         return f"it needs torch 2.11 or newer, this is {torch.__version__}"
-    if obstacle := _cuda_obstacle(device):
-        return obstacle
-    if skeleton is None:
+    if unavailable_reason := _cuda_unavailable_reason(device):
+        return unavailable_reason
+    if meta_model is None:
         return None
-    if getattr(skeleton.config, "attention_dropout", None):
+    if getattr(meta_model.config, "attention_dropout", None):
         return "it has no dropout of attention weights"
-    return None if is_uniform(skeleton) else f"it was tried with {', '.join(FAMILIES)} only, this is {type(skeleton).__name__}"
+    return (
+        None if is_uniform(meta_model) else f"it was tried with {', '.join(FAMILIES)} only, this is {type(meta_model).__name__}"
+    )
 
 
 # -- while training --------------------------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ def _check_packing(model: Any) -> None:
     behind = []
     for first in ([5, 6, 7, 8], [9, 8, 6, 5]):
         rows = [(first, [10, 11, 12, 13, 14]), (first, [10, 11, 12])]
-        samples = [[Encoded(ids, ids, 1) for ids in row] for row in rows]
+        samples = [[TokenizedExample(ids, ids, 1) for ids in row] for row in rows]
         inputs = decoder_inputs(collate_packed(samples).to(device), decoder.config)
         try:
             model.eval()

@@ -64,7 +64,7 @@ def uncovered(model: Any) -> Uncovered:
     """What of a model QLoRA does not cover, such as the fused experts of a mixture of experts, which stay in bf16.
 
     Args:
-        model: the base model or its skeleton, without adapters.
+        model: the base model or the meta model, without adapters.
     """
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     ends += [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]

@@ -23,7 +23,7 @@ Precision = Literal["nf4", "int8", "bf16"]  # of a base model's linear layers
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_skeleton(source: str, config: TrainConfig) -> Any:
+def load_meta_model(source: str, config: TrainConfig) -> Any:
     """The model of a folder or hub id without its weights: a small file to fetch, and enough to check the flags against.
 
     Returns:
@@ -37,7 +37,7 @@ def load_skeleton(source: str, config: TrainConfig) -> Any:
     with _environment_errors(source):
         model_config = transformers.AutoConfig.from_pretrained(source, **origin)
         with torch.device("meta"):
-            skeleton = transformers.AutoModelForCausalLM.from_config(
+            meta_model = transformers.AutoModelForCausalLM.from_config(
                 model_config, trust_remote_code=config.trust_remote_code, dtype=torch.bfloat16, attn_implementation="eager"
             )
     check_quantization(source, getattr(model_config, "quantization_config", None))
@@ -45,7 +45,7 @@ def load_skeleton(source: str, config: TrainConfig) -> Any:
     if longest is not None and config.max_length > longest:
         text = f"--max-length {config.max_length} is more than the {longest} positions of {source}."
         raise UserError(ExitCode.CONFIGURATION, text)
-    return skeleton
+    return meta_model
 
 
 def check_quantization(source: str, found: dict[str, Any] | None) -> None:
@@ -70,7 +70,7 @@ def check_quantization(source: str, found: dict[str, Any] | None) -> None:
         raise UserError(ExitCode.CONFIGURATION, f"{text} {advice}")
 
 
-def load_tokenizer(source: str, skeleton: Any, config: TrainConfig) -> Any:
+def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:
     """The tokenizer of a folder or hub id.
 
     Raises:
@@ -80,7 +80,7 @@ def load_tokenizer(source: str, skeleton: Any, config: TrainConfig) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    rows = skeleton.get_input_embeddings().weight.shape[0]
+    rows = meta_model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         text = (
             f"The tokenizer of {source} has {len(tokenizer)} tokens, its model {rows} embeddings. They do not belong together."

@@ -27,11 +27,11 @@ class Target(NamedTuple):
     adapter_parameters: int
 
 
-def checked_targets(skeleton: Any, config: TrainConfig, say: Callable[[str], None]) -> list[Target]:
+def checked_targets(meta_model: Any, config: TrainConfig, say: Callable[[str], None]) -> list[Target]:
     """The audited targets of a model that QLoRA covers; what could only fail after loading fails here.
 
     Args:
-        skeleton: the base model on the meta device.
+        meta_model: the base model on the meta device.
         config: target_modules and what else audit_targets and PEFT read.
         say: for a line about what is not covered; a warning where that is much and target modules are named.
 
@@ -39,14 +39,12 @@ def checked_targets(skeleton: Any, config: TrainConfig, say: Callable[[str], Non
         UserError: exit 2 as audit_targets; if more than a tenth of the weights is neither in NF4 nor adapted and no target
             modules are named; or if PEFT refuses the targets.
     """
-    targets = audit_targets(skeleton, config)
-    if any(layer is skeleton.get_output_embeddings() for layer in nf4_layers(skeleton).values()):
-        text = (
-            f"The head of {type(skeleton).__name__} is in NF4 too (llm_int8_skip_modules in its config.json lacks it). The loss"
-        )
-        raise UserError(ExitCode.CONFIGURATION, f"{text} needs it in bf16. Name the model in bf16.")
-    rest, kind = uncovered(skeleton), type(skeleton).__name__
-    refusal = _peft_refusal(skeleton, config, targets)
+    targets = audit_targets(meta_model, config)
+    if any(layer is meta_model.get_output_embeddings() for layer in nf4_layers(meta_model).values()):
+        text = f"The head of {type(meta_model).__name__} is in NF4 too (llm_int8_skip_modules in its config.json lacks it)."
+        raise UserError(ExitCode.CONFIGURATION, f"{text} The loss needs it in bf16. Name the model in bf16.")
+    rest, kind = uncovered(meta_model), type(meta_model).__name__
+    refusal = _peft_refusal(meta_model, config, targets)
     if rest.share > UNCOVERED_LIMIT and config.target_modules is None:
         attention = [target for target in targets if all("attn" in name or "attention" in name for name in target.layers)]
         names = " ".join(target.name for target in (attention if refusal else targets))
@@ -61,11 +59,11 @@ def checked_targets(skeleton: Any, config: TrainConfig, say: Callable[[str], Non
     return targets
 
 
-def _peft_refusal(skeleton: Any, config: TrainConfig, targets: list[Target]) -> str | None:
+def _peft_refusal(meta_model: Any, config: TrainConfig, targets: list[Target]) -> str | None:
     """Why PEFT refuses to adapt the targets, tried on a copy without weights; None if it does not."""
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # it warns again when the model is loaded
-            add_adapters(copy.deepcopy(skeleton), dataclasses.replace(config, init_adapter=None), targets, "")
+            add_lora(copy.deepcopy(meta_model), dataclasses.replace(config, init_adapter=None), targets, "")
     except (ValueError, TypeError, NotImplementedError) as error:
         return " ".join(str(error).split())[:300]
     return None
@@ -77,7 +75,7 @@ def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
     Phi-3 fuses its projections, so of the usual seven Llama names two match, which trains 35 % of what was meant.
 
     Args:
-        model: the base model or its skeleton, without adapters.
+        model: the base model or the meta model, without adapters.
         config: target_modules, matched as PEFT does (the whole name or its end after a dot), None for all linear layers;
             and the rank, as a layer gets r * (in + out) parameters.
 
@@ -122,7 +120,7 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def add_adapters(model: Any, config: TrainConfig, targets: list[Target], base: str) -> Any:
+def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) -> Any:
     """Hang LoRA adapters on the audited layers: A uniform, B zero, so that the start is the base model exactly.
 
     Adapters are fp32 masters, computed in bf16 under autocast: in bf16 most late updates round away.

@@ -24,7 +24,7 @@ def build_optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -
     return eight_bit(parameters, lr=0.0, weight_decay=config.weight_decay)
 
 
-def begin_state(optimizer: torch.optim.Optimizer) -> None:
+def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Give each parameter the state that a bitsandbytes optimizer makes in its first step, to copy a saved one into.
 
     Only that optimizer's own tensors are what they should be: moments of 100,000 elements and more in managed memory where it

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from qlora.report.record import Record
 
 FEW_EXAMPLES, FEW_HELD_OUT = 1000, 100
-TURNED = 1.02  # the last held-out loss over the lowest one, from which on the difference is worth a sentence
-RECITED = 2.0  # the last held-out loss over the training loss
+OVERFIT_RATIO = 1.02  # the last held-out loss over the lowest one, from which on the difference is worth a sentence
+MEMORIZED_RATIO = 2.0  # the last held-out loss over the training loss
 
 
 class Caveat(NamedTuple):
@@ -89,14 +89,14 @@ def _of_what_is_measured(record: Record) -> list[Caveat]:
     if len(evaluations) > 1:
         best, last = min(evaluations, key=lambda row: row["eval_loss"]), evaluations[-1]
         own = record.of_the_adapter or last
-        if own["eval_loss"] > TURNED * best["eval_loss"]:
+        if own["eval_loss"] > OVERFIT_RATIO * best["eval_loss"]:
             fact = f"The held-out loss was {best['eval_loss']:.4f} after step {best['step']:,}, and {own['eval_loss']:.4f} "
             found.append(
                 Caveat("The best adapter of the run", f"{fact}after step {own['step']:,}, whose adapter is in adapter/.")
             )
         recent = [row["loss"] for row in steps if row["epoch"] == steps[-1]["epoch"] and row.get("loss") is not None]
         training = statistics.fmean(recent) if recent else last["eval_loss"]
-        if last["eval_loss"] > RECITED * training:
+        if last["eval_loss"] > MEMORIZED_RATIO * training:
             fact = f"In the last epoch the training loss was {training:.4f}, the held-out loss {last['eval_loss']:.4f}: "
             found.append(Caveat("Learning without learning by heart", fact + "some of the fit is to the examples themselves."))
     if record.samples and not record.evaluation:

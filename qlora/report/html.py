@@ -2,7 +2,7 @@
 
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora.config import TrainConfig
 from qlora.errors import UserError
@@ -14,9 +14,6 @@ from qlora.report.record import Record, read
 from qlora.report.rendering import render
 from qlora.run.files import cannot_write, write_file
 from qlora.run.folder import FINISHED
-
-if TYPE_CHECKING:
-    pass
 
 STATUS = {
     "finished": "",

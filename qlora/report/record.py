@@ -12,13 +12,13 @@ from qlora.run import checkpoint
 from qlora.run.files import size_and_sha256, whole_rows
 from qlora.run.folder import EARLIER, FINISHED, METRICS, RUN, SAMPLES, is_going
 from qlora.run.schema import (
+    CompletionRow,
     Config,
     Evaluation,
     Finished,
     RecordedEnvironment,
     RecordedFacts,
     Row,
-    Sample,
     Settings,
     check_types,
 )
@@ -122,7 +122,7 @@ def read(folder: Path) -> Record:
         facts=_json(folder / RUN, RecordedFacts),
         settings=_json(folder / "adapter" / "adapter_config.json", Settings),
         rows=_rows(folder / METRICS, Row),
-        samples=_rows(folder / SAMPLES, Sample),
+        samples=_rows(folder / SAMPLES, CompletionRow),
         evaluation=evaluation if is_own else {},
         evaluation_of_another=bool(evaluation) and not is_own,
         trained_parameters=_trained_parameters(folder),

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from qlora.errors import ExitCode, UserError
-from qlora.model.optimizer import begin_state
+from qlora.model.optimizer import init_optimizer_state
 from qlora.model.random_state import random_state, set_random_state
 from qlora.run.files import MANIFEST, require_space, verify, write_folder
 from qlora.run.schema import UNREADABLE, State, check_types, reason
@@ -28,7 +28,7 @@ ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safe
 NAME = re.compile(r"step-(\d{6,})")
 
 
-class Progress(NamedTuple):
+class TrainState(NamedTuple):
     """Where a run is. It stops between optimizer steps only, so this is all there is to know."""
 
     step: int = 0
@@ -115,7 +115,7 @@ def save(
     checkpoints: Path,
     model: Any,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: TrainState,
     facts: dict[str, Any],
 ) -> Path:
     """Write `checkpoints`/step-000012.
@@ -177,7 +177,7 @@ def trainer_state(model: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[st
     return tensors, plain
 
 
-def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Progress:
+def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainState:
     """Put adapter, optimizer and generators back as they were, each tensor in its dtype.
 
     Args:
@@ -196,7 +196,7 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Progr
     load_adapter(folder, model)
     set_random_state({name[4:]: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")})
     _restore_optimizer(folder, optimizer, _trained(model), {**tensors, **state["optimizer"]})
-    return Progress(*(state[field] for field in Progress._fields))
+    return TrainState(*(state[field] for field in TrainState._fields))
 
 
 def load_adapter(folder: Path, model: Any) -> None:
@@ -248,7 +248,7 @@ def _restore_optimizer(
             raise UserError(ExitCode.CHECKPOINT, f"{folder} has optimizer state for {name}, which is not trained here.")
         found[name][kind] = value
     optimizer.state.clear()
-    begin_state(optimizer)
+    init_optimizer_state(optimizer)
     first = next(iter(found.values()), {})
     for name, parameter in named.items():
         state = optimizer.state[parameter]

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora.config import TrainConfig
-from qlora.data.batch import Batch, epoch_rows, training_batches, windows
-from qlora.data.dataset import Samples
-from qlora.data.template import IGNORED, Encoded
+from qlora.data.batch import Batch, batched, epoch_rows, training_batches
+from qlora.data.dataset import TokenizedDataset
+from qlora.data.template import IGNORED, TokenizedExample
 from qlora.run.log import Tracker, say
 
 KINDS = ("NF4 weights", "NF4 constants", "NF4 weights, dequantised", "embeddings", "norms", "other parameters", "head",
@@ -114,7 +114,7 @@ def _training_tensors(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[
                 yield kind, value, value.numel()
 
 
-def tokens(sample: Encoded, tokenizer: Any) -> list[Token]:
+def tokens(sample: TokenizedExample, tokenizer: Any) -> list[Token]:
     """A sample token by token.
 
     The first is never trained, label or not: there is nothing before it to predict it from.
@@ -151,7 +151,7 @@ def gradient_norms(model: Any) -> dict[str, torch.Tensor]:
 # -- shown -----------------------------------------------------------------------------------------------------------
 
 
-def explain_start(config: TrainConfig, model: Any, samples: Samples, tokenizer: Any, console: Console) -> None:
+def explain_start(config: TrainConfig, model: Any, samples: TokenizedDataset, tokenizer: Any, console: Console) -> None:
     """With --explain, print the parameters, the shortest sample token by token, and the tokens of the first window."""
     if not config.explain:
         return
@@ -160,7 +160,7 @@ def explain_start(config: TrainConfig, model: Any, samples: Samples, tokenizer: 
     sample = samples[min(range(len(samples)), key=samples.length)]
     console.print(token_table(tokens(sample, tokenizer), sample.line))
     batches = training_batches(samples, epoch_rows(samples, config, 1), config)
-    console.print(count_table(token_counts(next(windows(batches, config.gradient_accumulation_steps)))))
+    console.print(count_table(token_counts(next(batched(batches, config.gradient_accumulation_steps)))))
 
 
 def explain_step(

@@ -14,8 +14,8 @@ from typing import Any
 from qlora.errors import ExitCode, UserError
 
 MANIFEST = "MANIFEST.json"
-OURS = r"step-\d{6,}|adapter|plots|(config|env|run|finished|metrics|samples|report|README)\.\w+"
-LEFTOVER = re.compile(rf"\.({OURS})(\.old)?\.tmp")
+RUN_FILES = r"step-\d{6,}|adapter|plots|(config|env|run|finished|metrics|samples|report|README)\.\w+"
+LEFTOVER_FILES = re.compile(rf"\.({RUN_FILES})(\.old)?\.tmp")
 
 
 # -- files and folders, whole or not at all ----------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def remove_leftovers(folder: Path) -> None:
     """Clear what a process that died was writing, and put back what it was replacing; other names are left alone."""
     for path in sorted(folder.glob(".*.tmp")):
         replaced = path.with_name(path.name[1:].removesuffix(".old.tmp"))
-        if not LEFTOVER.fullmatch(path.name):
+        if not LEFTOVER_FILES.fullmatch(path.name):
             continue
         if path.name.endswith(".old.tmp") and not replaced.exists():
             path.rename(replaced)

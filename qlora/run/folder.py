@@ -20,7 +20,7 @@ from rich.text import Text
 
 from qlora.config import Overridable, TrainConfig
 from qlora.errors import ExitCode, UserError, redact
-from qlora.eval.loss import HeldOut
+from qlora.eval.loss import EvalResult
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, write_file, write_folder
 from qlora.run.schema import UNREADABLE, Facts, RunInfo, check_types, reason
@@ -236,7 +236,7 @@ class RunFolder:
         missing = max(keep + 1 - len(checkpoint.by_step(self.checkpoints)), 1)
         require_space(self.folder, trained_parameters * (SAVED_BYTES * missing + 4))
 
-    def restore(self, model: Any, optimizer: torch.optim.Optimizer, weights: str) -> checkpoint.Progress:
+    def restore(self, model: Any, optimizer: torch.optim.Optimizer, weights: str) -> checkpoint.TrainState:
         """Put model, optimizer and generators in the state of the checkpoint, if there is one.
 
         Args:
@@ -250,7 +250,7 @@ class RunFolder:
         assert self.info is not None  # as accepted
         self.info = dataclasses.replace(self.info, weights=weights)
         if self.checkpoint is None:
-            return checkpoint.Progress()
+            return checkpoint.TrainState()
         if checkpoint.read_state(self.checkpoint)["weights"] != weights:
             text = f"The base model is not the one of {self.checkpoint}: its weights or its config.json differ."
             raise UserError(ExitCode.CONFIGURATION, f"{text} Use that model, or start a new run with --init-adapter.")
@@ -260,20 +260,20 @@ class RunFolder:
         self,
         model: Any,
         optimizer: torch.optim.Optimizer,
-        progress: checkpoint.Progress,
+        progress: checkpoint.TrainState,
         keep: int,
-        evaluations: dict[int, HeldOut],
+        evaluations: dict[int, EvalResult],
     ) -> None:
         """Write a checkpoint, verify it, and only then remove old ones; see checkpoint.save and checkpoint.prune."""
         assert self.info is not None  # as accepted
         self.checkpoint = checkpoint.save(self.checkpoints, model, optimizer, progress, dataclasses.asdict(self.info))
         self.prune(keep, evaluations)
 
-    def prune(self, keep: int, evaluations: dict[int, HeldOut]) -> None:
+    def prune(self, keep: int, evaluations: dict[int, EvalResult]) -> None:
         """Remove old checkpoints; see checkpoint.prune."""
         checkpoint.prune(self.checkpoints, keep, {step: result.loss for step, result in evaluations.items()})
 
-    def load_best(self, model: Any, evaluations: dict[int, HeldOut], say: Callable[[str], None]) -> int:
+    def load_best(self, model: Any, evaluations: dict[int, EvalResult], say: Callable[[str], None]) -> int:
         """Give the model the adapter of the checkpoint with the lowest held-out loss, for early stopping.
 
         Args:

@@ -19,8 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 from qlora.config import TrainConfig
 from qlora.data.batch import Batch
 from qlora.errors import redact
-from qlora.eval.generate import Sample
-from qlora.eval.loss import HeldOut
+from qlora.eval.generate import Completion
+from qlora.eval.loss import EvalResult
 from qlora.model.lora import Target
 from qlora.run.files import cannot_write, whole_rows, write_file
 from qlora.speed.memory import peak_memory_gib
@@ -45,7 +45,7 @@ def targets_table(targets: list[Target], total_parameters: int) -> Table:
     return table
 
 
-def sample_table(sample: Sample) -> Table:
+def sample_table(sample: Completion) -> Table:
     """Base and tuned answer to one prompt, side by side."""
     table = Table(title=Text(sample.prompt), title_justify="left", expand=True)
     cells = []
@@ -82,7 +82,7 @@ class Tracker:
         rows = [row for row in whole_rows(metrics) if row["step"] <= step and step > 0]
         write_file(metrics, b"".join(_line(row) for row in rows))
         known = [row for row in rows if row["event"] == "eval" and row.get("held_out") == held_out]
-        self.known_evaluations = {row["step"]: _held_out_of(row) for row in known}
+        self.known_evaluations = {row["step"]: _eval_result_of(row) for row in known}
         self.metrics_file = metrics.open("ab")
         # What an earlier process told TensorBoard of this step and later ones does not count, so the step is told again.
         used = any((run_folder / "tensorboard").glob("events.*"))
@@ -132,7 +132,7 @@ class Tracker:
                 )
         self.flush()
 
-    def held_out(self, step: int, epoch: int, result: HeldOut) -> None:
+    def held_out(self, step: int, epoch: int, result: EvalResult) -> None:
         """Record a held-out evaluation after `step` steps."""
         row = {"event": "eval", "step": step, "epoch": epoch, "eval_loss": result.loss, "perplexity": result.perplexity}
         self._record({**row, "num_tokens": result.num_tokens, "held_out": self.held_out_sha256})
@@ -144,7 +144,7 @@ class Tracker:
         self.progress.update(self.task, total=step)
         self.say(f"Ended early, after step {step}: the held-out loss stopped falling (--early-stopping-patience {patience}).")
 
-    def adapter_chosen(self, step: int, evaluations: dict[int, HeldOut]) -> None:
+    def adapter_chosen(self, step: int, evaluations: dict[int, EvalResult]) -> None:
         """Tell which step early stopping took the adapter of, and how its held-out loss compares."""
         losses = {at: result.loss for at, result in evaluations.items()}
         start, loss = losses.pop(0, math.inf), losses.get(step, math.nan)
@@ -155,7 +155,7 @@ class Tracker:
             line += f" It was {start:.4f} before training: no step made it lower."
         self.say(line)
 
-    def samples(self, samples: list[Sample], of: str, step: int) -> None:
+    def samples(self, samples: list[Completion], of: str, step: int) -> None:
         """Record and show greedy answers of the adapter of `step`; `of` says which prompts they answer."""
         rows = [{"step": step, **sample._asdict()} for sample in samples]
         write_file(self.run_folder / "samples.jsonl", b"".join(map(_line, rows)))
@@ -167,7 +167,7 @@ class Tracker:
         for sample in samples:
             self.console.print(sample_table(sample))
 
-    def hyperparameters(self, config: TrainConfig, result: HeldOut | None) -> None:
+    def hyperparameters(self, config: TrainConfig, result: EvalResult | None) -> None:
         """Record the configuration beside what it led to, for TensorBoard's table of runs."""
         values = {
             name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in config.plain().items()
@@ -267,9 +267,9 @@ def _line(row: dict[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def _held_out_of(row: dict[str, Any]) -> HeldOut:
+def _eval_result_of(row: dict[str, Any]) -> EvalResult:
     loss, perplexity = (math.nan if row[name] is None else row[name] for name in ("eval_loss", "perplexity"))
-    return HeldOut(loss, perplexity, row["num_tokens"])
+    return EvalResult(loss, perplexity, row["num_tokens"])
 
 
 def closing_words(run_folder: Path, report: str, peak_gib: float, predicted_gib: float) -> str:

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from qlora.config import TrainConfig
 from qlora.data.batch import count_steps, epoch_rows, longest_rows, row_length
-from qlora.data.dataset import Samples, check_files, encode_files
-from qlora.data.template import Format, read_format
+from qlora.data.dataset import TokenizedDataset, check_files, encode_files
+from qlora.data.template import PromptTemplate, load_template
 from qlora.model.attention import Attention, choose_attention
 from qlora.model.demo import model_source
-from qlora.model.load import load_skeleton, load_tokenizer
+from qlora.model.load import load_meta_model, load_tokenizer
 from qlora.model.lora import Target, checked_targets, with_init_adapter
 from qlora.run import log
 from qlora.run.environment import environment
@@ -33,9 +33,9 @@ class Prepared:
     source: str  # of the base model: a folder or a hub id
     attention: Attention
     targets: list[Target]  # layers that get an adapter
-    template: Format  # how prompts and answers become ids
-    train_set: Samples
-    eval_set: Samples | None
+    template: PromptTemplate  # how prompts and answers become ids
+    train_set: TokenizedDataset
+    eval_set: TokenizedDataset | None
     longest: int  # tokens of the longest row
     predicted_gib: float  # peak memory in training
 
@@ -87,17 +87,17 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
     columns = check_files(config)
     source = model_source(config.model)
     config = run.as_before(config)
-    skeleton = load_skeleton(source, config)
-    attention = choose_attention(config, device, skeleton)
+    meta_model = load_meta_model(source, config)
+    attention = choose_attention(config, device, meta_model)
     config = dataclasses.replace(config, attn_implementation=attention.implementation)
     say(f"Attention: {attention.implementation} ({attention.reason})")
-    targets = checked_targets(skeleton, config, say)
-    console.print(log.targets_table(targets, skeleton.num_parameters()))
-    template = read_format(load_tokenizer(source, skeleton, config), config.prompt_format, run.date)
+    targets = checked_targets(meta_model, config, say)
+    console.print(log.targets_table(targets, meta_model.num_parameters()))
+    template = load_template(load_tokenizer(source, meta_model, config), config.prompt_format, run.date)
     train_set, eval_set = encode_files(config, columns, template, say)
     longest = row_length(train_set, longest_rows(train_set, config)[-1])
-    config, line = choose_layers(config, skeleton, targets, longest, device)
-    terms_gib = memory_terms(skeleton, targets, config, longest)
+    config, line = choose_layers(config, meta_model, targets, longest, device)
+    terms_gib = memory_terms(meta_model, targets, config, longest)
     info = RunInfo(
         config=config.plain(),
         data=train_set.sha256,
@@ -105,7 +105,7 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
         targets=sorted(f"{target.name} x {len(target.layers)}" for target in targets),
         device=device.type,
         environment=environment(device),
-        parameters=skeleton.num_parameters(),
+        parameters=meta_model.num_parameters(),
         date=template.date,
         counts=[train_set.counts, eval_set.counts if eval_set else None],
         total_steps=count_steps(config, len(epoch_rows(train_set, config, 1)))[1],

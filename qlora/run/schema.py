@@ -183,7 +183,7 @@ class Finished(TypedDict):
     adapter_step: NotRequired[int]
 
 
-class Sample(TypedDict):
+class CompletionRow(TypedDict):
     """A line of samples.jsonl."""
 
     prompt: str

@@ -18,14 +18,14 @@ from qlora.model.families import is_uniform
 from qlora.model.random_state import random_state, set_random_state
 from qlora.speed.lora_linear import require_plain_gradients
 
-MOST = 32  # shapes that are recorded; what comes after runs without a graph
+MAX_GRAPHS = 32  # shapes that are recorded; what comes after runs without a graph
 
 
-def graph_obstacle(model: Any) -> str | None:
+def graphs_unavailable_reason(model: Any) -> str | None:
     """Why a model's decoder cannot be recorded, or None.
 
     Args:
-        model: or its skeleton.
+        model: or the meta model.
     """
     config = model.config
     if not is_uniform(model):
@@ -149,7 +149,7 @@ class Graphs:
     def __call__(self, **inputs: Any) -> Any:
         """Like `run`, but the hidden states belong to the graph: they are valid until the next call, and so is backward."""
         key = self._key(inputs)
-        if key not in self.recordings and len(self.recordings) == MOST:
+        if key not in self.recordings and len(self.recordings) == MAX_GRAPHS:
             return self.run(**inputs)
         require_plain_gradients(self.parameters)
         if key not in self.recordings:

@@ -29,7 +29,7 @@ from qlora.config import Compile, GradientCheckpointing, TrainConfig
 from qlora.errors import ExitCode, UserError
 from qlora.model.families import FAMILIES
 from qlora.model.lora import Target
-from qlora.speed.graphs import graph_obstacle
+from qlora.speed.graphs import graphs_unavailable_reason
 from qlora.speed.memory import ATTENTION_INPUTS, memory_terms
 
 # torch warns of in-place operators in what is computed again; there are none in a layer.
@@ -77,18 +77,18 @@ COMPILE_ERRORS = (
     torch._inductor.exc.InductorError,
 )
 Run = Callable[..., torch.Tensor]  # (layer, *its arguments) -> its output
-HOW = {"none": "as written", "layers": "compiled", "graphs": "compiled, replayed as CUDA graphs"}
+COMPILE_LABELS = {"none": "as written", "layers": "compiled", "graphs": "compiled, replayed as CUDA graphs"}
 MARGIN = 0.9  # of the memory that is free: predictions are good to a tenth, and fragments take room
 
 
 def choose_layers(
-    config: TrainConfig, skeleton: Any, targets: list[Target], longest: int, device: torch.device
+    config: TrainConfig, meta_model: Any, targets: list[Target], longest: int, device: torch.device
 ) -> tuple[TrainConfig, str]:
     """Resolve `compile` and `gradient_checkpointing`, if they are auto.
 
     Args:
         config: resolved otherwise.
-        skeleton: the base model without weights.
+        meta_model: the base model without weights.
         targets: of the adapters.
         longest: tokens of the longest row.
         device: where the model is to be.
@@ -100,39 +100,42 @@ def choose_layers(
         UserError: exit 7 if compilation or offloaded checkpoints were asked for and cannot be had; 2 if checkpoints were, and
             transformers does not mark the model's layers as such that can have them.
     """
-    policies = _policies(config, skeleton)
+    policies = _policies(config, meta_model)
     config = dataclasses.replace(config, gradient_checkpointing=policies[0])
-    dropout = dropout_obstacle(skeleton)
+    dropout = dropout_unavailable_reason(meta_model)
     if dropout and config.compile in ("layers", "graphs"):
         raise UserError(ExitCode.ENVIRONMENT, f"--compile {config.compile} cannot be used: {dropout}. Leave it out.")
-    obstacle = compile_obstacle(skeleton.config.model_type, device) or dropout
-    unrecorded = obstacle or ("checkpoints go to the host" if config.offload_checkpoints else graph_obstacle(skeleton))
+    unavailable_reason = compile_unavailable_reason(meta_model.config.model_type, device) or dropout
+    unrecorded = unavailable_reason or (
+        "checkpoints go to the host" if config.offload_checkpoints else graphs_unavailable_reason(meta_model)
+    )
     hows: tuple[Compile, ...] = (config.compile,)
     why = "as asked"
     if config.compile == "auto":
-        hows = ("none",) if obstacle else ("layers",) if unrecorded else ("graphs", "layers")
+        hows = ("none",) if unavailable_reason else ("layers",) if unrecorded else ("graphs", "layers")
         why = unrecorded or ""
     config = dataclasses.replace(config, compile=hows[0])
     if config.compile == "graphs" and unrecorded:
         text = f"--compile graphs cannot be used: {unrecorded}. Leave it out, or give another one."
         raise UserError(ExitCode.ENVIRONMENT, text)
     if config.offload_checkpoints and config.compile != "layers":
-        text = f"--offload-checkpoints needs --compile layers, and it is {config.compile}, as {obstacle or 'asked or resumed'}."
+        why = unavailable_reason or "asked or resumed"
+        text = f"--offload-checkpoints needs --compile layers, and it is {config.compile}, as {why}."
         raise UserError(ExitCode.ENVIRONMENT, text)
     if device.type != "cuda":
-        how = HOW[config.compile] + (f" ({why})" if why else "")
+        how = COMPILE_LABELS[config.compile] + (f" ({why})" if why else "")
         return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing}"
     free_gib = torch.cuda.mem_get_info(device)[0] / 2**30
     for policy, compile in itertools.product(policies, hows):  # where the CPU keeps up, graphs gain less than a policy costs
         config = dataclasses.replace(config, compile=compile, gradient_checkpointing=policy)
-        terms_gib = memory_terms(skeleton, targets, config, longest)
+        terms_gib = memory_terms(meta_model, targets, config, longest)
         predicted_gib = sum(terms_gib.values())
         if predicted_gib < MARGIN * free_gib:
             break
     fits = "the fastest that fits" if predicted_gib < MARGIN * free_gib else "the smallest, which may not fit"
     if config.compile != hows[0]:
         why = "graphs would need more memory"
-    how = HOW[config.compile] + (f" ({why})" if why else "")
+    how = COMPILE_LABELS[config.compile] + (f" ({why})" if why else "")
     chosen = fits if len(policies) > 1 else "as asked"
     memory = f"{predicted_gib:.2f} GiB predicted, {free_gib:.1f} free"
     line = f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({chosen}: {memory})"
@@ -140,14 +143,14 @@ def choose_layers(
     return config, f"{line}\nMemory predicted, in GiB: {terms}"
 
 
-def _policies(config: TrainConfig, skeleton: Any) -> tuple[GradientCheckpointing, ...]:
+def _policies(config: TrainConfig, meta_model: Any) -> tuple[GradientCheckpointing, ...]:
     """Those that may be chosen, the fastest first."""
-    if any(isinstance(module, GradientCheckpointingLayer) for module in skeleton.modules()):
+    if any(isinstance(module, GradientCheckpointingLayer) for module in meta_model.modules()):
         asked = config.gradient_checkpointing
         return ("none", "selective", "full") if asked == "auto" else (asked,)
     if config.gradient_checkpointing in ("selective", "full"):
         text = f"--gradient-checkpointing {config.gradient_checkpointing} cannot be used: transformers marks no layer of"
-        text = f"{text} {skeleton.config.model_type} as one that can be computed again. Leave it out."
+        text = f"{text} {meta_model.config.model_type} as one that can be computed again. Leave it out."
         raise UserError(ExitCode.CONFIGURATION, text)
     return ("none",)
 
@@ -172,7 +175,7 @@ def offloaded(hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def compile_obstacle(model_type: str, device: torch.device) -> str | None:
+def compile_unavailable_reason(model_type: str, device: torch.device) -> str | None:
     """Why layers are not compiled unless it is asked for, or None.
 
     Args:
@@ -190,17 +193,17 @@ def compile_obstacle(model_type: str, device: torch.device) -> str | None:
     return None
 
 
-def dropout_obstacle(skeleton: Any) -> str | None:
+def dropout_unavailable_reason(meta_model: Any) -> str | None:
     """Why the layers of a model with dropout of its own are never compiled, or None. (Adapters' dropout draws from seeds.)
 
     What torch.compile computes again in backward it draws from a generator of its own, which neither `--seed` nor a checkpoint
     holds and which cannot be captured in a CUDA graph.
 
     Args:
-        skeleton: the base model without weights.
+        meta_model: the base model without weights.
     """
-    rates = {getattr(skeleton.config.get_text_config(), "attention_dropout", 0.0) or 0.0}
-    rates |= {module.p for module in skeleton.modules() if isinstance(module, torch.nn.Dropout)}
+    rates = {getattr(meta_model.config.get_text_config(), "attention_dropout", 0.0) or 0.0}
+    rates |= {module.p for module in meta_model.modules() if isinstance(module, torch.nn.Dropout)}
     if max(rates) > 0:
         return f"its layers have dropout of their own ({max(rates):g}), which compiled layers would not draw from the seed"
     return None

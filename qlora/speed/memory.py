@@ -11,8 +11,8 @@ import torch
 
 from qlora.config import TrainConfig
 from qlora.data.batch import longest_rows, rounded, training_batches
-from qlora.data.dataset import Samples
-from qlora.errors import out_of_memory_told
+from qlora.data.dataset import TokenizedDataset
+from qlora.errors import user_error_on_oom
 from qlora.model.coverage import nf4_layers, uncovered
 from qlora.model.lora import Target
 from qlora.model.loss import CHUNK_TOKENS
@@ -52,7 +52,7 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
     comes on top.
 
     Args:
-        model: the base model or its skeleton.
+        model: the base model or the meta model.
         targets: from audit_targets.
         config: resolved, but that compile and gradient_checkpointing may be anything but auto.
         longest: tokens of the longest row.
@@ -159,7 +159,7 @@ def settings_to_try(config: TrainConfig, longest: int) -> list[Setting]:
     return [*(Setting(*each, True) for each in same), *(Setting(*each, False) for each in other)]
 
 
-def explained(
+def oom_as_user_error(
     config: TrainConfig, device: torch.device, estimate_gib: float, longest: int
 ) -> contextlib.AbstractContextManager[None]:
     """Turn running out of memory in a block into the error that says what was needed and what to try.
@@ -169,7 +169,7 @@ def explained(
     """
     where = "GPU" if device.type == "cuda" else "machine"
     advice = ", or ".join(setting.flags for setting in settings_to_try(config, longest)[:3])
-    return out_of_memory_told(
+    return user_error_on_oom(
         lambda reason: (
             f"The {where} ran out of memory: the peak so far was {peak_memory_gib(device):.2f} GiB, the estimate for these "
             f"settings {estimate_gib:.2f} GiB. Try {advice}. ({reason})"
@@ -180,7 +180,7 @@ def explained(
 def probe_memory(
     step: Callable[..., Any],
     optimizer: torch.optim.Optimizer,
-    samples: Samples,
+    samples: TokenizedDataset,
     config: TrainConfig,
     predicted_gib: float,
 ) -> str:

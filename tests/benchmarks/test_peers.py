@@ -18,7 +18,7 @@ from benchmarks import peers as benchmark
 from benchmarks import peers_cells, peers_work, report
 from qlora.model.coverage import linear_layers
 from qlora.model.demo import build_tiny_random
-from qlora.model.load import load_skeleton
+from qlora.model.load import load_meta_model
 from qlora.model.lora import audit_targets
 
 ROOT = Path(__file__).parents[2]
@@ -46,11 +46,11 @@ def test_a_token_of_phi_3_mini_takes_16_6_gflop_at_2048():
 
 
 def test_what_is_counted_is_in_the_model(config):
-    skeleton = load_skeleton(config.model, config)
-    shape = skeleton.config.to_dict()
-    weights = sum(layer.weight.numel() for layer in linear_layers(skeleton).values())
+    meta_model = load_meta_model(config.model, config)
+    shape = meta_model.config.to_dict()
+    weights = sum(layer.weight.numel() for layer in linear_layers(meta_model).values())
     assert weights == peers_work.quantized_parameters(shape)
-    adapters = sum(target.adapter_parameters for target in audit_targets(skeleton, config))
+    adapters = sum(target.adapter_parameters for target in audit_targets(meta_model, config))
     assert adapters == peers_work.adapter_parameters(shape, rank=config.lora_r)
 
 

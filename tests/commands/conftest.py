@@ -9,7 +9,7 @@ import torch
 
 from qlora.commands import adapter
 from qlora.config import TrainConfig
-from qlora.model.load import fingerprint, load_skeleton
+from qlora.model.load import fingerprint, load_meta_model
 from qlora.run import checkpoint
 from qlora.run.files import write_folder
 from qlora.run.folder import FINISHED, LOCK, RUN
@@ -24,11 +24,11 @@ def finished(tiny, tmp_path_factory) -> Path:
     config = TrainConfig(model=str(tiny), lora_r=4, lora_alpha=8, lora_dropout=0.0, max_length=300, eval_file="held.jsonl")
     model = adapted_model(config)
     wake_adapters(model)
-    tokenizer = adapter.load_tokenizer(str(tiny), load_skeleton(str(tiny), config), config)
+    tokenizer = adapter.load_tokenizer(str(tiny), load_meta_model(str(tiny), config), config)
     facts = {"config": config.plain(), "device": "cpu", "weights": fingerprint(model)}
     write_folder(run / "adapter", dict(checkpoint.adapter_files(model, tokenizer)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    checkpoint.save(run / "checkpoints", model, optimizer, checkpoint.Progress(step=4), facts)
+    checkpoint.save(run / "checkpoints", model, optimizer, checkpoint.TrainState(step=4), facts)
     (run / RUN).write_text(json.dumps(facts))
     (run / LOCK).touch()
     (run / FINISHED).write_text('{"step": 4}')

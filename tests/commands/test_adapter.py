@@ -350,8 +350,8 @@ def test_adapters_with_other_settings_of_peft_compute_what_they_do_there(tiny, t
 
 
 def test_memory_that_runs_out_is_explained_and_other_errors_are_not():
-    with pytest.raises(UserError, match="Lower it") as caught, adapter.memory_explained("Lower it."):
+    with pytest.raises(UserError, match="Lower it") as caught, adapter.oom_as_user_error_with("Lower it."):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert caught.value.exit_code == ExitCode.MEMORY
-    with pytest.raises(RuntimeError, match="shape"), adapter.memory_explained("Lower it."):
+    with pytest.raises(RuntimeError, match="shape"), adapter.oom_as_user_error_with("Lower it."):
         raise RuntimeError("shape")

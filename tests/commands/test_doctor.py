@@ -108,8 +108,8 @@ def test_a_wrong_gradient_and_wrong_bits_are_seen(monkeypatch):
 
 
 def test_an_obstacle_stands_in_its_row(monkeypatch):
-    monkeypatch.setattr(attention, "_varlen_obstacle", lambda *_: None)
-    monkeypatch.setattr(attention, "_flash_obstacle", lambda *_: "why not")
+    monkeypatch.setattr(attention, "_varlen_unavailable_reason", lambda *_: None)
+    monkeypatch.setattr(attention, "_flash_unavailable_reason", lambda *_: "why not")
     rows = {row.check: row for row in doctor._attention()}
     assert rows["attention varlen"].ok and not rows["attention flash_attention_2"].ok
     assert rows["attention flash_attention_2"].detail == "why not"

@@ -13,15 +13,17 @@ from qlora.commands import inspect_data
 from qlora.commands.inspect_data import Repeats
 from qlora.config import TrainConfig
 from qlora.data.batch import epoch_rows, micro_batches, training_batches
-from qlora.data.dataset import Samples
+from qlora.data.dataset import TokenizedDataset
 from qlora.data.formats import Example, Message
-from qlora.data.template import IGNORED, Encoded
+from qlora.data.template import IGNORED, TokenizedExample
 from qlora.run import explain
 from qlora.run.explain import Token
 
 
-def encoded(*lengths: int, prompt: int = 4) -> Samples:
-    return Samples(Encoded([1] * n, [IGNORED] * prompt + [1] * (n - prompt), line) for line, n in enumerate(lengths, 1))
+def encoded(*lengths: int, prompt: int = 4) -> TokenizedDataset:
+    return TokenizedDataset(
+        TokenizedExample([1] * n, [IGNORED] * prompt + [1] * (n - prompt), line) for line, n in enumerate(lengths, 1)
+    )
 
 
 def example(line: int, prompt: str, response: str, system: str | None = None) -> Example:

@@ -20,9 +20,9 @@ from qlora.commands.adapter import load_adapted, open_adapter
 from qlora.commands.merge import Difference
 from qlora.config import BUNDLED_EVAL
 from qlora.data.batch import micro_batches
-from qlora.data.dataset import Samples, encode_all
+from qlora.data.dataset import TokenizedDataset, encode_all
 from qlora.data.formats import read_examples
-from qlora.data.template import IGNORED, read_format
+from qlora.data.template import IGNORED, load_template
 from qlora.errors import ExitCode, UserError
 from qlora.eval.loss import evaluate_loss
 from qlora.model.load import load_nf4_model
@@ -52,7 +52,7 @@ def adapter(write):
 
 
 @pytest.fixture
-def held_out(form, config) -> Samples:
+def held_out(form, config) -> TokenizedDataset:
     return encode_all(read_examples(BUNDLED_EVAL, "test"), BUNDLED_EVAL, form, config)[0]
 
 
@@ -218,7 +218,7 @@ def test_a_saved_folder_loads_as_any_model(write, form, capsys, tmp_path):
     assert all(stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044 for path in saved.iterdir())
     loaded, chat = (
         transformers.AutoModelForCausalLM.from_pretrained(saved, dtype="auto"),
-        read_format(form.tokenizer, "chat"),
+        load_template(form.tokenizer, "chat"),
     )
     assert loaded.dtype == torch.bfloat16 and loaded.generation_config.eos_token_id == [form.stop_id, chat.stop_id]
     merged = merge.merged_model(open_adapter(folder, prompt_format="plain", device="cpu"), "dequantized")

@@ -20,7 +20,7 @@ from qlora.speed import memory
 )
 def test_the_built_in_shapes_have_the_parameters_of_their_models(shape, parameters):
     options = PlanOptions(shape=shape)
-    assert plan.shape_skeleton(options, plan.configuration(options)).num_parameters() == parameters
+    assert plan.shape_meta_model(options, plan.configuration(options)).num_parameters() == parameters
 
 
 def test_the_table_is_what_training_predicts(tmp_path, capsys):
@@ -30,10 +30,10 @@ def test_the_table_is_what_training_predicts(tmp_path, capsys):
     assert [row["gradient_checkpointing"] for row in record["policies"]] == ["none", "selective", "full"]
     options = PlanOptions(lora_r=8, max_length=512)
     config = plan.configuration(options)
-    skeleton = plan.shape_skeleton(options, config)
+    meta_model = plan.shape_meta_model(options, config)
     for row in record["policies"]:
         changed = dataclasses.replace(config, gradient_checkpointing=row["gradient_checkpointing"])
-        expected = memory.estimated_memory_gib(skeleton, audit_targets(skeleton, changed), changed, 512)
+        expected = memory.estimated_memory_gib(meta_model, audit_targets(meta_model, changed), changed, 512)
         assert row["total_gib"] == pytest.approx(expected) == pytest.approx(sum(row["terms_gib"].values()))
         assert f"{expected:.2f}" in told
     assert "base in bf16" not in told and "attention scores" not in told  # nothing of them here
@@ -65,8 +65,8 @@ def test_a_card_gets_the_fastest_that_fits_or_the_way_down_to_it(capsys):
 def test_each_change_comes_on_top_of_those_before_it():
     options = PlanOptions(attn_implementation="eager", cache_dequantized=True)
     config = dataclasses.replace(plan.configuration(options), gradient_checkpointing="none")
-    skeleton = plan.shape_skeleton(options, config)
-    steps = list(plan.steps_down(skeleton, config, 4.2))
+    meta_model = plan.shape_meta_model(options, config)
+    steps = list(plan.steps_down(meta_model, config, 4.2))
     totals = [step.total_gib for _, step in steps]
     assert totals == sorted(totals, reverse=True)
     assert [step.fits(4.2) for _, step in steps] == [False] * (len(steps) - 1) + [True]
@@ -77,14 +77,14 @@ def test_each_change_comes_on_top_of_those_before_it():
 def test_each_change_is_the_one_that_saves_most_and_training_is_changed_last():
     options = PlanOptions(attn_implementation="eager", cache_dequantized=True)
     config = dataclasses.replace(plan.configuration(options), gradient_checkpointing="none")
-    skeleton = plan.shape_skeleton(options, config)
-    found = [(None, plan.planned(skeleton, config)), *plan.steps_down(skeleton, config, 0.1)]
+    meta_model = plan.shape_meta_model(options, config)
+    found = [(None, plan.planned(meta_model, config)), *plan.steps_down(meta_model, config, 0.1)]
     kinds = []
     for (_, before), (words, then) in itertools.pairwise(found):
         settings = memory.settings_to_try(before.config, before.config.max_length)
         totals = {each: [] for each in (True, False)}
         for each in settings:
-            changed = plan.planned(skeleton, dataclasses.replace(before.config, **each.changes))
+            changed = plan.planned(meta_model, dataclasses.replace(before.config, **each.changes))
             totals[each.same_training].append(changed.total_gib)
         (kind,) = (each.same_training for each in settings if each.flags == words)
         assert then.total_gib == min(totals[kind]) < before.total_gib

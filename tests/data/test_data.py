@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, TrainConfig
 from qlora.data import read
 from qlora.data.batch import (
+    batched,
     collate,
     collate_packed,
     epoch_order,
@@ -34,12 +35,11 @@ from qlora.data.batch import (
     pack,
     row_length,
     training_batches,
-    windows,
 )
-from qlora.data.dataset import Samples, check_files, count_shared, encode_all, encode_files, kept_examples
+from qlora.data.dataset import TokenizedDataset, check_files, count_shared, encode_all, encode_files, kept_examples
 from qlora.data.formats import CLOSE, OPEN, Example, Message, check_source, read_examples
 from qlora.data.read import LINE_LIMIT
-from qlora.data.template import IGNORED, Encoded, Format, encode, encode_prompt, read_format
+from qlora.data.template import IGNORED, PromptTemplate, TokenizedExample, encode, encode_prompt, load_template
 from qlora.errors import ExitCode, UserError
 
 INSTRUCTION = re.compile(r"Create an AVRO schema for ([a-z]+) with fields (.+)")
@@ -51,7 +51,7 @@ def example(*contents: str, system: str | None = None) -> Example:
     return Example((*([Message("system", system)] if system else []), *turns), 1)
 
 
-def trained(encoded: Encoded) -> list[int]:
+def trained(encoded: TokenizedExample) -> list[int]:
     return [label for label in encoded.labels if label != IGNORED]
 
 
@@ -308,8 +308,8 @@ def test_examples_are_read_as_they_are_asked_for(tmp_path):
 
 
 @pytest.fixture
-def chat(tokenizer) -> Format:
-    return read_format(tokenizer, "chat")
+def chat(tokenizer) -> PromptTemplate:
+    return load_template(tokenizer, "chat")
 
 
 def test_plain_form_to_the_letter_and_the_loss_on_response_and_stop_token(form):
@@ -369,7 +369,7 @@ INJECTED = [
 @pytest.mark.parametrize("which", ["tiny", "sentencepiece", "sentencepiece, tags swallow spaces"])
 def test_special_tokens_in_messages_stay_text_in_the_chat_form(tokenizer, which, turns):
     tokenizer = tokenizer if which == "tiny" else sentencepiece_like_tokenizer(rstrip="swallow" in which)
-    chat = read_format(tokenizer, "chat")
+    chat = load_template(tokenizer, "chat")
     harmless = [chat.special.sub(HARMLESS, text) for text in turns]
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
@@ -396,7 +396,7 @@ def test_special_tokens_in_messages_stay_text_in_the_chat_form(tokenizer, which,
 
 
 def test_answers_after_a_special_token_in_text_get_no_space_of_sentencepiece():
-    form = read_format(sentencepiece_like_tokenizer(), "chat")
+    form = load_template(sentencepiece_like_tokenizer(), "chat")
     encoded = encode(example("q", "{<|end|>{ <|end|>"), form, "response")
     assert "".join(form.tokenizer.convert_ids_to_tokens(trained(encoded))) == "{<|end|>{▁<|end|><|end|>"
 
@@ -405,7 +405,7 @@ def test_the_answer_that_a_template_does_not_render_is_named_without_marks(token
     other = copy.deepcopy(tokenizer)
     other.chat_template = PHI3_TEMPLATE.replace("m['content']", "m['content'] | replace('z', 'y')")
     with pytest.raises(ValueError, match=r"render the answer 'z<\|end\|>' as it stands"):
-        encode(example("q", "z<|end|>"), read_format(other, "chat"), "response")
+        encode(example("q", "z<|end|>"), load_template(other, "chat"), "response")
 
 
 def sentencepiece_like_tokenizer(rstrip: bool = False) -> PreTrainedTokenizerFast:
@@ -432,7 +432,7 @@ PHI3_TEMPLATE = (
 def test_one_bos_and_no_space_before_the_answer_with_a_sentencepiece_tokenizer():
     tokenizer = sentencepiece_like_tokenizer()
     assert tokenizer.tokenize("{")[0].startswith("▁")  # the trap
-    encoded = encode(example("q", '{\n  "a'), read_format(tokenizer, "plain"), "response")
+    encoded = encode(example("q", '{\n  "a'), load_template(tokenizer, "plain"), "response")
     assert encoded.input_ids.count(tokenizer.bos_token_id) == 1 and encoded.input_ids[0] == tokenizer.bos_token_id
     assert tokenizer.convert_ids_to_tokens(trained(encoded)[:1]) == ["{"]
     text = '### Instruction:\nq\n\n### Response:\n{\n  "a'
@@ -443,7 +443,7 @@ def test_one_bos_and_no_space_before_the_answer_with_a_sentencepiece_tokenizer()
 def test_chat_ids_are_the_tokenizers_own_also_where_tags_swallow_the_newline(rstrip):
     """Phi-3's tags have rstrip in some of its tokenizers and not in others."""
     tokenizer = sentencepiece_like_tokenizer(rstrip)
-    form = read_format(tokenizer, "chat")
+    form = load_template(tokenizer, "chat")
     row = example("q1", "a1", "q2", "a2", system="be brief")
     encoded = encode(row, form, "response")
     whole = tokenizer.apply_chat_template([m._asdict() for m in row.messages], tokenize=True, return_dict=True)["input_ids"]
@@ -459,7 +459,7 @@ def test_a_template_brings_its_own_bos():
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    encoded = encode(example("q", " a ", "r", "b"), read_format(tokenizer, "chat"), "response")
+    encoded = encode(example("q", " a ", "r", "b"), load_template(tokenizer, "chat"), "response")
     assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
     stops = [index for index, token in enumerate(encoded.input_ids) if token == tokenizer.eos_token_id]
     assert len(stops) == 2 and stops == [i for i, label in enumerate(encoded.labels) if label == tokenizer.eos_token_id]
@@ -472,7 +472,7 @@ def test_what_a_template_writes_before_an_answer_is_learned_with_it(tokenizer):
         "{% for m in messages %}<|{{ m['role'] }}|>{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}"
         "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    encoded = encode(example("q", "think"), read_format(other, "chat"), "response")
+    encoded = encode(example("q", "think"), load_template(other, "chat"), "response")
     assert other.decode(trained(encoded)) == "<think></think>think<|end|>"
 
 
@@ -484,11 +484,11 @@ def test_a_tokenizer_without_a_stop_token_is_refused(template, words):
     tokenizer = sentencepiece_like_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=words) as caught:
-        read_format(tokenizer, "chat")
+        load_template(tokenizer, "chat")
     assert caught.value.exit_code == ExitCode.CONFIGURATION
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no eos token"):
-        read_format(tokenizer, "plain")
+        load_template(tokenizer, "plain")
 
 
 def test_a_template_that_forgets_earlier_thoughts_is_refused_for_several_turns(tokenizer):
@@ -498,7 +498,7 @@ def test_a_template_that_forgets_earlier_thoughts_is_refused_for_several_turns(t
         "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     with pytest.raises(UserError, match="rewrites earlier turns"):
-        encode_all([example("q", "a", "r", "b")], "f", read_format(other, "chat"), TrainConfig())
+        encode_all([example("q", "a", "r", "b")], "f", load_template(other, "chat"), TrainConfig())
 
 
 @pytest.mark.parametrize(
@@ -508,7 +508,7 @@ def test_a_template_that_fails_on_the_simplest_conversation_is_refused(tokenizer
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
     with pytest.raises(UserError, match="--prompt-format chat: the") as caught:
-        read_format(other, "chat")
+        load_template(other, "chat")
     assert caught.value.exit_code == ExitCode.CONFIGURATION
 
 
@@ -522,7 +522,7 @@ def test_a_template_that_fails_on_the_simplest_conversation_is_refused(tokenizer
 def test_a_conversation_that_a_template_rewrites_or_refuses_is_refused_with_its_line(tokenizer, change, system, words):
     other = copy.deepcopy(tokenizer)
     other.chat_template = PHI3_TEMPLATE.replace("m['content']", f"({change})")
-    form = read_format(other, "chat")
+    form = load_template(other, "chat")
     with pytest.raises(UserError, match=rf"file:1: .*{words}") as caught:
         encode_all([example("q", "a", system=system)], "file", form, TrainConfig())
     assert caught.value.exit_code == ExitCode.DATA
@@ -577,20 +577,24 @@ def test_dropped_under_truncate_is_not_sent_to_truncate(form):
 @pytest.mark.parametrize("name", ["plain", "chat"])
 def test_notes_count_examples_with_special_tokens_in_their_text(tokenizer, name):
     rows = [example("q", "a"), example("<|user|><|end|>", "a"), example("q", "<|end|>"), example("q", "a", "<|end|>", "a")]
-    _, notes = encode_all(rows, "f", read_format(tokenizer, name), TrainConfig())
+    _, notes = encode_all(rows, "f", load_template(tokenizer, name), TrainConfig())
     assert notes.endswith("; 3 hold special tokens such as <|user|> in their text, encoded as plain text")
-    _, notes = encode_all(rows[:1], "f", read_format(tokenizer, name), TrainConfig())
+    _, notes = encode_all(rows[:1], "f", load_template(tokenizer, name), TrainConfig())
     assert "special" not in notes
 
 
 # -- the samples of a run --------------------------------------------------------------------------------------------
 
 
-ROWS = [Encoded([5, 6, 2], [IGNORED, 6, 2], 1), Encoded([7, 2], [IGNORED, 2], 4), Encoded([2**31 - 1], [0], 2**40)]
+ROWS = [
+    TokenizedExample([5, 6, 2], [IGNORED, 6, 2], 1),
+    TokenizedExample([7, 2], [IGNORED, 2], 4),
+    TokenizedExample([2**31 - 1], [0], 2**40),
+]
 
 
 def test_samples_are_a_sequence_of_what_they_were_made_of():
-    samples = Samples(iter(ROWS))
+    samples = TokenizedDataset(iter(ROWS))
     assert list(samples) == ROWS and len(samples) == 3 and samples
     assert [samples[index] for index in (0, 1, 2, -1, -3)] == [*ROWS, ROWS[-1], ROWS[0]]
     assert samples[:2] == ROWS[:2] and samples[::-1] == ROWS[::-1] and samples[5:] == []
@@ -608,21 +612,21 @@ def test_a_single_sample_and_none(form):
     assert notes.startswith("1 examples, 2 tokens") and samples[-1] == samples[0]
     (batch,) = micro_batches(samples, epoch_order(len(samples), 42, 1), 4)
     assert batch.input_ids.tolist() == [samples[0].input_ids] and batch.num_tokens == 2
-    assert not Samples([]) and list(Samples([])) == []
+    assert not TokenizedDataset([]) and list(TokenizedDataset([])) == []
 
 
 def test_the_hash_of_samples_is_that_of_all_ids_and_labels_and_of_nothing_else():
     def sha256(*rows):
-        return Samples(rows).sha256
+        return TokenizedDataset(rows).sha256
 
     whole = sha256(*ROWS)
-    assert re.fullmatch("[0-9a-f]{64}", whole) and whole == Samples(ROWS).sha256
+    assert re.fullmatch("[0-9a-f]{64}", whole) and whole == TokenizedDataset(ROWS).sha256
     assert whole == sha256(*(row._replace(line=9) for row in ROWS))
     others = [
         sha256(*ROWS[:2]),
         sha256(*ROWS[::-1]),
-        sha256(Encoded([1, 2], [3, 4], 1)),
-        sha256(Encoded([1], [2], 1), Encoded([3], [4], 1)),
+        sha256(TokenizedExample([1, 2], [3, 4], 1)),
+        sha256(TokenizedExample([1], [2], 1), TokenizedExample([3], [4], 1)),
     ]
     for at, name in itertools.product(range(3), ("input_ids", "labels")):
         row = ROWS[at]
@@ -633,7 +637,7 @@ def test_the_hash_of_samples_is_that_of_all_ids_and_labels_and_of_nothing_else()
 
 def test_samples_are_raw_numbers_in_an_unlinked_file(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    samples = Samples(ROWS)
+    samples = TokenizedDataset(ROWS)
     assert list(tmp_path.iterdir()) == [] and list(samples) == ROWS
     with pytest.raises(TypeError, match="cannot pickle"):
         pickle.dumps(samples)
@@ -644,17 +648,17 @@ def test_samples_take_little_memory():
     held = []
 
     def build():
-        held.append(Samples(Encoded(ids, ids, line) for line in range(3000)))
+        held.append(TokenizedDataset(TokenizedExample(ids, ids, line) for line in range(3000)))
 
     assert peak_bytes(build) < 1_000_000  # of 24 MB
-    assert held[0][-1] == Encoded(ids, ids, 2999)
+    assert held[0][-1] == TokenizedExample(ids, ids, 2999)
 
 
 @pytest.mark.parametrize("count", [1, 10_000])
 def test_a_full_temporary_folder_is_told(monkeypatch, count):
     monkeypatch.setattr(tempfile, "TemporaryFile", functools.partial(open, "/dev/full", "w+b"))
     with pytest.raises(UserError, match=r"temporary folder \(.*\) is full .*No space left on device.* TMPDIR") as caught:
-        Samples(ROWS[:1] * count)
+        TokenizedDataset(ROWS[:1] * count)
     assert caught.value.exit_code == ExitCode.CHECKPOINT
 
 
@@ -684,7 +688,7 @@ def test_what_was_counted_is_kept_with_the_samples(form, tmp_path):
 
 def test_shared_samples_are_counted_on_the_held_out_side():
     twin = ROWS[0]._replace(labels=[5, 6, 2], line=9)
-    assert count_shared(Samples(ROWS), Samples([twin, twin, ROWS[1], Encoded([7], [7], 1)])) == 3
+    assert count_shared(TokenizedDataset(ROWS), TokenizedDataset([twin, twin, ROWS[1], TokenizedExample([7], [7], 1)])) == 3
     assert count_shared(ROWS, []) == count_shared([], ROWS) == 0
 
 
@@ -701,7 +705,7 @@ def test_kept_examples_are_the_first_that_were_not_dropped_and_no_more_is_read(f
 
 
 def test_collate_pads_right_by_length():
-    batch = collate([Encoded([5, 6, 2], [IGNORED, 6, 2], 1), Encoded([7, 2], [IGNORED, 2], 2)])
+    batch = collate([TokenizedExample([5, 6, 2], [IGNORED, 6, 2], 1), TokenizedExample([7, 2], [IGNORED, 2], 2)])
     assert batch.input_ids.tolist() == [[5, 6, 2], [7, 2, 0]]
     assert batch.labels.tolist() == [[IGNORED, 6, 2], [IGNORED, 2, IGNORED]]
     assert batch.positions.tolist() == [0, 1, 3]  # of the hidden states that predict 6, 2 and 2
@@ -711,20 +715,22 @@ def test_collate_pads_right_by_length():
 
 def test_a_token_with_the_id_of_the_padding_is_trained():
     """Padding is told by length: id 0 may be a token like any other."""
-    batch = collate([Encoded([5, 0, 6, 0], [IGNORED, 0, 6, 0], 1), Encoded([7, 0], [IGNORED, 0], 2)])
+    batch = collate([TokenizedExample([5, 0, 6, 0], [IGNORED, 0, 6, 0], 1), TokenizedExample([7, 0], [IGNORED, 0], 2)])
     assert batch.positions.tolist() == [0, 1, 2, 4] and batch.num_tokens == 4
     assert batch.labels.tolist() == [[IGNORED, 0, 6, 0], [IGNORED, 0, IGNORED, IGNORED]]
 
 
 def test_the_first_token_of_a_row_is_never_a_target():
-    batch = collate([Encoded([5, 6], [5, 6], 1)])
+    batch = collate([TokenizedExample([5, 6], [5, 6], 1)])
     assert batch.positions.tolist() == [0] and batch.num_tokens == 1
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=5))
 def test_positions_point_at_the_state_before_each_label(masks):
-    rows = [Encoded(list(range(1, len(m) + 1)), [i if t else IGNORED for i, t in enumerate(m, start=1)], 1) for m in masks]
+    rows = [
+        TokenizedExample(list(range(1, len(m) + 1)), [i if t else IGNORED for i, t in enumerate(m, start=1)], 1) for m in masks
+    ]
     batch = collate(rows)
     wanted = [label for row in rows for label in row.labels[1:] if label != IGNORED]
     assert batch.labels.flatten()[batch.positions + 1].tolist() == wanted
@@ -732,11 +738,11 @@ def test_positions_point_at_the_state_before_each_label(masks):
 
 
 def test_windows_are_full_but_for_the_last():
-    assert list(windows(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(batched(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_micro_batches_follow_the_order_and_lose_none():
-    samples = [Encoded([i, i], [i, i], i) for i in range(5)]
+    samples = [TokenizedExample([i, i], [i, i], i) for i in range(5)]
     batches = list(micro_batches(samples, [4, 0, 3, 1, 2], 2))
     assert [batch.input_ids[:, 0].tolist() for batch in batches] == [[4, 0], [3, 1], [2]]
 
@@ -744,7 +750,7 @@ def test_micro_batches_follow_the_order_and_lose_none():
 @pytest.mark.parametrize("compile", ["none", "layers", "graphs"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_where_layers_are_compiled_rows_of_padding_fill_up_the_last_batch(compile, packing):
-    samples = [Encoded([i, i], [i, i], i) for i in range(1, 6)]
+    samples = [TokenizedExample([i, i], [i, i], i) for i in range(1, 6)]
     rows = [[4, 0], [3], [1, 2]] if packing else [4, 0, 3]
     config = TrainConfig(compile=compile, packing=packing, per_device_train_batch_size=2)
     whole, last = training_batches(samples, rows, config)
@@ -771,8 +777,8 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
 
 
 def test_collate_packed_to_the_letter():
-    first, second = Encoded([5, 6, 2], [IGNORED, 6, 2], 1), Encoded([7, 2], [IGNORED, 2], 2)
-    batch = collate_packed([[first, second], [Encoded([8, 9], [8, 9], 3)]])
+    first, second = TokenizedExample([5, 6, 2], [IGNORED, 6, 2], 1), TokenizedExample([7, 2], [IGNORED, 2], 2)
+    batch = collate_packed([[first, second], [TokenizedExample([8, 9], [8, 9], 3)]])
     assert batch.input_ids.tolist() == [[5, 6, 2, 7, 2], [8, 9, 0, 0, 0]]
     assert batch.labels.tolist() == [[IGNORED, 6, 2, IGNORED, 2], [IGNORED, 9, IGNORED, IGNORED, IGNORED]]
     assert batch.positions.tolist() == [0, 1, 3, 5]  # of the hidden states that predict 6, 2, 2 and 9
@@ -783,14 +789,18 @@ def test_collate_packed_to_the_letter():
 
 
 def test_the_longest_may_be_the_padding():
-    batch = collate_packed([[Encoded([5] * 9, [5] * 9, 1)], [Encoded([6, 6], [6, 6], 2)]])
+    batch = collate_packed([[TokenizedExample([5] * 9, [5] * 9, 1)], [TokenizedExample([6, 6], [6, 6], 2)]])
     assert batch.cu_seqlens.tolist() == [0, 9, 11, 18] and batch.max_seqlen == 9
-    batch = collate_packed([[Encoded([5] * 5, [5] * 5, 1), Encoded([7] * 4, [7] * 4, 2)], [Encoded([6, 6], [6, 6], 3)]])
+    batch = collate_packed(
+        [[TokenizedExample([5] * 5, [5] * 5, 1), TokenizedExample([7] * 4, [7] * 4, 2)], [TokenizedExample([6, 6], [6, 6], 3)]]
+    )
     assert batch.cu_seqlens.tolist() == [0, 5, 9, 11, 18] and batch.max_seqlen == 7
 
 
 encoded = st.builds(
-    lambda ids, trained: Encoded(ids, [id if keep else IGNORED for id, keep in zip(ids, trained, strict=False)], ids[0]),
+    lambda ids, trained: TokenizedExample(
+        ids, [id if keep else IGNORED for id, keep in zip(ids, trained, strict=False)], ids[0]
+    ),
     st.lists(st.integers(0, 99), min_size=1, max_size=9),
     st.lists(st.booleans(), min_size=9, max_size=9),
 )
@@ -822,7 +832,7 @@ def test_packed_rows_hold_what_their_samples_hold(rows):
 
 
 def test_every_tensor_of_a_packed_batch_moves():
-    batch = collate_packed([[Encoded([5, 6], [5, 6], 1), Encoded([7], [7], 2)]])
+    batch = collate_packed([[TokenizedExample([5, 6], [5, 6], 1), TokenizedExample([7], [7], 2)]])
     moved = batch.to(torch.device("meta"))
     tensors = {name for name, value in batch._asdict().items() if torch.is_tensor(value)}
     assert tensors == {"input_ids", "labels", "positions", "position_ids", "cu_seqlens"}
@@ -877,7 +887,7 @@ def test_rows_of_an_epoch_are_a_pure_function_of_seed_and_epoch(samples, config)
 
 
 def test_micro_batches_of_packed_rows_follow_the_order_and_lose_none():
-    samples = [Encoded([i, i], [i, i], i) for i in range(6)]
+    samples = [TokenizedExample([i, i], [i, i], i) for i in range(6)]
     batches = list(micro_batches(samples, [[4, 0], [3], [1, 5, 2]], 2))
     assert [batch.lines for batch in batches] == [(4, 0, 3), (1, 5, 2)]
     assert [batch.input_ids[:, ::2].tolist() for batch in batches] == [[[4, 0], [3, 0]], [[1, 5, 2]]]

@@ -11,7 +11,7 @@ from qlora.data.batch import collate, micro_batches
 from qlora.data.template import IGNORED
 from qlora.eval import generate as generation
 from qlora.eval.generate import Sampling, generate, generate_all, sample_responses
-from qlora.eval.loss import HeldOut, evaluate_loss, has_stalled
+from qlora.eval.loss import EvalResult, evaluate_loss, has_stalled
 from qlora.model.loss import token_loss_sum
 from tests.helpers import wake_adapters
 
@@ -73,7 +73,7 @@ def test_an_overflowing_perplexity_is_large_not_an_error(model, samples):
     ],
 )
 def test_patience_is_counted_in_evaluations_since_the_lowest(losses, patience, stalled):
-    evaluations = {10 * step: HeldOut(loss, 0.0, 1) for step, loss in enumerate(losses)}
+    evaluations = {10 * step: EvalResult(loss, 0.0, 1) for step, loss in enumerate(losses)}
     assert has_stalled(evaluations, patience) is stalled
 
 

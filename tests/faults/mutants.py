@@ -157,14 +157,14 @@ MUTANTS = [
         "leftovers-stay",
         RUN_FILES,
         f"{DAMAGE}::test_leftovers_go_and_foreign_files_stay",
-        "        if not LEFTOVER.fullmatch(path.name):\n",
+        "        if not LEFTOVER_FILES.fullmatch(path.name):\n",
         "        if True:\n",
     ),
     mutant(
         "foreign-files-go",
         RUN_FILES,
         f"{DAMAGE}::test_leftovers_go_and_foreign_files_stay",
-        "        if not LEFTOVER.fullmatch(path.name):\n",
+        "        if not LEFTOVER_FILES.fullmatch(path.name):\n",
         "        if False:\n",
     ),
     mutant(
@@ -636,7 +636,7 @@ MUTANTS = [
         "head-in-nf4-accepted",
         MODEL_LORA,
         "model/test_families.py::test_a_head_in_nf4_is_refused_before_the_weights_are_loaded",
-        "    if any(layer is skeleton.get_output_embeddings() for",
+        "    if any(layer is meta_model.get_output_embeddings() for",
         "    if any(False for",
     ),
     mutant(
@@ -777,7 +777,7 @@ MUTANTS = [
         "any-number-of-recordings",
         SPEED_GRAPHS,
         "speed/test_graphs.py::test_only_training_is_recorded_and_only_so_many_shapes",
-        "if key not in self.recordings and len(self.recordings) == MOST:",
+        "if key not in self.recordings and len(self.recordings) == MAX_GRAPHS:",
         "if False:",
     ),
     mutant(

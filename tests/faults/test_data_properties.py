@@ -15,7 +15,7 @@ from qlora.config import TrainConfig
 from qlora.data.batch import Batch, collate
 from qlora.data.dataset import encode_all
 from qlora.data.formats import COLUMNS, OPEN, Example, check_source, read_examples
-from qlora.data.template import IGNORED, Encoded, Format, encode, read_format
+from qlora.data.template import IGNORED, PromptTemplate, TokenizedExample, encode, load_template
 from qlora.errors import ExitCode, UserError
 from qlora.model.loss import Head, read_head, token_loss_sum
 from tests.helpers import adapted_model, wake_adapters
@@ -89,11 +89,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["plain", "chat"])
-def either_form(tokenizer, request) -> Format:
-    return read_format(tokenizer, request.param)
+def either_form(tokenizer, request) -> PromptTemplate:
+    return load_template(tokenizer, request.param)
 
 
-def check_refused_or_sound(path: Path, content: bytes, form: Format, config: TrainConfig) -> None:
+def check_refused_or_sound(path: Path, content: bytes, form: PromptTemplate, config: TrainConfig) -> None:
     """The whole way from a file to samples ends in a UserError that names a line, or in samples that hold what was written."""
     path.write_bytes(content)
     try:
@@ -110,7 +110,7 @@ def check_refused_or_sound(path: Path, content: bytes, form: Format, config: Tra
         check_sound(sample, examples[sample.line], form, config)
 
 
-def check_sound(sample: Encoded, example: Example, form: Format, config: TrainConfig) -> None:
+def check_sound(sample: TokenizedExample, example: Example, form: PromptTemplate, config: TrainConfig) -> None:
     assert all(label in (IGNORED, id) for id, label in zip(sample.input_ids, sample.labels, strict=True))
     assert any(label != IGNORED for label in sample.labels[1:])
     assert len(sample.input_ids) <= config.max_length
@@ -161,10 +161,10 @@ def exact(tiny: Path) -> tuple[torch.nn.Module, Head]:
 
 
 @st.composite
-def samples_of_any_length(draw) -> Encoded:
+def samples_of_any_length(draw) -> TokenizedExample:
     ids = draw(st.lists(st.integers(0, 383), min_size=2, max_size=40))
     first = draw(st.integers(1, len(ids) - 1))
-    return Encoded(ids, [IGNORED] * first + ids[first:], 1)
+    return TokenizedExample(ids, [IGNORED] * first + ids[first:], 1)
 
 
 @torch.no_grad()

@@ -14,10 +14,10 @@ import transformers
 
 from qlora.config import AttnImplementation, TrainConfig
 from qlora.data.batch import Batch, collate, collate_packed, micro_batches, training_batches
-from qlora.data.template import IGNORED, Encoded
+from qlora.data.template import IGNORED, TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.model import attention
-from qlora.model.lora import add_adapters, audit_targets
+from qlora.model.lora import add_lora, audit_targets
 from qlora.model.loss import read_head, token_loss_sum
 from tests.helpers import CPU, SIZES, adapted_model, decoder_of, gradients, prepared, relative_error, to_fp32, wake_adapters
 from train_loop import train_step
@@ -31,16 +31,16 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture(scope="module")
 def phi3():
     """Phi-3 in small, with the window of Phi-3-mini-4k, without memory."""
-    return skeleton(transformers.Phi3Config(**SIZES, sliding_window=2047))
+    return meta_model(transformers.Phi3Config(**SIZES, sliding_window=2047))
 
 
 @pytest.fixture(scope="module")
 def gemma2():
     """A model whose layers differ, and whose soft-capping sdpa has not."""
-    return skeleton(transformers.Gemma2Config(**SIZES))
+    return meta_model(transformers.Gemma2Config(**SIZES))
 
 
-def skeleton(config):
+def meta_model(config):
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
@@ -146,7 +146,7 @@ def test_a_backend_asked_for_by_name_runs_or_fails(phi3, fake_gpu):
 
 
 def test_varlen_runs_where_it_can_do_what_the_model_does(phi3, gemma2, fake_gpu, monkeypatch):
-    with_dropout = skeleton(transformers.Phi3Config(**SIZES, attention_dropout=0.1))
+    with_dropout = meta_model(transformers.Phi3Config(**SIZES, attention_dropout=0.1))
     for capability, newer, model, words in (
         ((7, 5), True, phi3, "compute capability 8.0 or newer, this GPU has 7.5"),
         ((9, 0), False, phi3, rf"needs torch 2.11 or newer, this is {torch.__version__.partition('+')[0]}"),
@@ -201,7 +201,7 @@ def test_rows_of_up_to_window_plus_one_tokens_lose_nothing(config, backend, leng
     model = adapted_model(config, backend)
     wake_adapters(model)
     ids = torch.arange(20, 20 + length).tolist()
-    batch = collate([Encoded(ids, ids, 1)])
+    batch = collate([TokenizedExample(ids, ids, 1)])
     _, loss, with_window = results(model, batch, attend(model, backend, 8))
     _, other, without = results(model, batch, attend(model, backend, None))
     if equal:
@@ -254,7 +254,7 @@ def small_model(config, shape, attn_implementation: str = "eager"):
     """A random model of another family in fp32, fewer key heads than heads, with adapters that are awake."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(shape, attn_implementation=attn_implementation)
-    model = add_adapters(model, config, audit_targets(model, config), "random").train()
+    model = add_lora(model, config, audit_targets(model, config), "random").train()
     wake_adapters(model)
     return model
 
@@ -286,17 +286,17 @@ def results(model, batch: Batch, context, autocast: bool = True):
     return hidden.detach(), loss.item(), gradients(model)
 
 
-def random_samples(*lengths: int) -> list[Encoded]:
+def random_samples(*lengths: int) -> list[TokenizedExample]:
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 99, (length,), generator=generator).tolist() for length in lengths]
-    return [Encoded(ids, [IGNORED, *ids[1:]], line) for line, ids in enumerate(rows, start=1)]
+    return [TokenizedExample(ids, [IGNORED, *ids[1:]], line) for line, ids in enumerate(rows, start=1)]
 
 
 LENGTHS = (17, 2, 31, 9, 14, 1, 23, 5)
 ROWS = ([0, 1, 4], [2, 3], [6, 5, 7])  # of 33, 40 and 29 tokens: the second without padding, a sample of one token in the third
 
 
-def packed(samples: list[Encoded]) -> Batch:
+def packed(samples: list[TokenizedExample]) -> Batch:
     return collate_packed([[samples[index] for index in row] for row in ROWS])
 
 
@@ -351,7 +351,9 @@ def test_packed_rows_give_the_loss_and_gradients_of_one_sample_a_row(config, bac
 def test_a_packed_sample_sees_neither_the_one_before_nor_the_one_behind(config, backend):
     model = awake(config, fp32=False)
     samples = random_samples(*LENGTHS)
-    changed = [Encoded([id + 100 for id in s.input_ids], s.labels, s.line) if at == 1 else s for at, s in enumerate(samples)]
+    changed = [
+        TokenizedExample([id + 100 for id in s.input_ids], s.labels, s.line) if at == 1 else s for at, s in enumerate(samples)
+    ]
     (before, *_), (after, *_) = (results(model, packed(some), attend(model, backend, None)) for some in (samples, changed))
     own = slice(LENGTHS[0], LENGTHS[0] + LENGTHS[1])  # of the first row: sample 0, this one, sample 4, padding
     assert not any(torch.equal(*pair) for pair in zip(before[0, own], after[0, own], strict=True))

@@ -15,8 +15,8 @@ from qlora.config import TrainConfig
 from qlora.errors import ExitCode, UserError
 from qlora.eval import generate
 from qlora.model.coverage import nf4_layers, uncovered
-from qlora.model.load import load_nf4_model, load_skeleton
-from qlora.model.lora import add_adapters, audit_targets, checked_targets
+from qlora.model.load import load_meta_model, load_nf4_model
+from qlora.model.lora import add_lora, audit_targets, checked_targets
 from qlora.speed.memory import memory_terms
 from tests.helpers import CPU
 
@@ -46,7 +46,7 @@ EXPERTS = {
 }  # fmt: skip
 
 
-def meta_model(name: str, **settings):
+def on_meta(name: str, **settings):
     with torch.device("meta"):
         config = getattr(transformers, f"{name}Config")(**settings)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
@@ -105,43 +105,43 @@ def test_an_audited_layer_that_is_not_in_nf4_after_loading_is_refused(config):
     layer = model.model.layers[1].mlp.down_proj
     model.model.layers[1].mlp.down_proj = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
     with pytest.raises(UserError, match=r"1 of 8 layers .* not in NF4 after loading, model.layers.1.mlp.down_proj first"):
-        add_adapters(model, config, targets, "base")
+        add_lora(model, config, targets, "base")
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "GPTNeoX", "Mpt"])
 def test_what_will_be_in_nf4_is_what_is_in_nf4(saved, name):
     flags = saved(name, **(BY_POSITION.get(name) or MOE | ({"head_dim": 16} if name == "Gemma2" else {})))
-    skeleton = load_skeleton(flags[1], TrainConfig(max_length=128))
+    meta_model = load_meta_model(flags[1], TrainConfig(max_length=128))
     loaded = load_nf4_model(flags[1], TrainConfig(), "eager", CPU)
-    assert nf4_layers(skeleton).keys() == nf4_layers(loaded).keys() != set() and uncovered(skeleton).share == 0.0
+    assert nf4_layers(meta_model).keys() == nf4_layers(loaded).keys() != set() and uncovered(meta_model).share == 0.0
 
 
 def test_a_head_in_nf4_is_refused_before_the_weights_are_loaded():
-    skeleton = meta_model("Llama", **MOE)
+    meta_model = on_meta("Llama", **MOE)
     nf4 = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
     }
-    skeleton.config.quantization_config = {**nf4, "llm_int8_skip_modules": ["lm_head"]}
-    assert checked_targets(skeleton, TrainConfig(), lambda _: None)
-    skeleton.config.quantization_config["llm_int8_skip_modules"] = ["vision_tower"]
+    meta_model.config.quantization_config = {**nf4, "llm_int8_skip_modules": ["lm_head"]}
+    assert checked_targets(meta_model, TrainConfig(), lambda _: None)
+    meta_model.config.quantization_config["llm_int8_skip_modules"] = ["vision_tower"]
     with pytest.raises(UserError, match=r"The head of LlamaForCausalLM is in NF4 too .* Name the model in bf16") as refused:
-        checked_targets(skeleton, TrainConfig(), lambda _: None)
+        checked_targets(meta_model, TrainConfig(), lambda _: None)
     assert refused.value.exit_code == ExitCode.CONFIGURATION
 
 
 def test_layers_that_a_checkpoint_left_out_of_nf4_are_named_even_where_they_are_few():
-    skeleton, said = meta_model("Llama", **{**MOE, "num_hidden_layers": 12}), []
+    meta_model, said = on_meta("Llama", **{**MOE, "num_hidden_layers": 12}), []
     nf4 = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
     }
-    skeleton.config.quantization_config = {**nf4, "llm_int8_skip_modules": ["lm_head", "model.layers.0.mlp"]}
-    targets = checked_targets(skeleton, TrainConfig(), said.append)
+    meta_model.config.quantization_config = {**nf4, "llm_int8_skip_modules": ["lm_head", "model.layers.0.mlp"]}
+    targets = checked_targets(meta_model, TrainConfig(), said.append)
     assert {len(target.layers) for target in targets} == {11, 12} and len(said) == 1
     assert said[0].startswith("LlamaForCausalLM: ") and "neither in NF4 nor adapted: model.layers.N.mlp" in said[0]
 
@@ -160,7 +160,7 @@ def test_gpt_2_s_conv1d_is_in_nf4_but_cannot_be_adapted(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_that_stay_in_bf16_are_refused_by_default(name):
-    model = meta_model(name, **EXPERTS[name])
+    model = on_meta(name, **EXPERTS[name])
     with pytest.raises(
         UserError, match=r"% of the weights \([\d,]+ parameters\).*neither in NF4 nor adapted: .*expert"
     ) as refused:
@@ -175,7 +175,7 @@ def test_experts_that_stay_in_bf16_are_refused_by_default(name):
 
 
 def test_the_share_counts_weights_but_no_embeddings_head_and_norms():
-    model = meta_model("Mixtral", **EXPERTS["Mixtral"])
+    model = on_meta("Mixtral", **EXPERTS["Mixtral"])
     rest = uncovered(model)
     experts, router = 2 * 4 * 3 * 64 * 128, 2 * 4 * 64
     attention = 2 * (2 * 64 * 64 + 2 * 64 * 32)
@@ -183,18 +183,18 @@ def test_the_share_counts_weights_but_no_embeddings_head_and_norms():
         (experts + router) / (experts + router + attention)
     )
     assert rest.modules == ("model.layers.N.mlp.experts", "model.layers.N.mlp.gate")
-    assert uncovered(meta_model("Phi3", **MOE)).parameters == 0
+    assert uncovered(on_meta("Phi3", **MOE)).parameters == 0
 
 
 @pytest.mark.parametrize(("name", "router"), [("Phimoe", "router"), ("Afmoe", "gate"), ("Qwen2Moe", "shared_expert_gate")])
 def test_a_router_is_never_a_target(name, router):
-    model = meta_model(name, **EXPERTS[name])
+    model = on_meta(name, **EXPERTS[name])
     with pytest.raises(UserError, match=f"--target-modules {router} matches .* a router of experts, which is never adapted"):
         audit_targets(model, TrainConfig(target_modules=(router,)))
 
 
 def test_what_peft_refuses_is_refused_before_the_weights_are_loaded():
-    model = meta_model("Qwen3Moe", **EXPERTS["Qwen3Moe"])
+    model = on_meta("Qwen3Moe", **EXPERTS["Qwen3Moe"])
     with pytest.raises(UserError, match=r"PEFT cannot adapt gate_proj of Qwen3MoeForCausalLM: .* Name other layers") as refused:
         checked_targets(model, TrainConfig(target_modules=("gate_proj",)), lambda _: None)
     assert refused.value.exit_code == ExitCode.CONFIGURATION
@@ -206,7 +206,7 @@ def test_what_peft_refuses_is_refused_before_the_weights_are_loaded():
         "mamba_d_head": 16,
     }
     with pytest.raises(UserError, match=r"PEFT cannot adapt .*out_proj.* incompatible with Mamba-based models"):
-        checked_targets(meta_model("FalconH1", **settings), TrainConfig(), lambda _: None)
+        checked_targets(on_meta("FalconH1", **settings), TrainConfig(), lambda _: None)
 
 
 def test_a_mixture_trains_its_attention_where_it_is_asked_to(saved, capsys, tmp_path):
@@ -222,7 +222,7 @@ def test_a_mixture_trains_its_attention_where_it_is_asked_to(saved, capsys, tmp_
 
 
 def test_plan_has_a_row_for_experts_and_says_that_training_refuses_them(tmp_path, capsys):
-    meta_model("Mixtral", **EXPERTS["Mixtral"]).config.save_pretrained(tmp_path)
+    on_meta("Mixtral", **EXPERTS["Mixtral"]).config.save_pretrained(tmp_path)
     assert any_command(["plan", "--model", str(tmp_path), "--max-length", "128", "--gpu-gib", "24"]) == 0
     out = capsys.readouterr().out
     assert "neither in NF4 nor adapted" in " ".join(out.split()) and "--target-modules" in out
@@ -233,7 +233,7 @@ def test_plan_has_a_row_for_experts_and_says_that_training_refuses_them(tmp_path
     )
     assert terms["weights not in NF4"] == pytest.approx(84, abs=1) and terms["embeddings, head, norms"] < 0.6
     dense = dataclasses.replace(TrainConfig(), compile="none", gradient_checkpointing="full")
-    phi3 = meta_model("Phi3", **MOE)
+    phi3 = on_meta("Phi3", **MOE)
     assert memory_terms(phi3, audit_targets(phi3, dense), dense, 128)["weights not in NF4"] == 0
 
 

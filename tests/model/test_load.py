@@ -22,8 +22,8 @@ from qlora.data.batch import collate
 from qlora.errors import ExitCode, UserError
 from qlora.eval.generate import generate
 from qlora.eval.loss import evaluate_loss
-from qlora.model.load import fingerprint, load_nf4_model, load_skeleton, load_tokenizer, quantization_of
-from qlora.model.lora import add_adapters, audit_targets, with_init_adapter
+from qlora.model.load import fingerprint, load_meta_model, load_nf4_model, load_tokenizer, quantization_of
+from qlora.model.lora import add_lora, audit_targets, with_init_adapter
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.run import checkpoint
 from qlora.run.files import write_folder
@@ -101,7 +101,7 @@ def test_a_vision_tower_gets_no_adapter():
     model = transformers.AutoModelForCausalLM.from_config(config)
     targets = audit_targets(model, TrainConfig())
     assert sum(len(target.layers) for target in targets) == 7
-    model = add_adapters(model, TrainConfig(), targets, "org/model")
+    model = add_lora(model, TrainConfig(), targets, "org/model")
     adapted = {name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
     assert len(adapted) == 7 and not any("vision" in name for name in adapted)
 
@@ -147,23 +147,23 @@ def test_linear_layers_are_nf4_twice_quantised_and_nothing_is_cast_up(model):
 
 
 def test_the_skeleton_has_the_shape_and_true_count_of_the_model_and_no_memory(tiny, config, model):
-    skeleton = load_skeleton(str(tiny), config)
+    meta_model = load_meta_model(str(tiny), config)
     whole = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    assert skeleton.num_parameters() == sum(p.numel() for p in whole.parameters())
-    assert all(p.device.type == "meta" for p in skeleton.parameters())
-    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) < 0.8 * skeleton.num_parameters()  # bytes
-    assert audit_targets(skeleton, config) == audit_targets(load_nf4_model(str(tiny), config, "sdpa", CPU), config)
+    assert meta_model.num_parameters() == sum(p.numel() for p in whole.parameters())
+    assert all(p.device.type == "meta" for p in meta_model.parameters())
+    assert sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) < 0.8 * meta_model.num_parameters()  # bytes
+    assert audit_targets(meta_model, config) == audit_targets(load_nf4_model(str(tiny), config, "sdpa", CPU), config)
 
 
 def test_a_checkpoint_that_is_quantised_already_is_the_same_model(tiny, config, tmp_path):
     base = load_nf4_model(str(tiny), config, "sdpa", CPU)
     base.save_pretrained(tmp_path)
-    skeleton = load_skeleton(str(tmp_path), config)
-    targets = audit_targets(skeleton, config)
-    assert targets == audit_targets(load_skeleton(str(tiny), config), config)
+    meta_model = load_meta_model(str(tmp_path), config)
+    targets = audit_targets(meta_model, config)
+    assert targets == audit_targets(load_meta_model(str(tiny), config), config)
     again = load_nf4_model(str(tmp_path), config, "sdpa", CPU)
     assert fingerprint(again) == fingerprint(base)
-    assert len(lora_linear.install(add_adapters(again, config, targets, str(tmp_path)))) == 8
+    assert len(lora_linear.install(add_lora(again, config, targets, str(tmp_path)))) == 8
 
 
 @pytest.mark.parametrize("own", [torch.float16, torch.float32])
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_is_quantised_already_computes_in_bf16(tiny, config, t
     layers = [module for module in loaded.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert {layer.compute_dtype for layer in layers} == {layer.weight.quant_state.dtype for layer in layers} == {own}
     model = load_nf4_model(str(tmp_path), config, "sdpa", CPU)
-    model = add_adapters(model, config, audit_targets(model, config), str(tmp_path))
+    model = add_lora(model, config, audit_targets(model, config), str(tmp_path))
     wake_adapters(model)
     (adapted,) = lora_linear.install(model)[:1]
     assert adapted.base_layer.compute_dtype == adapted.base_layer.weight.quant_state.dtype == torch.bfloat16
@@ -235,12 +235,12 @@ def test_a_checkpoint_that_is_quantised_otherwise_is_refused(tiny, config, tmp_p
         "bnb_4bit_use_double_quant": True,
     }
     file.write_text(json.dumps({**settings, "quantization_config": nf4}))
-    load_skeleton(str(tmp_path / "model"), config)
+    load_meta_model(str(tmp_path / "model"), config)
     file.write_text(json.dumps({**settings, "quantization_config": {**nf4, "bnb_4bit_quant_storage": "uint8"}}))
-    load_skeleton(str(tmp_path / "model"), config)
+    load_meta_model(str(tmp_path / "model"), config)
     file.write_text(json.dumps({**settings, "quantization_config": {**nf4, **change}}))
     with pytest.raises(UserError, match=r"is quantised already, with quant_method .*Name the model in bf16") as refused:
-        load_skeleton(str(tmp_path / "model"), config)
+        load_meta_model(str(tmp_path / "model"), config)
     assert refused.value.exit_code == ExitCode.CONFIGURATION
 
 
@@ -253,23 +253,23 @@ def test_a_checkpoint_that_is_quantised_otherwise_is_refused(tiny, config, tmp_p
 )
 def test_a_model_that_is_not_there_exits_7(source, words):
     with pytest.raises(UserError) as caught:
-        load_skeleton(source, TrainConfig())
+        load_meta_model(source, TrainConfig())
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
     assert source in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
 
 
 def test_an_incomplete_folder_exits_7(tmp_path, tiny):
     with pytest.raises(UserError, match="not a complete model") as caught:
-        load_skeleton(str(tmp_path), TrainConfig())
+        load_meta_model(str(tmp_path), TrainConfig())
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
     (tmp_path / "config.json").write_text((tiny / "config.json").read_text())
-    skeleton = load_skeleton(str(tmp_path), TrainConfig())
+    meta_model = load_meta_model(str(tmp_path), TrainConfig())
     with pytest.raises(UserError, match="not a complete model") as caught:
-        load_tokenizer(str(tmp_path), skeleton, TrainConfig())
+        load_tokenizer(str(tmp_path), meta_model, TrainConfig())
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
     (tmp_path / "config.json").write_text('{"model_type": "phi3", "hidden_size": "wide"}')
     with pytest.raises(UserError, match="StrictDataclassFieldValidationError") as caught:
-        load_skeleton(str(tmp_path), TrainConfig())
+        load_meta_model(str(tmp_path), TrainConfig())
     assert caught.value.exit_code == ExitCode.ENVIRONMENT
 
 
@@ -278,7 +278,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tiny, tmp_path, tokeni
     other.add_tokens(["<more>"])
     other.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has 385 tokens, its model 384 embeddings") as caught:
-        load_tokenizer(str(tmp_path), load_skeleton(str(tiny), TrainConfig()), TrainConfig())
+        load_tokenizer(str(tmp_path), load_meta_model(str(tiny), TrainConfig()), TrainConfig())
     assert caught.value.exit_code == ExitCode.CONFIGURATION
 
 
@@ -320,13 +320,13 @@ def test_code_of_a_model_runs_only_when_asked(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}')
     (tmp_path / "evil.py").write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()")
     with pytest.raises(UserError, match="--trust-remote-code") as caught:
-        load_skeleton(str(tmp_path), TrainConfig())
+        load_meta_model(str(tmp_path), TrainConfig())
     assert caught.value.exit_code == ExitCode.ENVIRONMENT and not (tmp_path / "ran").exists()
 
 
 def test_max_length_beyond_the_models_positions_is_refused(config):
     with pytest.raises(UserError, match="--max-length 4097 is more than the 4096 positions") as caught:
-        load_skeleton(config.model, dataclasses.replace(config, max_length=4097))
+        load_meta_model(config.model, dataclasses.replace(config, max_length=4097))
     assert caught.value.exit_code == ExitCode.CONFIGURATION
 
 

@@ -8,7 +8,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from qlora.data.batch import collate
-from qlora.data.template import IGNORED, Encoded
+from qlora.data.template import IGNORED, TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.model.loss import CHUNK_TOKENS, Head, read_head, token_loss_sum
 from tests.helpers import SIZES, gradients, plain_loss_sum, relative_error, wake_adapters
@@ -17,7 +17,7 @@ from tests.helpers import SIZES, gradients, plain_loss_sum, relative_error, wake
 def random_case(dtype: torch.dtype, bias: bool = False, scale: float = 1.0, softcap: float | None = None):
     generator = torch.Generator().manual_seed(0)
     rows = [
-        Encoded(ids := torch.randint(0, 97, (length,), generator=generator).tolist(), [IGNORED] * 2 + ids[2:], 1)
+        TokenizedExample(ids := torch.randint(0, 97, (length,), generator=generator).tolist(), [IGNORED] * 2 + ids[2:], 1)
         for length in (9, 4, 7)
     ]
     weight = torch.randn(97, 16, generator=generator).to(dtype)
@@ -55,7 +55,7 @@ def test_logits_are_made_for_1024_tokens_at_a_time(tokens, chunks, monkeypatch):
     """By default, and no fewer: small products are slow. Of Phi-3 these are 131 MB in fp32."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 7, (tokens + 1,), generator=generator).tolist()
-    batch = collate([Encoded(ids, [IGNORED, *ids[1:]], 1)])
+    batch = collate([TokenizedExample(ids, [IGNORED, *ids[1:]], 1)])
     hidden = torch.randn(1, tokens + 1, 4, generator=generator)  # [1, N + 1, D]
     sizes = []
 
@@ -116,7 +116,7 @@ def test_what_a_model_does_to_its_logits_is_kept(config):
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_()  # logits large enough for a cap to matter
     head = read_head(model)
-    batch = collate([Encoded(list(range(3, 12)), [IGNORED] * 4 + list(range(7, 12)), 1)])
+    batch = collate([TokenizedExample(list(range(3, 12)), [IGNORED] * 4 + list(range(7, 12)), 1)])
     theirs = model(input_ids=batch.input_ids, labels=batch.labels).loss
     with torch.no_grad():
         hidden = model.get_decoder()(input_ids=batch.input_ids).last_hidden_state

@@ -8,7 +8,7 @@ import torch
 
 from qlora.config import TrainConfig
 from qlora.errors import ExitCode, UserError
-from qlora.model.optimizer import begin_state, build_optimizer
+from qlora.model.optimizer import build_optimizer, init_optimizer_state
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_state_that_is_begun_is_that_of_the_first_step():
     """In 8 bits; torch's optimizers make theirs when they step."""
     parameters = [torch.nn.Parameter(torch.ones(size)) for size in (5000, 100, 4096)]
     begun, stepped = (build_optimizer(parameters, TrainConfig(optimizer="adamw_8bit")) for _ in range(2))
-    begin_state(begun)
+    init_optimizer_state(begun)
     assert all(not value.any() for p in parameters for kind, value in begun.state[p].items() if kind.startswith("state"))
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
@@ -83,5 +83,5 @@ def test_state_that_is_begun_is_that_of_the_first_step():
         assert ours["state1"].dtype == theirs["state1"].dtype == (torch.uint8 if parameter.numel() >= 4096 else torch.float32)
     assert begun.state[parameters[0]]["qmap1"] is begun.state[parameters[2]]["qmap1"]
     plain = build_optimizer(parameters, TrainConfig())
-    begin_state(plain)
+    init_optimizer_state(plain)
     assert not plain.state

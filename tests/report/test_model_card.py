@@ -17,7 +17,7 @@ import transformers
 
 from qlora.cli import train as command_line
 from qlora.data.formats import Message
-from qlora.data.template import encode_prompt, read_format
+from qlora.data.template import encode_prompt, load_template
 from qlora.model import demo
 from qlora.report import record as records
 from qlora.report.model_card import base_of, data_name, model_card
@@ -93,7 +93,7 @@ def test_its_lines_load_and_prompt_and_merge(folder, form, monkeypatch, tmp_path
         exec(load.replace("max_new_tokens=256", "max_new_tokens=8"), names)
     assert said.getvalue().strip()
     sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
-    format_ = read_format(names["tokenizer"], folder.name)
+    format_ = load_template(names["tokenizer"], folder.name)
     assert names["inputs"].input_ids[0].tolist() == encode_prompt((Message("user", sample["prompt"]),), format_)
     with torch.no_grad():
         beside = names["model"](**names["inputs"]).logits

@@ -47,12 +47,12 @@ FACTS = {"config": {"seed": 1}, "history": [], "weights": "digest", "environment
 
 
 def save(checkpoints: Path, trained, step: int) -> Path:
-    return checkpoint.save(checkpoints, *trained, checkpoint.Progress(step=step), FACTS)
+    return checkpoint.save(checkpoints, *trained, checkpoint.TrainState(step=step), FACTS)
 
 
 def test_a_checkpoint_holds_adapter_moments_generators_and_place(trained, tmp_path):
     model, optimizer = trained
-    progress = checkpoint.Progress(step=12, epoch=2, samples=7, skipped=1)
+    progress = checkpoint.TrainState(step=12, epoch=2, samples=7, skipped=1)
     folder = checkpoint.save(tmp_path, model, optimizer, progress, FACTS)
     assert folder == tmp_path / "step-000012" and checkpoint.problem_of(folder) is None
     files = ["adapter_config.json", "adapter_model.safetensors", "state.json", "trainer_state.safetensors"]
@@ -121,13 +121,13 @@ def test_what_is_restored_goes_on_bit_for_bit(config, samples, tmp_path, make):
 
     model, optimizer = start()
     steps(model, optimizer, samples[:2])
-    folder = checkpoint.save(tmp_path, model, optimizer, checkpoint.Progress(step=2, samples=2), FACTS)
+    folder = checkpoint.save(tmp_path, model, optimizer, checkpoint.TrainState(step=2, samples=2), FACTS)
     drawn = [random.random(), random.gauss(0, 1), numpy.random.rand(), torch.rand(1).item()]
     straight = steps(model, optimizer, samples[2:4])
     again, other = start()
     steps(again, other, samples[5:8])
     random.gauss(0, 1)
-    assert checkpoint.restore(folder, again, other) == checkpoint.Progress(step=2, samples=2)
+    assert checkpoint.restore(folder, again, other) == checkpoint.TrainState(step=2, samples=2)
     assert [random.random(), random.gauss(0, 1), numpy.random.rand(), torch.rand(1).item()] == drawn
     assert steps(again, other, samples[2:4]) == straight
     for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
@@ -396,12 +396,12 @@ def test_the_adapter_names_its_base_and_commit_and_carries_no_blank_card(model, 
 
 def test_a_hub_model_is_named_by_id_and_commit(config, tmp_path):
     from qlora.model.load import load_nf4_model
-    from qlora.model.lora import add_adapters, audit_targets
+    from qlora.model.lora import add_lora, audit_targets
     from tests.helpers import CPU
 
     base = load_nf4_model(config.model, config, "sdpa", CPU)
     base.config._commit_hash = "0123abc"
-    adapted = add_adapters(base, config, audit_targets(base, config), "org/model")
+    adapted = add_lora(base, config, audit_targets(base, config), "org/model")
     tmp_path = tmp_path / "adapter"
     write_folder(tmp_path, dict(checkpoint.adapter_files(adapted)))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())

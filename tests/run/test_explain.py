@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from qlora.cli import train as command_line
 from qlora.data.batch import collate, collate_packed, micro_batches
 from qlora.data.formats import Example, Message
-from qlora.data.template import IGNORED, Encoded, encode
+from qlora.data.template import IGNORED, TokenizedExample, encode
 from qlora.model.coverage import linear_layers
-from qlora.model.load import load_skeleton
+from qlora.model.load import load_meta_model
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
 from qlora.run import explain
@@ -40,11 +40,11 @@ def sums(groups) -> dict[tuple[str, str], tuple[int, int]]:
 @pytest.fixture
 def expected(config):
     """The ledger of the tiny model before its first step, from its shapes."""
-    skeleton = load_skeleton(config.model, config)
-    sizes = [layer.weight.numel() for layer in linear_layers(skeleton).values()]
-    adapters = sum(config.lora_r * sum(layer.weight.shape) for layer in linear_layers(skeleton).values())
-    table = skeleton.get_input_embeddings().weight.numel()
-    norms = skeleton.num_parameters() - sum(sizes) - 2 * table
+    meta_model = load_meta_model(config.model, config)
+    sizes = [layer.weight.numel() for layer in linear_layers(meta_model).values()]
+    adapters = sum(config.lora_r * sum(layer.weight.shape) for layer in linear_layers(meta_model).values())
+    table = meta_model.get_input_embeddings().weight.numel()
+    norms = meta_model.num_parameters() - sum(sizes) - 2 * table
     return {
         ("NF4 weights", "uint8"): (sum(sizes), sum(sizes) // 2),
         ("NF4 constants", "uint8"): (sum(sizes) // 64, sum(sizes) // 64),
@@ -95,7 +95,7 @@ def test_the_ledger_sees_bf16_adapters_8_bit_moments_tied_heads_and_caches(confi
 def test_packed_parameters_are_counted_one_by_one(model, config, expected):
     wanted, _ = expected
     adapters = wanted["adapters", "float32"][0]
-    assert explain.parameter_counts(model) == (load_skeleton(config.model, config).num_parameters() + adapters, adapters)
+    assert explain.parameter_counts(model) == (load_meta_model(config.model, config).num_parameters() + adapters, adapters)
 
 
 def test_tokens_say_what_is_trained(form):
@@ -109,7 +109,7 @@ def test_tokens_say_what_is_trained(form):
 
 
 def test_counts_of_a_window_add_up():
-    rows = [Encoded([1] * length, [IGNORED] * 2 + [1] * (length - 2), length) for length in (9, 4, 7)]
+    rows = [TokenizedExample([1] * length, [IGNORED] * 2 + [1] * (length - 2), length) for length in (9, 4, 7)]
     window = list(micro_batches(rows, range(3), 2))
     assert explain.token_counts(window) == [Count(2, 9, 5, 4, 9), Count(1, 7, 0, 2, 5)]
     packed = [collate_packed([rows[:2], rows[2:]])]
@@ -155,8 +155,8 @@ def cells(table: Table) -> list[list[str]]:
 
 def test_what_is_printed_of_a_window_of_two_micro_batches():
     """Two samples, then one: of nine tokens four are trained, counted by hand."""
-    prompt_and_answer = Encoded([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8], 3)
-    short, alone = Encoded([5, 6], [IGNORED, 6], 4), Encoded([5, 6, 7], [IGNORED, IGNORED, 7], 9)
+    prompt_and_answer = TokenizedExample([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8], 3)
+    short, alone = TokenizedExample([5, 6], [IGNORED, 6], 4), TokenizedExample([5, 6, 7], [IGNORED, IGNORED, 7], 9)
     counts = explain.token_counts([collate([prompt_and_answer, short]), collate([alone])])
     assert counts == [Count(2, 4, 2, 3, 3), Count(1, 3, 0, 2, 1)]
     table = explain.count_table(counts)

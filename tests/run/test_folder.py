@@ -18,11 +18,11 @@ from qlora.cli import train as command_line
 from qlora.commands.adapter import open_adapter
 from qlora.config import BUNDLED_TRAIN, parse
 from qlora.data.formats import Message
-from qlora.data.template import encode_prompt, read_format
+from qlora.data.template import encode_prompt, load_template
 from qlora.errors import ExitCode, UserError
 from qlora.eval import generate
-from qlora.eval.generate import Sample
-from qlora.eval.loss import HeldOut
+from qlora.eval.generate import Completion
+from qlora.eval.loss import EvalResult
 from qlora.report import html, model_card, record
 from qlora.report.caveats import caveats
 from qlora.report.html import _evaluations
@@ -61,7 +61,7 @@ def cut(straight: Path, folder: Path, step: int) -> Path:
     return folder
 
 
-SAMPLE = Sample("prompt", "base", "tuned", "reference")
+SAMPLE = Completion("prompt", "base", "tuned", "reference")
 
 
 def adapter_of(model) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ def evaluated(tiny, tmp_path, monkeypatch):
 
     def prepare(*losses: float) -> list[str]:
         found = iter(losses)
-        monkeypatch.setattr(train_loop, "evaluate_loss", lambda *_: HeldOut(loss := next(found), math.exp(loss), 10))
+        monkeypatch.setattr(train_loop, "evaluate_loss", lambda *_: EvalResult(loss := next(found), math.exp(loss), 10))
         rows = [{"prompt": f"q{number}", "completion": "a" * number} for number in range(1, 5)]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return ["--train-file", str(tmp_path / "rows.jsonl"), "--eval-file", str(tmp_path / "rows.jsonl")]
@@ -313,7 +313,7 @@ def test_a_trained_adapter_is_prompted_with_the_date_of_its_run(dated, tmp_path)
     ids = encode_prompt((Message("user", "Hello"),), adapter.form)
     text = f"{datetime.datetime.fromisoformat(date):%d %b %Y %H:%M:%S %f} <|user|>Hello<|end|><|assistant|>"
     assert adapter.form.tokenizer.decode(ids) == text
-    assert read_format(adapter.form.tokenizer, "chat").date > date  # of no run: now
+    assert load_template(adapter.form.tokenizer, "chat").date > date  # of no run: now
 
 
 # -- exactness ---------------------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qlora.config import TrainConfig
 from qlora.errors import ExitCode, UserError
-from qlora.eval.generate import Sample
-from qlora.eval.loss import HeldOut
+from qlora.eval.generate import Completion
+from qlora.eval.loss import EvalResult
 from qlora.model.lora import Target
 from qlora.run import environment, log
 
-SAMPLE = Sample("Create [bold]x[/bold]", "\n".join(f"line {i}" for i in range(40)), '{"a": [1]}', '{"a": [2]}')
+SAMPLE = Completion("Create [bold]x[/bold]", "\n".join(f"line {i}" for i in range(40)), '{"a": [1]}', '{"a": [2]}')
 
 
 def row(step: int) -> dict:
@@ -30,11 +30,11 @@ def track(folder, terminal: bool, width: int = 150) -> str:
     out = io.StringIO()
     with log.Tracker(folder, Console(file=out, force_terminal=terminal, width=width)) as tracker:
         tracker.begin(step=0, total_steps=7, logging_steps=3)
-        tracker.held_out(0, 0, HeldOut(1.0, 2.718, 10))
+        tracker.held_out(0, 0, EvalResult(1.0, 2.718, 10))
         tracker.steps([row(1)])
         tracker.steps([row(step) for step in range(2, 8)])
-        tracker.held_out(7, 1, HeldOut(0.5, 1.649, 10))
-        tracker.hyperparameters(TrainConfig(), HeldOut(0.5, 1.649, 10))
+        tracker.held_out(7, 1, EvalResult(0.5, 1.649, 10))
+        tracker.hyperparameters(TrainConfig(), EvalResult(0.5, 1.649, 10))
         tracker.samples([SAMPLE], of="held-out", step=7)
     return out.getvalue()
 
@@ -109,11 +109,11 @@ def test_a_resumed_run_has_each_row_and_each_point_once(tmp_path):
             tracker.begin(start, total_steps=7, logging_steps=3)
             known = sorted(tracker.known_evaluations)
             if start == 0:
-                tracker.held_out(0, 0, HeldOut(1.0, 2.718, 10))
+                tracker.held_out(0, 0, EvalResult(1.0, 2.718, 10))
             for step in range(start + 1, end + 1):
                 tracker.steps([row(step)])
                 if step % 3 == 0:
-                    tracker.held_out(step, 1, HeldOut(1.0 / step, 2.0, 10))
+                    tracker.held_out(step, 1, EvalResult(1.0 / step, 2.0, 10))
         assert known == [step for step in (0, 3, 6) if 0 < start >= step]
         with (tmp_path / "metrics.jsonl").open("ab") as file:
             file.write(b'{"event": "step", "st')  # and cut short
@@ -130,7 +130,7 @@ def test_a_run_that_starts_again_before_its_first_checkpoint_starts_its_records_
         with log.Tracker(tmp_path, Console(file=io.StringIO()), step=0) as tracker:
             tracker.begin(0, total_steps=7, logging_steps=3)
             assert tracker.known_evaluations == {}
-            tracker.held_out(0, 0, HeldOut(loss, 2.718, 10))
+            tracker.held_out(0, 0, EvalResult(loss, 2.718, 10))
             tracker.steps([row(1)])
         time.sleep(1.01)  # TensorBoard reads files in the order of their names, which have seconds in them
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
@@ -153,7 +153,7 @@ def test_what_is_not_finite_is_null_in_the_metrics_and_left_out_of_the_curves(tm
     with log.Tracker(tmp_path, Console(file=io.StringIO())) as tracker:
         tracker.begin(0, total_steps=7, logging_steps=3)
         tracker.steps([row(1), {**row(2), "loss": math.nan, "grad_norm": math.inf}])
-        tracker.held_out(2, 1, HeldOut(math.nan, math.nan, 10))
+        tracker.held_out(2, 1, EvalResult(math.nan, math.nan, 10))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert (rows[1]["loss"], rows[1]["grad_norm"], rows[2]["eval_loss"]) == (None, None, None)
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1]
@@ -224,6 +224,6 @@ def test_a_run_that_ends_early_says_which_adapter_it_took(tmp_path, losses, word
     with log.Tracker(tmp_path, Console(file=told, width=200), step=0) as tracker:
         tracker.begin(0, total_steps=9, logging_steps=3)
         tracker.ended_early(max(losses), 1)
-        tracker.adapter_chosen(3, {at: HeldOut(loss, 2.0, 10) for at, loss in losses.items()})
+        tracker.adapter_chosen(3, {at: EvalResult(loss, 2.0, 10) for at, loss in losses.items()})
     told = told.getvalue()
     assert f"Ended early, after step {max(losses)}: the held-out loss stopped falling" in told and words in told

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qlora.data.batch import collate, collate_packed, micro_batches
-from qlora.data.template import Encoded
+from qlora.data.template import TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.model import attention
 from qlora.model.loss import read_head, token_loss_sum
@@ -97,7 +97,7 @@ def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_o
     found = []
     for end in (20, 34, 20):
         cuts = [[ids[:end], ids[end:64]], [ids[64:]]]
-        batch = collate_packed([[Encoded(part, part, 1) for part in row] for row in cuts], 64)
+        batch = collate_packed([[TokenizedExample(part, part, 1) for part in row] for row in cuts], 64)
         for autocast in (True, False):
             with attention.for_training(ours, config), attention.for_training(plain, config):
                 inputs = attention.decoder_inputs(batch, ours.config)
@@ -116,7 +116,7 @@ def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_o
 
 
 def test_only_training_is_recorded_and_only_so_many_shapes(config, samples, stand_in, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST", 1)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
     config = dataclasses.replace(config, attn_implementation="sdpa")
     decoder = decoder_of(prepared(adapted_model(config), config, "none", "graphs"))
     recordings = decoder.graphs.recordings
@@ -160,7 +160,7 @@ def test_a_gradient_from_outside_the_graphs_is_carried_into_them(config, samples
     config = dataclasses.replace(config, attn_implementation="sdpa")
     batches = [next(micro_batches(samples, pair, 2, multiple=64)) for pair in rows]
     assert batches[0].input_ids.shape == batches[2].input_ids.shape != batches[1].input_ids.shape
-    monkeypatch.setattr(graphs, "MOST", 1)
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
     found = []
     for compile in ("layers", "graphs"):
         model = adapted_model(config)
@@ -231,7 +231,7 @@ def test_recordings_for_another_number_of_packed_samples_compile_nothing(config,
     seen = []
     with attention.for_training(model.train(), config), torch.autocast("cpu", torch.bfloat16):
         for count, length in ((3, 64), (150, 1), (300, 1), (5, 30)):
-            sample = Encoded([5 + count % 7] * length, [5] * length, 1)
+            sample = TokenizedExample([5 + count % 7] * length, [5] * length, 1)
             batch = collate_packed([[sample] * count], 128)
             inputs = attention.decoder_inputs(batch, model.config)
             del inputs["attention_mask"]  # its size says nothing of how many samples there are

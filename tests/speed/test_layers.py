@@ -20,11 +20,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora.config import TrainConfig
 from qlora.data.batch import collate_packed, micro_batches, training_batches
-from qlora.data.template import Encoded
+from qlora.data.template import TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.eval.loss import evaluate_loss
 from qlora.model import attention
-from qlora.model.load import load_skeleton
+from qlora.model.load import load_meta_model
 from qlora.model.lora import audit_targets
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.third_party import Linear4bit
@@ -269,7 +269,7 @@ def test_packed_rows_of_any_number_of_samples_share_one_compilation(awake):
     torch._dynamo.utils.counters.clear()
     with attention.for_training(model.train(), config):
         for count, length in ((3, 64), (150, 1), (300, 1)):
-            batch = collate_packed([[Encoded([5] * length, [5] * length, 1)] * count], 128)
+            batch = collate_packed([[TokenizedExample([5] * length, [5] * length, 1)] * count], 128)
             inputs = attention.decoder_inputs(batch, model.config)
             del inputs["attention_mask"]  # its size says nothing of how many samples there are
             inputs["cu_seq_lens_k"] = inputs["cu_seq_lens_k"].clone()
@@ -446,12 +446,12 @@ def test_what_reads_lengths_from_the_device_is_compiled_but_not_recorded(card, p
 
 def test_where_nobody_tried_it_layers_run_as_written(card, monkeypatch):
     card(80, capability=(7, 5))
-    assert "compute capability 8.0" in str(layers.compile_obstacle("phi3", GPU))
+    assert "compute capability 8.0" in str(layers.compile_unavailable_reason("phi3", GPU))
     card(80)
-    assert layers.compile_obstacle("phi3", GPU) is None
-    assert "phi3, llama, mistral only, this is gemma2" in str(layers.compile_obstacle("gemma2", GPU))
+    assert layers.compile_unavailable_reason("phi3", GPU) is None
+    assert "phi3, llama, mistral only, this is gemma2" in str(layers.compile_unavailable_reason("gemma2", GPU))
     monkeypatch.setattr(layers, "shutil", SimpleNamespace(which=lambda _: None))
-    assert "C compiler" in str(layers.compile_obstacle("phi3", GPU))
+    assert "C compiler" in str(layers.compile_unavailable_reason("phi3", GPU))
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])
@@ -586,12 +586,12 @@ def test_attention_that_draws_is_computed_again(awake, window, monkeypatch, atte
 @pytest.mark.parametrize("changes", [{"attention_dropout": 0.1}, {"resid_pdrop": 0.1}])
 def test_layers_with_dropout_of_their_own_are_not_compiled(config, tiny, changes):
     """Computed again in compiled layers, it would draw from a generator that neither the seed nor a checkpoint holds."""
-    plain = load_skeleton(str(tiny), config)
+    plain = load_meta_model(str(tiny), config)
     settings = transformers.AutoConfig.from_pretrained(tiny, **changes)
     with torch.device("meta"):
         drawing = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
-    assert layers.dropout_obstacle(plain) is None
-    assert "dropout of their own (0.1)" in layers.dropout_obstacle(drawing)
+    assert layers.dropout_unavailable_reason(plain) is None
+    assert "dropout of their own (0.1)" in layers.dropout_unavailable_reason(drawing)
     targets, config = audit_targets(drawing, config), dataclasses.replace(config, gradient_checkpointing="full")
     chosen, _ = layers.choose_layers(dataclasses.replace(config, compile="auto"), drawing, targets, 64, CPU)
     assert chosen.compile == "none"

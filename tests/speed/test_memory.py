@@ -198,7 +198,7 @@ def test_memory_that_runs_out_within_transformers_is_exit_6_too(tiny, tmp_path, 
 
 
 def test_another_runtime_error_is_not_taken_for_one():
-    with pytest.raises(RuntimeError, match="something else"), memory.explained(TrainConfig(), CPU, 1.0, 10):
+    with pytest.raises(RuntimeError, match="something else"), memory.oom_as_user_error(TrainConfig(), CPU, 1.0, 10):
         raise RuntimeError("something else")
 
 
