@@ -3,6 +3,7 @@
 python benchmarks/report.py          # rewrites what stands between the markers, and draws the plots (needs matplotlib)
 """
 
+import ast
 import json
 import math
 import re
@@ -742,7 +743,23 @@ def inference() -> str:
 
 H100, CPU = "attention_h100_*.json", "attention_cpu_*.json"
 TIME, RATE = "Forward + backward, ms.", "TFLOP/s, and share of a large product's rate."
+
+
+def code_map() -> str:
+    """The folders of qlora/ and their modules, in the words of their docstrings."""
+    package = ROOT / "qlora"
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    rows = []
+    for folder in re.findall(r"^(\w+)/ ", text, re.MULTILINE):
+        purpose = ast.get_docstring(ast.parse((package / folder / "__init__.py").read_text())) or ""
+        modules = sorted(path.stem for path in (package / folder).glob("*.py") if path.stem != "__init__")
+        links = ", ".join(f"[{name}](qlora/{folder}/{name}.py)" for name in modules)
+        rows.append([f"`{folder}/`", " ".join(purpose.split()), links])
+    return table(["folder", "what for", "modules"], rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
+    "code-map": code_map,
     "attention-kernel-ms-h100": lambda: attention_kernels(H100, milliseconds, TIME),
     "attention-kernel-rate-h100": lambda: attention_kernels(H100, rate, RATE),
     "attention-kernel-gib-h100": lambda: attention_kernels(H100, lambda cell, _: f"{cell['peak_gib']:.2f}", "Peak GiB."),

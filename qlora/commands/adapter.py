@@ -255,7 +255,7 @@ def _facts(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        facts = json.loads(path.read_bytes())
+        facts: dict[str, Any] = json.loads(path.read_bytes())
         check_types(Facts, facts)
         TrainConfig(max_length=facts["config"]["max_length"]).check()
     except (*UNREADABLE, UserError) as error:

@@ -30,7 +30,8 @@ class _Logits(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def _parity(model: torch.nn.Module, path: Path, rows: list[list[int]]) -> float:
         found = torch.from_numpy(logits)[mask.bool()].double()  # [tokens, V]
         error += float((found - wanted).square().sum())
         total += float(wanted.square().sum())
-    return (error / total) ** 0.5
+    return float((error / total) ** 0.5)
 
 
 def _batches(rows: list[list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -93,7 +93,7 @@ def _named(sampling: Sampling | None) -> str:
     return f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}{cut}"
 
 
-def _sides(model: Any, compare: bool) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+def _sides(model: Any, compare: bool) -> dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]:
     """Name -> context in which the model is that side."""
     return ({"base": model.disable_adapter} if compare else {}) | {"adapter": contextlib.nullcontext}
 

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -221,7 +221,7 @@ def contents_table(contents: dict[str, Contents]) -> Table:
     def share(part: int, whole: int) -> str:
         return f"{part:,} ({100 * part / whole:.1f} %)" if whole else "0"
 
-    rows = {
+    rows: dict[str, Callable[[Any], str]] = {
         "examples": lambda c: f"{c.examples:,}",
         "truncated": lambda c: share(c.truncated, c.examples),
         "dropped": lambda c: share(c.dropped, c.examples),

@@ -129,7 +129,8 @@ def _hidden(model: Any, batch: Batch) -> torch.Tensor:
     """[N, D]: last hidden states that predict trained tokens."""
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16):
         hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
-    return hidden.flatten(0, 1)[batch.positions]  # [N, D]
+    supervised: torch.Tensor = hidden.flatten(0, 1)[batch.positions]  # [N, D]
+    return supervised
 
 
 def measured(adapter: Adapter, routes: list[Route], samples: TokenizedDataset) -> dict[str, Difference]:

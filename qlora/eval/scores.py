@@ -3,7 +3,7 @@
 import json
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import regex
@@ -97,7 +97,8 @@ class Words:
 
     def tokenize(self, text: str) -> list[str]:
         """Words in lower case, in their order; a letter and its accent are one character."""
-        return self.pattern.findall(unicodedata.normalize("NFC", text).lower())
+        words: list[str] = self.pattern.findall(unicodedata.normalize("NFC", text).lower())
+        return words
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -105,12 +106,14 @@ class Words:
 
 def ratio(sums: numpy.ndarray) -> numpy.ndarray:
     """[..., 2] sums of a quantity and of what it is divided by -> [...]."""
-    return sums[..., 0] / sums[..., 1]
+    quotient: numpy.ndarray = sums[..., 0] / sums[..., 1]
+    return quotient
 
 
 def perplexity(sums: numpy.ndarray) -> numpy.ndarray:
     """[..., 2] sums of losses in nats and of tokens -> [...]."""
-    return numpy.exp(numpy.minimum(ratio(sums), 700.0))
+    exponential: numpy.ndarray = numpy.exp(numpy.minimum(ratio(sums), 700.0))
+    return exponential
 
 
 def bleu(sums: numpy.ndarray) -> numpy.ndarray:
@@ -122,7 +125,7 @@ def bleu(sums: numpy.ndarray) -> numpy.ndarray:
     return numpy.array(values).reshape(sums.shape[:-1])
 
 
-def of_answers(answers: Sequence[str], references: Sequence[str]) -> dict[str, tuple[numpy.ndarray, Callable]]:
+def of_answers(answers: Sequence[str], references: Sequence[str]) -> dict[str, tuple[numpy.ndarray, Callable[..., Any]]]:
     """Every text metric as what it sums over answers, so that any resampling of them is a sum too.
 
     Args:
@@ -146,7 +149,7 @@ def of_answers(answers: Sequence[str], references: Sequence[str]) -> dict[str, t
     for name, is_valid in (("valid_json", is_json), ("valid_avro", is_avro)):
         if all(map(is_valid, references)):
             shares[name] = [is_valid(answer) for answer in answers]
-    found: dict[str, tuple[numpy.ndarray, Callable]] = {
+    found: dict[str, tuple[numpy.ndarray, Callable[..., Any]]] = {
         name: (numpy.array([[float(value), 1.0] for value in values]), ratio) for name, values in shares.items()
     }
     each = [corpus_bleu.corpus_score([answer], [[reference]]) for answer, reference in pairs]
@@ -154,7 +157,7 @@ def of_answers(answers: Sequence[str], references: Sequence[str]) -> dict[str, t
     return found
 
 
-def compare(base: numpy.ndarray, adapter: numpy.ndarray, metric: Callable, seed: int) -> Comparison:
+def compare(base: numpy.ndarray, adapter: numpy.ndarray, metric: Callable[..., Any], seed: int) -> Comparison:
     """A metric of both, with intervals from a paired percentile bootstrap over FEWEST examples or more.
 
     Args:

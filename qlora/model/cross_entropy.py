@@ -10,7 +10,7 @@ import triton.language as tl
 BLOCK = 4096  # logits a program has in hand
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _cross_entropy(logits, targets, losses, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary

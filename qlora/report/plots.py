@@ -101,7 +101,8 @@ def smoothed(values: Sequence[float], steps: int) -> list[float]:
     at = numpy.arange(len(numbers))
     start, end = numpy.maximum(at - steps, 0), numpy.minimum(at + steps + 1, len(numbers))
     with numpy.errstate(invalid="ignore"):
-        return ((sums[end] - sums[start]) / (counts[end] - counts[start])).tolist()
+        means: list[float] = ((sums[end] - sums[start]) / (counts[end] - counts[start])).tolist()
+        return means
 
 
 def short(value: float) -> str:

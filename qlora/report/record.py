@@ -174,7 +174,7 @@ def _json(path: Path, schema: Any) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values = json.loads(path.read_bytes())
+        values: dict[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
     _check(path, schema, values)
@@ -204,7 +204,7 @@ def _trained_parameters(folder: Path) -> int | None:
     for place in (folder / "adapter", *sorted((folder / "checkpoints").glob("step-*"), reverse=True)):
         try:
             with safetensors.safe_open(place / checkpoint.ADAPTER, framework="np") as file:
-                return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+                return sum(int(math.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
         except (OSError, safetensors.SafetensorError):
             continue
     return None

@@ -54,7 +54,8 @@ def problem_of(folder: Path) -> str | None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
-    return json.loads((folder / STATE).read_bytes())
+    state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
+    return state
 
 
 def by_step(checkpoints: Path) -> dict[int, Path]:

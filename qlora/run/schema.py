@@ -32,7 +32,7 @@ class State(TypedDict):
     samples: int
     skipped: int
     optimizer_class: str
-    optimizer: dict
+    optimizer: dict[str, Any]
     environment: Environment
     weights: str
 
@@ -78,7 +78,7 @@ class Facts(TypedDict):
     held_out: str | None
     targets: list[str]
     device: str
-    history: list[dict]
+    history: list[dict[str, Any]]
     origin: str | None
     date: NotRequired[str]
 

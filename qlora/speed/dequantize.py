@@ -12,7 +12,7 @@ import triton.language as tl
 BLOCK_BYTES = 1024  # packed bytes a program; 2048 values, 32 scales
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _dequantize(  # type: ignore[no-untyped-def]
     packed, scales, scales_of_scales, scale_code, scale_offset, levels, output, num_bytes, BLOCK: tl.constexpr
 ):

@@ -108,7 +108,8 @@ class _Replay(torch.autograd.Function):
         graphs.passes += 1
         ctx.recording, ctx.graphs, ctx.number = recording, graphs, graphs.passes
         recording.forward.replay()
-        return recording.hidden.detach()
+        hidden: torch.Tensor = recording.hidden.detach()  # [B, T, D]
+        return hidden
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -159,7 +160,8 @@ class Graphs:
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor):
                 recording.inputs[name].copy_(value)
-        return BaseModelOutputWithPast(last_hidden_state=_Replay.apply(self.anchor, recording, self))
+        hidden = _Replay.apply(self.anchor, recording, self)  # type: ignore[no-untyped-call]  # [B, T, D]
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     def _key(self, inputs: dict[str, Any]) -> tuple[Any, ...]:
         """What a recording depends on: autocast, shapes, and which arguments are one tensor."""

@@ -158,9 +158,10 @@ class LoRALinear(Linear4bit):
         else:
             dropped = dropout(rows) if self.seed is None else seeded_dropout(rows, dropout.p, self.seed)  # [M, K]
         reduced = dropped @ a.T  # [M, r]
-        output = nf4_linear(rows, reduced, None if drops else a.detach(), b, self.frozen, self.name)  # [M, N]
+        output: torch.Tensor = nf4_linear(rows, reduced, None if drops else a.detach(), b, self.frozen, self.name)  # [M, N]
         if self.base_layer.bias is not None:
-            output = output + self.base_layer.bias.to(dtype)  # [M, N]
+            bias: Any = self.base_layer.bias  # [N]
+            output = output + bias.to(dtype)  # [M, N]
         return output.view(*x.shape[:-1], -1)  # [..., N]
 
     @property
@@ -247,7 +248,7 @@ def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
         layer.copies = None  # those of the last pass
     if torch.is_autocast_enabled(device.type):
         anchor = torch.zeros((), device=device, requires_grad=True)  # []
-        copies = _Copies.apply(anchor, layers, torch.get_autocast_dtype(device.type))
+        copies = _Copies.apply(anchor, layers, torch.get_autocast_dtype(device.type))  # type: ignore[no-untyped-call]
         for layer, *pair in zip(layers, copies[::2], copies[1::2], strict=True):
             layer.copies = (pair[0], pair[1])
 

@@ -31,7 +31,7 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         pools = [part for part in torch.cuda.memory_snapshot() if part["segment_pool_id"] != (0, 0)]
         held = sum(part["total_size"] - part["allocated_size"] for part in pools)
-        return (torch.cuda.max_memory_allocated(device) + held) / 2**30
+        return float(torch.cuda.max_memory_allocated(device) + held) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

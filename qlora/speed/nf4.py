@@ -39,4 +39,5 @@ def dequantized(weight: NF4Weight, outputs: int, dtype: torch.dtype) -> torch.Te
         weight.scales, weight.scales_of_scales, weight.scale_code, 256, torch.float32
     )  # [N * K / 64]
     scales += weight.scale_offset
-    return operators.dequantize_4bit(weight.packed, scales, 64, "nf4", list(shape), dtype)  # [N, K]
+    dense: torch.Tensor = operators.dequantize_4bit(weight.packed, scales, 64, "nf4", list(shape), dtype)  # [N, K]
+    return dense
