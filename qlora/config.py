@@ -126,7 +126,7 @@ class SpeedOptions:
     offload_checkpoints: bool = False
     """Keep the inputs of layers, until backward wants them, in the host's memory; needs a CUDA GPU and compiled layers."""
     cache_dequantized: bool = False
-    """Keep the base's weights in bf16 beside NF4, dequantised once: faster where memory is plenty, 2 bytes a parameter more."""
+    """Keep the base's weights in bf16 beside NF4, dequantized once: faster where memory is plenty, 2 bytes a parameter more."""
     deterministic: bool = False
     """The same bits again on a GPU, at some cost in speed; on a CPU they are the same anyway."""
 

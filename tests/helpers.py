@@ -76,7 +76,7 @@ def relative_error(ours: dict[str, torch.Tensor], reference: dict[str, torch.Ten
 
 
 def fp32_twin(model, config):
-    """An ordinary fp32 model: each NF4 weight dequantised once, the same adapters; no bitsandbytes left in it."""
+    """An ordinary fp32 model: each NF4 weight dequantized once, the same adapters; no bitsandbytes left in it."""
     twin = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     modules = dict(model.get_base_model().named_modules())
     with torch.no_grad():
@@ -104,7 +104,7 @@ def adapter_gradients(model, batch, head: Head, autocast: bool):
 
 
 def to_fp32(model):
-    """The NF4 model with fp32 compute: what is not packed becomes fp32, and the NF4 weights dequantise to fp32."""
+    """The NF4 model with fp32 compute: what is not packed becomes fp32, and the NF4 weights dequantize to fp32."""
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.weight.quant_state.dtype = module.compute_dtype = torch.float32

@@ -1,7 +1,7 @@
 """The loop against transformers.Trainer and trl.SFTTrainer, step by step, and against itself cut into other windows.
 
 Ours is the whole of `train_loop.main`, and what is compared are its files: it reads the data, orders, collates, cuts windows,
-schedules, clips, decays and saves. Theirs gets the same order by a sampler. Both run in NF4 with double quantisation under
+schedules, clips, decays and saves. Theirs gets the same order by a sampler. Both run in NF4 with double quantization under
 bf16 autocast, each layer computed again in backward, on a CPU.
 
 What differs on purpose is made theirs here, by hand: the rate of update 0, which is zero in transformers; adapters in bf16,
@@ -298,7 +298,7 @@ def test_our_head_and_layers_train_as_the_trainer_does_in_fp32(course, samples, 
 
 
 def sft(config, samples, folder: Path, form) -> Course:
-    """SFTTrainer as shipped, from text on: its tokenisation, masks, collator, head and bf16 adapters; the order is ours."""
+    """SFTTrainer as shipped, from text on: its tokenization, masks, collator, head and bf16 adapters; the order is ours."""
     trl = pytest.importorskip("trl")
     rows = []
     for example in read_examples(config.train_file, "train"):

@@ -511,11 +511,11 @@ def test_out_of_gpu_memory_is_exit_6(tiny, tmp_path, capsys):
 def test_the_doctor_finds_the_gpu_and_tries_it():
     rows = {row.check: row for row in doctor.examine()}
     assert doctor.verdict(list(rows.values())) is None and rows["GPU 0 (a run takes this one)"].ok and rows["bf16"].ok
-    assert "on the GPU" in rows["NF4 forward and backward"].detail and "Triton" in rows["NF4 dequantised"].detail
+    assert "on the GPU" in rows["NF4 forward and backward"].detail and "Triton" in rows["NF4 dequantized"].detail
     assert all(rows[name].ok for name in ("compiled layers", "CUDA graphs", "attention sdpa"))
 
 
-def test_merging_on_the_gpu_is_closest_into_the_dequantised_base(config, tokenizer, samples, tmp_path):
+def test_merging_on_the_gpu_is_closest_into_the_dequantized_base(config, tokenizer, samples, tmp_path):
     model = gpu_model(config, "sdpa")
     write_folder(tmp_path / "adapter", dict(checkpoint.adapter_files(model, tokenizer)))
     adapter = open_adapter(tmp_path / "adapter", prompt_format="plain", device="cuda")

@@ -201,7 +201,7 @@ def oom_as_user_error_with(advice: str) -> contextlib.AbstractContextManager[Non
     Raises:
         UserError: exit 6.
     """
-    more = "A quantised base on a GPU with more memory, or --device cpu, may help too."
+    more = "A quantized base on a GPU with more memory, or --device cpu, may help too."
     return user_error_on_oom(lambda reason: f"Memory ran out ({reason}). {advice} {more}")
 
 

@@ -126,8 +126,8 @@ def _nf4() -> Iterator[Row]:
     generator = torch.Generator().manual_seed(0)
     layer = bitsandbytes.nn.Linear4bit(256, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.weight.data.copy_(torch.randn(128, 256, generator=generator))
-    quantised: Any = layer.to(device).weight
-    weight = bitsandbytes.functional.dequantize_4bit(quantised.data, quantised.quant_state).float()  # [128, 256]
+    quantized: Any = layer.to(device).weight
+    weight = bitsandbytes.functional.dequantize_4bit(quantized.data, quantized.quant_state).float()  # [128, 256]
     x = torch.randn(64, 256, generator=generator).bfloat16().to(device).requires_grad_()  # [64, 256]
     d_output = torch.randn(64, 128, generator=generator).bfloat16().to(device)  # [64, 128]
     output = layer(x)  # [64, 128]
@@ -139,7 +139,7 @@ def _nf4() -> Iterator[Row]:
     packed = nf4.frozen_weight(layer)
     same = torch.equal(nf4.dequantized(packed, 128, torch.bfloat16), weight.bfloat16())
     how = "in one launch by Triton" if device.type == "cuda" else "by bitsandbytes' two operators"
-    yield Row("NF4 dequantised", same, f"{how}, {'the same bits' if same else 'other bits than bitsandbytes'}", needed=True)
+    yield Row("NF4 dequantized", same, f"{how}, {'the same bits' if same else 'other bits than bitsandbytes'}", needed=True)
 
 
 def _relative(found: "torch.Tensor", wanted: "torch.Tensor") -> float:

@@ -60,7 +60,7 @@ class Repeats:
     """Examples that stand elsewhere already: (line, line of the earlier one, or of the training data) of each."""
 
     exact: list[tuple[int, int]]
-    normalised: list[tuple[int, int]]  # equal but for case and white space; the exact ones too
+    normalized: list[tuple[int, int]]  # equal but for case and white space; the exact ones too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +139,12 @@ def refusal(contents: Contents, config: TrainConfig) -> str | None:
     return "more than a fifth is dropped, and --allow-drop is not given" if more else None
 
 
-def _normalised(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _digest(turns: Iterable[Message], normalise: bool) -> bytes:
-    texts = [_normalised(content) if normalise else content for _, content in turns]  # their number tells whose they are
+def _digest(turns: Iterable[Message], normalize: bool) -> bytes:
+    texts = [_normalized(content) if normalize else content for _, content in turns]  # their number tells whose they are
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
 
 
@@ -153,8 +153,8 @@ def duplicates(examples: Iterable[Example]) -> Repeats:
     first: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
     found: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
     for example in examples:
-        for seen, pairs, normalise in zip(first, found, (False, True), strict=True):
-            line = seen.setdefault(_digest(example.messages, normalise), example.line)
+        for seen, pairs, normalize in zip(first, found, (False, True), strict=True):
+            line = seen.setdefault(_digest(example.messages, normalize), example.line)
             if line != example.line:
                 pairs.append((example.line, line))
     return Repeats(*found)
@@ -168,11 +168,11 @@ def leaks(train: Iterable[Example], held_out: Sequence[Example], prompts_only: b
         held_out: all of it.
         prompts_only: compare prompts alone, whatever the response.
     """
-    digests = [[_digest(_compared(example, prompts_only), normalise) for example in held_out] for normalise in (False, True)]
+    digests = [[_digest(_compared(example, prompts_only), normalize) for example in held_out] for normalize in (False, True)]
     wanted, found = [set(column) for column in digests], [dict[bytes, int](), dict[bytes, int]()]
     for example in train:
-        for normalise, (column, lines) in enumerate(zip(wanted, found, strict=True)):
-            digest = _digest(_compared(example, prompts_only), bool(normalise))
+        for normalize, (column, lines) in enumerate(zip(wanted, found, strict=True)):
+            digest = _digest(_compared(example, prompts_only), bool(normalize))
             if digest in column:
                 lines.setdefault(digest, example.line)
     pairs = [
@@ -345,7 +345,7 @@ def _show(facts: dict[str, Any], config: TrainConfig, console: Console) -> None:
     for what, repeats in facts["repeats"].items():
         total = contents["train" if what.endswith("s in train") else "held-out"].examples
         say(console, repeats_line(what, repeats.exact, total))
-        if len(repeats.normalised) > len(repeats.exact):
-            say(console, repeats_line("  but for case and white space", repeats.normalised, total))
+        if len(repeats.normalized) > len(repeats.exact):
+            say(console, repeats_line("  but for case and white space", repeats.normalized, total))
     if facts["padding"]:
         console.print(padding_table(facts["padding"], config.packing))

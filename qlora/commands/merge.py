@@ -42,7 +42,7 @@ ROUNDING = 1e-3  # nats of KL that weights rounded to bf16 may cost; 2e-4 on the
 NOT_FOR_VLLM = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
 FACTS = "merge.json"  # in the saved folder: what it was made of, and what was measured
 LLAMA_CPP = "https://github.com/ggml-org/llama.cpp"
-# transformers tells of the dtype that it dequantises to, which is the one that was asked for.
+# transformers tells of the dtype that it dequantizes to, which is the one that was asked for.
 logging.getLogger("transformers.integrations.bitsandbytes").addFilter(lambda r: "modules are dequantized" not in str(r.msg))
 
 
@@ -159,7 +159,7 @@ def recommendation(found: dict[str, Difference]) -> tuple[Route, str]:
 def check_merges(found: dict[str, Difference], route: Route) -> None:
     """Refuse to merge if that loses, or spoils, what the adapter does.
 
-    Merging itself is tried where it is the same function but for a rounding: into the dequantised base. Into the base in bf16
+    Merging itself is tried where it is the same function but for a rounding: into the dequantized base. Into the base in bf16
     an adapter of little effect may well come out further from the unmerged one than no adapter, as the base's own rounding to
     NF4 is undone too; that is refused only where held-out data are predicted worse than without.
 

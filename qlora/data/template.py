@@ -46,9 +46,9 @@ class PromptTemplate(NamedTuple):
     def ids(self, text: str, after: str = "") -> list[int]:
         """Ids of `text` as it stands behind the text `after`.
 
-        Tokenised alone it can differ: SentencePiece tokenizers (Phi-3's) put a space before whatever they see first, and
-        the model would learn to answer " {"; some special tokens swallow the newline behind them. So both are tokenised
-        together, and the ids of `after` cut off. Where a token would span the two they are tokenised apart after all.
+        Tokenized alone it can differ: SentencePiece tokenizers (Phi-3's) put a space before whatever they see first, and
+        the model would learn to answer " {"; some special tokens swallow the newline behind them. So both are tokenized
+        together, and the ids of `after` cut off. Where a token would span the two they are tokenized apart after all.
         """
         if after:
             before, both = self.ids(after), self.ids(after + text)
@@ -112,7 +112,7 @@ def encode_prompt(messages: tuple[Message, ...], form: PromptTemplate) -> list[i
 
 
 def encode(example: Example, form: PromptTemplate, loss_on: str) -> TokenizedExample:
-    """Tokenise prompts and answers apart and join their ids, so that no token hides where the loss begins.
+    """Tokenize prompts and answers apart and join their ids, so that no token hides where the loss begins.
 
     Returns:
         ids and labels of any length; every answer ends with the stop token, which is trained.

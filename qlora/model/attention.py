@@ -149,7 +149,7 @@ def for_training(model: Any, config: TrainConfig) -> Iterator[None]:
     other families keep transformers' functions, masks and wait.
 
     Raises:
-        UserError: exit 2 if rows are to be packed and the model lets a sample see its neighbour.
+        UserError: exit 2 if rows are to be packed and the model lets a sample see its neighbor.
     """
     settings, base = model.config, model.get_base_model()
     before = settings._attn_implementation, getattr(settings, "sliding_window", None)
@@ -189,7 +189,7 @@ def _check_packing(model: Any) -> None:
             model.train(training)
         behind.append(torch.cat([hidden[0, 4:], hidden[1, 4:7]]))  # [8, D]
     if not (behind[0] - behind[1]).norm() <= 1e-4 * behind[0].norm():
-        text = f"{type(model.get_base_model()).__name__} lets a sample see its neighbour in a packed row. Leave out --packing."
+        text = f"{type(model.get_base_model()).__name__} lets a sample see its neighbor in a packed row. Leave out --packing."
         raise UserError(ExitCode.CONFIGURATION, text)
 
 

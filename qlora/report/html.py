@@ -80,7 +80,7 @@ def write_card(record: Record) -> None:
 
 
 def html(record: Record, curves: list[plots.Curve]) -> str:
-    """The report as one HTML document: no script, no outside address, colours for light and dark.
+    """The report as one HTML document: no script, no outside address, colors for light and dark.
 
     Args:
         record: of a run in any state.
@@ -122,7 +122,7 @@ def html(record: Record, curves: list[plots.Curve]) -> str:
             "changed": [(name, value) for name, value, marked in rows if marked],
             "config": [(name, value) for name, value, _ in rows],
             "history": record.facts.get("history", []),
-            "colours": plots.COLOURS,
+            "colors": plots.COLORS,
         },
     )
 

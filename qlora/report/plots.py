@@ -1,4 +1,4 @@
-"""The curves of a run: as SVG that follows the colours and the font of the page it stands in, and as PNG."""
+"""The curves of a run: as SVG that follows the colors and the font of the page it stands in, and as PNG."""
 
 import io
 import math
@@ -11,10 +11,10 @@ from qlora.report.record import Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Colours of the PNG, and of the SVG where CSS does not say otherwise; blue and orange are told apart by the colour-blind
+# Colors of the PNG, and of the SVG where CSS does not say otherwise; blue and orange are told apart by the color-blind
 # (after Okabe and Ito), and each is dark enough on white for text of its own.
-COLOURS = {"ink": "#1f2328", "muted": "#59636e", "rule": "#e1e4e8", "blue": "#0068a8", "orange": "#b34a00"}
-INK, MUTED, RULE, BLUE, ORANGE = COLOURS.values()
+COLORS = {"ink": "#1f2328", "muted": "#59636e", "rule": "#e1e4e8", "blue": "#0068a8", "orange": "#b34a00"}
+INK, MUTED, RULE, BLUE, ORANGE = COLORS.values()
 MOST_POINTS = 1200  # of a line; more cannot be told apart in its width
 SMALL, WIDE = (400, 230), (920, 320)  # units of the SVG, which a phone and a desktop show at 0.9 and 1.1 pixels
 NARROW = (400, 280)
@@ -33,12 +33,12 @@ class Curve(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line of a figure; `label` stands at its end in its colour, and nothing where it is empty."""
+    """A line of a figure; `label` stands at its end in its color, and nothing where it is empty."""
 
     steps: Sequence[float]
     values: Sequence[float]
     label: str
-    colour: str
+    color: str
     width: float = 1.8
     opacity: float = 1.0
     marker: str = ""
@@ -185,7 +185,7 @@ def _figure(title: str, lines: list[Line], units: tuple[int, int], room: float) 
     axes = figure.add_axes((LEFT / width, 40 / height, inner / width, (height - 74) / height))
     for line in lines:
         style = "--" if line.dashed else "-"
-        axes.plot(*thinned(line.steps, line.values), style, color=line.colour, linewidth=line.width, alpha=line.opacity,
+        axes.plot(*thinned(line.steps, line.values), style, color=line.color, linewidth=line.width, alpha=line.opacity,
                   solid_joinstyle="round", clip_on=False, zorder=3, marker=line.marker, markersize=3.5)  # fmt: skip
     finite = [value for line in lines for value in line.values if math.isfinite(value)]
     number = FuncFormatter(lambda value, _: short(value))
@@ -227,15 +227,15 @@ def _label_ends(axes: Any, lines: list[Line]) -> None:
     for at in range(1, len(ys)):
         ys[at] = max(ys[at], ys[at - 1] + gap)
     for y, (_, line) in zip(ys, places, strict=True):
-        axes.annotate(line.label, (to_units((x, 1.0))[0] + 8, y), xycoords="figure points", color=line.colour, va="center")
+        axes.annotate(line.label, (to_units((x, 1.0))[0] + 8, y), xycoords="figure points", color=line.color, va="center")
 
 
 def _for_a_page(svg: str, name: str, said: str) -> str:
-    """The <svg> element alone: colours as CSS variables, the page's font, ids of its own, its description for a reader."""
+    """The <svg> element alone: colors as CSS variables, the page's font, ids of its own, its description for a reader."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    for variable, colour in COLOURS.items():
-        svg = svg.replace(colour, f"var(--{variable}, {colour})")
+    for variable, color in COLORS.items():
+        svg = svg.replace(color, f"var(--{variable}, {color})")
     svg = re.sub(r"font-family: [^;\"]*;", "", svg)
     svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     (view,) = re.findall(r'viewBox="[^"]+"', svg)

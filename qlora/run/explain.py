@@ -17,7 +17,7 @@ from qlora.data.dataset import TokenizedDataset
 from qlora.data.template import IGNORED, TokenizedExample
 from qlora.run.log import Tracker, say
 
-KINDS = ("NF4 weights", "NF4 constants", "NF4 weights, dequantised", "embeddings", "norms", "other parameters", "head",
+KINDS = ("NF4 weights", "NF4 constants", "NF4 weights, dequantized", "embeddings", "norms", "other parameters", "head",
          "buffers", "adapters", "gradients", "moments", "constants of moments")  # fmt: skip
 TOKEN_ROWS = 200  # of the example, in the terminal
 
@@ -62,7 +62,7 @@ def parameter_counts(model: Any) -> tuple[int, int]:
 def dtype_ledger(model: Any, optimizer: torch.optim.Optimizer) -> list[Group]:
     """Parameters and bytes by kind and dtype, each storage once: the model, its gradients, and the optimizer's moments.
 
-    What lives for part of a step only (activations, bf16 copies of adapters, dequantised weights) is not in it.
+    What lives for part of a step only (activations, bf16 copies of adapters, dequantized weights) is not in it.
 
     Args:
         model: with adapters.
@@ -100,7 +100,7 @@ def _model_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
             yield from (("NF4 constants", tensor, tensor.numel()) for tensor in constants)
         yield from (("buffers", buffer, buffer.numel()) for buffer in module.buffers(recurse=False))
         if len(cached := getattr(module, "frozen", [])) == 1:  # of an nf4_linear.LoRALinear
-            yield "NF4 weights, dequantised", cached[0], cached[0].numel()
+            yield "NF4 weights, dequantized", cached[0], cached[0].numel()
 
 
 def _training_tensors(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor, int]]:
@@ -209,7 +209,7 @@ def _middle(count: int) -> range:
 def token_text(rows: Sequence[Token]) -> Text:
     """A sample's tokens as running text, a bar between two, the middle of a long one left out.
 
-    What is trained is green, and stands in double brackets where there is no colour.
+    What is trained is green, and stands in double brackets where there is no color.
     """
     text = Text()
     left_out = _middle(len(rows))

@@ -1,4 +1,4 @@
-"""NF4 with double quantisation -> bf16 or fp32 in one launch, where bitsandbytes takes four.
+"""NF4 with double quantization -> bf16 or fp32 in one launch, where bitsandbytes takes four.
 
 Imported on a CUDA GPU only: Triton comes with torch there. The arithmetic is bitsandbytes' own, rounding included.
 """

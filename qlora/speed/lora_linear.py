@@ -1,4 +1,4 @@
-"""A frozen NF4 linear layer with LoRA beside it, as one operator: the weight is dequantised once in each pass.
+"""A frozen NF4 linear layer with LoRA beside it, as one operator: the weight is dequantized once in each pass.
 
 PEFT's own layer multiplies by the weight, copies the result, multiplies by A and by B, scales, and adds: five tensors as large
 as the output. Here A comes first; B's small product makes the output, and the large product adds to it while it is computed.
@@ -39,7 +39,7 @@ def require_plain_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def _dense(weight: Sequence[torch.Tensor], outputs: int, dtype: torch.dtype) -> torch.Tensor:
-    """[N, K]: dequantised from the tensors of an NF4Weight, or the one that is cached."""
+    """[N, K]: dequantized from the tensors of an NF4Weight, or the one that is cached."""
     return weight[0].to(dtype) if len(weight) == 1 else dequantized(NF4Weight(*weight), outputs, dtype)
 
 
@@ -50,7 +50,7 @@ def _inputs(tensors: int, elements: int, outputs: int) -> int:
 
 # -- the operator ------------------------------------------------------------------------------------------------------
 
-# Opaque to torch.compile, which would otherwise keep dequantised weights for backward, at 2 bytes a parameter.
+# Opaque to torch.compile, which would otherwise keep dequantized weights for backward, at 2 bytes a parameter.
 # Its last argument says which layer it is, for those who decide what is kept and what is recomputed.
 
 
@@ -258,7 +258,7 @@ def install(model: Any, cache: torch.dtype | None = None) -> list[LoRALinear]:
 
     Args:
         model: with adapters.
-        cache: keep the weights dequantised in this dtype too, for training: 2 bytes a parameter in bf16, and the same numbers.
+        cache: keep the weights dequantized in this dtype too, for training: 2 bytes a parameter in bf16, and the same numbers.
 
     Returns:
         These layers.

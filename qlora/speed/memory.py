@@ -20,7 +20,7 @@ from qlora.model.random_state import random_state, set_random_state
 
 ATTENTION_INPUTS = ("qkv_proj", "q_proj", "k_proj", "v_proj")  # layers whose output attention reads
 LEAST_LENGTH, LEAST_RANK = 128, 4  # below which a run would hardly be the one that was wanted
-NF4_BYTES = 4.127 / 8  # of a parameter, scales in double quantisation included
+NF4_BYTES = 4.127 / 8  # of a parameter, scales in double quantization included
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -97,7 +97,7 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
         "one layer at work": tokens * rest,
         "gaps in the graphs' memory": 0,
         "head and loss": 2 * min(CHUNK_TOKENS, tokens) * shape.vocab_size + 12 * tokens * hidden,
-        "one weight dequantised": 2 * max((rows * columns for target in targets for rows, columns in target.shapes), default=0),
+        "one weight dequantized": 2 * max((rows * columns for target in targets for rows, columns in target.shapes), default=0),
     }
     if config.compile == "graphs":  # memory of its own, and a workspace of cuBLAS for each stream
         twice = 0.37 if full else 1.3  # of a layer's, in forward's and backward's graph

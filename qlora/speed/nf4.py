@@ -8,7 +8,7 @@ from qlora.model.third_party import bitsandbytes
 
 
 class NF4Weight(NamedTuple):
-    """An [N, K] weight in NF4 with double quantisation, as bitsandbytes lays it out; no copies."""
+    """An [N, K] weight in NF4 with double quantization, as bitsandbytes lays it out; no copies."""
 
     packed: torch.Tensor  # [N * K / 2, 1] uint8, two values each, the first in the high half
     scales: torch.Tensor  # [N * K / 64] uint8, one for each block of 64 values

@@ -43,7 +43,7 @@ def test_this_machine_can_start_a_run(capsys):
     assert found["can_start"] and found["reason"] is None
     rows = {row["check"]: row for row in found["checks"]}
     needed = {name for name, row in rows.items() if row["needed"]}
-    assert needed == {"Python", "train_loop", "NF4 forward and backward", "NF4 dequantised", "temporary files"}
+    assert needed == {"Python", "train_loop", "NF4 forward and backward", "NF4 dequantized", "temporary files"}
     assert all(rows[name]["ok"] for name in needed)
     assert rows["package torch"]["detail"] == torch.__version__
     listed = (ROOT / "setup.cfg").read_text().partition("install_requires =")[2].partition("\n\n")[0].split()

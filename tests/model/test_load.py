@@ -134,7 +134,7 @@ def test_other_families_train_from_the_command_line_with_their_targets_derived(t
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def test_linear_layers_are_nf4_twice_quantised_and_nothing_is_cast_up(model):
+def test_linear_layers_are_nf4_twice_quantized_and_nothing_is_cast_up(model):
     layers = {n: m for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
     assert len(layers) == 8
     for layer in layers.values():
@@ -155,7 +155,7 @@ def test_the_skeleton_has_the_shape_and_true_count_of_the_model_and_no_memory(ti
     assert audit_targets(meta_model, config) == audit_targets(load_nf4_model(str(tiny), config, "sdpa", CPU), config)
 
 
-def test_a_checkpoint_that_is_quantised_already_is_the_same_model(tiny, config, tmp_path):
+def test_a_checkpoint_that_is_quantized_already_is_the_same_model(tiny, config, tmp_path):
     base = load_nf4_model(str(tiny), config, "sdpa", CPU)
     base.save_pretrained(tmp_path)
     meta_model = load_meta_model(str(tmp_path), config)
@@ -167,7 +167,7 @@ def test_a_checkpoint_that_is_quantised_already_is_the_same_model(tiny, config, 
 
 
 @pytest.mark.parametrize("own", [torch.float16, torch.float32])
-def test_a_checkpoint_that_is_quantised_already_computes_in_bf16(tiny, config, tmp_path, own):
+def test_a_checkpoint_that_is_quantized_already_computes_in_bf16(tiny, config, tmp_path, own):
     """fp16 is usual in such checkpoints, fp32 is bitsandbytes' default. Activations of 7e4 are infinite in fp16."""
     settings = quantization_of("nf4")
     settings.bnb_4bit_compute_dtype = own
@@ -224,7 +224,7 @@ def test_nf4_in_another_layout_is_refused_after_loading(config, monkeypatch, nam
         {"bnb_4bit_quant_storage": "bfloat16"},
     ],
 )
-def test_a_checkpoint_that_is_quantised_otherwise_is_refused(tiny, config, tmp_path, change):
+def test_a_checkpoint_that_is_quantized_otherwise_is_refused(tiny, config, tmp_path, change):
     shutil.copytree(tiny, tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     settings = json.loads(file.read_text())
@@ -239,7 +239,7 @@ def test_a_checkpoint_that_is_quantised_otherwise_is_refused(tiny, config, tmp_p
     file.write_text(json.dumps({**settings, "quantization_config": {**nf4, "bnb_4bit_quant_storage": "uint8"}}))
     load_meta_model(str(tmp_path / "model"), config)
     file.write_text(json.dumps({**settings, "quantization_config": {**nf4, **change}}))
-    with pytest.raises(UserError, match=r"is quantised already, with quant_method .*Name the model in bf16") as refused:
+    with pytest.raises(UserError, match=r"is quantized already, with quant_method .*Name the model in bf16") as refused:
         load_meta_model(str(tmp_path / "model"), config)
     assert refused.value.exit_code == ExitCode.CONFIGURATION
 

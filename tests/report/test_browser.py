@@ -20,8 +20,8 @@ CONTRAST = """
   const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
   const behind = (node) => {
     for (; node; node = node.parentElement) {
-      const colour = parse(getComputedStyle(node).backgroundColor);
-      if (colour.length < 4 || colour[3] > 0) return colour;
+      const color = parse(getComputedStyle(node).backgroundColor);
+      if (color.length < 4 || color[3] > 0) return color;
     }
     return [255, 255, 255];
   };
@@ -30,8 +30,8 @@ CONTRAST = """
   while (walker.nextNode()) {
     const node = walker.currentNode.parentElement, style = getComputedStyle(node);
     if (!walker.currentNode.data.trim() || !node.getClientRects().length) continue;
-    const colour = node instanceof SVGElement ? style.fill : style.color;
-    const [low, high] = [luminance(parse(colour)), luminance(behind(node))].sort((a, b) => a - b);
+    const color = node instanceof SVGElement ? style.fill : style.color;
+    const [low, high] = [luminance(parse(color)), luminance(behind(node))].sort((a, b) => a - b);
     found.push([(high + 0.05) / (low + 0.05), walker.currentNode.data.trim().slice(0, 40)]);
   }
   return found.sort((a, b) => a[0] - b[0])[0];

@@ -102,9 +102,9 @@ def test_its_lines_load_and_prompt_and_merge(folder, form, monkeypatch, tmp_path
         exec(merge, names)
         merged = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.bfloat16)(**names["inputs"]).logits
         exec(nf4, names)
-        quantised = names["model"](**names["inputs"]).logits
+        quantized = names["model"](**names["inputs"]).logits
     assert (beside - without).norm() > 3 * (beside - merged).norm(), (beside - without).norm() / (beside - merged).norm()
-    assert quantised.shape == beside.shape and not torch.equal(quantised, beside)
+    assert quantized.shape == beside.shape and not torch.equal(quantized, beside)
     assert (Path("merged") / "tokenizer.json").exists()
 
 
@@ -127,7 +127,7 @@ COMMIT = "0a67737cc96d2554230f90338b163bc6380a2a85"
 
 
 @pytest.mark.parametrize(
-    ("model", "source", "hub_id", "licence"),
+    ("model", "source", "hub_id", "license"),
     [
         ("microsoft/Phi-3-mini-4k-instruct", "microsoft/Phi-3-mini-4k-instruct", "microsoft/Phi-3-mini-4k-instruct", "mit"),
         ("org/name", "org/name", "org/name", None),
@@ -136,17 +136,17 @@ COMMIT = "0a67737cc96d2554230f90338b163bc6380a2a85"
         ("demo", "/home/me/.cache/qlora-train/smollm2-135m-phi3", None, "apache-2.0"),
     ],
 )
-def test_the_base_is_named_as_others_can_find_it(tmp_path, model, source, hub_id, licence):
+def test_the_base_is_named_as_others_can_find_it(tmp_path, model, source, hub_id, license):
     folder = write_run(tmp_path / "run", model=model)
     revision = COMMIT if hub_id else None
     settings = {"base_model_name_or_path": source, "revision": None if model == "cached" else revision}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     run = records.read(folder)
     base, card = base_of(run), model_card(run)
-    assert (base.hub_id, base.revision, base.license) == (hub_id, revision, licence)
+    assert (base.hub_id, base.revision, base.license) == (hub_id, revision, license)
     head = head_of(card)
     assert head.get("base_model") == ("HuggingFaceTB/SmolLM2-135M-Instruct" if model == "demo" else hub_id)
-    assert head.get("license") == licence and (f"base_model:adapter:{hub_id}" in head["tags"]) == bool(hub_id)
+    assert head.get("license") == license and (f"base_model:adapter:{hub_id}" in head["tags"]) == bool(hub_id)
     assert "/home/me" not in card and "secret" not in card
     if hub_id:
         assert f"vllm serve {hub_id} --revision {COMMIT} --enable-lora" in card

@@ -439,12 +439,12 @@ def test_numbers_are_short():
         "0", "0.00042", "5e-5", "8.46e-8", "1.83", "346", "1,234,567", "1,000,000,000,000", ""]  # fmt: skip
 
 
-def test_curves_take_the_colours_and_the_font_of_the_page(tmp_path):
+def test_curves_take_the_colors_and_the_font_of_the_page(tmp_path):
     curves = plots.draw(record.read(write_run(tmp_path / "run")))
     for curve in curves:
         assert curve.png.startswith(b"\x89PNG") and "font-family" not in curve.svg and "<style" not in curve.svg
-        assert not re.search(r"(?:fill|stroke): #", curve.svg)  # each colour is a variable
-        assert set(re.findall(r"var\((--\w+)", curve.svg)) <= {f"--{name}" for name in plots.COLOURS}
+        assert not re.search(r"(?:fill|stroke): #", curve.svg)  # each color is a variable
+        assert set(re.findall(r"var\((--\w+)", curve.svg)) <= {f"--{name}" for name in plots.COLORS}
     loss = Page(curves[0].svg).words
     assert "held out 0.0661" in loss and "training 0.0" in loss and "log scale" in loss
     again = plots.draw(record.read(tmp_path / "run"))

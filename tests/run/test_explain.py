@@ -85,7 +85,7 @@ def test_the_ledger_sees_bf16_adapters_8_bit_moments_tied_heads_and_caches(confi
     assert found["moments", "uint8"] == (2 * adapters - small, 2 * adapters - small)
     assert found["constants of moments", "float32"][0] >= 2 * 256 + (2 * adapters - small) // 256  # two maps, scales
     assert ("head", "bfloat16") not in found and found["embeddings", "bfloat16"] == wanted["embeddings", "bfloat16"]
-    assert found["NF4 weights, dequantised", "bfloat16"] == (sum(sizes), 2 * sum(sizes))
+    assert found["NF4 weights, dequantized", "bfloat16"] == (sum(sizes), 2 * sum(sizes))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)

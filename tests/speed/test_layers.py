@@ -74,7 +74,7 @@ def window(samples):
 def test_no_policy_changes_a_bit_and_peft_s_model_is_near(awake, window, counted, policy, compile):
     model, config = awake()
     theirs = step(model, config, window)
-    assert not counted  # PEFT's layers; ours dequantise by a function of their own
+    assert not counted  # PEFT's layers; ours dequantize by a function of their own
     plain = step(prepared(awake()[0], config, "none"), config, window)
     ours = step(prepared(awake()[0], config, policy, compile), config, window)
     assert same(ours, plain) and counted
@@ -124,7 +124,7 @@ def test_dropout_is_another_in_each_pass_and_in_each_layer(awake, window, compil
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Names of the layers whose weights were dequantised, in order."""
+    """Names of the layers whose weights were dequantized, in order."""
     names = []
     original = lora_linear.dequantized
 
@@ -336,7 +336,7 @@ def test_a_prepared_model_is_freed(awake, window):
     assert layer() is None
 
 
-def test_a_cache_of_dequantised_weights_changes_no_bit(awake, window, counted):
+def test_a_cache_of_dequantized_weights_changes_no_bit(awake, window, counted):
     model, config = awake()
     plain = step(prepared(model, config, "full"), config, window)
     assert counted

@@ -106,7 +106,7 @@ def test_in_bf16_it_is_at_least_as_near_to_fp32_as_peft_s_layer(model, config, s
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_seeded_dropout_is_dropout(rate):
-    """The share that is kept, by row and column as a binomial spreads; independent of its neighbours and of another seed."""
+    """The share that is kept, by row and column as a binomial spreads; independent of its neighbors and of another seed."""
     x = torch.ones(2000, 3000, requires_grad=True)
     masks = []
     for seed in (5, 6, 5):
