@@ -6,8 +6,8 @@
 
 A run that stopped, for whatever reason, goes on where it was with the same command.
 
-Words: a *step* is one optimizer step; a *micro-batch* is one forward and backward; a *window* is the micro-batches of one
-step; a *token* is a label that is trained, counted after the shift by one.
+Words: a *step* is one optimizer step; a *micro-batch* is one forward and backward; a *token* is a label that is trained,
+counted after the shift by one.
 Shapes: B samples, T positions, D hidden size. `qlora/` holds the rest: data, model, loss, checkpoints.
 """
 

@@ -287,8 +287,8 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
 
 def windows(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
     """The micro-batches of each step, collated when they are asked for, as the loop does."""
+    from qlora.data.batch import batched as grouped
     from qlora.data.batch import micro_batches, pack
-    from qlora.data.batch import windows as grouped
     from qlora.data.template import TokenizedExample
 
     lines = enumerate(zip(work.input_ids, work.labels, strict=True), start=1)

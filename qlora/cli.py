@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import errno
 import importlib
-import importlib.util
 import io
 import sys
 import traceback

@@ -140,7 +140,7 @@ class OutputOptions:
     logging_steps: int = 5
     """Steps between two reads of the device; each step still has its row in metrics.jsonl."""
     explain: bool = False
-    """Show what is trained and in which dtype it lies, one sample token by token, and the tokens of a window; and at log steps
+    """Show what is trained and in which dtype it lies, one sample token by token, and the tokens of a step; and at log steps
     gradient norms by module, in TensorBoard."""
     save_steps: int | None = None
     """Steps between checkpoints, beside the one at the end of each epoch. Unset: only those."""

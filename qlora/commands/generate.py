@@ -65,9 +65,9 @@ def _check(options: GenerateOptions) -> Sampling | None:
     refuse_below(1, options, "max_new_tokens", "batch_size", "top_k")
     refuse_seed(options.seed)
     if options.temperature and not MIN_TEMPERATURE <= options.temperature < float("inf"):
-        seen = f"--temperature {options.temperature} cannot be used"
-        text = f"{seen}: it must be 0 (greedy: the likeliest token, always) or finite and at least {MIN_TEMPERATURE}."
-        raise UserError(ExitCode.CONFIGURATION, f"{text} Logits divided by less overflow.")
+        text = f"--temperature {options.temperature} cannot be used: it must be finite and at least {MIN_TEMPERATURE}, as"
+        text = f"{text} logits over less overflow; or 0, which is greedy: the likeliest token, always."
+        raise UserError(ExitCode.CONFIGURATION, text)
     if options.prompt is not None and options.prompts_file is not None:
         raise UserError(ExitCode.CONFIGURATION, "--prompt and --prompts-file were both given. Keep one of them.")
     if options.top_p is not None and not 0 < options.top_p <= 1:

@@ -51,7 +51,7 @@ class InspectDataOptions(DataOptions):
 
 @dataclasses.dataclass(frozen=True)
 class AdapterOptions:
-    """Which adapter, and on which base: the options of all commands that load one (qlora/adapter.py)."""
+    """Which adapter, and on which base: the options of all commands that load one (qlora/commands/adapter.py)."""
 
     adapter: Path
     """Run folder, its adapter/, one of its checkpoints, or a folder with a LoRA adapter in PEFT's format."""

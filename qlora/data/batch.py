@@ -197,14 +197,14 @@ def training_batches(
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """`size` items at a time, the last window shorter: samples to a micro-batch, micro-batches to an optimizer step."""
+    """`size` items at a time, the last ones fewer: rows to a micro-batch, micro-batches to an optimizer step."""
     items = iter(items)
-    while window := list(itertools.islice(items, size)):
-        yield window
+    while group := list(itertools.islice(items, size)):
+        yield group
 
 
 def count_steps(config: TrainConfig, num_rows: int) -> tuple[int, int]:
-    """Optimizer steps of an epoch, whose short last window is a step too, and of the whole run."""
+    """Optimizer steps of an epoch, the last of which may have fewer micro-batches, and of the whole run."""
     num_micro_batches = math.ceil(num_rows / config.per_device_train_batch_size)
     steps_per_epoch = math.ceil(num_micro_batches / config.gradient_accumulation_steps)
     return steps_per_epoch, config.max_steps or config.num_train_epochs * steps_per_epoch

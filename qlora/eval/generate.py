@@ -52,7 +52,7 @@ def generate(
     Args:
         model: with or without its adapter switched on; it is put back into the mode it came in. It runs in the caller's
             precision: autocast, which training wants, costs speed where it is not needed.
-        prompts: token ids, as data.encode_prompt makes them.
+        prompts: token ids, as encode_prompt makes them.
         form: its stop token ends an answer, as do the ids that the model itself names.
         max_new_tokens: longest answer.
         sampling: None is greedy; else tokens are drawn with torch's generator.

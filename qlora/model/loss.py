@@ -57,7 +57,7 @@ def read_head(model: Any) -> Head:
         raise UserError(
             ExitCode.CONFIGURATION,
             f"{type(model).__name__} does something to its logits that this loop does not know, so its loss would be wrong. "
-            "Add it to Head.logits, and its derivative to the gradient, in qlora/loss.py.",
+            "Add it to Head.logits, and its derivative to the gradient, in qlora/model/loss.py.",
         )
     return head
 

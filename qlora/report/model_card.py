@@ -130,7 +130,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     """Name and value of what the training was."""
     config = record.config
     batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
-    window = f"{config['per_device_train_batch_size']} x {config['gradient_accumulation_steps']} accumulated"
+    micro_batches = f"{config['per_device_train_batch_size']} x {config['gradient_accumulation_steps']} accumulated"
     trained, total = record.trained_parameters, record.facts.get("parameters")
     share = f" of {total:,} ({100 * trained / (total + trained):.2f} %)" if trained and total else ""
     clip = config["max_grad_norm"]
@@ -144,7 +144,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
         ("Trained parameters", f"{trained:,}{share}" if trained else "not recorded"),
         ("Steps, tokens trained on", f"{record.last_step:,}, {tokens:,}"),
         *([("Adapter taken after step", f"{chosen:,}{lowest}")] if chosen not in (None, record.last_step) else []),
-        ("Samples in a step", f"{batch} ({window}){', packed rows' if config['packing'] else ''}"),
+        ("Samples in a step", f"{batch} ({micro_batches}){', packed rows' if config['packing'] else ''}"),
         (
             "Learning rate",
             f"{config['learning_rate']:g} at its peak; warmup over {config['warmup_ratio']:g} of the steps, cosine",

@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
     step: int = 0
     epoch: int = 1
     samples: int = 0  # of this epoch's order that have been trained on
-    skipped: int = 0  # windows left out so far, as not finite
+    skipped: int = 0  # steps skipped so far, as not finite
 
 
 def problem_of(folder: Path) -> str | None:

@@ -99,7 +99,7 @@ def _model_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
             constants = (state.absmax, state.state2.absmax, state.state2.code, state.offset, state.code)
             yield from (("NF4 constants", tensor, tensor.numel()) for tensor in constants)
         yield from (("buffers", buffer, buffer.numel()) for buffer in module.buffers(recurse=False))
-        if len(cached := getattr(module, "frozen", [])) == 1:  # of an nf4_linear.LoRALinear
+        if len(cached := getattr(module, "frozen", [])) == 1:  # of a lora_linear.LoRALinear
             yield "NF4 weights, dequantized", cached[0], cached[0].numel()
 
 
@@ -125,10 +125,10 @@ def tokens(sample: TokenizedExample, tokenizer: Any) -> list[Token]:
     return found
 
 
-def token_counts(window: Iterable[Batch]) -> list[Count]:
-    """The tokens of each micro-batch of a window; their `trained` add up to what the window's loss is divided by."""
+def token_counts(micro_batches: Iterable[Batch]) -> list[Count]:
+    """The tokens of each micro-batch of a step; their `trained` add up to what the step's loss is divided by."""
     counts = []
-    for batch in window:
+    for batch in micro_batches:
         padding, context = batch.input_ids.numel() - batch.num_input_tokens, batch.num_input_tokens - batch.num_tokens
         counts.append(Count(len(batch.lines), batch.input_ids.shape[1], padding, context, batch.num_tokens))
     return counts
@@ -152,7 +152,7 @@ def gradient_norms(model: Any) -> dict[str, torch.Tensor]:
 
 
 def explain_start(config: TrainConfig, model: Any, samples: TokenizedDataset, tokenizer: Any, console: Console) -> None:
-    """With --explain, print the parameters, the shortest sample token by token, and the tokens of the first window."""
+    """With --explain, print the parameters, the shortest sample token by token, and the tokens of the first step."""
     if not config.explain:
         return
     total, trained = parameter_counts(model)
@@ -227,8 +227,8 @@ def token_text(rows: Sequence[Token]) -> Text:
 
 
 def count_table(counts: Sequence[Count]) -> Table:
-    """The tokens of a window as a table."""
-    table = _table("Tokens of the first window", "micro-batch", "samples", "positions", "padding", "context", "trained")
+    """The tokens of a step as a table."""
+    table = _table("Tokens of the first step", "micro-batch", "samples", "positions", "padding", "context", "trained")
     for number, count in enumerate(counts, 1):
         columns = (number, count.samples, count.padding + count.context + count.trained, *count[2:])
         table.add_row(*(f"{value:,}" for value in columns))

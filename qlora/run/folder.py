@@ -22,7 +22,7 @@ from qlora.config import Overridable, TrainConfig
 from qlora.errors import ExitCode, UserError, redact
 from qlora.eval.loss import EvalResult
 from qlora.run import checkpoint
-from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, write_file, write_folder
+from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, whole_rows, write_file, write_folder
 from qlora.run.schema import UNREADABLE, Facts, RunInfo, check_types, reason
 
 LOCK, RUN, FINISHED, METRICS, SAMPLES = "run.lock", "run.json", "finished.json", "metrics.jsonl", "samples.jsonl"
@@ -32,7 +32,7 @@ FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save
 OF_THE_DATA = {"train_file", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop"}
 EARLIER = TrainConfig(compile="none").plain()  # what an option was before there was that option
 RESOLVED = ("attn_implementation", "compile", "gradient_checkpointing")  # from auto, by what the machine has
-OF_A_WINDOW = ("per_device_train_batch_size", "gradient_accumulation_steps")
+OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")  # seconds since 1970
 SAVED_BYTES = 3 * 4  # of a trained parameter in a checkpoint: itself and AdamW's two moments, in fp32; less with 8 bits
 
@@ -211,8 +211,6 @@ class RunFolder:
 
     def _branch_off(self, source: Path) -> None:
         assert self.info is not None  # as accepted
-        from qlora.run.files import whole_rows  # here, as it imports this module
-
         metrics = source.parent.parent / METRICS
         if metrics.is_file():
             write_file(self.folder / METRICS, metrics.read_bytes())
@@ -392,8 +390,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any], config: TrainConfi
     pairs |= {name: [before[name], now[name]] for name in ("data", "targets", "device")}
     pairs["eval_file"] = [before["held_out"], now["held_out"]]  # by content, under the name that --override knows
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    same_window = old[OF_A_WINDOW[0]] * old[OF_A_WINDOW[1]] == new[OF_A_WINDOW[0]] * new[OF_A_WINDOW[1]]
-    fixed = () if same_window else OF_A_WINDOW
+    same_product = old[OF_A_STEP[0]] * old[OF_A_STEP[1]] == new[OF_A_STEP[0]] * new[OF_A_STEP[1]]
+    fixed = () if same_product else OF_A_STEP
     refused = {name: pair for name, pair in changed.items() if name not in config.override or name in fixed}
     if refused:
         text = f"{config.output_dir} holds another run, at step {at['step']}. It differs in\n{_table(refused)}"
@@ -410,7 +408,7 @@ def _table(refused: dict[str, list[Any]]) -> str:
         table.add_column(header)
     for name, pair in refused.items():
         permitted = f"--override {name} permits it" if name in get_args(Overridable) else ""
-        permitted = "--override permits both if their product stays" if name in OF_A_WINDOW else permitted
+        permitted = "--override permits both if their product stays" if name in OF_A_STEP else permitted
         table.add_row(name, *(Text(_short(value)) for value in pair), permitted)
     console = Console(width=160, color_system=None)
     with console.capture() as captured:

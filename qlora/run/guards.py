@@ -34,16 +34,16 @@ def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm
 
 
 def check_finite(steps: StepLog, skipped: int, permitted: int, advice: Callable[[], str]) -> int:
-    """Count the windows that train_step left out because of a NaN or infinity, and end the run when they are too many.
+    """Count the steps that train_step skipped because of a NaN or infinity, and end the run when they are too many.
 
     Args:
         steps: the steps of its last flush are looked at.
-        skipped: windows left out so far.
+        skipped: steps skipped so far.
         permitted: how many may be.
         advice: what to tell about checkpoints when the run ends.
 
     Returns:
-        Windows left out so far, these included.
+        Steps skipped so far, these included.
 
     Raises:
         UserError: exit 5, with step, rate, losses before it and the lines of the data.

@@ -141,6 +141,7 @@ class Tracker:
 
     def ended_early(self, step: int, patience: int | None) -> None:
         """Tell that `step` is the last step of the run, as the held-out loss stopped falling."""
+        self.total_steps = step
         self.progress.update(self.task, total=step)
         self.say(f"Ended early, after step {step}: the held-out loss stopped falling (--early-stopping-patience {patience}).")
 
@@ -161,7 +162,7 @@ class Tracker:
         write_file(self.run_folder / "samples.jsonl", b"".join(map(_line, rows)))
         for index, sample in enumerate(samples):
             text = "\n\n".join(f"**{name}**\n\n```\n{value}\n```" for name, value in sample._asdict().items())
-            self.board.add_text(f"samples/{index}", text, step)
+            self.board.add_text(f"samples/{index}", text, self.total_steps)
         self.progress.stop()
         self.say(f"Greedy answers to {of} prompts, without and with the adapter:")
         for sample in samples:

@@ -15,7 +15,7 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, Arithmet
 
 
 class Environment(TypedDict):
-    """Of tracking.environment, what a resumed run is compared with."""
+    """Of env.json, what a resumed run is compared with."""
 
     packages: dict[str, str | None]
     python: str

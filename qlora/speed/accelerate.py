@@ -16,7 +16,16 @@ def accelerate(model: Any, config: TrainConfig, backend: str = "inductor") -> "A
     """The callable that training steps run instead of `model.get_decoder()`. Evaluation and generation use the model itself.
 
     The model's `forward` methods stay as they are. Its adapted layers become LoRALinear, a subclass of PEFT's with the same
-    weights and names, which behaves as PEFT's does except in training.
+    weights and names, which behaves as PEFT's does except in training. Hooks on the decoder and its layers do not run in
+    training steps. What runs when `decoder(input_ids=...)` is called, from
+    the outside in:
+
+        AcceleratedDecoder.__call__   ids [B, T] -> last hidden states [B, T, D]
+          Graphs.__call__             with --compile graphs: what follows, replayed as one launch
+            copy_adapters             all A and B in bf16, and a dropout seed for each layer
+            type(decoder).forward     transformers' own code, with training layers in the place of its layers
+              TrainingLayer.forward   one layer, compiled, its activations kept or recomputed (layers.py)
+                LoRALinear.forward    one linear layer: NF4 base and adapter as one operator (lora_linear.py)
 
     Args:
         model: NF4 base with adapters.
@@ -29,14 +38,7 @@ def accelerate(model: Any, config: TrainConfig, backend: str = "inductor") -> "A
 
 
 class AcceleratedDecoder:
-    """What runs when `decoder(input_ids=...)` is called, from the outside in.
-
-        AcceleratedDecoder.__call__   ids [B, T] -> last hidden states [B, T, D]
-          Graphs.__call__             with --compile graphs: what follows, replayed as one launch
-            copy_adapters             all A and B in bf16, and a dropout seed for each layer
-            type(decoder).forward     transformers' own code, over training layers in the place of its layers
-              TrainingLayer.forward   one layer, compiled, its activations kept or recomputed (layers.py)
-                LoRALinear.forward    one linear layer: NF4 base and adapter as one operator (lora_linear.py)
+    """The decoder of a model for training steps; see `accelerate`.
 
     Attributes:
         config: of the model.
@@ -54,43 +56,50 @@ class AcceleratedDecoder:
             config: resolved.
             backend: of torch.compile.
         """
-        self.decoder, self.config, self.adapted = decoder, decoder.config, adapted
+        self.decoder = decoder
+        self.config = decoder.config
+        self.adapted = adapted
         self.seeded = config.compile != "none" and config.lora_dropout > 0
         self.layers = training_layers(decoder, config, backend)
         self.graphs = Graphs(self._run, decoder) if config.compile == "graphs" else None
 
     def __call__(self, **inputs: Any) -> Any:
-        """The decoder's output, with `last_hidden_state` [B, T, D]; in eval mode, or without gradients, as the plain decoder.
+        """The decoder's output, with `last_hidden_state` [B, T, D]. In eval mode it is that of the plain decoder.
 
         Args:
             inputs: as the decoder takes them; see attention.decoder_inputs.
         """
-        if not (self.decoder.training and torch.is_grad_enabled()):
+        if not self.decoder.training:
             return self.decoder(**inputs)
-        return self._run(**inputs) if self.graphs is None else self.graphs(**inputs)
+        if self.graphs is not None and torch.is_grad_enabled():
+            return self.graphs(**inputs)
+        return self._run(**inputs)
 
     def _run(self, **inputs: Any) -> Any:
         if self.adapted:
             lora_linear.copy_adapters(self.adapted, self.seeded)
         with self._training_layers():
-            return type(self.decoder).forward(self.decoder, **inputs)
+            output = type(self.decoder).forward(self.decoder, **inputs)
+        if not torch.is_grad_enabled():
+            lora_linear.drop_copies(self.adapted)  # else backward does
+        return output
 
     @contextlib.contextmanager
     def _training_layers(self) -> Iterator[None]:
         """A block in which training layers stand in the place of the decoder's layers."""
-        for parent, name, layer in self.layers:
-            parent._modules[name] = layer
+        plain = [parent._modules[name] for parent, name, _ in self.layers]
         try:
+            for parent, name, layer in self.layers:
+                parent._modules[name] = layer
             yield
         finally:
-            for parent, name, layer in self.layers:
-                parent._modules[name] = layer.layer
+            for (parent, name, _), original in zip(self.layers, plain, strict=True):
+                parent._modules[name] = original
 
     def release(self, optimizer: torch.optim.Optimizer) -> None:
         """Free what only training needs: CUDA graphs, gradients and optimizer state. Weights stay."""
         self.graphs = None
-        for layer in self.adapted:
-            layer.copies = layer.seed = None  # in the graphs' memory
+        lora_linear.drop_copies(self.adapted)  # they lie in the graphs' memory
         optimizer.zero_grad(set_to_none=True)
         optimizer.state.clear()
         if torch.cuda.is_available():

@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -223,7 +223,7 @@ def _policy(config: TrainConfig, preserve_rng_state: bool = True) -> Run:
 class TrainingLayer(torch.nn.Module):
     """A decoder layer as it runs in training: compiled, and with its activations kept or recomputed.
 
-    It stands in the layer's place while the decoder runs; the layer itself is not changed.
+    It stands in the layer's place while the decoder runs; the layer itself is not changed. Hooks on the layer do not run.
     """
 
     def __init__(self, layer: torch.nn.Module, run: Run, compiled: Run | None, config: TrainConfig) -> None:
@@ -236,19 +236,22 @@ class TrainingLayer(torch.nn.Module):
             config: resolved; offload_checkpoints and the longest row are read.
         """
         super().__init__()
-        self.layer, self.run, self.compiled, self.config = layer, run, compiled, config
+        self._layer = layer
+        self._run = run
+        self._compiled = compiled
+        self._config = config
 
     def __getattr__(self, name: str) -> Any:
         """Some decoders ask their layers which kind of attention they have."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
+            return getattr(super().__getattr__("_layer"), name)
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""
-        if self.compiled is None:
-            return self.run(self.layer, hidden, *args, **kwargs)
+        if self._compiled is None:
+            return self._run(self._layer, hidden, *args, **kwargs)
         # One compilation for all lengths: without a word here, each new one would begin another.
         for tensor in (hidden, kwargs.get("position_ids"), *kwargs.get("position_embeddings", ())):
             if tensor is not None:
@@ -258,13 +261,13 @@ class TrainingLayer(torch.nn.Module):
         if kwargs.get("cu_seq_lens_q") is not None:
             for name in ("cu_seq_lens_q", "cu_seq_lens_k"):  # usually one tensor
                 torch._dynamo.maybe_mark_dynamic(kwargs[name], 0)  # S + 1
-            bound = self.config.max_length + self.config.length_multiple  # does as well, and stays the same
+            bound = self._config.max_length + self._config.length_multiple  # does as well, and stays the same
             kwargs |= {"max_length_q": bound, "max_length_k": bound}
         try:
-            with offloaded(hidden) if self.config.offload_checkpoints else contextlib.nullcontext():
-                return self.compiled(self.layer, hidden, *args, **kwargs)
+            with offloaded(hidden) if self._config.offload_checkpoints else contextlib.nullcontext():
+                return self._compiled(self._layer, hidden, *args, **kwargs)
         except COMPILE_ERRORS as error:
-            kind = type(self.layer).__name__
+            kind = type(self._layer).__name__
             text = f"{kind} could not be compiled. Pass --compile none, which runs it as it is written, but slower."
             raise UserError(ExitCode.ENVIRONMENT, f"{text} ({' '.join(str(error).split())[:300]})") from error
 
@@ -281,9 +284,16 @@ def training_layers(decoder: Any, config: TrainConfig, backend: str) -> list[tup
     if config.compile != "none":
         # Its dropout is drawn from seeds, and what torch 2.11 makes of torch's own with dynamic lengths cannot be compiled.
         compiled = torch.compile(_policy(config, preserve_rng_state=False), fullgraph=True, backend=backend)
-    return [
-        (parent, name, TrainingLayer(child, run, compiled, config))
-        for parent in decoder.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, GradientCheckpointingLayer)
-    ]
+    return [(parent, name, TrainingLayer(layer, run, compiled, config)) for parent, name, layer in _outermost(decoder)]
+
+
+def _outermost(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Module]]:
+    """(holder, name there, layer) of each layer that is not inside another one.
+
+    One inside another, as in Zamba 2, is recomputed with it. In the backward pass no training layer stands in its place.
+    """
+    for name, child in module._modules.items():
+        if isinstance(child, GradientCheckpointingLayer):
+            yield module, name, child
+        elif child is not None:
+            yield from _outermost(child)

@@ -9,6 +9,7 @@ Shapes: M positions, K inputs, N outputs, r the rank.
 """
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -137,6 +138,7 @@ class LoRALinear(Linear4bit):
     frozen: list[torch.Tensor]  # the fields of an NF4Weight, or W [N, K] itself if it is cached
     name: str
     copies: tuple[torch.Tensor, torch.Tensor] | None = None  # of A [r, K] and scaling * B [N, r], as copy_adapters made them
+    copied_in: object = None  # the pass that they are of
     seed: torch.Tensor | None = None  # [] int32 of this pass's dropout; None: PEFT's, which draws from torch's generator
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -202,8 +204,11 @@ class _Copies(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, layers: list[LoRALinear], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, anchor: torch.Tensor, layers: list[LoRALinear], dtype: torch.dtype, this_pass: object
+    ) -> tuple[torch.Tensor, ...]:
         # Not the layers: they hold the copies, which hold this, and no collector of garbage sees through autograd.
+        ctx.layers, ctx.this_pass = [weakref.ref(layer) for layer in layers], this_pass
         ctx.weights = [weight for layer in layers for weight in layer.adapter]  # [r, K], [N, r], [r, K], ...
         ctx.scales = [scale for layer in layers for scale in (1.0, layer.scaling["default"])]
         ctx.set_materialize_grads(False)
@@ -214,7 +219,7 @@ class _Copies(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None, None, None]:
         found = [entry for entry in zip(ctx.weights, ctx.scales, gradients, strict=True) if entry[2] is not None]
         added = [torch.empty_like(weight) for weight, _, _ in found]  # [r, K], [N, r], ...
         torch._foreach_copy_(added, [gradient for _, _, gradient in found if gradient is not None])
@@ -225,7 +230,10 @@ class _Copies(torch.autograd.Function):
         for (weight, _, _), new in zip(found, added, strict=True):
             if weight.grad is None:
                 weight.grad = new
-        return None, None, None
+        # All recomputation is done by now. A forward pass that makes no copies must not find those of this one.
+        alive = [layer for reference in ctx.layers if (layer := reference()) is not None]
+        drop_copies([layer for layer in alive if layer.copied_in is ctx.this_pass])
+        return None, None, None, None
 
 
 def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
@@ -246,11 +254,21 @@ def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
     require_plain_gradients([weight for layer in layers for weight in layer.adapter])
     for layer in layers:
         layer.copies = None  # those of the last pass
+    this_pass = object()
+    for layer in layers:
+        layer.copied_in = this_pass
     if torch.is_autocast_enabled(device.type):
         anchor = torch.zeros((), device=device, requires_grad=True)  # []
-        copies = _Copies.apply(anchor, layers, torch.get_autocast_dtype(device.type))  # type: ignore[no-untyped-call]
+        dtype = torch.get_autocast_dtype(device.type)
+        copies = _Copies.apply(anchor, layers, dtype, this_pass)  # type: ignore[no-untyped-call]
         for layer, *pair in zip(layers, copies[::2], copies[1::2], strict=True):
             layer.copies = (pair[0], pair[1])
+
+
+def drop_copies(layers: list[LoRALinear]) -> None:
+    """Forget copies and seeds, so that the next forward pass uses the adapters themselves, and PEFT's dropout."""
+    for layer in layers:
+        layer.copies = layer.seed = None
 
 
 def install(model: Any, cache: torch.dtype | None = None) -> list[LoRALinear]:

@@ -199,13 +199,13 @@ def probe_memory(
         A line with the peak beside the prediction.
     """
     batch = next(training_batches(samples, longest_rows(samples, config), config))
-    window = min(2, config.gradient_accumulation_steps) * [batch]
+    micro_batches = min(2, config.gradient_accumulation_steps) * [batch]
     before = random_state()
     # bitsandbytes never frees pages: those of a paged `scratch`, 2 bytes a parameter, move to the host when room is needed.
     same_kind: Any = type(optimizer)
     scratch = same_kind([dict(group) for group in optimizer.param_groups])
     for _ in range(2):  # the first makes the moments, which lie in memory beside the activations ever after
-        step(optimizer=scratch, micro_batches=window)
+        step(optimizer=scratch, micro_batches=micro_batches)
     scratch.zero_grad(set_to_none=True)  # the parameters' own
     set_random_state(before)
     peak_gib = peak_memory_gib(optimizer.param_groups[0]["params"][0].device)

@@ -88,7 +88,7 @@ def test_a_version_out_of_range_is_no_obstacle_but_a_no():
 
 
 def test_away_from_a_clone_versions_wanted_are_those_of_the_installed_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "qlora" / "doctor.py"))
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "qlora" / "commands" / "doctor.py"))
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ["torch<2.14", 'trl; extra == "test"'])
     assert doctor._requirements() == ["torch<2.14"] and "package torch" in doctor.checks()
 

@@ -209,7 +209,7 @@ def explained(folder, *flags: str) -> list[dict]:
 
 
 def test_a_run_that_explains_is_the_run_that_does_not(tiny, tmp_path, capsys):
-    titles = ("Parameters: ", "Line 1: 95 of 145 tokens trained", "Tokens of the first window", "Memory from step to step")
+    titles = ("Parameters: ", "Line 1: 95 of 145 tokens trained", "Tokens of the first step", "Memory from step to step")
     silent = explained(tmp_path / "silent", "--max-steps", "8")
     text = capsys.readouterr().out
     assert "step 8/8" in text and not any(title in text for title in titles)
@@ -217,7 +217,7 @@ def test_a_run_that_explains_is_the_run_that_does_not(tiny, tmp_path, capsys):
     text = capsys.readouterr().out
     assert told == silent
     assert all(text.count(title) == 1 for title in titles)
-    assert text.index("Tokens of the first window") < text.index("step 1/8") < text.index("Memory from step to step")
+    assert text.index("Tokens of the first step") < text.index("step 1/8") < text.index("Memory from step to step")
     steps = [row for row in told if row["event"] == "step"]
     assert f"Its loss is the sum of losses over {steps[0]['num_tokens']:,} tokens" in " ".join(text.split())
     board = EventAccumulator(str(tmp_path / "told" / "tensorboard"), size_guidance={"histograms": 0}).Reload()

@@ -17,6 +17,7 @@ import transformers
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.config import TrainConfig
 from qlora.data.batch import collate_packed, micro_batches, training_batches
@@ -29,7 +30,7 @@ from qlora.model.lora import audit_targets
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.third_party import Linear4bit
 from qlora.speed import layers, lora_linear
-from qlora.speed.accelerate import accelerate
+from qlora.speed.accelerate import AcceleratedDecoder, accelerate
 from tests.helpers import CPU, adapted_model, decoder_of, gradients, prepared, relative_error, wake_adapters
 from train_loop import train_step
 
@@ -599,3 +600,69 @@ def test_layers_with_dropout_of_their_own_are_not_compiled(config, tiny, changes
         with pytest.raises(UserError, match=f"--compile {compile} cannot be used: its layers have dropout") as refused:
             layers.choose_layers(dataclasses.replace(config, compile=compile), drawing, targets, 64, CPU)
         assert refused.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def test_the_plain_decoder_sees_the_adapters_as_they_are(awake, window):
+    """Copies of A and B belong to one pass: after an update, a forward that makes none must not find them."""
+    model, config = awake()
+    decoder, plain, ids = decoder_of(prepared(model, config, "none")), model.get_decoder(), window[0].input_ids
+    with attention.for_training(model.train(), config), torch.autocast("cpu", torch.bfloat16):
+        decoder(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+        with torch.no_grad():
+            decoder(input_ids=ids, use_cache=False)
+        wake_adapters(model, scale=1.0)
+        trained = plain(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
+        model.eval()
+        evaluated = plain(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
+    assert (trained - evaluated).norm() < 0.05 * evaluated.norm()  # copies of the pass before are off by 0.6 and more
+
+
+class Inner(GradientCheckpointingLayer):
+    """A layer that keeps something for backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, hidden):
+        return torch.tanh(self.linear(hidden))
+
+
+class Outer(GradientCheckpointingLayer):
+    """A layer that holds another one, as Zamba 2's hybrid layers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, hidden):
+        return torch.tanh(self.inner(hidden)) * hidden
+
+
+class Nested(torch.nn.Module):
+    """A decoder of such layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = None
+        self.layers = torch.nn.ModuleList([Outer(), Inner()])
+
+    def forward(self, hidden):
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+def test_a_layer_inside_another_is_recomputed_with_it(config):
+    torch.manual_seed(0)
+    decoder, hidden = Nested().train(), torch.randn(3, 4, requires_grad=True)  # [3, 4]
+    found = []
+    for policy in POLICIES:
+        accelerated = AcceleratedDecoder(
+            decoder, [], dataclasses.replace(config, gradient_checkpointing=policy, compile="none")
+        )
+        decoder.zero_grad()
+        accelerated(hidden=hidden).square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in decoder.parameters()])
+    assert all(torch.equal(gradient, found[0][at]) for ours in found for at, gradient in enumerate(ours))
+    assert [type(layer) for layer in decoder.modules()].count(Inner) == 2
