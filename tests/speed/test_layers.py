@@ -602,14 +602,16 @@ def test_layers_with_dropout_of_their_own_are_not_compiled(config, tiny, changes
         assert refused.value.exit_code == ExitCode.ENVIRONMENT
 
 
-def test_the_plain_decoder_sees_the_adapters_as_they_are(awake, window):
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_the_plain_decoder_sees_the_adapters_as_they_are(awake, window, with_gradients):
     """Copies of A and B belong to one pass: after an update, a forward that makes none must not find them."""
     model, config = awake()
     decoder, plain, ids = decoder_of(prepared(model, config, "none")), model.get_decoder(), window[0].input_ids
     with attention.for_training(model.train(), config), torch.autocast("cpu", torch.bfloat16):
-        decoder(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
-        with torch.no_grad():
-            decoder(input_ids=ids, use_cache=False)
+        with torch.set_grad_enabled(with_gradients):
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
+        if with_gradients:
+            hidden.sum().backward()
         wake_adapters(model, scale=1.0)
         trained = plain(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
         model.eval()
