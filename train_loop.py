@@ -4,7 +4,7 @@
     python train_loop.py --train-file my.jsonl --eval-file held_out.jsonl
     python train_loop.py --help
 
-A run that stopped, for whatever reason, goes on where it was with the same command.
+The same command resumes a run that stopped, whatever the reason.
 
 Words: a *step* is one optimizer step; a *micro-batch* is one forward and backward; a *token* is a label that is trained,
 counted after the shift by one.

@@ -60,7 +60,7 @@ class Repeats:
     """Examples that stand elsewhere already: (line, line of the earlier one, or of the training data) of each."""
 
     exact: list[tuple[int, int]]
-    normalized: list[tuple[int, int]]  # equal but for case and white space; the exact ones too
+    normalized: list[tuple[int, int]]  # equal if case and whitespace are ignored; includes the exact ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,6 +346,6 @@ def _show(facts: dict[str, Any], config: TrainConfig, console: Console) -> None:
         total = contents["train" if what.endswith("s in train") else "held-out"].examples
         say(console, repeats_line(what, repeats.exact, total))
         if len(repeats.normalized) > len(repeats.exact):
-            say(console, repeats_line("  but for case and white space", repeats.normalized, total))
+            say(console, repeats_line("  ignoring case and whitespace", repeats.normalized, total))
     if facts["padding"]:
         console.print(padding_table(facts["padding"], config.packing))

@@ -89,7 +89,7 @@ def run(options: PlanOptions) -> int:
     steps: list[tuple[str, Plan]] = []
     if free_gib is not None:
         fitting = [plan for plan in plans if plan.fits(free_gib)]
-        console.print(f"{card}: {MARGIN * free_gib:.2f} GiB are taken for safe.")
+        console.print(f"{card}. We plan for at most {MARGIN * free_gib:.2f} GiB.")
         if fitting:
             console.print(f"It fits with {flags(fitting[0].config)}, the fastest of these that does.")
         else:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: folders written aside, with a manifest, and verified before older ones go.
+"""Atomic checkpoints: folders written aside, with a manifest, and verified before older ones are removed.
 
 A checkpoint holds all that the loop needs to go on as if it had not stopped: adapter, optimizer state, generators, place in
 the data. Tensors as safetensors, the rest as JSON; nothing in it is ever executed, and no path in it is ever opened.

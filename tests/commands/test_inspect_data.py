@@ -137,8 +137,8 @@ def test_the_command_tells_it_all_without_weights(files, tmp_path, monkeypatch, 
     assert main([*files, "--max-length", "100", "--packing", "--json", str(tmp_path / "found.json")]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "duplicates in train: 1 of 4 (lines 3 = 1)" in out
-    assert "held-out prompt and response in train: 0 of 3 but for case and white space: 1 of 3 (lines 1 = 2)" in out
-    assert "held-out prompt in train: 1 of 3 (lines 2 = 1) but for case and white space: 2 of 3 (lines 1 = 2, 2 = 1)" in out
+    assert "held-out prompt and response in train: 0 of 3 ignoring case and whitespace: 1 of 3 (lines 1 = 2)" in out
+    assert "held-out prompt in train: 1 of 3 (lines 2 = 1) ignoring case and whitespace: 2 of 3 (lines 1 = 2, 2 = 1)" in out
     assert "Dropped of train: lines 4" in out and "Training would refuse train: more than a fifth" in out
     assert "packed *" in out and "⟦" in out and "Line 1," in out
     found = json.loads((tmp_path / "found.json").read_text())

@@ -49,7 +49,7 @@ def planned(capsys, *arguments: str) -> str:
 def test_a_card_gets_the_fastest_that_fits_or_the_way_down_to_it(capsys):
     assert "It fits with --gradient-checkpointing none --compile graphs" in planned(capsys, "--gpu-gib", "24")
     assert "It fits with --gradient-checkpointing selective" in planned(capsys, "--gpu-gib", "12")
-    assert "A card of 8 GiB: 6.75 GiB are taken for safe. It fits with --gradient-checkpointing full" in planned(
+    assert "A card of 8 GiB. We plan for at most 6.75 GiB. It fits with --gradient-checkpointing full" in planned(
         capsys, "--gpu-gib", "8"
     )
     told = planned(capsys, "--gpu-gib", "4.5")
