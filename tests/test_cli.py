@@ -22,7 +22,7 @@ def test_without_a_command_all_are_named(arguments, capsys):
     told = capsys.readouterr().out
     for name, (options, room) in COMMANDS.items():
         assert f"  {name}" in told and summary(options) in told
-        assert importlib.util.find_spec(f"qlora.{room}") and summary(options).endswith(".")
+        assert importlib.util.find_spec(f"qlora.commands.{room}") and summary(options).endswith(".")
 
 
 def test_a_mistyped_command_gets_the_nearest(capsys):

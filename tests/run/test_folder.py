@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -282,6 +283,8 @@ def test_a_template_with_the_date_does_not_stop_a_run_from_going_on(dated, tmp_p
     branch = tmp_path / "branch"
     assert run(branch, *dated, "--max-steps", "3", "--resume", str(folder), "--override", "max_steps") == 0
     assert json.loads((branch / "run.json").read_text())["date"] == first["date"]
+    while datetime.datetime.now().isoformat(timespec="seconds") <= first["date"]:  # all of it may take less than a second
+        time.sleep(0.1)
     assert run(tmp_path / "another", *dated, "--max-steps", "1") == 0
     other = json.loads((tmp_path / "another" / "run.json").read_text())
     assert other["date"] > first["date"] and other["data"] != first["data"]
