@@ -252,11 +252,9 @@ def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
         for layer, seed in zip(layers, seeds.unbind(), strict=True):
             layer.seed = seed
     require_plain_gradients([weight for layer in layers for weight in layer.adapter])
-    for layer in layers:
-        layer.copies = None  # those of the last pass
     this_pass = object()
     for layer in layers:
-        layer.copied_in = this_pass
+        layer.copies, layer.copied_in = None, this_pass  # those of the last pass go
     if torch.is_autocast_enabled(device.type):
         anchor = torch.zeros((), device=device, requires_grad=True)  # []
         dtype = torch.get_autocast_dtype(device.type)

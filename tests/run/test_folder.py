@@ -128,15 +128,20 @@ def test_early_stopping_hands_over_the_best_adapter_and_names_its_step(evaluated
     assert ("lowest loss (adapter/)", "1") in {row[:2] for row in _evaluations(shown)}
 
 
-def test_a_damaged_best_checkpoint_is_told_and_the_last_one_taken(evaluated, tmp_path, capsys, monkeypatch):
-    folder, original = tmp_path / "run", RunFolder.load_best
-    monkeypatch.setattr(generate, "sample_responses", lambda *_: [])
+@pytest.fixture
+def first_damaged(tmp_path, monkeypatch, no_answers) -> None:
+    """When the run looks for its best checkpoint, that of step 1 is damaged."""
+    original = RunFolder.load_best
 
     def damaged(self, *arguments):
-        (folder / "checkpoints" / "step-000001" / checkpoint.ADAPTER).write_bytes(b"x")
+        (tmp_path / "run" / "checkpoints" / "step-000001" / checkpoint.ADAPTER).write_bytes(b"x")
         return original(self, *arguments)
 
     monkeypatch.setattr(RunFolder, "load_best", damaged)
+
+
+def test_a_damaged_best_checkpoint_is_told_and_the_last_one_taken(evaluated, tmp_path, capsys, first_damaged):
+    folder = tmp_path / "run"
     assert run(folder, *evaluated(4.0, 1.0, 2.0), "--num-train-epochs", "2", "--early-stopping-patience", "9") == 0
     out = capsys.readouterr().out
     assert "Warning: checkpoint step-000001, which has the lowest loss, is damaged: " in out
@@ -144,15 +149,8 @@ def test_a_damaged_best_checkpoint_is_told_and_the_last_one_taken(evaluated, tmp
     assert json.loads((folder / "finished.json").read_text()) == {"step": 2, "adapter_step": 2}
 
 
-def test_after_a_damaged_best_checkpoint_the_next_best_is_taken(evaluated, tmp_path, capsys, monkeypatch):
-    folder, original = tmp_path / "run", RunFolder.load_best
-    monkeypatch.setattr(generate, "sample_responses", lambda *_: [])
-
-    def damaged(self, *arguments):
-        (folder / "checkpoints" / "step-000001" / checkpoint.ADAPTER).write_bytes(b"x")
-        return original(self, *arguments)
-
-    monkeypatch.setattr(RunFolder, "load_best", damaged)
+def test_after_a_damaged_best_checkpoint_the_next_best_is_taken(evaluated, tmp_path, capsys, first_damaged):
+    folder = tmp_path / "run"
     flags = [*evaluated(4.0, 1.0, 2.0, 3.0), "--num-train-epochs", "3", "--early-stopping-patience", "9"]
     assert run(folder, *flags) == 0
     assert json.loads((folder / "finished.json").read_text()) == {"step": 3, "adapter_step": 2}
