@@ -1,7 +1,7 @@
 """QLoRA fine-tuning in a plain PyTorch loop, to be read from top to bottom and edited.
 
     python train_loop.py                                        # a 135M demo model on a CPU, Phi-3-mini on a GPU
-    python train_loop.py --train-file my.jsonl --eval-file held_out.jsonl
+    python train_loop.py --train-file my.jsonl --eval-file eval.jsonl
     python train_loop.py --help
 
 The same command resumes a run that stopped, whatever the reason.
@@ -150,10 +150,10 @@ def train(
     """
     config = prep.config
     model, decoder, loss_sum, optimizer = trainee
-    # Only from pinned memory can a batch be copied to the GPU while the host goes on.
+    # Only from pinned memory can a batch be copied to the GPU asynchronously.
     pin = prep.device.type == "cuda"
     adapters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    # The last step of an epoch may have fewer micro-batches; it is a step all the same.
+    # The last step of an epoch may have fewer micro-batches.
     steps_per_epoch, total_steps = count_steps(config, len(epoch_rows(prep.train_set, config, 1)))
     # Rounded up: with a ratio above 0 there is at least one step of warmup.
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
@@ -161,7 +161,7 @@ def train(
     save_steps = config.save_steps or total_steps
     # Early stopping counts the evaluations of earlier processes too.
     evaluations = dict(tracker.known_evaluations)
-    # Steps taken; epoch to go on in; rows of it that were trained on; steps skipped as not finite.
+    # Steps taken; epoch to resume in; rows of it that were trained on; steps skipped as not finite.
     step, first_epoch, seen, skipped = state
 
     def evaluate(step: int, epoch: int) -> None:
@@ -172,7 +172,7 @@ def train(
         with stop.immediate():
             batches = micro_batches(prep.eval_set, range(len(prep.eval_set)), config.per_device_train_batch_size, pin)
             evaluations[step] = evaluate_loss(model, batches, loss_sum)
-        tracker.held_out(step, epoch, evaluations[step])
+        tracker.evaluation(step, epoch, evaluations[step])
 
     # A progress bar in a terminal, a line every few steps elsewhere.
     tracker.begin(step, total_steps, config.logging_steps)
@@ -233,7 +233,7 @@ def finish(prep: Prepared, trainee: Trainee, evaluations: dict[int, EvalResult],
     """Leave the adapter, the mark of a complete run, and sample answers, in this order.
 
     Returns:
-        Peak memory in training, in GiB.
+        Peak memory in training, in GB.
     """
     model, decoder, _, optimizer = trainee
     adapter_step = run.step
@@ -246,13 +246,13 @@ def finish(prep: Prepared, trainee: Trainee, evaluations: dict[int, EvalResult],
     tracker.hyperparameters(prep.config, evaluations.get(adapter_step))
     run.finish(adapter_step)
     # The run is complete; the answers below are only shown. Generation needs the memory that training no longer does.
-    peak_gib = memory.peak_memory_gib(prep.device)
+    peak_gb = memory.peak_memory_gb(prep.device)
     # CUDA graphs, gradients and moments go; the weights stay.
     decoder.release(optimizer)
     examples = functools.partial(first_examples, prep.config, prep.train_set, prep.eval_set, 3)
-    record = functools.partial(tracker.samples, of="held-out" if prep.eval_set else "training", step=adapter_step)
+    record = functools.partial(tracker.samples, of="eval" if prep.eval_set else "training", step=adapter_step)
     try_samples(model, examples, prep.template, record, tracker.say)
-    return peak_gib
+    return peak_gb
 
 
 def main(options: TrainConfig, stop: Signals) -> None:
@@ -277,7 +277,7 @@ def main(options: TrainConfig, stop: Signals) -> None:
             say(html.when_complete(run.folder))
             return
         config = prep.config
-        with memory.oom_as_user_error(config, device, prep.predicted_gib, prep.longest):
+        with memory.oom_as_user_error(config, device, prep.predicted_gb, prep.longest):
             # Adapters start from the seed; order and dropout follow from it too.
             seed_generators(config.seed)
             # QLoRA in five lines: a frozen base in 4 bits per weight, fp32 adapters, a fast decoder, the loss, the optimizer.
@@ -297,7 +297,7 @@ def main(options: TrainConfig, stop: Signals) -> None:
                 # What does not fit should fail now, not in hour three.
                 step = functools.partial(train_step, decoder, loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
                 with attention.for_training(model.train(), config):
-                    say(memory.probe_memory(step, optimizer, prep.train_set, config, prep.predicted_gib))
+                    say(memory.probe_memory(step, optimizer, prep.train_set, config, prep.predicted_gb))
             # Adapters, moments and generators, each tensor in its dtype; or step 0.
             state = run.restore(model, optimizer, base)
             # Only from here on does the run folder change.
@@ -308,5 +308,5 @@ def main(options: TrainConfig, stop: Signals) -> None:
                 # Phi-3's sliding window is off where it changes nothing: it would cost sdpa its flash kernel.
                 with attention.for_training(model, config):
                     evaluations = train(prep, trainee, state, run, tracker, stop)
-                peak_gib = finish(prep, trainee, evaluations, run, tracker)
-        say(log.closing_words(run.folder, html.after_training(run.folder), peak_gib, prep.predicted_gib))
+                peak_gb = finish(prep, trainee, evaluations, run, tracker)
+        say(log.closing_words(run.folder, html.after_training(run.folder), peak_gb, prep.predicted_gb))

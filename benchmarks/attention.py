@@ -29,7 +29,8 @@ import tyro
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # run as a script, Python has only this file's folder there
 
-from benchmarks.kill_resume import ended, fork  # noqa: E402
+from benchmarks.kill_resume import fork, wait  # noqa: E402
+from qlora.run.schema import in_gb  # noqa: E402
 
 Level = Literal["kernel", "step", "parity"]
 KERNELS = ("eager", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math", "flash_attention_2", "varlen",
@@ -69,7 +70,7 @@ class Options:
     missing: bool = False
     """Only cells that the file does not have yet."""
     minutes: float | None = None
-    """Start no further cell after so long; a later run with --missing goes on."""
+    """Start no further cell after this many minutes; a later run with --missing continues."""
     out: Path | None = None
     """Where the JSON is, or goes. Unset: benchmarks/results/attention_CARD_YYYYMM.json."""
     commit: str | None = None
@@ -175,7 +176,7 @@ class Started:
         while (waited := os.waitpid(self.child, os.WNOHANG))[0] == 0:
             if time.perf_counter() - self.began > timeout_s:
                 os.kill(self.child, signal.SIGKILL)
-                ended(self.child)
+                wait(self.child)
                 return [{**self.cell, "failed": f"not done in {timeout_s:g} s"}]
             time.sleep(0.005)
         seconds = round(time.perf_counter() - self.began, 2)
@@ -243,7 +244,7 @@ def reopened(path: Path, environment: dict[str, Any], fixed: dict[str, Any]) -> 
     """What the file holds already; one of another machine or other versions, or whose runs differ in `fixed`, is refused."""
     if not path.exists():
         return {"environment": environment, "runs": [], "cells": []}
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(), object_hook=in_gb)
     for name in ("device", "packages"):
         if record["environment"][name] != environment[name]:
             raise SystemExit(f"{path} has another {name}: {record['environment'][name]}. Give another --out.")

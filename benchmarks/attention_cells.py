@@ -32,7 +32,7 @@ from qlora.model.lora import add_lora, audit_targets
 from qlora.model.loss import Head, read_head, token_loss_sum
 from qlora.run.environment import environment
 from qlora.speed.accelerate import accelerate
-from qlora.speed.memory import peak_memory_gib
+from qlora.speed.memory import peak_memory_gb
 from train_loop import train_step
 
 PROBED = 64  # positions whose logits are compared
@@ -104,7 +104,7 @@ def random_rows(lengths: list[int], vocabulary: int) -> list[TokenizedExample]:
 
 
 def micro_batches(cell: dict[str, Any], count: int, vocabulary: int, pin: bool) -> list[Batch]:
-    """The window of a step: one micro-batch of full rows, or lognormal lengths, padded or packed."""
+    """The micro-batches of a step: one micro-batch of full rows, or lognormal lengths, padded or packed."""
     length, rows = cell["length"], cell["rows"]
     if cell["layout"] == "full":
         samples, order = random_rows([length] * rows, vocabulary), list(range(rows))
@@ -125,26 +125,26 @@ def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torc
     config = dataclasses.replace(config, gradient_checkpointing=cell["checkpointing"], compile="none")
     decoder = accelerate(model, config)
     head = read_head(model)
-    window = micro_batches(cell, grid["samples"], len(head.weight), pin=device.type == "cuda")
+    step_batches = micro_batches(cell, grid["samples"], len(head.weight), pin=device.type == "cuda")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     loss_sum = functools.partial(token_loss_sum, head=head)
-    take = functools.partial(train_step, decoder, optimizer, window, loss_sum, 5e-5, 1.0)
+    take = functools.partial(train_step, decoder, optimizer, step_batches, loss_sum, 5e-5, 1.0)
     ours = cell["window"] == "as trained"
     with attention.for_training(model, config) if ours else contextlib.nullcontext():
-        ran = verified(cell["backend"], lambda: hidden_states(decoder, window[0].to(device)), device)
+        ran = verified(cell["backend"], lambda: hidden_states(decoder, step_batches[0].to(device)), device)
         first_loss = take()[0].item()
         step_ms = milliseconds(take, device, grid["timed_s"], LEAST_STEPS, grid["steps"], warm_up=0)
         loss, norm = take()
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         raise Unavailable(f"loss {loss.item()}, norm {norm.item()}")
-    tokens = sum(batch.num_input_tokens for batch in window)
+    tokens = sum(batch.num_input_tokens for batch in step_batches)
     return {
         **spread("step_ms", step_ms),
         "tokens": tokens,  # without padding
-        "positions": sum(batch.input_ids.numel() for batch in window),
-        "micro_batches": len(window),
+        "positions": sum(batch.input_ids.numel() for batch in step_batches),
+        "micro_batches": len(step_batches),
         "tokens_per_s": round(1000 * tokens / statistics.median(step_ms), 1),
-        "peak_gib": round(peak_memory_gib(device), 3),
+        "peak_gb": round(peak_memory_gb(device), 3),
         "first_loss": first_loss,
         "loaded_s": round(loaded_s, 2),
         **ran,
@@ -194,7 +194,7 @@ def parity(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: to
 
 
 def dequantize(model: Any) -> None:
-    """Turn the NF4 model into fp32 throughout, in place: what is compared is attention and its rounding, not quantisation."""
+    """Turn the NF4 model into fp32 throughout, in place: what is compared is attention and its rounding, not quantization."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     for name, module in layers:
         state = copy.copy(module.weight.quant_state)

@@ -23,7 +23,7 @@ from qlora.data.batch import collate
 from qlora.data.template import TokenizedExample
 from qlora.errors import UserError, is_out_of_memory
 from qlora.model import attention
-from qlora.speed.memory import peak_memory_gib
+from qlora.speed.memory import peak_memory_gb
 
 HEADS = {"phi3-mini": (32, 96), "demo": (9, 64), "tiny": (2, 96)}  # (H, d)
 # Operator that the profiler shows when a family of kernels runs; some show in a part of the kernel's own name.
@@ -165,7 +165,7 @@ def kernel(cell: dict[str, Any], grid: dict[str, Any], device: torch.device) -> 
         **spread("backward_ms", backward_ms),
         "forward_tflops": round(rates[0], 2),
         "backward_tflops": round(rates[1], 2),
-        "peak_gib": round(peak_memory_gib(device), 3),
+        "peak_gb": round(peak_memory_gb(device), 3),
         **ran,
     }
 

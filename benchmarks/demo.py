@@ -3,7 +3,7 @@
     python benchmarks/demo.py            # about 3 min a rate on 2 cores; writes benchmarks/results/demo_cpu_YYYYMM.json
 
 Each run is `python train_loop.py` in a process of its own. Afterwards the adapter it left is loaded on the NF4 base it was
-trained against, and answers all eight held-out prompts; an answer is right if it parses as an AVRO schema (fastavro) with
+trained against, and answers all eight eval prompts; an answer is right if it parses as an AVRO schema (fastavro) with
 TRAINED, name and exactly the fields and types asked for.
 """
 
@@ -63,7 +63,7 @@ def timed_run(folder: Path, model: str, flags: list[str]) -> dict:
         "steps": len(steps),
         "step_s": round(training_s / len(steps), 3),
         "tokens_per_s": round(tokens / training_s, 1),
-        "peak_rss_gib": round(max(row["peak_memory_gib"] for row in steps), 3),
+        "peak_rss_gb": round(max(row["peak_memory_gb"] for row in steps), 3),
         "train_loss": [row["loss"] for row in steps],
         "eval_step": [row["step"] for row in evaluations],
         "eval_loss": [row["eval_loss"] for row in evaluations],
@@ -95,7 +95,7 @@ def is_asked_schema(instruction: str, answer: str) -> bool:
 
 
 def judge(adapter: Path) -> dict:
-    """Load the adapter on its NF4 base, answer all held-out prompts, count right answers without and with it."""
+    """Load the adapter on its NF4 base, answer all eval prompts, count right answers without and with it."""
     import torch
 
     from qlora.config import BUNDLED_EVAL, TrainConfig
@@ -108,9 +108,9 @@ def judge(adapter: Path) -> dict:
     config = TrainConfig()
     base = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
     model = peft.PeftModel.from_pretrained(load_nf4_model(base, config, "sdpa", torch.device("cpu")), str(adapter))
-    form = load_template(load_tokenizer(str(adapter), load_meta_model(base, config), config), "plain")
+    template = load_template(load_tokenizer(str(adapter), load_meta_model(base, config), config), "plain")
     examples = list(read_examples(BUNDLED_EVAL, "test"))
-    answers = sample_responses(model, examples, form)
+    answers = sample_responses(model, examples, template)
     return {
         "held_out": len(answers),
         "base_right": sum(is_asked_schema(answer.prompt, answer.base) for answer in answers),

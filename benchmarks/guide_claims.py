@@ -29,12 +29,13 @@ sys.path.insert(0, str(ROOT))  # run as a script, Python has only this file's fo
 
 from benchmarks import report  # noqa: E402
 from benchmarks.guide_claims_list import CLAIMS, COMMANDS, GROUPS, Claim  # noqa: E402
+from qlora.run.schema import in_gb  # noqa: E402
 
-TEXT = "Python's own reference, pydoc_data.topics of Python {python} (PSF licence), its first {tokens:,} tokens"
+TEXT = "Python's own reference, pydoc_data.topics of Python {python} (PSF license), its first {tokens:,} tokens"
 
 
 def newest() -> Path:
-    """The newest file there is, so that a later month goes on with it; this month's if there is none."""
+    """The newest file, so that a later month extends it; this month's if there is none."""
     try:
         return report.RESULTS / report.load(report.CLAIMS_FILE)[0]
     except ValueError:
@@ -54,7 +55,7 @@ class Options:
     epochs: int | None = None
     """Of the short runs. Unset: 4."""
     minutes: float | None = None
-    """Start no further row after so long; a later call with --missing goes on."""
+    """Start no further row after this many minutes; a later call with --missing continues."""
     out: Path = dataclasses.field(default_factory=newest)
     """Where the JSON is, or goes. Unset: the newest of benchmarks/results."""
 
@@ -119,7 +120,7 @@ def opened(path: Path, model: str, environment: dict[str, Any]) -> dict[str, Any
     """What the file holds already; one of another machine, other versions or another model is refused."""
     if not path.exists():
         return {"environment": environment, "model": model, "trainings": [], "rows": []}
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(), object_hook=in_gb)
     for name in ("device", "packages"):
         if record["environment"][name] != environment[name]:
             raise SystemExit(f"{path} has another {name}: {record['environment'][name]}. Give another --out.")

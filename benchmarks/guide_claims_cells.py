@@ -1,6 +1,6 @@
 """Claims that shapes, formats and libraries decide: what guide_claims.py measures without the demo's weights.
 
-Phi-3-mini stands here as its exact shape on the meta device. MB and GB are 1e6 and 1e9 bytes, GiB is 2**30.
+Phi-3-mini stands here as its exact shape on the meta device. MB and GB are 1e6 and 1e9 bytes.
 Shapes: D hidden size, r rank, N x K a weight of N outputs and K inputs.
 """
 
@@ -26,7 +26,7 @@ from qlora.model.load import load_meta_model, load_tokenizer
 from qlora.model.lora import audit_targets
 from qlora.model.loss import CHUNK_TOKENS
 from qlora.model.third_party import bitsandbytes, peft, transformers
-from qlora.speed.memory import estimated_memory_gib
+from qlora.speed.memory import estimated_memory_gb
 
 Figures = dict[str, Any]
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # the guide's targets
@@ -49,7 +49,7 @@ def phi3_mini(**changes: Any) -> Any:
 
 
 def linear_parameters(model: Any) -> int:
-    """Weights of the layers that are quantised."""
+    """Weights of the layers that are quantized."""
     return sum(layer.weight.numel() for layer in linear_layers(model).values())
 
 
@@ -130,7 +130,7 @@ def model_size(source: Source) -> Figures:
     return {"parameters": parameters, "fp32_gb": 4 * parameters / 1e9}
 
 
-def initialisation(source: Source) -> Figures:
+def initialization(source: Source) -> Figures:
     """A and B as PEFT makes them: a uniform distribution has kurtosis 1.8, a Gaussian one 3."""
     torch.manual_seed(0)
     inputs = 3072
@@ -170,7 +170,7 @@ def scale_and_dropout(source: Source) -> Figures:
 
 
 def quantized_bytes(rows: int, columns: int, double: bool) -> tuple[int, int]:
-    """Bytes of a quantised random weight that grow with it, values and scales."""
+    """Bytes of a quantized random weight that grow with it, values and scales."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))  # [N, K]
     packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
     scales = [state.absmax, state.state2.absmax] if double else [state.absmax]
@@ -178,7 +178,7 @@ def quantized_bytes(rows: int, columns: int, double: bool) -> tuple[int, int]:
 
 
 def bits(source: Source) -> Figures:
-    """Bits of a parameter in NF4 without and with double quantisation, of a 4096 x 4096 layer."""
+    """Bits of a parameter in NF4 without and with double quantization, of a 4096 x 4096 layer."""
     count = 4096 * 4096
     single, double = (8 * sum(quantized_bytes(4096, 4096, double)) / count for double in (False, True))
     return {"single": single, "double": double, "saved": single - double, "fp32_ratio": 32 / double}
@@ -194,7 +194,7 @@ def layer_4096(source: Source) -> Figures:
 
 @functools.cache
 def _quantized_phi3() -> Figures:
-    """Phi-3-mini in memory: each of its linear shapes quantised and weighed, the rest in 16 bits."""
+    """Phi-3-mini in memory: each of its linear shapes quantized and weighed, the rest in 16 bits."""
     model = phi3_mini()
     layers = linear_layers(model).values()
     size = {(layer.out_features, layer.in_features): 0 for layer in layers}
@@ -206,7 +206,6 @@ def _quantized_phi3() -> Figures:
         "linear_gb": linear / 1e9,
         "rest_gb": rest / 1e9,
         "total_gb": total / 1e9,
-        "total_gib": total / 2**30,
         "below_bf16": 1 - total / (2 * parameters),
         "below_fp32": 1 - total / (4 * parameters),
         "fp32_ratio": 4 * parameters / total,
@@ -376,9 +375,9 @@ def steps(source: Source) -> Figures:
         trainer.train()
     total = trainer.state.global_step
     micro_batches = toy.sizes[: len(toy.sizes) // 20]
-    windows = [sum(micro_batches[start : start + 2]) for start in range(0, len(micro_batches), 2)]
+    steps = [sum(micro_batches[start : start + 2]) for start in range(0, len(micro_batches), 2)]
     return {"examples": examples, "per_epoch": total // 20, "total": total, "warmup": arguments.get_warmup_steps(total),
-            "windows": windows}  # fmt: skip
+            "windows": steps}  # fmt: skip
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
@@ -427,8 +426,8 @@ def guides_batch() -> Any:
 def pad_labels(source: Source) -> Figures:
     """Stop tokens that stay trained when pad = eos: in SFTTrainer, with transformers' collator, which masks by id, and here."""
     tokenizer, theirs = tiny_tokenizer(), guides_batch()
-    form = load_template(tokenizer, "plain")
-    samples = [encode(example, form, "all") for example in read_examples(BUNDLED_TRAIN, "train")]
+    template = load_template(tokenizer, "plain")
+    samples = [encode(example, template, "all") for example in read_examples(BUNDLED_TRAIN, "train")]
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
     by_id = collator([{"input_ids": sample.input_ids, "attention_mask": [1] * len(sample.input_ids)} for sample in samples])
     counts = {"trl": theirs["labels"], "transformers": by_id["labels"], "here": collate(samples).labels}  # [22, T] each
@@ -438,16 +437,16 @@ def pad_labels(source: Source) -> Figures:
 
 def stop_token(source: Source) -> Figures:
     """How many of the guide's samples end with a stop token, as SFTTrainer makes them and here, and what is trained of each."""
-    form, theirs = load_template(tiny_tokenizer(), "plain"), guides_batch()
+    template, theirs = load_template(tiny_tokenizer(), "plain"), guides_batch()
     last = theirs["labels"].gather(1, theirs["lengths"][:, None] - 1)[:, 0]  # [22]
-    ours = [encode(example, form, "response") for example in read_examples(BUNDLED_TRAIN, "train")]
+    ours = [encode(example, template, "response") for example in read_examples(BUNDLED_TRAIN, "train")]
     positions = sum(len(sample.input_ids) for sample in ours)
     return {
         "examples": len(ours),
         "trl_version": theirs["version"],
         "trl": int((last == theirs["stop"]).sum()),
         "trl_trained": int((theirs["labels"] != IGNORED).sum()) / int(theirs["lengths"].sum()),
-        "here": sum(sample.input_ids[-1] == form.stop_id and sample.labels[-1] == form.stop_id for sample in ours),
+        "here": sum(sample.input_ids[-1] == template.stop_id and sample.labels[-1] == template.stop_id for sample in ours),
         "here_trained": sum(label != IGNORED for sample in ours for label in sample.labels) / positions,
     }
 
@@ -489,7 +488,7 @@ def native_class(source: Source) -> Figures:
 
 
 def fresh_tiny(dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The tiny model in NF4 with bf16 compute, as the guide loads it, and what is not quantised in `dtype`."""
+    """The tiny model in NF4 with bf16 compute, as the guide loads it, and what is not quantized in `dtype`."""
     quantization = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
@@ -596,10 +595,10 @@ def checkpointing_gpu(source: Source) -> Figures:
     """Peak and time of a step at 2 x 2,048 tokens on a GPU, and of longer rows, with and without checkpointing."""
     short = {policy: measured_cell("train_step_h100_*.json", attn_implementation="sdpa", gradient_checkpointing=policy)
              for policy in ("none", "full")}  # fmt: skip
-    found: Figures = {policy: {"peak_gib": cell["peak_gib"], "step_ms": cell["step_ms"]} for policy, cell in short.items()}
+    found: Figures = {policy: {"peak_gb": cell["peak_gb"], "step_ms": cell["step_ms"]} for policy, cell in short.items()}
     long = {policy: measured_cell("attention_h100_*.json", level="step", backend="sdpa", length=8192, layout="full",
                              checkpointing=policy, window="as trained") for policy in ("none", "full")}  # fmt: skip
-    return {**found, "at_8192_gib": {policy: cell["peak_gib"] for policy, cell in long.items()}}
+    return {**found, "at_8192_gb": {policy: cell["peak_gb"] for policy, cell in long.items()}}
 
 
 def attention_kernel(backend: str, length: int, window: int | None = None) -> dict[str, Any]:
@@ -639,16 +638,16 @@ def flash_memory(source: Source) -> Figures:
     """Peak of a step of one row over its length: a quadratic term shows where the length doubles."""
     peaks: dict[str, dict[int, float]] = {}
     for backend in ("eager", "sdpa", "flash_attention_2"):
-        peaks[backend] = {length: attention_step(backend, length)["peak_gib"] for length in (4096, 8192)}
+        peaks[backend] = {length: attention_step(backend, length)["peak_gb"] for length in (4096, 8192)}
     growth = {backend: peak[8192] - peak[4096] for backend, peak in peaks.items()}
-    named = {backend: {str(length): gib for length, gib in peak.items()} for backend, peak in peaks.items()}
-    short = {backend: attention_step(backend, LENGTH)["peak_gib"] for backend in peaks}
-    return {"peak_gib": named, "growth_gib": growth, "at_2048_gib": short}
+    named = {backend: {str(length): gb for length, gb in peak.items()} for backend, peak in peaks.items()}
+    short = {backend: attention_step(backend, LENGTH)["peak_gb"] for backend in peaks}
+    return {"peak_gb": named, "growth_gb": growth, "at_2048_gb": short}
 
 
 def peers_gb(contender: str, shape: str = SHAPE) -> float:
     """Measured peak of a contender of peers.py on an H100, in GB."""
-    return float(measured_cell(PEERS, contender=contender, shape=shape)["peak_gib"]) * 2**30 / 1e9
+    return float(measured_cell(PEERS, contender=contender, shape=shape)["peak_gb"])
 
 
 def out_of_memory(source: Source) -> Figures:
@@ -676,7 +675,7 @@ def memory_of_phi3(source: Source) -> Figures:
         "inputs of the layers": 2 * tokens * shape.num_hidden_layers * shape.hidden_size / 1e9,
         "a chunk of logits": 2 * min(CHUNK_TOKENS, tokens) * shape.vocab_size / 1e9,
     }
-    predicted = estimated_memory_gib(model, targets, config, LENGTH) * 2**30 / 1e9
+    predicted = estimated_memory_gb(model, targets, config, LENGTH)
     terms["the layer at work, and scratch"] = predicted - sum(terms.values())
     states = ("linear layers, NF4", "embeddings, head, norms, bf16", "adapters, fp32", "their gradients", "AdamW's moments")
     return {
@@ -759,7 +758,7 @@ def epochs(source: Source) -> Figures:
 
 
 def signs_of_success(source: Source) -> Figures:
-    """Held-out loss before and after 20 epochs and right answers, for each peak rate."""
+    """Eval loss before and after 20 epochs and right answers, for each peak rate."""
     _, record = report.load("demo_cpu_*.json")
     runs = {
         f"{run['learning_rate']:g}": {"before": run["eval_loss"][0], "last": run["eval_loss"][-1], "right": run["tuned_right"],
@@ -772,7 +771,7 @@ def signs_of_success(source: Source) -> Figures:
 def trl_checkpointing(source: Source) -> Figures:
     """Peak and step of SFTTrainer as it comes, and told not to checkpoint."""
     cells = {name: measured_cell("peers_cpu_*.json", contender=name) for name in ("trl", "trl_no_checkpointing")}
-    return {"version": cells["trl"]["version"], **{name: {"peak_gib": cell["peak_gib"], "step_ms": cell["step_ms"]}
+    return {"version": cells["trl"]["version"], **{name: {"peak_gb": cell["peak_gb"], "step_ms": cell["step_ms"]}
                                                    for name, cell in cells.items()}}  # fmt: skip
 
 

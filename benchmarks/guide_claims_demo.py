@@ -51,19 +51,19 @@ logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda record: "
 
 
 def format_of(source: Source) -> PromptTemplate:
-    """The plain form with the model's own tokenizer."""
+    """The plain format with the model's own tokenizer."""
     folder = model_source(source.model)
     return load_template(load_tokenizer(folder, load_meta_model(folder, TrainConfig()), TrainConfig()), "plain")
 
 
-def encoded(source: Source, path: Path = BUNDLED_TRAIN, form: PromptTemplate | None = None) -> list[TokenizedExample]:
+def encoded(source: Source, path: Path = BUNDLED_TRAIN, template: PromptTemplate | None = None) -> list[TokenizedExample]:
     """The bundled examples, loss on the response."""
-    form = form or format_of(source)
-    return [encode(example, form, "response") for example in read_examples(path, "train")]
+    template = template or format_of(source)
+    return [encode(example, template, "response") for example in read_examples(path, "train")]
 
 
 def base_model(source: Source, kind: str) -> Any:
-    """The model in fp32, bf16, int8, or in 4 bits: nf4 or fp4, with `_dq` for double quantisation."""
+    """The model in fp32, bf16, int8, or in 4 bits: nf4 or fp4, with `_dq` for double quantization."""
     folder = model_source(source.model)
     if kind in ("fp32", "bf16"):
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
@@ -125,16 +125,16 @@ def printed_size(source: Source) -> Figures:
 # -- adapters at their start -------------------------------------------------------------------------------------------
 
 
-def window_of(source: Source, form: PromptTemplate) -> list[Batch]:
+def step_of(source: Source, template: PromptTemplate) -> list[Batch]:
     """The first four examples as two micro-batches."""
-    samples = encoded(source, form=form)
+    samples = encoded(source, template=template)
     return [collate(samples[:2]), collate(samples[2:4])]
 
 
 def start(source: Source) -> Figures:
     """Logits with fresh adapters against those without, and the gradients of A and B."""
-    config, form, model = training.start(source.model, {"lora_dropout": 0.0})
-    batch = window_of(source, form)[0]
+    config, template, model = training.start(source.model, {"lora_dropout": 0.0})
+    batch = step_of(source, template)[0]
     with torch.no_grad():
         with_adapters = model.eval()(input_ids=batch.input_ids).logits  # [B, T, V]
         with model.disable_adapter():
@@ -157,22 +157,22 @@ def alphas(source: Source) -> Figures:
     """The first gradient of B for alphas at rank 32: norms, which grow as the update's scale does."""
     norms = {}
     for alpha in (16, 64, 256):
-        config, form, model = training.start(source.model, {"lora_dropout": 0.0, "lora_alpha": alpha})
+        config, template, model = training.start(source.model, {"lora_dropout": 0.0, "lora_alpha": alpha})
         decoder = accelerate(model.train(), config)
-        norms[str(alpha)] = float(gradient_of(model, decoder, window_of(source, form)[0], read_head(model)).norm())
+        norms[str(alpha)] = float(gradient_of(model, decoder, step_of(source, template)[0], read_head(model)).norm())
     return {"norms": norms, "of_16": norms["64"] / norms["16"], "of_64": norms["256"] / norms["64"]}
 
 
 def frozen(source: Source) -> Figures:
     """Two steps: which parameters moved, and whether the base is still the same bytes."""
-    config, form, model = training.start(source.model, {})
+    config, template, model = training.start(source.model, {})
     decoder = accelerate(model.train(), config)
     before = fingerprint(model)
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     for _ in range(2):  # in the first, A stands still, as B is zero
-        train_loop.train_step(decoder, optimizer, window_of(source, form), loss_sum, 1e-3, 1.0)
+        train_loop.train_step(decoder, optimizer, step_of(source, template), loss_sum, 1e-3, 1.0)
     moved = sum(not torch.equal(p, trained[name]) for name, p in model.named_parameters() if name in trained)
     return {"base_unchanged": fingerprint(model) == before, "moved": moved, "trained": len(trained)}
 
@@ -188,30 +188,30 @@ def gradient_of(model: Any, decoder: Any, batch: Batch, head: Any) -> torch.Tens
 
 
 def accumulation(source: Source) -> Figures:
-    """The gradient of a mean of micro-batch means against that of the window's tokens, for like and unlike answers."""
-    config, form, model = training.start(source.model, {"lora_dropout": 0.0})
+    """The gradient of a mean of micro-batch means against that of the step's tokens, for like and unlike answers."""
+    config, template, model = training.start(source.model, {"lora_dropout": 0.0})
     decoder = accelerate(model.train(), config)
     head = read_head(model)
     found = {}
-    whole = encoded(source, form=form)
+    whole = encoded(source, template=template)
     prompt = sum(label == IGNORED for label in whole[0].labels)
     short = TokenizedExample(*(part[: prompt + 12] for part in whole[0][:2]), 1)
-    windows = {"bundled": window_of(source, form), "unlike": [collate([short]), collate([whole[1]])]}
-    for name, window in windows.items():
-        sums = [gradient_of(model, decoder, batch, head) for batch in window]
-        counts = [batch.num_tokens for batch in window]
+    steps = {"bundled": step_of(source, template), "unlike": [collate([short]), collate([whole[1]])]}
+    for name, step_batches in steps.items():
+        sums = [gradient_of(model, decoder, batch, head) for batch in step_batches]
+        counts = [batch.num_tokens for batch in step_batches]
         right = sum(sums) / sum(counts)  # [parameters]
-        means = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(window)  # [parameters]
+        means = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(step_batches)  # [parameters]
         found[name] = {"tokens": counts, "error": float((means - right).norm() / right.norm())}
     return {"windows": found}
 
 
 def batch_noise(source: Source) -> Figures:
     """Cosine between the gradient of 1, 2, 4 and 11 examples and that of all 22, the mean over disjoint batches."""
-    config, form, model = training.start(source.model, {"lora_dropout": 0.0})
+    config, template, model = training.start(source.model, {"lora_dropout": 0.0})
     decoder = accelerate(model.train(), config)
     head = read_head(model)
-    samples = [collate([sample]) for sample in encoded(source, form=form)]
+    samples = [collate([sample]) for sample in encoded(source, template=template)]
     gradients = torch.stack([gradient_of(model, decoder, batch, head) for batch in samples])  # [22, parameters]
     everything = gradients.sum(0)  # [parameters]
     found = {}
@@ -266,14 +266,14 @@ def checkpointing(source: Source, lengths: tuple[int, ...] = (64, 128, 256, 512)
 
 def memory_terms(source: Source) -> Figures:
     """The terms of memory predicted from the shape, and what the tensors of a step weigh, in MB."""
-    config, form, model = training.start(source.model, {})
+    config, template, model = training.start(source.model, {})
     decoder = accelerate(model.train(), config)
     meta_model = load_meta_model(model_source(source.model), config)
     linear = sum(layer.weight.numel() for layer in linear_layers(meta_model).values())
     adapters = sum(target.adapter_parameters for target in audit_targets(meta_model, config))
     optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-    train_loop.train_step(decoder, optimizer, window_of(source, form), loss_sum, 1e-3, 1.0)
+    train_loop.train_step(decoder, optimizer, step_of(source, template), loss_sum, 1e-3, 1.0)
     quantized = [p for p in model.parameters() if isinstance(p, bitsandbytes.nn.Params4bit)]
     scales = sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in (p.quant_state for p in quantized))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -322,13 +322,13 @@ def rank_cost(source: Source, chosen: tuple[int, ...] = (2, 8, 32, 128), rounds:
     """What ranks cost: seconds of a step, in turns so that a busy machine is busy for all, and MB that training keeps."""
     steps, found, kept = {}, {}, {}
     for rank in chosen:
-        config, form, model = training.start(source.model, {"lora_r": rank, "lora_alpha": 2 * rank})
+        config, template, model = training.start(source.model, {"lora_r": rank, "lora_alpha": 2 * rank})
         decoder = accelerate(model.train(), config)
         trained = [p for p in model.parameters() if p.requires_grad]
         loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-        optimizer, window = build_optimizer(trained, config), window_of(source, form)
+        optimizer, step_batches = build_optimizer(trained, config), step_of(source, template)
         steps[rank] = functools.partial(
-            train_loop.train_step, decoder, optimizer, window, loss_sum, 1e-4, 1.0
+            train_loop.train_step, decoder, optimizer, step_batches, loss_sum, 1e-4, 1.0
         )  # () -> loss, norm
         kept[rank] = optimizer
         frozen_mb = sum(p.nbytes for p in model.parameters() if not p.requires_grad) / 1e6
@@ -357,7 +357,7 @@ def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def prompt_forms(source: Source) -> Figures:
-    """Loss of the held-out answers behind the guide's headings and behind the model's own chat template, untrained."""
+    """Loss of the eval answers behind the guide's headings and behind the model's own chat template, untrained."""
     folder = model_source(source.model)
     tokenizer = load_tokenizer(folder, load_meta_model(folder, TrainConfig()), TrainConfig())
     model = base_model(source, "bf16")
@@ -392,20 +392,20 @@ def kv_cache(source: Source, new_tokens: int = 64) -> Figures:
 def merging(source: Source, epochs: int = training.EPOCHS) -> Figures:
     """A trained adapter merged in three ways against the NF4 model with its adapter beside it.
 
-    bf16: into the unquantised model, as the guide does; dequantised: into the NF4 weights, turned to bf16; requantised: into
-    the 4-bit weights, which are then quantised anew. Logits are those of the held-out examples.
+    bf16: into the unquantized model, as the guide does; dequantized: into the NF4 weights, turned to bf16; requantized: into
+    the 4-bit weights, which are then quantized anew. Logits are those of the eval examples.
     """
     trained = training.run(source.model, {}, epochs)
-    form, config, folder = trained.form, trained.config, model_source(source.model)
-    samples = [collate([sample]) for sample in encoded(source, BUNDLED_EVAL, form)]
+    template, config, folder = trained.template, trained.config, model_source(source.model)
+    samples = [collate([sample]) for sample in encoded(source, BUNDLED_EVAL, template)]
     with TemporaryDirectory() as scratch:
-        write_folder(Path(scratch) / "adapter", dict(checkpoint.adapter_files(trained.model, form.tokenizer)))
+        write_folder(Path(scratch) / "adapter", dict(checkpoint.adapter_files(trained.model, template.tokenizer)))
         adapter = str(Path(scratch) / "adapter")
         reference = compared(peft.PeftModel.from_pretrained(load_nf4_model(folder, config, "sdpa", CPU), adapter), samples)
         merged = {}
-        for route in ("bf16", "dequantised", "requantised"):
+        for route in ("bf16", "dequantized", "requantized"):
             base = base_model(source, "bf16") if route == "bf16" else load_nf4_model(folder, config, "sdpa", CPU)
-            base = base.dequantize() if route == "dequantised" else base
+            base = base.dequantize() if route == "dequantized" else base
             merged[route] = compared(peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(), samples, reference)
     beside = {"loss": reference["loss"], "perplexity": math.exp(reference["loss"])}
     return {"beside": beside, "without": {"perplexity": math.exp(trained.row["eval_loss"][0])}, "merged": merged}
@@ -413,7 +413,7 @@ def merging(source: Source, epochs: int = training.EPOCHS) -> Figures:
 
 @torch.no_grad()
 def compared(model: Any, samples: list[Batch], reference: Figures | None = None) -> Figures:
-    """Loss on held-out answers and, against a reference, the largest and the relative difference of logits."""
+    """Loss on eval answers and, against a reference, the largest and the relative difference of logits."""
     model.eval()
     logits, total, tokens = [], 0.0, 0
     for batch in samples:
@@ -443,13 +443,13 @@ def of(source: Source, flags: training.Flags) -> dict[str, Any]:
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
     """What claims are judged by, of one run."""
-    kept = ("trained_parameters", "step_s", "peak_rss_gib", "train_loss_without_dropout", "text_perplexity", "epochs")
+    kept = ("trained_parameters", "step_s", "peak_rss_gb", "train_loss_without_dropout", "text_perplexity", "epochs")
     return {"held_out": row["eval_loss"][-1], "best_held_out": min(row["eval_loss"]), "before": row["eval_loss"][0],
             **{name: row[name] for name in kept}}  # fmt: skip
 
 
 def noise(source: Source) -> float:
-    """How much the held-out loss differs between two seeds."""
+    """How much the eval loss differs between two seeds."""
     return abs(summary(of(source, training.BASE))["held_out"] - summary(of(source, training.ANOTHER_SEED))["held_out"])
 
 
@@ -459,28 +459,28 @@ def runs(source: Source, flags: dict[Any, training.Flags]) -> Figures:
 
 
 def target_quality(source: Source) -> Figures:
-    """Held-out loss for each choice of targets."""
+    """Eval loss for each choice of targets."""
     return runs(source, {"all": training.BASE, **training.TARGETS})
 
 
 def ranks(source: Source) -> Figures:
-    """Held-out loss, time and memory for each rank."""
+    """Eval loss, time and memory for each rank."""
     return runs(source, dict(sorted({32: training.BASE, **training.RANKS}.items())))
 
 
 def dropouts(source: Source) -> Figures:
-    """Training loss with dropout switched off, and held-out loss, for each share of dropout."""
+    """Training loss with dropout switched off, and eval loss, for each share of dropout."""
     return runs(source, dict(sorted({0.1: training.BASE, **training.DROPOUTS}.items())))
 
 
 def rates(source: Source) -> Figures:
-    """Held-out loss for each peak rate: after the guide's 20 epochs, and of the short runs, which have the extremes."""
+    """Eval loss for each peak rate: after the guide's 20 epochs, and of the short runs, which have the extremes."""
     whole = {name: {"last": run["last"], "right": run["right"]} for name, run in signs_of_success(source)["runs"].items()}
     return {**runs(source, dict(sorted({4e-4: training.BASE, **training.RATES}.items()))), "whole": whole}
 
 
 def decay(source: Source) -> Figures:
-    """Held-out loss with and without weight decay, and the largest share of a weight that decay takes in the run."""
+    """Eval loss with and without weight decay, and the largest share of a weight that decay takes in the run."""
     row = of(source, training.BASE)
     config = training.configured(source.model, {})
     assert config.learning_rate is not None  # as resolved

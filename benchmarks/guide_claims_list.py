@@ -33,21 +33,21 @@ def right_if(holds: bool, otherwise: Verdict = "wrong") -> Verdict:
     return "right" if holds else otherwise
 
 
-def listed(values: dict[str, float], form: str, unit: str = "") -> str:
+def listed(values: dict[str, float], spec: str, unit: str = "") -> str:
     """`name: value unit`, separated by semicolons."""
-    return "; ".join(f"{name}: {value:{form}}{unit}" for name, value in values.items())
+    return "; ".join(f"{name}: {value:{spec}}{unit}" for name, value in values.items())
 
 
 LABELS = {"accidental": "o_proj and down_proj, which the guide's names match", "mlp": "MLP", "all, r=12": "all at r=12"}
 
 
-def held_out(f: Figures) -> str:
-    """Held-out losses of runs, and what they are to be compared with."""
+def eval_losses(f: Figures) -> str:
+    """Eval losses of runs, and what they are to be compared with."""
     losses = {LABELS.get(name, name): run["held_out"] for name, run in f["runs"].items()}
     first = next(iter(f["runs"].values()))
     apart = f"the one pair of seeds differs by {f['seeds_differ_by']:.4f}"
     told = f"after {first['epochs']} epochs ({first['before']:.3f} before; {apart})"
-    return f"held-out loss {told}: {listed(losses, '.4f')}"
+    return f"eval loss {told}: {listed(losses, '.4f')}"
 
 
 def too_short(f: Figures) -> bool:
@@ -67,7 +67,7 @@ def grows(f: Figures, what: str) -> bool:
 
 
 def near(f: Figures, name: str, other: str, times: float = 2.0) -> bool:
-    """Whether two runs' held-out losses are nearer than twice what two seeds differ by."""
+    """Whether two runs' eval losses are nearer than twice what two seeds differ by."""
     return abs(f["runs"][name]["held_out"] - f["runs"][other]["held_out"]) <= times * f["seeds_differ_by"]
 
 
@@ -170,7 +170,7 @@ ADAPTERS = (
     Claim(
         "init-gaussian",
         "A starts Gaussian",
-        "initialisation",
+        "initialization",
         lambda f: right_if(abs(f["kurtosis"] - 3) < 0.2),
         lambda f: (
             f"uniform within {f['largest_times_root_in']:.2f} / sqrt(in), kurtosis {f['kurtosis']:.2f} (uniform 1.8, Gaussian "
@@ -242,7 +242,7 @@ NF4 = (
     ),
     Claim(
         "nf4-blocks",
-        "Weights are normalised to [-1, 1] and stored as 4-bit integers",
+        "Weights are normalized to [-1, 1] and stored as 4-bit integers",
         "blocks",
         lambda f: right_if(f["block"] >= f["elements"], "depends"),
         lambda f: (
@@ -256,13 +256,13 @@ NF4 = (
         "bits",
         lambda f: right_if(abs(f["double"] / 4 - 1) < 0.01),
         lambda f: (
-            f"{f['double']:.3f} bits with double quantisation, which the guide has on: {f['double'] / 4 - 1:.0%} more, for the "
+            f"{f['double']:.3f} bits with double quantization, which the guide has on: {f['double'] / 4 - 1:.0%} more, for the "
             f"scales of blocks; {f['single']:.3f} without"
         ),
     ),
     Claim(
-        "double-quantisation",
-        "Double quantisation saves 0.37 bits a parameter",
+        "double-quantization",
+        "Double quantization saves 0.37 bits a parameter",
         "bits",
         lambda f: right_if(abs(f["saved"] - 0.37) < 0.005),
         lambda f: f"{f['single']:.3f} to {f['double']:.3f} bits: {f['saved']:.3f}",
@@ -298,29 +298,29 @@ NF4 = (
     ),
     Claim(
         "model-3.8gb",
-        "The quantised model takes 3.8 GB, or 1.9 GB",
+        "The quantized model takes 3.8 GB, or 1.9 GB",
         "quantized_model",
         lambda f: right_if(min(abs(f["total_gb"] - said) for said in (1.9, 3.8)) < 0.1),
         lambda f: (
-            f"{f['total_gb']:.2f} GB ({f['total_gib']:.2f} GiB): {f['linear_gb']:.2f} of linear layers in NF4, "
+            f"{f['total_gb']:.2f} GB: {f['linear_gb']:.2f} of linear layers in NF4, "
             f"{f['rest_gb']:.2f} of embeddings, head and norms in bf16"
         ),
         short=True,
     ),
     Claim(
         "clusters",
-        "Quantisation clusters similar weights",
+        "Quantization clusters similar weights",
         "clusters",
         lambda f: right_if(not f["same_levels"], "depends"),
         lambda f: (
-            "neighbours share a level, but levels are the same for any weight, not fitted to clusters: 16 distinct values, "
+            "neighbors share a level, but levels are the same for any weight, not fitted to clusters: 16 distinct values, "
             f"which clustering would keep exactly, get a relative error of {f['error']['clustered']:.1%}, normal ones "
             f"{f['error']['normal']:.1%}"
         ),
     ),
     Claim(
         "better-than-uniform",
-        "NF4 is better than uniform quantisation",
+        "NF4 is better than uniform quantization",
         "four_bit_formats",
         lambda f: right_if(all(f["error"]["nf4"] < error for name, error in f["error"].items() if "uniform" in name)),
         lambda f: (
@@ -330,7 +330,7 @@ NF4 = (
     ),
     Claim(
         "suits-networks",
-        "NF4 is optimised for the weights of neural networks",
+        "NF4 is optimized for the weights of neural networks",
         "format_errors",
         lambda f: right_if(all(f["nf4"] < error for name, error in f.items() if name != "nf4")),
         lambda f: f"relative error of the demo's linear weights, blocks of 64, 16 levels each: {listed(f, '.2%')}",
@@ -343,14 +343,14 @@ NF4 = (
         lambda f: (
             f"perplexity {f['perplexity']['bf16']:.2f} in bf16; {f['perplexity']['nf4']:.2f} in NF4 "
             f"({f['change']['nf4']:+.1%}, standard error {f['error']['nf4']:.1%}), {f['perplexity']['nf4_dq']:.2f} with double "
-            f"quantisation, {f['perplexity']['fp4']:.2f} in FP4 ({f['change']['fp4']:+.1%}): the demo of 135 million "
+            f"quantization, {f['perplexity']['fp4']:.2f} in FP4 ({f['change']['fp4']:+.1%}): the demo of 135 million "
             "parameters, which comes from 4-bit weights itself"
         ),
         short=True,
     ),
     Claim(
         "quality-int8",
-        "Use INT8 quantisation for inference",
+        "Use INT8 quantization for inference",
         "quality",
         lambda f: right_if(abs(f["change"]["int8"]) < 0.01, "depends"),
         lambda f: (
@@ -443,10 +443,10 @@ MEMORY = (
         "trl-checkpointing",
         "SFTTrainer checkpoints by itself",
         "trl_checkpointing",
-        lambda f: right_if(f["trl"]["peak_gib"] < 0.9 * f["trl_no_checkpointing"]["peak_gib"], "depends"),
+        lambda f: right_if(f["trl"]["peak_gb"] < 0.9 * f["trl_no_checkpointing"]["peak_gb"], "depends"),
         lambda f: (
-            f"{f['version']} does: peak {f['trl']['peak_gib']:.2f} GiB and {f['trl']['step_ms']:,.0f} ms a step as it comes, "
-            f"{f['trl_no_checkpointing']['peak_gib']:.2f} and {f['trl_no_checkpointing']['step_ms']:,.0f} when told not to "
+            f"{f['version']} does: peak {f['trl']['peak_gb']:.2f} GB and {f['trl']['step_ms']:,.0f} ms a step as it comes, "
+            f"{f['trl_no_checkpointing']['peak_gb']:.2f} and {f['trl_no_checkpointing']['step_ms']:,.0f} when told not to "
             "(the demo)"
         ),
         how="peers_cpu_*.json",
@@ -467,11 +467,11 @@ MEMORY = (
         "checkpointing-gpu",
         "Checkpointing helps against running out of memory",
         "checkpointing_gpu",
-        lambda f: right_if(f["full"]["peak_gib"] < 0.5 * f["none"]["peak_gib"]),
+        lambda f: right_if(f["full"]["peak_gb"] < 0.5 * f["none"]["peak_gb"]),
         lambda f: (
-            f"this loop, not compiled, 2 x 2,048 tokens: {f['none']['peak_gib']:.1f} to {f['full']['peak_gib']:.1f} GiB, for "
-            f"{f['none']['step_ms']:.0f} to {f['full']['step_ms']:.0f} ms a step; 1 x 8,192: {f['at_8192_gib']['none']:.1f} to "
-            f"{f['at_8192_gib']['full']:.1f} GiB"
+            f"this loop, not compiled, 2 x 2,048 tokens: {f['none']['peak_gb']:.1f} to {f['full']['peak_gb']:.1f} GB, for "
+            f"{f['none']['step_ms']:.0f} to {f['full']['step_ms']:.0f} ms a step; 1 x 8,192: {f['at_8192_gb']['none']:.1f} to "
+            f"{f['at_8192_gb']['full']:.1f} GB"
         ),
         how=TRAIN_STEP,
     ),
@@ -532,7 +532,7 @@ MEMORY = (
         "checkpoint_contents",
         lambda f: right_if(f["checkpoint_mb"] < 0.2 * f["model_gb"] * 1e3, "depends"),
         lambda f: (
-            f"a checkpoint to go on from takes {f['checkpoint_mb']:.0f} MB (adapter and two moments, {f['adapter_mb']:.0f} "
+            f"a checkpoint takes {f['checkpoint_mb']:.0f} MB (adapter and two moments, {f['adapter_mb']:.0f} "
             f"each), the model {f['model_gb']:.1f} GB"
         ),
         how="kill_resume_*.json",
@@ -578,11 +578,11 @@ ATTENTION_CLAIMS = (
         "flash-memory",
         "Memory falls from O(N²) to O(N)",
         "flash_memory",
-        lambda f: right_if(f["growth_gib"]["flash_attention_2"] < 0.25 * f["growth_gib"]["eager"]),
+        lambda f: right_if(f["growth_gb"]["flash_attention_2"] < 0.25 * f["growth_gb"]["eager"]),
         lambda f: (
             f"peak of a step of this loop with checkpointing, from 4,096 to 8,192 tokens: "
-            f"{listed(f['growth_gib'], '+.1f', ' GiB')}. At 2 x 2,048 eager "
-            f"costs {f['at_2048_gib']['eager'] - f['at_2048_gib']['sdpa']:.1f} GiB more than either"
+            f"{listed(f['growth_gb'], '+.1f', ' GB')}. At 2 x 2,048 eager "
+            f"costs {f['at_2048_gb']['eager'] - f['at_2048_gb']['sdpa']:.1f} GB more than either"
         ),
         how=ATTENTION,
     ),
@@ -642,8 +642,8 @@ PRECISION = (
         lambda f: f"each gradient has its forward's dtype: {f['gradient']} at a layer's output of {f['layer']}",
     ),
     Claim(
-        "dequantised",
-        "Weights are dequantised during computation",
+        "dequantized",
+        "Weights are dequantized during computation",
         "dtypes",
         lambda f: right_if(f["compute"] == "bfloat16"),
         lambda f: f"to {f['compute']} for each product, whatever autocast says",
@@ -780,7 +780,7 @@ TOKENS = (
         "### Instruction is what instruct models know",
         "prompt_forms",
         lambda f: right_if(f["loss"]["plain"] <= f["loss"]["chat"], "depends"),
-        lambda f: f"loss of the held-out answers, before training: {listed(f['loss'], '.3f')} (the demo and its chat template)",
+        lambda f: f"loss of the eval answers, before training: {listed(f['loss'], '.3f')} (the demo and its chat template)",
     ),
     Claim(
         "jsonl-streams",
@@ -823,11 +823,11 @@ LOADING = (
     ),
     Claim(
         "merge",
-        "For deployment merge into the unquantised model",
+        "For deployment merge into the unquantized model",
         "merging",
-        lambda f: right_if(f["merged"]["bf16"]["relative"] <= f["merged"]["dequantised"]["relative"], "depends"),
+        lambda f: right_if(f["merged"]["bf16"]["relative"] <= f["merged"]["dequantized"]["relative"], "depends"),
         lambda f: (
-            f"held-out perplexity {f['without']['perplexity']:.3f} without the adapter, {f['beside']['perplexity']:.3f} with "
+            f"eval perplexity {f['without']['perplexity']:.3f} without the adapter, {f['beside']['perplexity']:.3f} with "
             "it beside NF4; merged into "
             + ", ".join(
                 f"{route} weights {m['perplexity']:.3f} (logits off by {m['relative']:.1%})" for route, m in f["merged"].items()
@@ -855,7 +855,7 @@ TRAINING = (
         lambda f: right_if(
             all(f["runs"]["all"]["held_out"] <= run["held_out"] + f["seeds_differ_by"] for run in f["runs"].values())
         ),
-        held_out,
+        eval_losses,
         runs=("BASE", "ANOTHER_SEED", "TARGETS"),
         short=True,
     ),
@@ -867,7 +867,7 @@ TRAINING = (
             not too_short(f) and f["runs"]["128"]["held_out"] < f["runs"]["8"]["held_out"] and not near(f, "8", "128"),
             "depends",
         ),
-        lambda f: unsettled(f) + held_out(f) + "; a low rank learns more slowly here, which is not what it can learn",
+        lambda f: unsettled(f) + eval_losses(f) + "; a low rank learns more slowly here, which is not what it can learn",
         runs=("BASE", "ANOTHER_SEED", "RANKS"),
     ),
     Claim(
@@ -886,7 +886,7 @@ TRAINING = (
     ),
     Claim(
         "dropout",
-        "Dropout of 0.1 is essential and prevents memorisation",
+        "Dropout of 0.1 is essential and prevents memorization",
         "dropouts",
         lambda f: (
             "depends"
@@ -899,7 +899,7 @@ TRAINING = (
         ),
         lambda f: (
             unsettled(f)
-            + held_out(f)
+            + eval_losses(f)
             + "; loss on the training data, dropout off: "
             + listed({name: run["train_loss_without_dropout"] for name, run in f["runs"].items()}, ".4f")
         ),
@@ -908,7 +908,7 @@ TRAINING = (
     ),
     Claim(
         "learning-rate",
-        "LoRA wants a rate below pre-training's, such as 5e-5, and is sensitive to high ones",
+        "LoRA needs a rate below pre-training's, such as 5e-5, and is sensitive to high ones",
         "rates",
         lambda f: right_if(
             f["whole"]["5e-05"]["last"] <= 1.1 * min(run["last"] for run in f["whole"].values())
@@ -916,7 +916,7 @@ TRAINING = (
             "depends",
         ),
         lambda f: (
-            "held-out loss and right answers after the guide's 20 epochs of the demo, by peak rate, one run each: "
+            "eval loss and right answers after the guide's 20 epochs of the demo, by peak rate, one run each: "
             + "; ".join(f"{rate}: {run['last']:.4f}, {run['right']}" for rate, run in f["whole"].items())
             + ". Extremes after 4 epochs: "
             + listed({rate: f["runs"][rate]["held_out"] for rate in ("1e-05", "0.003", "0.02")}, ".4f")
@@ -931,7 +931,7 @@ TRAINING = (
         "If the loss does not fall, remove weight decay",
         "decay",
         lambda f: right_if(f["runs"]["0"]["held_out"] < f["runs"]["0.01"]["held_out"] - f["seeds_differ_by"]),
-        lambda f: f"in the run decay takes at most {f['decays_by_at_most']:.3%} off a weight; {held_out(f)}",
+        lambda f: f"in the run decay takes at most {f['decays_by_at_most']:.3%} off a weight; {eval_losses(f)}",
         runs=("BASE", "ANOTHER_SEED", "NO_DECAY"),
     ),
     Claim(
@@ -958,7 +958,7 @@ TRAINING = (
     ),
     Claim(
         "success",
-        "A lower held-out loss shows that training worked",
+        "A lower eval loss shows that training worked",
         "signs_of_success",
         lambda f: right_if(
             all(run["last"] < run["before"] and run["right"] > run["right_before"] for run in f["runs"].values()), "depends"
@@ -977,7 +977,7 @@ TRAINING = (
         "epochs",
         lambda f: right_if(all(right < 0.5 * f["of"] for epoch, right in f["plateau"].values() if epoch <= 4), "depends"),
         lambda f: (
-            "the epoch from which held-out loss stays within twice its last, and right answers of "
+            "the epoch from which eval loss stays within twice its last, and right answers of "
             f"{f['of']}, by peak rate: "
             + "; ".join(f"{rate}: {epoch}, {right}" for rate, (epoch, right) in f["plateau"].items())
         ),
@@ -989,7 +989,7 @@ TRAINING = (
         "epochs",
         lambda f: right_if(f["within_a_tenth"] > 15, "depends" if f["within_a_tenth"] > 1 else "wrong"),
         lambda f: (
-            f"several it does; at the demo's rate held-out loss is within a tenth of its lowest after {f['within_a_tenth']}; "
+            f"several it does; at the demo's rate eval loss is within a tenth of its lowest after {f['within_a_tenth']}; "
             f"lowest after {f['best_epoch']} ({f['best']:.4f}), {f['last']:.4f} after {f['epochs']}"
         ),
         how=DEMO,

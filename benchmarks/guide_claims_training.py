@@ -1,4 +1,4 @@
-"""Short runs of the loop on the demo for guide_claims.py: targets, ranks, dropout, rates and decay against held-out loss.
+"""Short runs of the loop on the demo for guide_claims.py: targets, ranks, dropout, rates and decay against eval loss.
 
 Shapes: B rows, T tokens, D hidden size. Losses are nats per token.
 """
@@ -28,7 +28,7 @@ from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
 from qlora.model.random_state import seed_generators
 from qlora.speed.accelerate import accelerate
-from qlora.speed.memory import peak_memory_gib
+from qlora.speed.memory import peak_memory_gb
 
 CPU = torch.device("cpu")
 EPOCHS = 4  # 24 steps
@@ -42,7 +42,7 @@ class Trained(NamedTuple):
     row: dict[str, Any]
     model: Any
     config: TrainConfig
-    form: PromptTemplate
+    template: PromptTemplate
 
 
 def configured(model: str, flags: Flags, epochs: int = EPOCHS) -> TrainConfig:
@@ -53,10 +53,10 @@ def configured(model: str, flags: Flags, epochs: int = EPOCHS) -> TrainConfig:
     return TrainConfig(**{**vars(config), **fixed})
 
 
-def text_rows(form: PromptTemplate, rows: int = TEXT_ROWS, length: int = TEXT_LENGTH) -> torch.Tensor:
-    """[rows, length] ids of the reference text that comes with Python (pydoc_data.topics, PSF licence), from its start."""
+def text_rows(template: PromptTemplate, rows: int = TEXT_ROWS, length: int = TEXT_LENGTH) -> torch.Tensor:
+    """[rows, length] ids of the reference text that comes with Python (pydoc_data.topics, PSF license), from its start."""
     text = "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
-    ids = form.ids(text[: 8 * rows * length])
+    ids = template.ids(text[: 8 * rows * length])
     return torch.tensor(ids[: rows * length]).view(rows, length)  # [rows, length]
 
 
@@ -81,14 +81,14 @@ def text_losses(model: Any, ids: torch.Tensor, dtype: torch.dtype | None = torch
 
 
 def start(model: str, flags: Flags, epochs: int = EPOCHS) -> tuple[TrainConfig, PromptTemplate, Any]:
-    """What train_loop.main makes before its first step: configuration, form, and the NF4 model with its adapters."""
+    """What train_loop.main makes before its first step: configuration, template, and the NF4 model with its adapters."""
     config = configured(model, flags, epochs)
     source = model_source(str(config.model))
     meta_model = load_meta_model(source, config)
-    form = load_template(load_tokenizer(source, meta_model, config), config.prompt_format)
+    template = load_template(load_tokenizer(source, meta_model, config), config.prompt_format)
     targets = audit_targets(meta_model, config)
     seed_generators(config.seed)
-    return config, form, add_lora(load_nf4_model(source, config, "sdpa", CPU), config, targets, source)
+    return config, template, add_lora(load_nf4_model(source, config, "sdpa", CPU), config, targets, source)
 
 
 def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
@@ -100,10 +100,10 @@ def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
         epochs: passes over the 22 examples.
     """
     began = time.perf_counter()
-    config, form, adapted = start(model, flags, epochs)
+    config, template, adapted = start(model, flags, epochs)
     assert config.learning_rate is not None  # as resolved
-    samples, held_out = (
-        encode_all(read_examples(path, "train"), path, form, config)[0] for path in (BUNDLED_TRAIN, BUNDLED_EVAL)
+    samples, eval_set = (
+        encode_all(read_examples(path, "train"), path, template, config)[0] for path in (BUNDLED_TRAIN, BUNDLED_EVAL)
     )
     decoder = accelerate(adapted, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(adapted))
@@ -111,21 +111,21 @@ def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
     step, (_, total) = 0, count_steps(config, len(samples))
     warmup = math.ceil(config.warmup_ratio * total)
     losses, norms, seconds = [], [], []
-    evaluated = [held_out_loss(adapted, held_out, loss_sum, config)]
+    evaluated = [eval_loss(adapted, eval_set, loss_sum, config)]
     adapted.train()
     with attention.for_training(adapted, config):
         for epoch in range(1, epochs + 1):
             rows = epoch_rows(samples, config, epoch)
             batches = micro_batches(samples, rows, config.per_device_train_batch_size)
-            for window in batched(batches, config.gradient_accumulation_steps):
+            for step_batches in batched(batches, config.gradient_accumulation_steps):
                 since = time.perf_counter()
                 rate = config.learning_rate * train_loop.lr_multiplier(step, warmup, total)
-                step_loss, norm = train_loop.train_step(decoder, optimizer, window, loss_sum, rate, config.max_grad_norm)
+                step_loss, norm = train_loop.train_step(decoder, optimizer, step_batches, loss_sum, rate, config.max_grad_norm)
                 losses.append(step_loss.item())
                 norms.append(norm.item())
                 seconds.append(time.perf_counter() - since)
                 step += 1
-            evaluated.append(held_out_loss(adapted, held_out, loss_sum, config))
+            evaluated.append(eval_loss(adapted, eval_set, loss_sum, config))
     row = {
         "flags": flags,
         "epochs": epochs,
@@ -133,16 +133,16 @@ def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
         "train_loss": losses,
         "grad_norm": norms,
         "eval_loss": evaluated,
-        "train_loss_without_dropout": held_out_loss(adapted, samples, loss_sum, config),
-        "text_perplexity": math.exp(statistics.mean(text_losses(adapted, text_rows(form)))),
+        "train_loss_without_dropout": eval_loss(adapted, samples, loss_sum, config),
+        "text_perplexity": math.exp(statistics.mean(text_losses(adapted, text_rows(template)))),
         "step_s": round(statistics.median(seconds), 3),
-        "peak_rss_gib": round(peak_memory_gib(CPU), 3),
+        "peak_rss_gb": round(peak_memory_gb(CPU), 3),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    return Trained(row, adapted, config, form)
+    return Trained(row, adapted, config, template)
 
 
-def held_out_loss(model: Any, samples: Sequence[Any], loss_sum: Any, config: TrainConfig) -> float:
+def eval_loss(model: Any, samples: Sequence[Any], loss_sum: Any, config: TrainConfig) -> float:
     """Token-weighted loss in evaluation mode."""
     batches = micro_batches(samples, range(len(samples)), config.per_device_train_batch_size)
     return evaluate_loss(model, batches, loss_sum).loss

@@ -38,7 +38,7 @@ class Options:
     precisions: tuple[str, ...] = ("nf4", "int8")
     """Of the base."""
     evaluate: bool = True
-    """Whether `python -m qlora evaluate` is timed too, as a process, on the eight held-out examples."""
+    """Whether `python -m qlora evaluate` is timed too, as a process, on the eight eval examples."""
     out: Path = ROOT / "benchmarks" / "results" / f"inference_cpu_{datetime.date.today():%Y%m}.json"
     """Where the JSON goes."""
 
@@ -57,13 +57,13 @@ def contenders(adapter, precision: str) -> dict:
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(
         str(adapter.folder), quantization_config=quantization_of(precision), dtype=torch.bfloat16
     ).eval()
-    form = adapter.form
-    never = form._replace(stop_id=len(form.tokenizer) - 1)  # a token that the model does not write
+    template = adapter.template
+    never = template._replace(stop_id=len(template.tokenizer) - 1)  # a token that the model does not write
     ours.generation_config.eos_token_id = theirs.generation_config.eos_token_id = None
 
     def their_answer(prompts: list[list[int]], new_tokens: int) -> None:
-        form.tokenizer.padding_side = "left"
-        batch = form.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")  # [B, T]
+        template.tokenizer.padding_side = "left"
+        batch = template.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")  # [B, T]
         theirs.generate(**batch, do_sample=False, max_new_tokens=new_tokens)
 
     return {"ours": lambda prompts, new: generate(ours, prompts, never, new), "transformers": their_answer}
@@ -122,7 +122,7 @@ def main(options: Options) -> None:
 
     adapter = open_adapter(options.run, device="cpu")
     examples = list(read_examples(BUNDLED_EVAL, "test"))[: max(options.batch_sizes)]
-    prompts = [encode_prompt(example.prompt, adapter.form) for example in examples]
+    prompts = [encode_prompt(example.prompt, adapter.template) for example in examples]
     rows = [row for precision in options.precisions for row in timed(options, adapter, precision, prompts)]
     evaluations = []
     if options.evaluate:

@@ -3,7 +3,7 @@
     python benchmarks/kill_resume.py                            # a CUDA GPU; writes benchmarks/results/
     python benchmarks/kill_resume.py --shape tiny --kills 2     # anywhere, a smoke test
 
-Each process is killed with SIGKILL at a random moment after it has written a checkpoint of its own; the next one goes on.
+Each process is killed with SIGKILL at a random moment after it has written a checkpoint; the next one resumes.
 The model has the exact shape and random weights. Always with --deterministic.
 """
 
@@ -27,7 +27,7 @@ from typing import Literal
 import tyro
 
 ROOT = Path(__file__).parents[1]
-TIMES = ("tokens_per_s", "peak_memory_gib")  # of a metrics row: what may differ
+TIMES = ("tokens_per_s", "peak_memory_gb")  # of a metrics row: what may differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def start(arguments: list[str], log: Path) -> int:
     return fork(run, log)
 
 
-def ended(child: int) -> int:
+def wait(child: int) -> int:
     """How it ended: its exit code, or minus the number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -108,7 +108,7 @@ def kill_after_progress(arguments: list[str], folder: Path, log: Path, pause_s: 
             raise SystemExit(f"the run ended by itself:\n{log.read_text()[-3000:]}")
     time.sleep(pause_s)
     os.kill(child, signal.SIGKILL)
-    assert ended(child) == -signal.SIGKILL
+    assert wait(child) == -signal.SIGKILL
     kill = {"resumed_after_step": before, "newest_checkpoint": newest_step(folder)}
     return {**kill, "pause_s": round(pause_s, 3), "seconds": round(time.perf_counter() - began, 1)}
 
@@ -158,7 +158,7 @@ def main(options: Options) -> None:
             described.write_text(json.dumps(environment(device)))
             os._exit(0)
         write_rows(rows, 4 * steps, options.length)
-        assert ended(child) == 0, "the model could not be written"
+        assert wait(child) == 0, "the model could not be written"
         flags = ["--max-steps", str(steps), "--save-steps", "1", "--save-total-limit", str(steps), "--logging-steps", "1"]
         flags += ["--deterministic", "--attn-implementation", options.attn_implementation]
         arguments = ["--model", str(model), "--train-file", str(rows), *flags, "--output-dir"]
@@ -175,9 +175,9 @@ def main(options: Options) -> None:
             record["seconds"] = round(time.perf_counter() - began, 1)
             write(record, options)
             print(kill, flush=True)
-        assert ended(start([*arguments, str(pieces)], log)) == 0, log.read_text()[-3000:]
-        assert ended(alone) == 0, "the straight run failed"
-        assert log.read_text().count("It goes on bit for bit") == options.kills
+        assert wait(start([*arguments, str(pieces)], log)) == 0, log.read_text()[-3000:]
+        assert wait(alone) == 0, "the straight run failed"
+        assert log.read_text().count("It resumes bit for bit") == options.kills
         record["finished"] = {
             "last checkpoint": compared(steps, straight, pieces),
             "adapter": digests(pieces / "adapter") == digests(straight / "adapter"),

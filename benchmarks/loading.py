@@ -1,4 +1,4 @@
-"""How long the quantised model takes to load, from bf16 and from a folder that bitsandbytes saved in NF4, and what it needs.
+"""How long the quantized model takes to load, from bf16 and from a folder that bitsandbytes saved in NF4, and what it needs.
 
     python benchmarks/loading.py                  # a CUDA GPU: Phi-3-mini's shape, random weights, 10 GB of disk while it runs
     python benchmarks/loading.py --shape tiny     # anywhere, a smoke test
@@ -49,7 +49,7 @@ def load_cell(options: Options) -> dict[str, Any]:
 
     from qlora.config import TrainConfig
     from qlora.model.load import load_nf4_model
-    from qlora.speed.memory import peak_memory_gib
+    from qlora.speed.memory import peak_memory_gb
 
     assert options.cell is not None
     folder, stored, saved = options.cell
@@ -73,7 +73,7 @@ def load_cell(options: Options) -> dict[str, Any]:
         module.in_features * module.out_features * 2 for module in model.model.modules() if hasattr(module, "in_features")
     )
     return {"stored": stored, "load_s": took, "disk_gb": disk / 1e9, "model_gb": held / 1e9,
-            "peak_gb": peak_memory_gib(device) * 2**30 / 1e9, "largest_layer_gb": largest / 1e9}  # fmt: skip
+            "peak_gb": peak_memory_gb(device), "largest_layer_gb": largest / 1e9}  # fmt: skip
 
 
 def main(options: Options) -> None:

@@ -1,14 +1,14 @@
 """TRL, unsloth and this loop side by side: QLoRA steps on one model, the same samples, the same card.
 
     python benchmarks/peers.py                                                   # a CUDA GPU: Phi-3-mini's shape
-    python benchmarks/peers.py --unsloth-site FOLDER --minutes 8 --missing       # go on where the file ends
+    python benchmarks/peers.py --unsloth-site FOLDER --minutes 8 --missing       # only what the file lacks
     python benchmarks/peers.py --shape-of-model demo                             # a CPU: TRL and the loop on the demo
     python benchmarks/report.py                                                  # the tables and the plot
 
 pip install -e ".[benchmark,peers]" brings TRL. unsloth pins other versions of everything, so it is installed into a folder of
 its own (pip install --target FOLDER unsloth==2026.10.9), which goes first on the path of its cells.
 
-Contenders: `trl` is SFTTrainer with its defaults (fp32 where nothing is quantised, sdpa, checkpointing); `trl_best` loads bf16
+Contenders: `trl` is SFTTrainer with its defaults (fp32 where nothing is quantized, sdpa, checkpointing); `trl_best` loads bf16
 and flash_attention_2 where it is installed, `trl_selective` also keeps attention's outputs, `trl_no_checkpointing` keeps all,
 `trl_liger...` adds liger's kernels. `unsloth_offload` is its default, which keeps checkpoints in the host's memory;
 `unsloth_checkpointing` and `unsloth_none` are its other two. `ours_...` is this loop with that --gradient-checkpointing, and
@@ -75,7 +75,7 @@ class Options:
     missing: bool = False
     """Only cells that the file does not have yet, and the trl of their shape."""
     minutes: float | None = None
-    """Start no further cell after so long; a later run with --missing goes on."""
+    """Start no further cell after this many minutes; a later run with --missing continues."""
     out: Path | None = None
     """Where the JSON is, or goes. Unset: benchmarks/results/peers_CARD_YYYYMM.json."""
     commit: str | None = None
@@ -89,7 +89,7 @@ class Failed(Exception):
     """Why a process came to nothing."""
 
 
-def begun(scratch: Path, site: Path | None = None, **job: Any) -> tuple[Path, subprocess.Popen[str]]:
+def start(scratch: Path, site: Path | None = None, **job: Any) -> tuple[Path, subprocess.Popen[str]]:
     """A process of its own for a job of peers_cells.py, which imports what it needs and waits; and where it will answer."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
     asked, result = folder / "job.json", folder / "result.json"
@@ -103,7 +103,7 @@ def begun(scratch: Path, site: Path | None = None, **job: Any) -> tuple[Path, su
     return result, subprocess.Popen(command, cwd=scratch, env=variables, text=True, **pipes)
 
 
-def ended(job: tuple[Path, subprocess.Popen[str]], timeout_s: float) -> dict[str, Any]:
+def wait(job: tuple[Path, subprocess.Popen[str]], timeout_s: float) -> dict[str, Any]:
     """What such a process answers, once it is told to go.
 
     Raises:
@@ -211,7 +211,7 @@ def main(options: Options) -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        described = ended(begun(scratch, task="environment"), 300.0)
+        described = wait(start(scratch, task="environment"), 300.0)
         environment = described["environment"]
         commit = environment["commit"] = options.commit or environment["commit"] or "unknown"
         options = resolved(options, described["on_gpu"])
@@ -226,7 +226,7 @@ def main(options: Options) -> None:
         names = {name for wanted in plan.values() for name in wanted}
         split = bool(names & set(UNSLOTH))
         work = {"shapes": list(plan), "seed": options.seed, "warm_up": options.warm_up, "steps": options.steps}
-        ended(begun(scratch, task="models", shape_of_model=options.shape_of_model, split=split, **work), 600.0)
+        wait(start(scratch, task="models", shape_of_model=options.shape_of_model, split=split, **work), 600.0)
         cells = [(contender, shape) for shape, wanted in plan.items() for contender in wanted]
         for row in measured(cells, scratch, options, ahead=int(described["on_gpu"])):
             row |= {"run": run, "commit": commit}
@@ -251,11 +251,11 @@ def measured(cells: list[tuple[str, str]], scratch: Path, options: Options, ahea
             for contender, shape in cells[number + len(waiting) : number + 1 + ahead]:
                 row: Row = {"contender": contender, "shape": shape, "dropout": options.dropout}
                 site = options.unsloth_site if contender in UNSLOTH else None
-                waiting.append((row, begun(scratch, site, task="cell", **row)))
+                waiting.append((row, start(scratch, site, task="cell", **row)))
             row, job = waiting.pop(0)
             began = time.perf_counter()
             try:
-                row |= ended(job, options.timeout_s)
+                row |= wait(job, options.timeout_s)
             except Failed as failed:
                 row["failed"] = str(failed)
             yield {**row, "seconds": round(time.perf_counter() - began, 1)}

@@ -60,7 +60,7 @@ class Clock:
         self.torch, self.on_gpu, self.warm_up = torch, torch.cuda.is_available(), warm_up
         self.device = torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
         self.created = time.perf_counter()
-        self.load_s = self.first_step_s = self.cold_peak_gib = self.window_began = math.nan
+        self.load_s = self.first_step_s = self.cold_peak_gb = self.timed_since = math.nan
         self.steps: list[tuple[Any, Any]] = []  # begin and end of each
         self.losses: list[float] = []  # the first step's alone
         self.attention: str | None = None  # where the model's configuration does not tell
@@ -86,8 +86,8 @@ class Clock:
     def begin(self) -> None:
         """A step begins."""
         if len(self.steps) == self.warm_up:
-            self.window_began = self.now(wait=True)
-            self.cold_peak_gib = self.peak_gib()
+            self.timed_since = self.now(wait=True)
+            self.cold_peak_gb = self.peak_gb()
             if self.on_gpu:
                 self.torch.cuda.reset_peak_memory_stats()
         began = self.mark()
@@ -100,11 +100,11 @@ class Clock:
             self.now(wait=True)
             self.first_step_s = self.milliseconds(self.steps)[0] / 1000
 
-    def peak_gib(self) -> float:
+    def peak_gb(self) -> float:
         """Allocated on the GPU, or resident in the process where there is none."""
-        from qlora.speed.memory import peak_memory_gib
+        from qlora.speed.memory import peak_memory_gb
 
-        return peak_memory_gib(self.device)
+        return peak_memory_gb(self.device)
 
     def milliseconds(self, steps: list[tuple[Any, Any]]) -> list[float]:
         """How long each took."""
@@ -173,7 +173,7 @@ def train_with(trainer: Any, work: Work, clock: Clock) -> Any:
 
 
 def quantization() -> Any:
-    """NF4 with double quantisation, computed in bf16: as the loop loads it."""
+    """NF4 with double quantization, computed in bf16: as the loop loads it."""
     import torch
     import transformers
 
@@ -190,12 +190,12 @@ def adapters(dropout: float) -> Any:
 
 
 def trl(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
-    """SFTTrainer as its documentation has it: the model's path, the quantisation, the adapters."""
+    """SFTTrainer as its documentation has it: the model's path, the quantization, the adapters."""
     import trl as library
     from transformers.utils import is_flash_attn_2_available
 
     chosen = dict(TRL[contender])
-    if chosen.pop("tuned", False):  # its default loads fp32, so that what is not quantised is computed in fp32
+    if chosen.pop("tuned", False):  # its default loads fp32, so that what is not quantized is computed in fp32
         attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
         chosen["model_init_kwargs"] = {"dtype": "bfloat16", "attn_implementation": attention}
     trainer = library.SFTTrainer(
@@ -277,15 +277,15 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
     with attention.for_training(model.train(), config):
         clock.attention = attn.implementation
         clock.loaded()
-        for window in windows(work, clock.on_gpu, config.length_multiple):
+        for step_batches in steps_of(work, clock.on_gpu, config.length_multiple):
             clock.begin()
-            loss, _ = step(micro_batches=window, learning_rate=RATE, max_grad_norm=CLIP)
+            loss, _ = step(micro_batches=step_batches, learning_rate=RATE, max_grad_norm=CLIP)
             clock.end()
             clock.losses += [] if clock.losses else [loss.item()]
     return model
 
 
-def windows(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
+def steps_of(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
     """The micro-batches of each step, collated when they are asked for, as the loop does."""
     from qlora.data.batch import batched as grouped
     from qlora.data.batch import micro_batches, pack
@@ -314,15 +314,15 @@ def naive(contender: str, work: Work, folder: Path, dropout: float, clock: Clock
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adamw = torch.optim.AdamW(parameters, lr=RATE, fused=True)
     clock.loaded()
-    for window in windows(work, pin=clock.on_gpu):
+    for step_batches in steps_of(work, pin=clock.on_gpu):
         clock.begin()
         total = 0.0
-        for micro_batch in window:
+        for micro_batch in step_batches:
             batch = micro_batch.to(clock.device)
             lengths = torch.tensor([len(work.input_ids[line - 1]) for line in batch.lines])[:, None]  # [B, 1]
             mask = (torch.arange(batch.input_ids.shape[1]) < lengths).to(clock.device)  # [B, T]
             with torch.autocast(clock.device.type, torch.bfloat16):
-                loss = model(input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels).loss / len(window)  # []
+                loss = model(input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels).loss / len(step_batches)  # []
             loss.backward()
             total += loss.item()  # such loops do wait
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -347,7 +347,7 @@ def measure(contender: str, work: Work, folder: Path, dropout: float) -> dict[st
 
     clock = Clock(work.warm_up)
     model = run_of(contender)(contender, work, folder, dropout, clock)
-    window_s = clock.now(wait=True) - clock.window_began
+    timed_s = clock.now(wait=True) - clock.timed_since
     step_ms = clock.milliseconds(clock.steps)[work.warm_up :]
     tokens = work.tokens_of_steps[work.warm_up :]
     assert len(step_ms) == work.steps, f"{len(step_ms)} steps"
@@ -357,11 +357,11 @@ def measure(contender: str, work: Work, folder: Path, dropout: float) -> dict[st
     flops = flops_per_token(shape, map(len, work.input_ids), sum(parameter.numel() for parameter in trained))
     return {
         "tokens_per_s": round(rate, 1),
-        "tokens_per_s_of_window": round(sum(tokens) / window_s, 1),
+        "tokens_per_s_of_window": round(sum(tokens) / timed_s, 1),
         **spread("step_ms", step_ms),
-        "peak_gib": round(clock.peak_gib(), 3),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3) if clock.on_gpu else None,
-        "cold_peak_gib": round(clock.cold_peak_gib, 3),
+        "peak_gb": round(clock.peak_gb(), 3),
+        "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 3) if clock.on_gpu else None,
+        "cold_peak_gb": round(clock.cold_peak_gb, 3),
         "mfu": round(flops * rate / PEAK_FLOPS, 4) if clock.on_gpu else None,
         "gflop_per_token": round(flops / 1e9, 3),
         "adapter_dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})),

@@ -1,10 +1,10 @@
 """What the contenders of peers.py train, and what it costs to compute: samples, the models, operations.
 
-Model FLOP/s utilisation divides what a step has to compute by what it took: for each token
+Model FLOP/s utilization divides what a step has to compute by what it took: for each token
 
     F = 4 P + 6 p + 7 S D L + 4 V D
 
-P weights of the quantised layers (forward, and backward to their inputs alone: they are frozen), p of the adapters (a gradient
+P weights of the quantized layers (forward, and backward to their inputs alone: they are frozen), p of the adapters (a gradient
 too), S D L of causal attention (2 forward, 5 backward; S is twice the mean number of tokens that a position sees, so the
 length of a full row, less with short samples or a window), V D of the frozen head. What is computed again for checkpoints does
 not count. For Phi-3-mini at 2,048 tokens F is 16.6 GFLOP.
@@ -93,8 +93,8 @@ def bundled(folder: Path, warm_up: int, steps: int) -> Work:
     from qlora.model.load import load_meta_model, load_tokenizer
 
     config, source = TrainConfig(), str(folder.resolve())
-    form = load_template(load_tokenizer(source, load_meta_model(source, config), config), config.prompt_format)
-    samples = list(encode_all(read_examples(BUNDLED_TRAIN, "train"), BUNDLED_TRAIN, form, config)[0])
+    template = load_template(load_tokenizer(source, load_meta_model(source, config), config), config.prompt_format)
+    samples = list(encode_all(read_examples(BUNDLED_TRAIN, "train"), BUNDLED_TRAIN, template, config)[0])
     ids, labels = [sample.input_ids for sample in samples], [sample.labels for sample in samples]
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     return Work(ids, labels, batch, accumulation, config.max_length, False, warm_up, steps)
@@ -157,7 +157,7 @@ def write_split(fused: Path, folder: Path) -> None:
             "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id",
             "eos_token_id", "sliding_window", "dtype")  # fmt: skip
     tokenizer = transformers.AutoTokenizer.from_pretrained(fused)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(3)  # unsloth wants one that is not the end of a text
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(3)  # unsloth needs one that is not the end of a text
     width = shape["hidden_size"] // shape["num_attention_heads"]
     same = {name: shape[name] for name in kept}
     config = transformers.MistralConfig(**same, head_dim=width, pad_token_id=3, architectures=["MistralForCausalLM"])

@@ -1,7 +1,7 @@
 """What `python -m qlora plan` predicts, held against the peaks of steps that run: policies, lengths, batches, ranks, backends.
 
     python benchmarks/plan.py                                 # a CUDA GPU; Phi-3-mini's shape, 16 settings, 8 minutes
-    python benchmarks/plan.py --minutes 4 --missing           # go on where the file ends
+    python benchmarks/plan.py --minutes 4 --missing           # only what the file lacks
     python benchmarks/report.py                               # the table and the plot
 
 Each setting runs in a process of its own (benchmarks/train_step.py), so that its peak is its own. One that runs out of memory
@@ -68,7 +68,7 @@ class Options:
     """Commit of the code, where it runs without its repository."""
 
 
-def predicted_gib(shape: str, folder: str, setting: Setting) -> float:
+def predicted_gb(shape: str, folder: str, setting: Setting) -> float:
     """What training would predict for it."""
     from qlora.commands import plan
     from qlora.commands.options import PlanOptions
@@ -83,16 +83,16 @@ def predicted_gib(shape: str, folder: str, setting: Setting) -> float:
         compile=setting["compile"],
     )
     config = dataclasses.replace(plan.configuration(options), lora_dropout=0.0)
-    return plan.planned(plan.shape_meta_model(options, config), config).total_gib
+    return plan.planned(plan.shape_meta_model(options, config), config).total_gb
 
 
 def measured(shape: str, folder: str, setting: Setting) -> dict[str, Any]:
-    """The row of a setting: one that ran has peak_gib, one that did not `unavailable`."""
+    """The row of a setting: one that ran has peak_gb, one that did not `unavailable`."""
     chosen = {"batch": (setting["batch"],), "length": setting["length"], "lora_r": setting["lora_r"]}
     options = train_step.Options(shape=shape, accumulation=2, dropout=0.0, steps=2, **chosen)  # type: ignore[arg-type]
     cell = train_step.run_cell(options, folder, setting["backend"], setting["checkpointing"], setting["compile"])
-    kept = {name: cell[name] for name in ("peak_gib", "unavailable") if name in cell}
-    return {**setting, "predicted_gib": round(predicted_gib(shape, folder, setting), 3), **kept}
+    kept = {name: cell[name] for name in ("peak_gb", "unavailable") if name in cell}
+    return {**setting, "predicted_gb": round(predicted_gb(shape, folder, setting), 3), **kept}
 
 
 def main(options: Options) -> None:

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]  # run as a script, Python has only this file's folder there
+
+from qlora.run.schema import in_gb  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "GUIDE_CLAIMS.md")
-BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by the colour-blind
-COLOURS = {"eager": "#000000", "sdpa": BLUE, "sdpa_cudnn": "#332288", "sdpa_flash": "#56B4E9", "sdpa_efficient": "#CC79A7",
+BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by the color-blind
+COLORS = {"eager": "#000000", "sdpa": BLUE, "sdpa_cudnn": "#332288", "sdpa_flash": "#56B4E9", "sdpa_efficient": "#CC79A7",
            "sdpa_math": "#999999", "flash_attention_2": ORANGE, "varlen": "#009E73", "flex_attention": "#E69F00",
            "flash_attention_4": "#882255"}  # fmt: skip
 FAMILIES = {"trl": BLUE, "unsloth": ORANGE, "naive": "#000000", "ours": "#009E73"}  # contenders of peers.py
@@ -26,7 +30,7 @@ FAMILIES = {"trl": BLUE, "unsloth": ORANGE, "naive": "#000000", "ours": "#009E73
 def load(pattern: str) -> tuple[str, dict[str, Any]]:
     """Name and contents of the newest result file that matches."""
     path = max(RESULTS.glob(pattern), key=lambda path: re.findall(r"\d{6}", path.name))
-    return path.name, json.loads(path.read_text())
+    return path.name, json.loads(path.read_text(), object_hook=in_gb)
 
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
@@ -55,10 +59,10 @@ def demo_summary() -> str:
             "whole run",
             f"{run['total_s']:.0f} s for {run['steps']} steps, {run['step_s']:.2f} s each, {run['tokens_per_s']:.0f} tokens/s",
         ],
-        ["peak memory of the process", f"{run['peak_rss_gib']:.2f} GiB"],
-        ["held-out loss", f"{run['eval_loss'][0]:.3f} before, {run['eval_loss'][-1]:.3f} after"],
+        ["peak memory of the process", f"{run['peak_rss_gb']:.2f} GB"],
+        ["eval loss", f"{run['eval_loss'][0]:.3f} before, {run['eval_loss'][-1]:.3f} after"],
         [
-            "exact schemas for held-out prompts",
+            "exact schemas for eval prompts",
             f"{run['base_right']} of {run['held_out']} before, {run['tuned_right']} of {run['held_out']} after",
         ],
     ]
@@ -95,7 +99,7 @@ def sweep(pattern: str) -> str:
         ]
         for run in sorted(record["runs"], key=lambda run: run["learning_rate"])
     ]
-    headers = ["learning rate", "last training loss", "best held-out loss", "last held-out loss", "exact schemas"]
+    headers = ["learning rate", "last training loss", "best eval loss", "last eval loss", "exact schemas"]
     return table(headers, rows) + "\n\n" + source(name, record)
 
 
@@ -108,7 +112,7 @@ def train_step(pattern: str) -> str:
         if "unavailable" in cell:
             measured = [cell["unavailable"].split(". ")[0], "", ""]
         else:
-            measured = [f"{cell['step_ms']:.0f}", f"{cell['tokens_per_s']:,.0f}", f"{cell['peak_gib']:.2f}"]
+            measured = [f"{cell['step_ms']:.0f}", f"{cell['tokens_per_s']:,.0f}", f"{cell['peak_gb']:.2f}"]
         which = [f"`{cell['attn_implementation']}`", cell["gradient_checkpointing"], HOW[cell.get("compile", "none")]]
         rows.append([*which, *measured])
         if profile := cell.get("profile_ms"):
@@ -119,7 +123,7 @@ def train_step(pattern: str) -> str:
         f"tokens, LoRA dropout {flags['dropout']}, median of {flags['steps']} steps. "
     )
     headers = ["attention", "gradient checkpointing", "layers"]
-    text = table([*headers, "ms a step", "tokens/s", "peak GiB allocated"], rows) + "\n\n" + what + source(name, record)
+    text = table([*headers, "ms a step", "tokens/s", "peak GB allocated"], rows) + "\n\n" + what + source(name, record)
     return text + ("\n\nWhere the step went, in ms:\n\n" + table([*headers, *kinds], profiles) if profiles else "")
 
 
@@ -133,15 +137,15 @@ def tokens(pattern: str) -> str:
     rows, profiles, before = [], [], None
     for cell in cells:
         count = cell["batch"] * flags["length"]
-        grown = "" if before is None else f"{(cell['peak_gib'] - before[1]) * 2**20 / (count - before[0]):.0f}"
+        grown = "" if before is None else f"{(cell['peak_gb'] - before[1]) * 1e6 / (count - before[0]):.0f}"
         rows.append([f"{count:,}", f"{cell['step_ms']:,.0f}", f"{1000 * cell['step_ms'] / count:.1f}",
-                     f"{cell['tokens_per_s']:,.0f}", f"{cell['peak_gib']:.2f}", grown])  # fmt: skip
-        before = (count, cell["peak_gib"])
+                     f"{cell['tokens_per_s']:,.0f}", f"{cell['peak_gb']:.2f}", grown])  # fmt: skip
+        before = (count, cell["peak_gb"])
         if profile := cell.get("profile_ms"):
             shares = (f"{taken:.0f} ({taken / sum(profile.values()):.0%})" for taken in profile.values())
             profiles.append([f"{count:,}", *shares])
             kinds = list(profile)
-    headers = ["tokens", "ms", "us a token", "tokens/s", "peak GiB", "KiB for each token more"]
+    headers = ["tokens", "ms", "us a token", "tokens/s", "peak GB", "KB per additional token"]
     chosen = f"`--gradient-checkpointing {cells[0]['gradient_checkpointing']} --compile {cells[0]['compile']}`"
     what = f"A step of one micro-batch of rows of {flags['length']:,} tokens, {chosen}, no dropout, sdpa. "
     if missing := [f"{size * flags['length']:,}" for size in flags["batch"] if size not in [cell["batch"] for cell in cells]]:
@@ -185,11 +189,11 @@ def ladder(pattern: str) -> str:
                 micro_batches,
                 f"{cell['step_ms']:.0f}",
                 f"{cell['tokens_per_s']:,.0f}",
-                f"{cell['peak_gib']:.2f}",
+                f"{cell['peak_gb']:.2f}",
                 f"{cell['first_step_s']:.0f}",
             ]
         )
-    headers = ["layers", "gradient checkpointing", "dropout", "tokens in a step", "ms a step", "tokens/s", "peak GiB",
+    headers = ["layers", "gradient checkpointing", "dropout", "tokens in a step", "ms a step", "tokens/s", "peak GB",
                "first step, s"]  # fmt: skip
     return table(headers, rows) + f"\n\n{record['what'][0].upper()}{record['what'][1:]}. {source(name, record)}"
 
@@ -228,7 +232,7 @@ def peers(pattern: str, card: str) -> str:
     if not any(RESULTS.glob(pattern)):
         return "Not measured yet."
     name, record = load(pattern)
-    headers = ["contender", "version", "adapters", "tokens/s", "ms a step", "x TRL", "peak GB", "peak GiB", "MFU", "first loss"]
+    headers = ["contender", "version", "adapters", "tokens/s", "ms a step", "x TRL", "peak GB", "MFU", "first loss"]
     parts = []
     usual = record["cells"][0]["dropout"]
     for shape, dropout in dict.fromkeys((cell["shape"], cell["dropout"]) for cell in record["cells"]):
@@ -240,7 +244,7 @@ def peers(pattern: str, card: str) -> str:
     steps, warm_up = (counts([run[name] for run in runs]) for name in ("steps", "warm_up"))
     if (RESULTS / f"peers_{card}.png").exists():
         parts.append(f"![Tokens a second over peak memory, one point a contender](results/peers_{card}.png)")
-    counted = "allocated on the GPU" if record["cells"][0].get("reserved_gib") else "of the process"
+    counted = "allocated on the GPU" if record["cells"][0].get("reserved_gb") else "of the process"
     dropout = " and ".join(sorted({f"{cell['dropout']:g}" for cell in record["cells"]}))
     parts.append(
         f"{runs[-1]['shape_of_model']}, LoRA dropout {dropout}; tokens without padding, the median of {steps} steps "
@@ -248,11 +252,6 @@ def peers(pattern: str, card: str) -> str:
         f"bytes. {source(name, record)}{other_versions(record, record['cells'])}"
     )
     return "\n\n".join(parts)
-
-
-def gb(cell: Cell) -> float:
-    """The peak of a cell in units of 1e9 bytes."""
-    return cell["peak_gib"] * 2**30 / 1e9
 
 
 def other_versions(record: dict[str, Any], cells: list[Cell]) -> str:
@@ -277,11 +276,11 @@ def targets(pattern: str) -> str:
         what: str, contender: str, shape: str, wanted: str, rate: float = 0, times: float = 0, most: float = math.inf
     ) -> list[str]:
         cell = cells[contender, shape]
-        met = cell["tokens_per_s"] >= rate and cell["ratio_to_trl"] >= times and gb(cell) <= most
-        got = f"{cell['tokens_per_s']:,.0f}, {cell['ratio_to_trl']:.2f} x `trl`, {gb(cell):.2f} GB"
+        met = cell["tokens_per_s"] >= rate and cell["ratio_to_trl"] >= times and cell["peak_gb"] <= most
+        got = f"{cell['tokens_per_s']:,.0f}, {cell['ratio_to_trl']:.2f} x `trl`, {cell['peak_gb']:.2f} GB"
         return [what, wanted, f"`{contender}`", got, "yes" if met else "no"]
 
-    peak = gb(cells["trl", "mixed_packed"])
+    peak = cells["trl", "mixed_packed"]["peak_gb"]
     rows = [
         row("fast", "ours_none", full, "3.3 x `trl`, 1.5 x unsloth's fastest", 1.5 * unsloth["none"], 3.3),
         row("fast", "ours_none", full, "28,000 tokens/s", 28e3),
@@ -326,20 +325,20 @@ def plan_fits() -> str:
 
     shape = plan.shape_meta_model(PlanOptions(), plan.configuration(PlanOptions()))
 
-    def fastest(free_gib: float, batch: int) -> str:
+    def fastest(free_gb: float, batch: int) -> str:
         for policy in plan.POLICIES:
             for how in ("graphs", "layers"):
                 options = PlanOptions(compile=how, gradient_checkpointing=policy, per_device_train_batch_size=batch)
                 found = plan.planned(shape, plan.configuration(options))
-                if found.fits(free_gib):
-                    return f"`{plan.flags(found.config)}`, {found.total_gib:.2f} GiB"
+                if found.fits(free_gb):
+                    return f"`{plan.flags(found.config)}`, {found.total_gb:.2f} GB"
         return "-"
 
-    rows = [[f"{card} GiB", *(fastest(card - plan.CONTEXT_GIB, batch) for batch in (2, 1))] for card in (6, 8, 12, 16, 24)]
+    rows = [[f"{card} GB", *(fastest(plan.card_free_gb(card), batch) for batch in (2, 1))] for card in (6, 8, 12, 16, 24)]
     name, record = load("plan_h100_*.json")
-    held = [cell["predicted_gib"] / cell["peak_gib"] - 1 for cell in record["cells"] if "peak_gib" in cell]
+    held = [cell["predicted_gb"] / cell["peak_gb"] - 1 for cell in record["cells"] if "peak_gb" in cell]
     words = (
-        "Predicted for Phi-3-mini at rank 32; a tenth of the card and 0.5 GiB for CUDA stay free. No such card was there to "
+        "Predicted for Phi-3-mini at rank 32; a tenth of the card and 0.5 GB for CUDA stay free. No such card was there to "
         f"try; {len(held)} settings on an 80 GB H100 peaked within {max(map(abs, held)):.1%} of what is predicted for them "
         f"([table and plot](benchmarks/README.md#memory-predicted-and-measured)). {source(name, record)}"
     )
@@ -351,14 +350,14 @@ def plan_measured(pattern: str) -> str:
     if not any(RESULTS.glob(pattern)):
         return "Not measured yet."
     name, record = load(pattern)
-    headers = ["checkpointing", "compile", "attention", "rows", "tokens", "rank", "predicted GiB", "measured GiB", ""]
+    headers = ["checkpointing", "compile", "attention", "rows", "tokens", "rank", "predicted GB", "measured GB", ""]
     rows = []
     for cell in record["cells"]:
         shown = [str(cell[key]) for key in ("checkpointing", "compile", "backend", "batch", "length", "lora_r")]
         result = [cell.get("unavailable", "").replace("|", "/"), ""]
-        if "peak_gib" in cell:
-            result = [f"{cell['peak_gib']:.2f}", f"{cell['predicted_gib'] / cell['peak_gib'] - 1:+.1%}"]
-        rows.append([*shown, f"{cell['predicted_gib']:.2f}", *result])
+        if "peak_gb" in cell:
+            result = [f"{cell['peak_gb']:.2f}", f"{cell['predicted_gb'] / cell['peak_gb'] - 1:+.1%}"]
+        rows.append([*shown, f"{cell['predicted_gb']:.2f}", *result])
     card = pattern.split("_")[1]
     plot = f"![Measured over predicted peak, one point a setting](results/plan_{card}.png)\n\n"
     return f"{table(headers, rows)}\n\n{plot if (RESULTS / f'plan_{card}.png').exists() else ''}{source(name, record)}"
@@ -373,7 +372,7 @@ def newest_peers(record: dict[str, Any], shape: str, dropout: float) -> list[Cel
 def peer_row(cell: Cell) -> list[str]:
     """A contender's row of the table, or why it has none."""
     if "failed" in cell:
-        return [f"`{cell['contender']}`", "", "", cell["failed"].replace("|", "/"), *[""] * 6]
+        return [f"`{cell['contender']}`", "", "", cell["failed"].replace("|", "/"), *[""] * 5]
     ratio = "" if cell["ratio_to_trl"] is None else f"{cell['ratio_to_trl']:.2f}"
     return [
         f"`{cell['contender']}`",
@@ -382,8 +381,7 @@ def peer_row(cell: Cell) -> list[str]:
         f"{cell['tokens_per_s']:,.0f}",
         f"{cell['step_ms']:,.0f} ({cell['step_ms_p10']:,.0f}-{cell['step_ms_p90']:,.0f})",
         ratio,
-        f"{gb(cell):.2f}",
-        f"{cell['peak_gib']:.2f}",
+        f"{cell['peak_gb']:.2f}",
         "" if cell["mfu"] is None else f"{cell['mfu']:.1%}",
         "" if cell["first_loss"] is None else f"{cell['first_loss']:.3f}",
     ]
@@ -400,7 +398,7 @@ def pivot(cells: list[Cell], labels: list[str], row: Callable[[Cell], tuple[Any,
     """A table with a column for each backend that was tried; what cannot run says why below it."""
     if not cells:
         return "Not measured yet."
-    backends = [name for name in COLOURS if any(cell["backend"] == name for cell in cells)]
+    backends = [name for name in COLORS if any(cell["backend"] == name for cell in cells)]
     rows, reasons = [], []
     for key in sorted(
         {row(cell) for cell in cells}, key=lambda key: ([part for part in key if isinstance(part, int)], str(key))
@@ -440,7 +438,7 @@ def attention_steps(pattern: str) -> str:
         lambda cell: (cell["length"], cell["rows"], cell["checkpointing"]),
         lambda cell: (
             f"{cell['step_ms']:,.0f} ms ({cell['step_ms_p10']:,.0f}-{cell['step_ms_p90']:,.0f}), "
-            f"{cell['tokens_per_s']:,.0f} tokens/s, {cell['peak_gib']:.1f} GiB"
+            f"{cell['tokens_per_s']:,.0f} tokens/s, {cell['peak_gb']:.1f} GB"
         ),
     )
     window = record["runs"][-1]["window"]
@@ -505,7 +503,7 @@ def attention_shares(pattern: str) -> list[tuple[Cell, float]]:
 def passes_half(shares: list[tuple[Cell, float]]) -> str:
     """For each backend the first length at which attention takes more than half of a step with full checkpointing."""
     passes = []
-    for backend in COLOURS:
+    for backend in COLORS:
         measured = sorted((cell["length"], part) for cell, part in shares
                           if cell["backend"] == backend and cell["checkpointing"] == "full")  # fmt: skip
         over = [length for length, part in measured if part > 0.5]
@@ -544,7 +542,7 @@ def attention_packing(pattern: str) -> str:
         lambda cell: (cell["layout"], cell["rows"]),
         lambda cell: (
             f"{cell['tokens_per_s']:,.0f} tokens/s, {cell['positions']:,} positions in {cell['micro_batches']} micro-batches, "
-            f"{cell['peak_gib']:.1f} GiB"
+            f"{cell['peak_gb']:.1f} GB"
         ),
     )
     return f"{body}\n\nTokens without padding, of the same samples. {source(name, record)}"
@@ -578,7 +576,7 @@ def attention_parity(pattern: str) -> str:
     if not cells:
         return "Not measured yet."
     rows = []
-    for backend in COLOURS:
+    for backend in COLORS:
         for layout in ("unpadded", "right-padded", "packed"):
             found = [cell for cell in cells if cell["backend"] == backend and cell.get("layout") == layout]
             if not found:
@@ -646,7 +644,6 @@ def claims_record() -> tuple[str, dict[str, Any]]:
     Raises:
         SystemExit: it has not a row for each claim.
     """
-    sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]  # run as a script, Python has only this file's folder there
     from benchmarks.guide_claims_list import CLAIMS
 
     name, record = load(CLAIMS_FILE)
@@ -715,7 +712,7 @@ def claim_runs(record: dict[str, Any]) -> str:
                 f"{run['text_perplexity']:.2f}",
             ]
         )
-    headers = ["python train_loop.py", "trained parameters", "training loss, dropout off", "held-out loss", "text perplexity"]
+    headers = ["python train_loop.py", "trained parameters", "training loss, dropout off", "eval loss", "text perplexity"]
     epochs = sorted({run["epochs"] for run in record["trainings"]})
     what = f"`{record['model']}`, `--num-train-epochs {' or '.join(map(str, epochs))}`, one run each; losses in nats per token."
     return f"{table(headers, rows)}\n\n{what}"
@@ -734,7 +731,7 @@ def inference() -> str:
         losses = {side: row["metrics"]["loss"][side]["value"] for side in ("base", "adapter")}
         lines.append(
             f"`evaluate` with {row['precision']}: {row['num_examples']} prompts in {row['total_s']:.0f} s, start and loading "
-            f"included ({row['cpu_s']:.0f} processor seconds); held-out loss {losses['base']:.4f} without the adapter, "
+            f"included ({row['cpu_s']:.0f} processor seconds); eval loss {losses['base']:.4f} without the adapter, "
             f"{losses['adapter']:.4f} with it."
         )
     busy = f"Load average of the machine at the end: {record['load_average'][1]:.1f}."
@@ -762,7 +759,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "code-map": code_map,
     "attention-kernel-ms-h100": lambda: attention_kernels(H100, milliseconds, TIME),
     "attention-kernel-rate-h100": lambda: attention_kernels(H100, rate, RATE),
-    "attention-kernel-gib-h100": lambda: attention_kernels(H100, lambda cell, _: f"{cell['peak_gib']:.2f}", "Peak GiB."),
+    "attention-kernel-memory-h100": lambda: attention_kernels(H100, lambda cell, _: f"{cell['peak_gb']:.2f}", "Peak GB."),
     "attention-steps-h100": lambda: attention_steps(H100),
     "attention-findings-h100": lambda: attention_findings(H100),
     "attention-share-h100": lambda: attention_share(H100),
@@ -823,22 +820,22 @@ def plot_attention(card: str) -> None:
             (steps, ("step_ms",), f"a step, checkpointing {checkpointing}"),
         )
     ):
-        for backend, colour in COLOURS.items():
-            found = sorted((c for c in cells if c["backend"] == backend and "peak_gib" in c), key=lambda c: c["length"])
+        for backend, color in COLORS.items():
+            found = sorted((c for c in cells if c["backend"] == backend and "peak_gb" in c), key=lambda c: c["length"])
             if not found:
                 continue
             lengths = [cell["length"] for cell in found]
             times = [sum(cell[key] for key in keys) for cell in found]
             low, high = ([sum(cell[f"{key}_{end}"] for key in keys) for cell in found] for end in ("p10", "p90"))
             spread = [[t - a for t, a in zip(times, low, strict=True)], [b - t for t, b in zip(times, high, strict=True)]]
-            style = {"color": colour, "marker": "o", "markersize": 4, "linewidth": 1.3, "label": backend}
+            style = {"color": color, "marker": "o", "markersize": 4, "linewidth": 1.3, "label": backend}
             style |= {"linestyle": "--"} if backend == "sdpa_cudnn" else {}
             panels[0][column].errorbar(
                 lengths, times, yerr=[[max(0.0, x) for x in side] for side in spread], capsize=2, **style
             )
-            panels[1][column].plot(lengths, [cell["peak_gib"] for cell in found], **style)
+            panels[1][column].plot(lengths, [cell["peak_gb"] for cell in found], **style)
         panels[0][column].set(title=title, ylabel="ms")
-        panels[1][column].set(xlabel="tokens in a row", ylabel="peak GiB")
+        panels[1][column].set(xlabel="tokens in a row", ylabel="peak GB")
         panels[1 - column][column].legend(frameon=False, fontsize=8, loc=("center right", "upper left")[column])
         for panel in panels[:, column]:
             panel.set(xscale="log", yscale="log")
@@ -880,19 +877,19 @@ def plot_peers(card: str) -> None:
     usual = record["cells"][0]["dropout"]
     for panel, shape in zip(panels.flat, shapes, strict=False):
         cells = [cell for cell in newest_peers(record, shape, usual) if "tokens_per_s" in cell]
-        points = sorted((gb(cell), cell["tokens_per_s"], cell["contender"]) for cell in cells)
+        points = sorted((cell["peak_gb"], cell["tokens_per_s"], cell["contender"]) for cell in cells)
         best = [point for i, point in enumerate(points) if all(point[1] > other[1] for other in points[:i])]
         panel.plot(*zip(*[point[:2] for point in best], strict=True), color="0.7", linewidth=1, zorder=1)
         top = 1.15 * max(speed for _, speed, _ in points)
         for peak, speed, contender in points:
-            colour = FAMILIES[contender.partition("_")[0]]
-            panel.scatter(peak, speed, color=colour, s=30, zorder=2)
-            # To the right of its point, but for what has a neighbour there, or too little room.
+            color = FAMILIES[contender.partition("_")[0]]
+            panel.scatter(peak, speed, color=color, s=30, zorder=2)
+            # To the right of its point, but for what has a neighbor there, or too little room.
             crowded = (
                 any(1 < x / peak < 1.5 and abs(y - speed) < 0.05 * top for x, y, _ in points) or peak > 0.8 * points[-1][0]
             )
             side = {"xytext": (-6, 4), "ha": "right"} if crowded else {"xytext": (6, -9), "ha": "left"}
-            panel.annotate(contender, (peak, speed), textcoords="offset points", fontsize=8, color=colour, **side)
+            panel.annotate(contender, (peak, speed), textcoords="offset points", fontsize=8, color=color, **side)
         panel.set(title=shape, xlabel="peak GB", ylabel="tokens/s", xscale="log", ylim=(0, top))
         panel.set_xlim(points[0][0] / 1.8, points[-1][0] * 1.3)
         panel.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
@@ -914,22 +911,22 @@ def plot_plan(card: str) -> None:
     if not any(RESULTS.glob(f"plan_{card}_*.json")):
         return
     name, record = load(f"plan_{card}_*.json")
-    cells = [cell for cell in record["cells"] if "peak_gib" in cell]
+    cells = [cell for cell in record["cells"] if "peak_gb" in cell]
     figure, panel = plt.subplots(figsize=(4.8, 4.4), layout="constrained")
-    ends = [0.9 * min(cell["predicted_gib"] for cell in cells), 1.1 * max(cell["predicted_gib"] for cell in cells)]
+    ends = [0.9 * min(cell["predicted_gb"] for cell in cells), 1.1 * max(cell["predicted_gb"] for cell in cells)]
     panel.fill_between(ends, [0.9 * end for end in ends], [1.1 * end for end in ends], color="0.92", zorder=0)
     panel.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
-    for colour, how in zip((BLUE, ORANGE, "#000000"), ("graphs", "layers", "none"), strict=True):
-        points = [(cell["predicted_gib"], cell["peak_gib"]) for cell in cells if cell["compile"] == how]
+    for color, how in zip((BLUE, ORANGE, "#000000"), ("graphs", "layers", "none"), strict=True):
+        points = [(cell["predicted_gb"], cell["peak_gb"]) for cell in cells if cell["compile"] == how]
         if points:
-            panel.scatter(*zip(*points, strict=True), color=colour, s=24, label=f"--compile {how}", zorder=2)
-    panel.set(xscale="log", yscale="log", xlabel="predicted GiB", ylabel="measured GiB", xlim=ends, ylim=ends)
+            panel.scatter(*zip(*points, strict=True), color=color, s=24, label=f"--compile {how}", zorder=2)
+    panel.set(xscale="log", yscale="log", xlabel="predicted GB", ylabel="measured GB", xlim=ends, ylim=ends)
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
         axis.set_major_formatter("{x:g}")
     panel.minorticks_off()
     panel.legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{name}: {record['environment']['device']}. Grey: 10 %", x=0.01, ha="left", fontsize=8, color="0.4")
+    figure.suptitle(f"{name}: {record['environment']['device']}. Gray: 10 %", x=0.01, ha="left", fontsize=8, color="0.4")
     save(figure, f"plan_{card}")
     plt.close(figure)
 
@@ -942,14 +939,14 @@ def save(figure: Any, name: str) -> None:
 
 
 def plot_demo() -> None:
-    """Training and held-out loss of the default run."""
+    """Training and eval loss of the default run."""
     import matplotlib.pyplot as plt
 
     name, record = load("demo_cpu_*.json")
     run = record["runs"][0]
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     axes.plot(range(1, run["steps"] + 1), run["train_loss"], color=BLUE, linewidth=1.2, label="training, each step")
-    axes.plot(run["eval_step"], run["eval_loss"], color=ORANGE, marker="o", markersize=4, label="held out, each epoch")
+    axes.plot(run["eval_step"], run["eval_loss"], color=ORANGE, marker="o", markersize=4, label="eval, each epoch")
     axes.set(yscale="log", xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -5,7 +5,7 @@
 
 Speed and memory do not depend on the values of weights, so random ones do. Each cell (backend x checkpointing x compile) runs
 in a process of its own, so that its peak memory is its own. All rows are full: every position but the first is a trained token.
-On a GPU one more step is profiled: what of it went to matrix products, attention, dequantisation, everything else that is
+On a GPU one more step is profiled: what of it went to matrix products, attention, dequantization, everything else that is
 computed, and to waiting for the next kernel.
 """
 
@@ -119,7 +119,7 @@ def time_cell(options: Options) -> dict:
     from qlora.model.lora import add_lora, audit_targets
     from qlora.model.loss import read_head, token_loss_sum
     from qlora.speed.accelerate import accelerate
-    from qlora.speed.memory import leave_no_gaps, peak_memory_gib
+    from qlora.speed.memory import leave_no_gaps, peak_memory_gb
     from train_loop import train_step
 
     folder, backend, checkpointing, how = options.cell
@@ -137,9 +137,11 @@ def time_cell(options: Options) -> dict:
     batch = config.per_device_train_batch_size
     rows = torch.randint(3, vocabulary, (options.accumulation * batch, options.length)).tolist()
     samples = [TokenizedExample(ids, ids, line) for line, ids in enumerate(rows, start=1)]
-    window = list(micro_batches(samples, range(len(samples)), batch, device.type == "cuda", config.length_multiple))
+    step_batches = list(micro_batches(samples, range(len(samples)), batch, device.type == "cuda", config.length_multiple))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
-    step = functools.partial(train_step, decoder, optimizer, window, functools.partial(token_loss_sum, head=head), 5e-5, 1.0)
+    step = functools.partial(
+        train_step, decoder, optimizer, step_batches, functools.partial(token_loss_sum, head=head), 5e-5, 1.0
+    )
     clock = (lambda: torch.cuda.Event(enable_timing=True)) if device.type == "cuda" else None
     milliseconds, losses = [], []
     with attention.for_training(model, config):
@@ -163,7 +165,7 @@ def time_cell(options: Options) -> dict:
         "step_ms": round(median, 2),
         "step_ms_min_max": [round(min(milliseconds), 2), round(max(milliseconds), 2)],
         "tokens_per_s": round(1000 * tokens / median, 1),
-        "peak_gib": round(peak_memory_gib(device), 3),
+        "peak_gb": round(peak_memory_gb(device), 3),
         "profile_ms": None if profile is None else {**profile, "idle": round(max(0.0, median - sum(profile.values())), 2)},
         "first_loss": losses[0],
         "last_loss": losses[-1],
@@ -190,7 +192,7 @@ def timed(step, clock) -> tuple[float, float]:
 
 
 KINDS = {  # of kernels, by what is in their names; the first that matches
-    "dequantisation": "dequant",
+    "dequantization": "dequant",
     "attention": "sdpa|flash|fmha|attention|cudnn|softmax_warp",
     "matrix products": "gemm|nvjet|cutlass|cublas|splitk",
 }
@@ -198,7 +200,7 @@ OTHER = "elementwise and the rest"
 
 
 def kind_of(kernel: str) -> str:
-    """What a kernel does; one that torch.compile made has the names of its neighbours in its own."""
+    """What a kernel does; one that torch.compile made has the names of its neighbors in its own."""
     if kernel.startswith("triton_"):
         return OTHER
     return next((kind for kind, words in KINDS.items() if re.search(words, kernel.lower())), OTHER)

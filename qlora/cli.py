@@ -108,7 +108,7 @@ def summary(options: type) -> str:
 
 
 def overview() -> str:
-    """What a command line without a command is told."""
+    """The error for a command line without a command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {summary(options)}" for name, (options, _) in COMMANDS.items()]
     head = (
@@ -137,13 +137,13 @@ def parse_command(name: str, argv: list[str]) -> Any:
     except ImportError as error:  # even doctor needs it
         text = f"tyro, which reads the command line, cannot be imported ({error}). Install the project again: pip install -e ."
         raise UserError(ExitCode.ENVIRONMENT, text) from None
-    told = io.StringIO()  # tyro quotes what it does not understand, which may be a secret
+    errors = io.StringIO()  # tyro quotes what it does not understand, which may be a secret
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(errors):
             required = (tyro.conf.PositionalRequiredArgs,)  # what has no default has no flag either
             return tyro.cli(COMMANDS[name][0], prog=f"python -m qlora {name}", args=argv, config=required)
     finally:
-        print(redact(told.getvalue()), file=sys.stderr, end="")
+        print(redact(errors.getvalue()), file=sys.stderr, end="")
 
 
 def run_command(argv: list[str]) -> int:

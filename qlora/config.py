@@ -52,7 +52,7 @@ class DataOptions:
     train_file: str | None = None
     """JSONL or Parquet file, or hub data set (NAME or NAME:SPLIT). Unset: the 22 bundled AVRO examples."""
     eval_file: str | None = None
-    """Held-out data, in the same forms. Unset: the 8 bundled ones with the bundled training file, else none."""
+    """Held-out data to evaluate on, in the same forms. Unset: the 8 bundled ones with the bundled training file, else none."""
     prompt_format: PromptFormat = "plain"
     """plain: `### Instruction:` / `### Response:`. chat: the model's own template."""
     loss_on: Literal["response", "all"] = "response"
@@ -64,7 +64,7 @@ class DataOptions:
     packing: bool = False
     """Fill rows of up to --max-length tokens with several samples each; attention and labels stay inside a sample."""
     allow_drop: bool = False
-    """Go on when more than a fifth of the samples has to be dropped."""
+    """Continue even if more than a fifth of the examples has to be dropped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class TrainingOptions:
     max_steps: int | None = None
     """Optimizer steps in all; replaces num_train_epochs."""
     early_stopping_patience: int | None = None
-    """End the run when this many evaluations in a row, one an epoch, brought no lower held-out loss. Unset: never."""
+    """End the run when this many evaluations in a row, one an epoch, brought no lower eval loss. Unset: never."""
     optimizer: Optimizer = "adamw"
     """adamw_8bit: moments in 8 bits, block by block (arXiv 2110.02861): 6 bytes less a trained parameter, and other numbers.
     paged_adamw_8bit: these in pages that move to host memory when the GPU is full; needs a CUDA GPU."""
@@ -124,7 +124,7 @@ class SpeedOptions:
     """layers: each decoder layer is compiled by torch.compile. graphs: and all of them are replayed as CUDA graphs, rows padded
     to a multiple of 128. none: they run as written. auto: graphs on a CUDA GPU."""
     offload_checkpoints: bool = False
-    """Keep the inputs of layers, until backward wants them, in the host's memory; needs a CUDA GPU and compiled layers."""
+    """Keep the inputs of layers in host memory until the backward pass; needs a CUDA GPU and compiled layers."""
     cache_dequantized: bool = False
     """Keep the base's weights in bf16 beside NF4, dequantized once: faster where memory is plenty, 2 bytes a parameter more."""
     deterministic: bool = False
@@ -145,7 +145,7 @@ class OutputOptions:
     save_steps: int | None = None
     """Steps between checkpoints, beside the one at the end of each epoch. Unset: only those."""
     save_total_limit: int = 3
-    """Checkpoints kept, 2 at least: the newest, and the one with the lowest held-out loss."""
+    """Checkpoints kept, 2 at least: the newest, and the one with the lowest eval loss."""
     resume: str = "auto"
     """auto: from the newest sound checkpoint in the run folder, if it has one. never. Or a checkpoint or run folder."""
     override: tuple[Overridable, ...] = ()
@@ -279,12 +279,12 @@ def parse(argv: list[str]) -> TrainConfig:
     import tyro
 
     def screens(arguments: list[str], default: _Screens) -> _Screens:
-        told = io.StringIO()  # tyro quotes what it does not understand, which may be a secret
+        errors = io.StringIO()  # tyro quotes what it does not understand, which may be a secret
         try:
-            with contextlib.redirect_stderr(told):
+            with contextlib.redirect_stderr(errors):
                 return tyro.cli(_Screens, args=arguments, default=default, config=(tyro.conf.OmitArgPrefixes,))
         finally:
-            print(redact(told.getvalue()), file=sys.stderr, end="")
+            print(redact(errors.getvalue()), file=sys.stderr, end="")
 
     parsed = screens(argv, _Screens())
     if parsed.config is not None:

@@ -38,7 +38,7 @@ def tokenizer(tiny: Path):
 
 
 @pytest.fixture(scope="session")
-def form(tokenizer) -> PromptTemplate:
+def template(tokenizer) -> PromptTemplate:
     return load_template(tokenizer, "plain")
 
 
@@ -64,8 +64,8 @@ def examples() -> list[Example]:
 
 
 @pytest.fixture
-def samples(examples, form, config) -> list[TokenizedExample]:
-    return encode_all(examples, BUNDLED_TRAIN, form, config)[0]
+def samples(examples, template, config) -> list[TokenizedExample]:
+    return encode_all(examples, BUNDLED_TRAIN, template, config)[0]
 
 
 @pytest.fixture

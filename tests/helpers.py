@@ -131,15 +131,15 @@ LONG_WORD = "an_identifier_without_a_place_to_break_it" * 6
 
 
 def write_run(folder: Path, finished: bool = True, steps: int = 60, **changes) -> Path:
-    """A run folder as training leaves it, made up: 60 steps, 10 an epoch. `changes` replace options or facts."""
-    facts = {
+    """A run folder as training leaves it, made up: 60 steps, 10 an epoch. `changes` replace options or keys of run.json."""
+    run_info = {
         "data": "a" * 64,
-        "held_out": "b" * 64,
+        "eval_data": "b" * 64,
         "targets": ["qkv_proj x 2"],
         "total_steps": 60,
         "parameters": 1_000_000,
-        "predicted_gib": 2.5,
-        "predicted_terms_gib": {"base in NF4": 1.75, "base in bf16": 0, "kept until backward": 0.75},
+        "predicted_gb": 2.5,
+        "predicted_terms_gb": {"base in NF4": 1.75, "base in bf16": 0, "kept until backward": 0.75},
         "counts": [
             {"read": 22, "examples": 22, "tokens": 2000, "input_tokens": 4000, "shortest": 90, "median": 120, "longest": 148,
              "cut": 0, "dropped": 0},
@@ -149,7 +149,7 @@ def write_run(folder: Path, finished: bool = True, steps: int = 60, **changes) -
         "history": [],
     }  # fmt: skip
     options = {name: changes.pop(name) for name in list(changes) if hasattr(TrainConfig(), name)}
-    chosen = {"model": "tiny-random", "train_file": "/home/me/my.jsonl", "eval_file": "/home/me/held_out.jsonl"}
+    chosen = {"model": "tiny-random", "train_file": "/home/me/my.jsonl", "eval_file": "/home/me/eval.jsonl"}
     config, _ = TrainConfig(**{**chosen, "output_dir": folder, **options}).resolved(on_gpu=False)
     rows = [evaluation(0, 1.2)]
     for step in range(1, steps + 1):
@@ -157,7 +157,7 @@ def write_run(folder: Path, finished: bool = True, steps: int = 60, **changes) -
             {"event": "step", "step": step, "epoch": (step - 1) // 10 + 1, "learning_rate": 4e-4 * (1 - step / 61),
              "loss": 1.2 * 0.95**step, "grad_norm": 0.8, "num_tokens": 91, "num_input_tokens": 180,
              "lines": [2 * step % 22 + 1, (2 * step + 1) % 22 + 1], "tokens_per_s": 1500.0,
-             "peak_memory_gib": 1.75}
+             "peak_memory_gb": 1.75}
         )  # fmt: skip
         rows += [evaluation(step, 0.02 + 0.95**step)] if step % 10 == 0 else []
     samples = [
@@ -167,9 +167,9 @@ def write_run(folder: Path, finished: bool = True, steps: int = 60, **changes) -
     (folder / "adapter").mkdir(parents=True)
     (folder / "config.yaml").write_text(config.to_yaml())
     machine = {**environment(torch.device("cpu")), "command": ["train_loop.py", "--train-file", HOSTILE, LONG_WORD]}
-    machine["device_memory_gib"] = changes.pop("device_memory_gib", None)
+    machine["device_memory_gb"] = changes.pop("device_memory_gb", None)
     (folder / "env.json").write_text(json.dumps(machine))
-    (folder / "run.json").write_text(json.dumps({**facts, **changes}))
+    (folder / "run.json").write_text(json.dumps({**run_info, **changes}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples if finished))
     tensors = {"a.lora_A.weight": torch.zeros(4, 50), "a.lora_B.weight": torch.zeros(60, 4)}
@@ -180,9 +180,9 @@ def write_run(folder: Path, finished: bool = True, steps: int = 60, **changes) -
     return folder
 
 
-def evaluation(step: int, loss: float, held_out: str = "b" * 64) -> dict:
+def evaluation(step: int, loss: float, eval_data: str = "b" * 64) -> dict:
     return {"event": "eval", "step": step, "epoch": step // 10, "eval_loss": loss, "perplexity": math.exp(loss),
-            "num_tokens": 700, "held_out": held_out}  # fmt: skip
+            "num_tokens": 700, "eval_data": eval_data}  # fmt: skip
 
 
 SIDE = {"value": 0.5, "low": 0.25, "high": 0.75}
@@ -191,7 +191,7 @@ SIDE = {"value": 0.5, "low": 0.25, "high": 0.75}
 SIDES = {name: dict(SIDE) for name in ("base", "adapter", "difference")}
 
 
-EVALUATED = {"adapter_sha256": "d" * 64, "held_out_sha256": "b" * 64, "num_examples": 8, "metrics": {"loss": SIDES}}
+EVALUATED = {"adapter_sha256": "d" * 64, "eval_data_sha256": "b" * 64, "num_examples": 8, "metrics": {"loss": SIDES}}
 
 
 def of_peft(tiny, folder, tied: bool = False, save_embedding_layers=False, **settings) -> Path:

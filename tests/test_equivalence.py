@@ -1,6 +1,6 @@
-"""The loop against transformers.Trainer and trl.SFTTrainer, step by step, and against itself cut into other windows.
+"""The loop against transformers.Trainer and trl.SFTTrainer, step by step, and against itself cut into other micro-batches.
 
-Ours is the whole of `train_loop.main`, and what is compared are its files: it reads the data, orders, collates, cuts windows,
+Ours is the whole of `train_loop.main`, and what is compared are its files: it reads the data, orders, collates, accumulates,
 schedules, clips, decays and saves. Theirs gets the same order by a sampler. Both run in NF4 with double quantization under
 bf16 autocast, each layer computed again in backward, on a CPU.
 
@@ -35,7 +35,7 @@ from tests.helpers import adapted_model, decoder_of, plain_loss_sum, relative_er
 from train_loop import train_step
 
 SEEDS = (42, 43, 44)  # of the order of samples, the start of the adapters, dropout
-EPOCHS, STEPS, WARMUP = 3, 18, 2  # 22 samples: 11 micro-batches, 6 windows an epoch, the last of one micro-batch
+EPOCHS, STEPS, WARMUP = 3, 18, 2  # 22 samples: 11 micro-batches, 6 steps per epoch, the last of one micro-batch
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # an old name, still in TRL's
 
 
@@ -74,7 +74,7 @@ def trl_loss_sum(hidden: torch.Tensor, batch: Batch, head: Head) -> torch.Tensor
 
 
 class EpochOrder(torch.utils.data.Sampler):
-    """Our order of an epoch, as a DataLoader wants it."""
+    """Our order of an epoch, as a DataLoader takes it."""
 
     def __init__(self, samples: TokenizedDataset, config: Any):
         self.samples, self.config, self.epoch = samples, config, 0
@@ -98,7 +98,7 @@ class Reseed(transformers.TrainerCallback):
 
 
 def without_mask(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Our collation, in the form that Trainer wants."""
+    """Our collation, in the form that Trainer takes."""
     batch = collate([TokenizedExample(row["input_ids"], row["labels"], 0) for row in rows])
     return {"input_ids": batch.input_ids, "labels": batch.labels}
 
@@ -297,30 +297,30 @@ def test_our_head_and_layers_train_as_the_trainer_does_in_fp32(course, samples, 
 # -- trl.SFTTrainer ----------------------------------------------------------------------------------------------------
 
 
-def sft(config, samples, folder: Path, form) -> Course:
+def sft(config, samples, folder: Path, template) -> Course:
     """SFTTrainer as shipped, from text on: its tokenization, masks, collator, head and bf16 adapters; the order is ours."""
     trl = pytest.importorskip("trl")
     rows = []
     for example in read_examples(config.train_file, "train"):
         user, answer = example.messages
         rows.append({"prompt": f"### Instruction:\n{user.content}\n\n### Response:\n", "completion": answer.content})
-    return theirs(config, samples, folder, rows, trl.SFTTrainer, trl.SFTConfig, processing_class=form.tokenizer)
+    return theirs(config, samples, folder, rows, trl.SFTTrainer, trl.SFTConfig, processing_class=template.tokenizer)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_from_text_to_adapter_the_loop_is_trl_bit_for_bit(course, samples, form, tmp_path, monkeypatch, seed):
+def test_from_text_to_adapter_the_loop_is_trl_bit_for_bit(course, samples, template, tmp_path, monkeypatch, seed):
     """With TRL's head as the loss function and adapters in bf16."""
     config = course(seed=seed, attn_implementation="eager")
-    reference = sft(config, samples, tmp_path, form)
+    reference = sft(config, samples, tmp_path, template)
     assert {value.dtype for value in reference.adapter.values()} == {torch.bfloat16}
     result = ours(config, tmp_path, monkeypatch, trl_loss_sum, dtype=torch.bfloat16)
     assert largest_difference(result, reference) == SAME
 
 
-def test_as_both_are_shipped_they_differ_by_rounding(course, samples, form, tmp_path, monkeypatch):
+def test_as_both_are_shipped_they_differ_by_rounding(course, samples, template, tmp_path, monkeypatch):
     """Ours has fp32 adapters, another head and other layers; most of it are updates that bf16 adapters round away."""
     config = course()
-    reference = sft(config, samples, tmp_path, form)
+    reference = sft(config, samples, tmp_path, template)
     results = [
         ours(config, tmp_path / str(dtype), monkeypatch, token_loss_sum, True, dtype)
         for dtype in (torch.float32, torch.bfloat16)
@@ -334,7 +334,7 @@ def test_as_both_are_shipped_they_differ_by_rounding(course, samples, form, tmp_
 # -- equal among themselves --------------------------------------------------------------------------------------------
 
 
-def fp32_run(config, samples, monkeypatch, batch_size: int, window_size: int, backend: str = "sdpa"):
+def fp32_run(config, samples, monkeypatch, batch_size: int, accumulation: int, backend: str = "sdpa"):
     """Losses and final adapters of two epochs of the loop's step on NF4 weights, computed in fp32."""
     model = to_fp32(adapted_model(config, backend))
     head = read_head(model)
@@ -345,25 +345,25 @@ def fp32_run(config, samples, monkeypatch, batch_size: int, window_size: int, ba
         patch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
         for epoch in (1, 2):
             order = epoch_order(len(samples), config.seed, epoch)
-            for window in batched(micro_batches(samples, order, batch_size), window_size):
-                losses.append(train_step(decoder_of(model), optimizer, window, loss_sum, 1e-3, 1.0)[0].item())
+            for step_batches in batched(micro_batches(samples, order, batch_size), accumulation):
+                losses.append(train_step(decoder_of(model), optimizer, step_batches, loss_sum, 1e-3, 1.0)[0].item())
     return losses, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.fixture
-def ragged(form) -> list[TokenizedExample]:
-    """11 samples of 1 to 41 trained tokens: a window of 8, and a short one of 3."""
+def ragged(template) -> list[TokenizedExample]:
+    """11 samples of 1 to 41 trained tokens: a step of 8, and a short one of 3."""
     rows = [Example((Message("user", f"q{i}"), Message("assistant", "ab" * i)), i) for i in range(1, 22, 2)]
-    return [encode(row, form, "response") for row in rows]
+    return [encode(row, template, "response") for row in rows]
 
 
-def test_a_run_is_the_same_however_its_windows_are_cut(config, ragged, monkeypatch):
+def test_a_run_is_the_same_however_its_steps_are_cut(config, ragged, monkeypatch):
     """8 x 1 = 4 x 2 = 1 x 8, in fp32: only the order of additions differs."""
     assert len(ragged) == 11 and len({len(sample.input_ids) for sample in ragged}) > 5
     losses, whole = fp32_run(config, ragged, monkeypatch, 8, 1)
     assert len(losses) == 4
-    for batch_size, window_size in ((4, 2), (1, 8)):
-        others, parts = fp32_run(config, ragged, monkeypatch, batch_size, window_size)
+    for batch_size, accumulation in ((4, 2), (1, 8)):
+        others, parts = fp32_run(config, ragged, monkeypatch, batch_size, accumulation)
         assert others == pytest.approx(losses, rel=1e-5)
         assert relative_error(parts, whole) < 1e-5
 

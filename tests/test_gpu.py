@@ -126,11 +126,11 @@ def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, 
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     changed = dataclasses.replace(config, compile=compile, per_device_train_batch_size=2)
-    window = list(training_batches(samples, [*ROWS, [6]] if packing else range(4), changed, pin=True))
-    assert window[0].input_ids.is_pinned() and (not packing or window[0].cu_seqlens.is_pinned())
+    step_batches = list(training_batches(samples, [*ROWS, [6]] if packing else range(4), changed, pin=True))
+    assert step_batches[0].input_ids.is_pinned() and (not packing or step_batches[0].cu_seqlens.is_pinned())
     trained = dataclasses.replace(config, attn_implementation=backend)
     with attention.for_training(model, trained), warnings.catch_warnings(record=True) as waits:
-        step = functools.partial(train_step, decoder_of(model), optimizer, window, loss_sum, 1e-3, 1.0)
+        step = functools.partial(train_step, decoder_of(model), optimizer, step_batches, loss_sum, 1e-3, 1.0)
         step()
         warnings.simplefilter("always")
         waits.clear()
@@ -150,7 +150,7 @@ def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, 
      pytest.param("flash_attention_2", True, 0.0, marks=FLASH.marks), pytest.param("varlen", True, 0.0, marks=VARLEN.marks)],
 )  # fmt: skip
 def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend, packing, dropout):
-    """Windows of several shapes, one of them new in the middle of a window, a last batch filled up, and gradients that were set
+    """Steps of several shapes, one of them new in the middle of a step, a last batch filled up, and gradients that were set
     to None, zeroed or replaced in between. Flash's backward adds in no fixed order, so that only losses are near. Dropout
     draws other seeds in layers, as recording draws none: it is compared with another run of graphs."""
     config = dataclasses.replace(config, attn_implementation=backend, packing=packing, lora_dropout=dropout)
@@ -190,9 +190,9 @@ def test_each_replay_of_a_graph_draws_dropout_of_its_own(config, samples):
     run_layers(model, config, "selective", "graphs")
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    window = [next(micro_batches(samples, [0, 1], 2, multiple=128))]
+    step_batches = [next(micro_batches(samples, [0, 1], 2, multiple=128))]
     with attention.for_training(model.train(), config):
-        losses = [train_step(decoder_of(model), optimizer, window, loss_sum, 0.0, None)[0].item() for _ in range(3)]
+        losses = [train_step(decoder_of(model), optimizer, step_batches, loss_sum, 0.0, None)[0].item() for _ in range(3)]
     assert len(decoder_of(model).graphs.recordings) == 1 and len(set(losses)) == 3
 
 
@@ -226,8 +226,8 @@ def test_graphs_of_rows_with_any_number_of_samples_compile_nothing_while_capturi
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
         with attention.for_training(model.train(), config):
-            for window in (batches[:1], batches[1:3], batches[3:], batches[::-1]):
-                loss, norm = train_step(decoder_of(model), optimizer, window, loss_sum, 1e-3, 1.0)
+            for step_batches in (batches[:1], batches[1:3], batches[3:], batches[::-1]):
+                loss, norm = train_step(decoder_of(model), optimizer, step_batches, loss_sum, 1e-3, 1.0)
                 run.append([loss.clone(), norm.clone(), *(p.detach().clone() for p in parameters)])
     assert len(decoder_of(model).graphs.recordings) == len(batches)
     losses = [[float(step[0]) for step in run] for run in found]
@@ -246,8 +246,8 @@ def test_a_later_recording_needs_no_memory_beside_the_pool(config):
     reserved = []
     with attention.for_training(model.train(), config):
         for length in (2048, 1920, 1792, 1664):
-            window = [collate(short_samples(16, length))]
-            train_step(decoder_of(model), optimizer, window, loss_sum, 0.0, None)
+            step_batches = [collate(short_samples(16, length))]
+            train_step(decoder_of(model), optimizer, step_batches, loss_sum, 0.0, None)
             torch.cuda.empty_cache()
             reserved.append(torch.cuda.memory_reserved() / 1e6)
     growth = [later - reserved[0] for later in reserved[1:]]
@@ -377,7 +377,7 @@ def test_the_command_line_trains_on_the_gpu(tiny, tmp_path, capsys, backend):
     assert command_line([*flags, "--attn-implementation", backend, "--output-dir", str(tmp_path / "run")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.2
-    assert 0 < rows[-2]["peak_memory_gib"] < 1
+    assert 0 < rows[-2]["peak_memory_gb"] < 1
     out = capsys.readouterr().out
     assert (
         "Layers: compiled, replayed as CUDA graphs; gradient checkpointing: none (the fastest that fits: 0." in out
@@ -404,7 +404,7 @@ def test_a_killed_run_goes_on_bit_for_bit_with_the_deterministic_flag(tiny, tmp_
     process.kill()
     assert process.wait() == -signal.SIGKILL and straight.wait() == 0
     done = subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, text=True)
-    assert "It goes on bit for bit as if it had not stopped." in done.stdout
+    assert "It resumes bit for bit as if it had not stopped." in done.stdout
     last = "checkpoints/step-000009"
     assert tensors(tmp_path / "killed" / last) == tensors(tmp_path / "straight" / last)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
@@ -426,7 +426,7 @@ def test_a_killed_run_of_many_short_packed_samples_goes_on_bit_for_bit(tiny, tmp
     process.kill()
     assert process.wait() == -signal.SIGKILL and straight.wait() == 0
     done = subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, text=True)
-    assert "It goes on bit for bit as if it had not stopped." in done.stdout
+    assert "It resumes bit for bit as if it had not stopped." in done.stdout
     last = "checkpoints/step-000009"
     assert tensors(tmp_path / "killed" / last) == tensors(tmp_path / "straight" / last)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "straight")
@@ -526,7 +526,7 @@ def test_merging_on_the_gpu_is_closest_into_the_dequantized_base(config, tokeniz
 
 
 def test_a_run_is_evaluated_and_answers_on_the_gpu(tiny, tmp_path, capsys):
-    """The held-out loss that evaluate finds is the one that training told, in NF4; int8 is near."""
+    """The eval loss that evaluate finds is the one that training told, in NF4; int8 is near."""
     flags = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "--max-steps", "12"]
     assert command_line([*flags, "--attn-implementation", "sdpa", "--output-dir", str(tmp_path / "run")]) == 0
     trained = [row["eval_loss"] for row in metrics(tmp_path / "run") if row["event"] == "eval"]

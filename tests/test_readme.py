@@ -61,7 +61,7 @@ def test_the_measured_default_run_keeps_what_is_promised_of_it():
     _, record = report.load("demo_cpu_*.json")
     run = record["runs"][0]
     assert run["default"] and run["steps"] == 120
-    assert run["first_loss_s"] < 30 and run["total_s"] < 240 and run["peak_rss_gib"] * 2**30 < 3e9
+    assert run["first_loss_s"] < 30 and run["total_s"] < 240 and run["peak_rss_gb"] < 3
     assert run["eval_loss"][-1] < 0.1 * run["eval_loss"][0]
     assert run["base_right"] == 0 and run["tuned_right"] >= 7 and run["held_out"] == 8
     assert run["learning_rate"] == DEMO_LEARNING_RATE
@@ -209,7 +209,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
     (
         {"add_eos": (PREPARE, "def add_eos(example, eos_token, dataset_text_field)")},
         "qlora/data/template.py:_encode_turns",
-        "form.stop_id",
+        "template.stop_id",
     ),
     (
         {
@@ -419,12 +419,12 @@ def test_exercise_1_what_grows_with_the_rank(tiny, tmp_path, monkeypatch, capsys
     assert sum(small[key] for key in growing) == 16 * trained and f"of which {trained:,} are trained" in out
 
 
-def test_exercise_2_held_out_data_is_evaluated_each_epoch(tiny, tmp_path, monkeypatch, capsys):
-    for name, count in (("my.jsonl", 8), ("held_out.jsonl", 3)):
+def test_exercise_2_eval_data_is_evaluated_each_epoch(tiny, tmp_path, monkeypatch, capsys):
+    for name, count in (("my.jsonl", 8), ("eval.jsonl", 3)):
         rows = [json.dumps({"prompt": f"{name} {index}", "completion": "ab" * index}) for index in range(1, count + 1)]
         (tmp_path / name).write_text("\n".join(rows))
     run_commands(2, tmp_path, monkeypatch, capsys)
-    assert [row["step"] for row in events(tmp_path / "runs" / "held-out", "eval")] == [0, 2, 4, 5]
+    assert [row["step"] for row in events(tmp_path / "runs" / "eval", "eval")] == [0, 2, 4, 5]
 
 
 def steps_of(rows: list[dict], event: str = "eval") -> list[int]:

@@ -52,26 +52,26 @@ def test_schedule_is_transformers_own_but_for_the_warmup_offset():
 # -- one step --------------------------------------------------------------------------------------------------------
 
 
-def one_step(config, windows, loss_sum=None, **changes):
-    """Final adapters, losses and norms after `windows`, from the same start."""
+def one_step(config, steps, loss_sum=None, **changes):
+    """Final adapters, losses and norms after `steps`, from the same start."""
     model = adapted_model(config)
     wake_adapters(model)
     head = read_head(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     arguments = {"learning_rate": 1.0, "max_grad_norm": None} | changes
     loss_sum = functools.partial(loss_sum or token_loss_sum, head=head)
-    results = [train_step(model.get_decoder(), optimizer, window, loss_sum, **arguments) for window in windows]
+    results = [train_step(model.get_decoder(), optimizer, step_batches, loss_sum, **arguments) for step_batches in steps]
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, results
 
 
-def updates(config, window, **changes):
-    """What SGD at rate 1 subtracted: the gradient of the window."""
+def updates(config, step_batches, **changes):
+    """What SGD at rate 1 subtracted: the gradient of the step."""
     start, _ = one_step(config, [])
-    end, results = one_step(config, [window], **changes)
+    end, results = one_step(config, [step_batches], **changes)
     return {name: start[name] - end[name] for name in start}, results[0]
 
 
-def test_a_window_counts_as_one_batch_however_it_is_cut(config):
+def test_a_step_counts_as_one_batch_however_it_is_cut(config):
     """8 x 1 = 4 x 2 = 1 x 8 = uneven, for answers of 2 to 100 tokens: the sum over tokens, not a mean of means."""
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -82,8 +82,8 @@ def test_a_window_counts_as_one_batch_however_it_is_cut(config):
         rows.append(TokenizedExample(ids, [IGNORED] * 3 + ids[3:], index))
     whole, (loss, norm) = updates(config, [collate(rows)])
     for size in (1, 2, 3):
-        window = list(micro_batches(rows, range(8), size))
-        parts, (other_loss, other_norm) = updates(config, window)
+        step_batches = list(micro_batches(rows, range(8), size))
+        parts, (other_loss, other_norm) = updates(config, step_batches)
         assert other_loss.item() == pytest.approx(loss.item(), rel=1e-4)
         assert other_norm.item() == pytest.approx(norm.item(), rel=1e-2)
         assert relative_error(parts, whole) < 0.03  # what bf16 rounds
@@ -108,10 +108,10 @@ def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
     plain = adapted_model(config)
     parameters = [p for p in plain.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
-    for window, lr, (loss, norm) in zip(grouped, (1e-3, 2e-3, 5e-4), ours, strict=True):
-        tokens = sum((batch.labels[:, 1:] != IGNORED).sum().item() for batch in window)
+    for step_batches, lr, (loss, norm) in zip(grouped, (1e-3, 2e-3, 5e-4), ours, strict=True):
+        tokens = sum((batch.labels[:, 1:] != IGNORED).sum().item() for batch in step_batches)
         total = 0.0
-        for batch in window:
+        for batch in step_batches:
             with torch.autocast("cpu", torch.bfloat16):
                 logits = plain(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
                 part = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum") / tokens
@@ -128,9 +128,9 @@ def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
 
 
 def test_the_norm_returned_is_that_before_clipping_and_the_step_obeys_the_limit(config, samples):
-    window = [collate(samples[:2])]
-    free, (_, norm) = updates(config, window)
-    clipped, (_, same) = updates(config, window, max_grad_norm=0.01)
+    step_batches = [collate(samples[:2])]
+    free, (_, norm) = updates(config, step_batches)
+    clipped, (_, same) = updates(config, step_batches, max_grad_norm=0.01)
     assert norm.item() == same.item() > 0.01
     total = torch.stack([g.norm() for g in clipped.values()]).norm().item()
     assert total == pytest.approx(0.01, rel=1e-2)
@@ -209,30 +209,30 @@ def test_what_is_not_finite_never_reaches_weights_or_moments(config, samples, ma
 
 
 def break_steps(monkeypatch, *numbers: int) -> list[list[int]]:
-    """Make the loss of these steps NaN; returns the lines of each window, as they come."""
-    original, windows = train_loop.train_step, []
+    """Make the loss of these steps NaN; returns the lines of each step, as they come."""
+    original, lines_of_steps = train_loop.train_step, []
 
-    def step(decoder, optimizer, window, loss_sum, *rest):
-        windows.append([line for batch in window for line in batch.lines])
-        factor = math.nan if len(windows) in numbers else 1.0
-        return original(decoder, optimizer, window, lambda hidden, batch: factor * loss_sum(hidden, batch), *rest)
+    def step(decoder, optimizer, step_batches, loss_sum, *rest):
+        lines_of_steps.append([line for batch in step_batches for line in batch.lines])
+        factor = math.nan if len(lines_of_steps) in numbers else 1.0
+        return original(decoder, optimizer, step_batches, lambda hidden, batch: factor * loss_sum(hidden, batch), *rest)
 
     monkeypatch.setattr(train_loop, "train_step", step)
-    return windows
+    return lines_of_steps
 
 
 def test_a_nan_ends_the_run_at_the_next_log_step_with_exit_5_and_all_that_is_known(tiny, tmp_path, monkeypatch, capsys):
-    windows = break_steps(monkeypatch, 8)
+    lines_of_steps = break_steps(monkeypatch, 8)
     code, rows = run(tmp_path, "--max-steps", "20")
     assert code == ExitCode.NUMERICS
     steps = [row for row in rows if row["event"] == "step"]
     assert [row["step"] for row in steps if row["loss"] is None] == [8] and len(steps) == 10  # the log step after it
-    assert [row["lines"] for row in steps] == windows
+    assert [row["lines"] for row in steps] == lines_of_steps
     err = capsys.readouterr().err
     before = ", ".join(f"{row['loss']:.4g}" for row in steps[2:7])
     for words in (
         "Step 8 is not finite: loss nan, gradient norm nan, learning rate 0.00",
-        f"lines {', '.join(map(str, windows[7]))} of the training data",
+        f"lines {', '.join(map(str, lines_of_steps[7]))} of the training data",
         f"Losses before it: {before}.",
         f"All up to step 6 is safe in {tmp_path / 'run' / 'checkpoints' / 'step-000006'}",
         "--skip-nonfinite",
@@ -247,7 +247,7 @@ def test_a_run_that_diverges_ends_too(tiny, tmp_path, capsys):
     assert "No checkpoint was due yet" in capsys.readouterr().err and not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_some_windows_may_be_skipped_each_with_a_line_and_the_count_survives_a_resume(tiny, tmp_path, monkeypatch, capsys):
+def test_some_steps_may_be_skipped_each_with_a_line_and_the_count_survives_a_resume(tiny, tmp_path, monkeypatch, capsys):
     flags = ("--max-steps", "12", "--skip-nonfinite", "2")
     with monkeypatch.context() as patch:
         break_steps(patch, 2, 4, 9)
@@ -272,10 +272,10 @@ def test_an_adapter_without_a_gradient_ends_the_run(config, model, head, samples
     """As when the graph is cut: checkpointing over frozen embeddings, a layer never called."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([p for _, p in named], lr=0.0, fused=True)
-    window = [collate(samples[:2])]
+    step_batches = [collate(samples[:2])]
     loss_sum = functools.partial(token_loss_sum, head=head)
     model.get_decoder().layers[1].mlp.down_proj.forward = model.get_decoder().layers[1].mlp.down_proj.base_layer.forward
-    _, norm = train_step(model.get_decoder(), optimizer, window, loss_sum, 1e-3, 1.0)
+    _, norm = train_step(model.get_decoder(), optimizer, step_batches, loss_sum, 1e-3, 1.0)
     with pytest.raises(UserError, match=r"2 of 16 adapter tensors got none, .*layers.1.mlp.down_proj.lora_A") as caught:
         train_loop.check_first_gradients(named, norm)
     assert caught.value.exit_code == ExitCode.NUMERICS
@@ -343,7 +343,7 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_p
     assert [row["learning_rate"] for row in steps] == pytest.approx([1e-2 * lr_multiplier(k, 3, 24) for k in range(24)])
     for epoch in range(4):
         assert sum(row["num_tokens"] for row in steps if row["epoch"] == epoch + 1) == tokens
-    assert all(row["grad_norm"] > 0 and row["tokens_per_s"] > 0 and row["peak_memory_gib"] > 0 for row in steps)
+    assert all(row["grad_norm"] > 0 and row["tokens_per_s"] > 0 and row["peak_memory_gb"] > 0 for row in steps)
     folder = tmp_path / "run"
     assert (folder / "adapter" / "tokenizer.json").is_file()
     assert json.loads((folder / "env.json").read_text())["packages"]["torch"] == torch.__version__
@@ -375,7 +375,7 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_p
         "step 1/24",
         "step 5/24",
         "step 24/24",
-        "epoch 4  held-out loss",
+        "epoch 4  eval loss",
         "tensorboard --logdir",
         "AutoPeftModelForCausalLM",
         "BitsAndBytesConfig",
@@ -430,7 +430,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_pat
 
 
 def test_evaluation_disturbs_nothing(tiny, tmp_path):
-    """With and without held-out data: the same losses to the last bit, dropout on."""
+    """With and without eval data: the same losses to the last bit, dropout on."""
     flags = ["--train-file", str(BUNDLED_TRAIN), "--num-train-epochs", "2"]
     _, without = run(tmp_path / "a", *flags)
     _, with_it = run(tmp_path / "b", *flags, "--eval-file", str(BUNDLED_TRAIN))
@@ -474,7 +474,7 @@ def test_max_steps_may_end_within_an_epoch_and_go_beyond_the_epochs(tiny, tmp_pa
 
 
 @pytest.mark.parametrize(("flag", "window"), [("2048", None), ("2049", 2047)])
-def test_training_leaves_the_window_out_where_it_may_and_checkpoints_where_it_should(tiny, tmp_path, monkeypatch, flag, window):
+def test_training_leaves_the_sliding_window_out_where_it_may(tiny, tmp_path, monkeypatch, flag, window):
     seen, checkpointed = [], []
     original, checkpoint = train_loop.train_step, layers.checkpoint
 

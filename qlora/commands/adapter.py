@@ -29,7 +29,7 @@ from qlora.model.third_party import peft
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, verify
 from qlora.run.folder import FINISHED, LOCK, RUN, is_going
-from qlora.run.schema import UNREADABLE, check_types, reason
+from qlora.run.schema import UNREADABLE, check_types, reason, with_current_keys
 
 SETTINGS = "adapter_config.json"
 OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop", "train_file",
@@ -68,7 +68,7 @@ class Settings(TypedDict, total=False):
     revision: str | None
 
 
-class Facts(TypedDict):
+class RecordedRun(TypedDict):
     """What run.json and a checkpoint's state.json tell that is used here."""
 
     config: OfTheRun
@@ -85,14 +85,14 @@ class Adapter(NamedTuple):
     config: TrainConfig  # OF_THE_RUN as the run had them, defaults where there is no run; model, revision and format resolved
     source: str  # of the base, as transformers takes it
     meta_model: Any  # the base on the meta device
-    form: PromptTemplate
+    template: PromptTemplate
     device: torch.device
-    facts: dict[str, Any] | None  # run.json of the run, or the state of the checkpoint
+    run_info: dict[str, Any] | None  # run.json of the run, or the state of the checkpoint
     notes: tuple[str, ...]  # lines for the log
 
     @property
     def is_stored_in_nf4(self) -> bool:
-        """Whether the base is, so that there is no other precision to be had of it."""
+        """Whether the base is, so that it cannot be loaded in another precision."""
         return getattr(self.meta_model.config, "quantization_config", None) is not None
 
 
@@ -118,16 +118,16 @@ def open_adapter(
             the GPU is not there.
     """
     place = _device(device)
-    folder, facts = _find(path)
+    folder, run_info = _find(path)
     lora = _read_settings(folder)
-    kept = {name: facts["config"][name] for name in OF_THE_RUN if name in facts["config"]} if facts else {}
+    kept = {name: run_info["config"][name] for name in OF_THE_RUN if name in run_info["config"]} if run_info else {}
     notes: list[str] = []
     base, revision = _base(folder, lora, kept.get("model"), model, notes)
-    form_name = prompt_format or kept.get("prompt_format")
-    if form_name is None:
+    format_name = prompt_format or kept.get("prompt_format")
+    if format_name is None:
         text = f"{folder} does not tell in which prompt format it was trained. Pass --prompt-format chat (the model's own"
         raise UserError(ExitCode.CONFIGURATION, f"{text} template) or --prompt-format plain.")
-    changed = {"model": base, "revision": revision, "prompt_format": form_name, "trust_remote_code": trust_remote_code}
+    changed = {"model": base, "revision": revision, "prompt_format": format_name, "trust_remote_code": trust_remote_code}
     config = TrainConfig(**{**kept, **changed})
     source = model_source(base)
     meta_model = load_meta_model(source, dataclasses.replace(config, max_length=1))
@@ -138,8 +138,10 @@ def open_adapter(
     config = dataclasses.replace(config, attn_implementation=attn.implementation)
     own_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder) if own_tokenizer else source, meta_model, config)
-    form = load_template(tokenizer, config.prompt_format, facts.get("date") if facts else None)  # prompts as in training
-    return Adapter(folder, lora, config, source, meta_model, form, place, facts, tuple(notes))
+    template = load_template(
+        tokenizer, config.prompt_format, run_info.get("date") if run_info else None
+    )  # prompts as in training
+    return Adapter(folder, lora, config, source, meta_model, template, place, run_info, tuple(notes))
 
 
 def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
@@ -150,18 +152,18 @@ def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
         precision: of the base's linear layers; nf4 is what training saw. The adapter is in fp32, for autocast to cast.
 
     Raises:
-        UserError: exit 7 if the weights are not there or are broken, 2 if the base cannot be had in that precision, or if it
-            is not the one that the run trained against (told by its NF4 bytes, so on the same kind of device alone).
+        UserError: exit 7 if the weights are not there or are broken, 2 if the base does not exist in that precision, or if it
+            is not the one that the run trained against (compared by its NF4 bytes, only on the same kind of device).
     """
     if precision != "nf4" and adapter.is_stored_in_nf4:
-        text = f"{adapter.source} is stored in NF4, so there is no {precision} to be had of it."
+        text = f"{adapter.source} is stored in NF4 and cannot be loaded in {precision}."
         raise UserError(ExitCode.CONFIGURATION, f"{text} Name the same model in bf16 with --model.")
     attn = attention.choose_attention(adapter.config, adapter.device, adapter.meta_model)
     base = load_base_model(adapter.source, adapter.config, attn.loaded_as, adapter.device, precision)
     model = put_on(base, adapter)
-    facts = adapter.facts or {}
-    comparable = precision == "nf4" and facts.get("weights") and facts.get("device") == adapter.device.type
-    if comparable and fingerprint(model) != facts["weights"]:
+    run_info = adapter.run_info or {}
+    comparable = precision == "nf4" and run_info.get("weights") and run_info.get("device") == adapter.device.type
+    if comparable and fingerprint(model) != run_info["weights"]:
         text = f"{adapter.source} is not the base that {adapter.folder} was trained against: weights or config.json differ."
         raise UserError(ExitCode.CONFIGURATION, f"{text} Name that base with --model.")
     return model.eval()
@@ -185,7 +187,7 @@ def prompt_ids(prompt: Prompt, adapter: Adapter, max_new_tokens: int) -> list[in
         UserError: exit 3, naming where the prompt stands, if it does not, or if the chat template refuses it.
     """
     try:
-        ids = encode_prompt(prompt.messages, adapter.form)
+        ids = encode_prompt(prompt.messages, adapter.template)
     except ValueError as error:
         raise UserError(ExitCode.DATA, f"{prompt.where}: {error}. Use --prompt-format plain.") from None
     positions = positions_of(adapter)
@@ -246,7 +248,7 @@ def _check_complete(run: Path) -> None:
         return
     found = list(checkpoint.by_step(run / "checkpoints").values())
     advice = f"name its newest checkpoint, {found[-1]}" if found else "train it first: it has no checkpoint"
-    text = f"{run} holds a run that is not complete. Go on with it (the command that began it), or {advice}."
+    text = f"{run} holds a run that is not complete. Resume it with the command that started it, or {advice}."
     raise UserError(ExitCode.CHECKPOINT, text)
 
 
@@ -255,13 +257,13 @@ def _facts(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        facts: dict[str, Any] = json.loads(path.read_bytes())
-        check_types(Facts, facts)
-        TrainConfig(max_length=facts["config"]["max_length"]).check()
+        run_info: dict[str, Any] = json.loads(path.read_bytes(), object_hook=with_current_keys)
+        check_types(RecordedRun, run_info)
+        TrainConfig(max_length=run_info["config"]["max_length"]).check()
     except (*UNREADABLE, UserError) as error:
         text = f"{path} cannot be read ({reason(error)}). Move the adapter's folder elsewhere to do without it."
         raise UserError(ExitCode.CHECKPOINT, text) from None
-    return facts
+    return run_info
 
 
 # -- what it is ------------------------------------------------------------------------------------------------------

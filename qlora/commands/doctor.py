@@ -1,7 +1,7 @@
 """What of this machine works, and whether a run can start.
 
 Checks run in a process of their own, which tells of each as it ends. A library that is broken, or takes the process along,
-costs its own row: the next process goes on behind it.
+costs its own row: the next process continues with the row after it.
 """
 
 import collections
@@ -78,8 +78,8 @@ def _gpu() -> Iterator[Row]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
-            free, total = (size / 2**30 for size in torch.cuda.mem_get_info(index))
-            detail = f"{card.name}, compute capability {card.major}.{card.minor}, {free:.1f} of {total:.1f} GiB free"
+            free, total = (size / 1e9 for size in torch.cuda.mem_get_info(index))
+            detail = f"{card.name}, compute capability {card.major}.{card.minor}, {free:.1f} of {total:.1f} GB free"
             yield Row(f"GPU {index}" + (" (a run takes this one)" if index == 0 else ""), True, detail)
     else:
         yield Row("GPU", False, _no_gpu())
@@ -154,11 +154,11 @@ def _attention() -> Iterator[Row]:
     """Each value of --attn-implementation, for a model such as Phi-3."""
     from qlora.model import attention
 
-    for name, unavailable_reason in attention.unavailable_reasons(_device(), _skeleton()).items():
+    for name, unavailable_reason in attention.unavailable_reasons(_device(), _meta_model()).items():
         yield Row(f"attention {name}", unavailable_reason is None, unavailable_reason or "can run")
 
 
-def _skeleton() -> Any:
+def _meta_model() -> Any:
     """A Phi-3 of no weights."""
     import torch
     import transformers
@@ -178,11 +178,11 @@ def _layers() -> Iterator[Row]:
     """Whether decoder layers are compiled, and recorded as CUDA graphs, where --compile is auto."""
     from qlora.speed import graphs, layers
 
-    device, meta_model = _device(), _skeleton()
+    device, meta_model = _device(), _meta_model()
     compiled = layers.compile_unavailable_reason("phi3", device)
     recorded = compiled or graphs.graphs_unavailable_reason(meta_model)
-    yield Row("compiled layers", compiled is None, compiled or "can be had")
-    yield Row("CUDA graphs", recorded is None, recorded or "can be had")
+    yield Row("compiled layers", compiled is None, compiled or "available")
+    yield Row("CUDA graphs", recorded is None, recorded or "available")
 
 
 def _memory() -> Iterator[Row]:
@@ -196,7 +196,7 @@ def _memory() -> Iterator[Row]:
         bound = int(limit.read_text())
         if bound < total:
             free, total, where = min(free, bound - int(used.read_text())), bound, ", as this container is bounded"
-    yield Row("host memory", True, f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free{where}")
+    yield Row("host memory", True, f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free{where}")
 
 
 def _disk() -> Iterator[Row]:
@@ -209,7 +209,7 @@ def _disk() -> Iterator[Row]:
     for name, path in places.items():
         there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
         may = os.access(there, os.W_OK)
-        free = f"{shutil.disk_usage(there).free / 2**30:.1f} GiB free"
+        free = f"{shutil.disk_usage(there).free / 1e9:.1f} GB free"
         yield Row(f"disk for {name}", may, f"{free} in {there}" + ("" if may else ", which cannot be written"))
 
 
@@ -218,8 +218,8 @@ def _temporary() -> Iterator[Row]:
     with tempfile.TemporaryFile() as file:
         file.write(b"0" * 2**20)
         file.flush()
-    free = shutil.disk_usage(tempfile.gettempdir()).free / 2**30
-    yield Row("temporary files", True, f"{free:.1f} GiB free in {tempfile.gettempdir()}", needed=True)
+    free = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
+    yield Row("temporary files", True, f"{free:.1f} GB free in {tempfile.gettempdir()}", needed=True)
 
 
 def _requirements() -> list[str]:
@@ -244,8 +244,8 @@ def checks() -> dict[str, tuple[Callable[[], Iterator[Row]], bool]]:
 # -- carried out -------------------------------------------------------------------------------------------------------
 
 
-def tell(names: list[str]) -> None:
-    """In the child: carry out these checks and print their rows. What raises ends the process, and the parent goes on."""
+def print_rows(names: list[str]) -> None:
+    """In the child: carry out these checks and print their rows. An exception ends the process, and the parent continues."""
     sys.modules["kernels"] = None  # type: ignore[assignment]  # where it is installed, importing bitsandbytes uses the network
     known = checks()
     for name in names:
@@ -259,8 +259,8 @@ def examine() -> list[Row]:
     rows = [Row("Python", True, f"{platform.python_version()}, {platform.platform()}", needed=True)]
     left = collections.deque(known)
     while left:
-        told, reason = _run_child(list(left))
-        for name, found in told:
+        checked, reason = _run_child(list(left))
+        for name, found in checked:
             assert name == left.popleft(), "a child tells of checks in their order"
             rows += [Row(*row) for row in found]
         if left:
@@ -270,10 +270,11 @@ def examine() -> list[Row]:
 
 
 def _run_child(names: list[str]) -> tuple[list[Any], str]:
-    """What a child told, and why it ended."""
+    """The rows that a child printed, and why it ended."""
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-c", "import sys; from qlora.commands.doctor import tell; tell(sys.argv[1:])", *names]
+    code = "import sys; from qlora.commands.doctor import print_rows; print_rows(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *names]
     try:
         done = subprocess.run(command, capture_output=True, env=environment, timeout=CHILD_S, check=False)
         output, reason = done.stdout, _reason(done)

@@ -1,4 +1,4 @@
-"""`python -m qlora evaluate`: base and adapter side by side on held-out data, with what chance may have done to each number."""
+"""`python -m qlora evaluate`: base and adapter side by side on eval data, with what chance may have done to each number."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, positions_of, prompt_ids
-from qlora.commands.options import EvaluateOptions, HeldOutOptions, refuse_below, refuse_seed, require_packages
+from qlora.commands.options import EvalDataOptions, EvaluateOptions, refuse_below, refuse_seed, require_packages
 from qlora.data.batch import Batch, micro_batches
 from qlora.data.dataset import TokenizedDataset, encode_all
 from qlora.data.formats import Example, Prompt, check_source, read_examples
@@ -37,7 +37,7 @@ SIDES = ("base", "adapter")  # always in this order
 class Side(NamedTuple):
     """What one side, base or adapter, did."""
 
-    held_out: EvalResult
+    result: EvalResult
     tokens: numpy.ndarray  # [n, 3]: of each sample the sum of losses, tokens that were the likeliest, trained tokens
     answers: list[str]
     loss_s: float
@@ -45,7 +45,7 @@ class Side(NamedTuple):
 
 
 def run(options: EvaluateOptions) -> int:
-    """Evaluate, print a table, and write the JSON that was asked for; see EvaluateOptions.
+    """Evaluate, print a table, and write the requested JSON; see EvaluateOptions.
 
     Returns:
         0.
@@ -63,7 +63,7 @@ def run(options: EvaluateOptions) -> int:
     adapter = open_adapter(options.adapter, options.model, options.prompt_format, options.trust_remote_code, options.device)
     for note in adapter.notes:
         say(note)
-    file, samples, examples, notes = read_held_out(options, adapter)
+    file, samples, examples, notes = read_eval_data(options, adapter)
     say(notes)
     limit = options.max_new_tokens or _answer_limit(examples, adapter)
     prompts = [prompt_ids(Prompt(example.prompt, f"{file}:{example.line}"), adapter, limit) for example in examples]
@@ -72,11 +72,11 @@ def run(options: EvaluateOptions) -> int:
         model = load_adapted(adapter, precision)
         sides = both_sides(model, adapter, samples, prompts, options.batch_size, limit)
     compared = comparisons(sides, [example.response for example in examples], options.seed)
-    console.print(results_table(compared, len(examples), sides[0].held_out.num_tokens))
+    console.print(results_table(compared, len(examples), sides[0].result.num_tokens))
     if options.json is not None:
         record: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "precision": precision}
-        record |= {"adapter_sha256": sha256_of(adapter.folder), "held_out_sha256": samples.sha256}  # as in run.json
-        record |= {"eval_file": str(file), "num_examples": len(examples), "num_tokens": sides[0].held_out.num_tokens}
+        record |= {"adapter_sha256": sha256_of(adapter.folder), "eval_data_sha256": samples.sha256}  # as in run.json
+        record |= {"eval_file": str(file), "num_examples": len(examples), "num_tokens": sides[0].result.num_tokens}
         record |= {"max_new_tokens": limit, "batch_size": options.batch_size, "seed": options.seed}
         record |= recorded(sides, compared, examples)
         record["environment"] = environment.environment(adapter.device)
@@ -105,7 +105,7 @@ def _finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def read_held_out(options: HeldOutOptions, adapter: Adapter) -> tuple[str, TokenizedDataset, list[Example], str]:
+def read_eval_data(options: EvalDataOptions, adapter: Adapter) -> tuple[str, TokenizedDataset, list[Example], str]:
     """The file, its samples and examples in the same order, and a line that counts them.
 
     Raises:
@@ -113,20 +113,20 @@ def read_held_out(options: HeldOutOptions, adapter: Adapter) -> tuple[str, Token
     """
     file = options.eval_file or adapter.config.eval_file
     if file is None:
-        raise UserError(ExitCode.CONFIGURATION, f"{adapter.folder} tells of no held-out data. Name some with --eval-file.")
+        raise UserError(ExitCode.CONFIGURATION, f"{adapter.folder} tells of no eval data. Name some with --eval-file.")
     flags = {name: getattr(options, name) for name in ("max_length", "on_long", "allow_drop")}
     config = dataclasses.replace(adapter.config, **{name: value for name, value in flags.items() if value})
     columns = check_source(file, "test")
     examples = [example for example, _ in zip(read_examples(file, "test"), range(options.limit or 2**62), strict=False)]
-    samples, notes = encode_all(examples, file, adapter.form, config)
+    samples, notes = encode_all(examples, file, adapter.template, config)
     kept = {sample.line for sample in samples}
-    return file, samples, [example for example in examples if example.line in kept], f"Held out: {notes}; columns {columns}"
+    return file, samples, [example for example in examples if example.line in kept], f"Eval: {notes}; columns {columns}"
 
 
 def _answer_limit(examples: list[Example], adapter: Adapter) -> int:
     """Twice the longest answer wanted, as in training, or what the longest prompt leaves of the model's positions."""
-    limit = answer_limit(examples, adapter.form)
-    longest = max(len(encode_prompt(example.prompt, adapter.form)) for example in examples)
+    limit = answer_limit(examples, adapter.template)
+    longest = max(len(encode_prompt(example.prompt, adapter.template)) for example in examples)
     return max(1, min(limit, (positions_of(adapter) or limit + longest) - longest))
 
 
@@ -148,13 +148,13 @@ def both_sides(
         with model.disable_adapter():
             losses.append(_timed(score_tokens, model, samples, batch_size))
         losses.append(_timed(score_tokens, model, samples, batch_size))
-    prepare_inference(model)  # once no loss is to be had of the weights any more
+    prepare_inference(model)  # after this the weights give no loss
     answers = []
     with model.disable_adapter():
-        answers.append(_timed(generate_all, model, prompts, adapter.form, limit, batch_size))
-    answers.append(_timed(generate_all, model, prompts, adapter.form, limit, batch_size))
+        answers.append(_timed(generate_all, model, prompts, adapter.template, limit, batch_size))
+    answers.append(_timed(generate_all, model, prompts, adapter.template, limit, batch_size))
     rows = zip(losses, answers, strict=True)
-    return [Side(held_out, tokens, texts, loss_s, generation_s) for ((held_out, tokens), loss_s), (texts, generation_s) in rows]
+    return [Side(result, tokens, texts, loss_s, generation_s) for ((result, tokens), loss_s), (texts, generation_s) in rows]
 
 
 def _timed(function: Any, *arguments: Any) -> tuple[Any, float]:
@@ -176,8 +176,8 @@ def score_tokens(model: Any, samples: Sequence[TokenizedExample], batch_size: in
         return losses.sum()
 
     batches = micro_batches(samples, range(len(samples)), batch_size, pin=model.device.type == "cuda")
-    held_out = evaluate_loss(model, batches, loss_sum)
-    return held_out, torch.cat(rows).double().numpy()  # [n, 3]
+    result = evaluate_loss(model, batches, loss_sum)
+    return result, torch.cat(rows).double().numpy()  # [n, 3]
 
 
 def token_scores(hidden: torch.Tensor, batch: Batch, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,7 +214,7 @@ def comparisons(sides: Sequence[Side], references: list[str], seed: int) -> dict
 
 def results_table(compared: dict[str, scores.Comparison], num_examples: int, num_tokens: int) -> Table:
     """Base, adapter and their difference, each with its interval."""
-    title = f"{num_examples} held-out examples, {num_tokens:,} trained tokens"
+    title = f"{num_examples} eval examples, {num_tokens:,} trained tokens"
     table = Table(title=title, box=None, padding=(0, 0, 0, 1), pad_edge=False)  # 80 columns suffice
     for header in ("", *SIDES, "adapter - base"):
         table.add_column(header, justify="right" if header else "left")

@@ -16,7 +16,7 @@ from qlora.errors import ExitCode, UserError
 PACKAGES = {name: name for name in ("onnx", "onnxscript", "onnxruntime")}  # import name -> package
 MODEL = "model.onnx"  # its weights beside it, in model.onnx.data
 INPUTS = ("input_ids", "attention_mask")
-ROWS = 4  # of held-out samples that are compared
+ROWS = 4  # of eval samples that are compared
 PARITY = 1e-4  # relative error of logits; fp32 in another order of sums is off by 1e-6
 # torch tells that torchvision, which nobody needs here, is not there.
 logging.getLogger("torch.onnx._internal.exporter._registration").addFilter(lambda r: "torchvision" not in r.getMessage())

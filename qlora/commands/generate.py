@@ -75,7 +75,7 @@ def _check(options: GenerateOptions) -> Sampling | None:
         raise UserError(ExitCode.CONFIGURATION, text)
     if options.json is not None:
         if options.prompt is None and options.prompts_file is None:
-            raise UserError(ExitCode.CONFIGURATION, "--json wants --prompt or --prompts-file: a chat is not written down.")
+            raise UserError(ExitCode.CONFIGURATION, "--json needs --prompt or --prompts-file: a chat is not saved.")
         require_writable(options.json, options.prompts_file)
     if options.temperature:
         return Sampling(options.temperature, options.top_p or 1.0, options.top_k)
@@ -106,7 +106,7 @@ def answers_of(
     for side, switched in _sides(model, options.compare).items():
         torch.manual_seed(options.seed)
         with switched():
-            found = generate_all(model, encoded, adapter.form, options.max_new_tokens, options.batch_size, sampling)
+            found = generate_all(model, encoded, adapter.template, options.max_new_tokens, options.batch_size, sampling)
         answers[side] = found
     return answers
 
@@ -119,15 +119,15 @@ def streamed(
     sampling: Sampling | None,
     turn: int,
 ) -> dict[str, str]:
-    """Answers of each side to one prompt, printed while they grow; a turn of a chat has a seed of its own."""
+    """Answers of each side to one prompt, printed as they are generated; each turn of a chat has its own seed."""
     answers = {}
     for side, switched in _sides(model, options.compare).items():
         if options.compare:
             print(f"[{side}]")
-        streamer = transformers.TextStreamer(adapter.form.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = transformers.TextStreamer(adapter.template.tokenizer, skip_prompt=True, skip_special_tokens=True)
         torch.manual_seed(options.seed + turn)
         with switched():
-            found = generate(model, [ids], adapter.form, options.max_new_tokens, sampling, streamer)
+            found = generate(model, [ids], adapter.template, options.max_new_tokens, sampling, streamer)
         answers[side] = found[0]
     return answers
 
@@ -158,7 +158,7 @@ def chat(model: Any, adapter: Adapter, options: GenerateOptions, sampling: Sampl
         if answer.strip():
             messages = (*asked, Message("assistant", answer))
         else:  # a turn without an answer would leave two lines of the user in a row
-            _say("(The answer is empty. The chat goes on without your last line.)")
+            _say("(The answer is empty. The chat continues without your last line.)")
 
 
 def _read_line() -> str | None:

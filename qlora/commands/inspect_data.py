@@ -74,7 +74,7 @@ class Padding:
     wasted_with_graphs: float  # where lengths are rounded up to a multiple of 128
 
 
-# -- facts -----------------------------------------------------------------------------------------------------------
+# -- contents --------------------------------------------------------------------------------------------------------
 
 
 def describe(source: str, everything: TokenizedDataset, config: TrainConfig) -> tuple[Contents, TokenizedDataset]:
@@ -160,15 +160,17 @@ def duplicates(examples: Iterable[Example]) -> Repeats:
     return Repeats(*found)
 
 
-def leaks(train: Iterable[Example], held_out: Sequence[Example], prompts_only: bool) -> Repeats:
-    """Held-out examples that stand in the training data.
+def leaks(train: Iterable[Example], eval_examples: Sequence[Example], prompts_only: bool) -> Repeats:
+    """Eval examples that stand in the training data.
 
     Args:
         train: read once; nothing of it is kept.
-        held_out: all of it.
+        eval_examples: all of it.
         prompts_only: compare prompts alone, whatever the response.
     """
-    digests = [[_digest(_compared(example, prompts_only), normalize) for example in held_out] for normalize in (False, True)]
+    digests = [
+        [_digest(_compared(example, prompts_only), normalize) for example in eval_examples] for normalize in (False, True)
+    ]
     wanted, found = [set(column) for column in digests], [dict[bytes, int](), dict[bytes, int]()]
     for example in train:
         for normalize, (column, lines) in enumerate(zip(wanted, found, strict=True)):
@@ -176,7 +178,7 @@ def leaks(train: Iterable[Example], held_out: Sequence[Example], prompts_only: b
             if digest in column:
                 lines.setdefault(digest, example.line)
     pairs = [
-        [(example.line, lines[digest]) for example, digest in zip(held_out, column, strict=True) if digest in lines]
+        [(example.line, lines[digest]) for example, digest in zip(eval_examples, column, strict=True) if digest in lines]
         for column, lines in zip(digests, found, strict=True)
     ]
     return Repeats(*pairs)
@@ -295,45 +297,45 @@ def run(options: InspectDataOptions) -> int:
     columns = check_files(config)
     source = model_source(str(config.model))
     meta_model = load_meta_model(source, config)
-    form = load_template(load_tokenizer(source, meta_model, config), config.prompt_format)
-    sources = {"train": config.train_file, "held-out": config.eval_file}
+    template = load_template(load_tokenizer(source, meta_model, config), config.prompt_format)
+    sources = {"train": config.train_file, "eval": config.eval_file}
     unlimited = dataclasses.replace(config, max_length=UNLIMITED)
-    encoded = encode_files(unlimited, columns, form, functools.partial(say, console))
+    encoded = encode_files(unlimited, columns, template, functools.partial(say, console))
     contents, kept = {}, {}
     for (name, file), everything in zip(sources.items(), encoded, strict=True):
         if everything is not None:
             contents[name], kept[name] = describe(str(file), everything, config)
-    facts = {"config": config.plain(), "data": contents, "padding": {}, "repeats": _repeats(config)}
+    inspection = {"config": config.plain(), "data": contents, "padding": {}, "repeats": _repeats(config)}
     for name, packing in (("single samples", False), ("packed", True)):
         if kept["train"]:
-            facts["padding"][name] = padding(kept["train"], dataclasses.replace(config, packing=packing))
-    _show(facts, config, console)
+            inspection["padding"][name] = padding(kept["train"], dataclasses.replace(config, packing=packing))
+    _show(inspection, config, console)
     for sample in spread(kept["train"], options.examples):
-        rows = explain.tokens(sample, form.tokenizer)
+        rows = explain.tokens(sample, template.tokenizer)
         trained = sum(token.trained for token in rows)
         say(console, f"\nLine {sample.line}, {len(rows)} tokens, {trained} trained (green, in double brackets):")
         console.print(explain.token_text(rows))
     if options.json is not None:
-        write_file(options.json, json.dumps(facts, indent=1, default=dataclasses.asdict).encode())
+        write_file(options.json, json.dumps(inspection, indent=1, default=dataclasses.asdict).encode())
         say(console, f"Written to {options.json}")
     return 0
 
 
 def _repeats(config: TrainConfig) -> dict[str, Repeats]:
-    """Duplicates in each source and, if there is held-out data, its leaks."""
-    train, held_out = config.train_file, config.eval_file
+    """Duplicates in each source and, if there is eval data, its leaks."""
+    train, eval_file = config.train_file, config.eval_file
     assert train is not None  # as resolved
     found = {"duplicates in train": duplicates(read_examples(train, "train"))}
-    if held_out is not None:
-        examples = list(read_examples(held_out, "test"))
-        found["duplicates in held-out"] = duplicates(examples)
+    if eval_file is not None:
+        examples = list(read_examples(eval_file, "test"))
+        found["duplicates in eval"] = duplicates(examples)
         for what, prompts_only in (("prompt and response", False), ("prompt", True)):
-            found[f"held-out {what} in train"] = leaks(read_examples(train, "train"), examples, prompts_only)
+            found[f"eval {what} in train"] = leaks(read_examples(train, "train"), examples, prompts_only)
     return found
 
 
-def _show(facts: dict[str, Any], config: TrainConfig, console: Console) -> None:
-    contents: dict[str, Contents] = facts["data"]
+def _show(inspection: dict[str, Any], config: TrainConfig, console: Console) -> None:
+    contents: dict[str, Contents] = inspection["data"]
     console.print(contents_table(contents))
     for name, found in contents.items():
         console.print(f"Lengths, {name}:", histogram_text(found, config.max_length), sep="\n", end="")
@@ -342,10 +344,10 @@ def _show(facts: dict[str, Any], config: TrainConfig, console: Console) -> None:
             say(console, f"Dropped of {name}: lines {lines}{', ...' if found.dropped > SHOWN else ''}")
         if why := refusal(found, config):
             say(console, f"Training would refuse {name}: {why}. A larger --max-length would do.")
-    for what, repeats in facts["repeats"].items():
-        total = contents["train" if what.endswith("s in train") else "held-out"].examples
+    for what, repeats in inspection["repeats"].items():
+        total = contents["train" if what.endswith("s in train") else "eval"].examples
         say(console, repeats_line(what, repeats.exact, total))
         if len(repeats.normalized) > len(repeats.exact):
             say(console, repeats_line("  ignoring case and whitespace", repeats.normalized, total))
-    if facts["padding"]:
-        console.print(padding_table(facts["padding"], config.packing))
+    if inspection["padding"]:
+        console.print(padding_table(inspection["padding"], config.packing))

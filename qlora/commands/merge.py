@@ -1,8 +1,8 @@
 """`python -m qlora merge`: adapter and base as one model, what that changes, and how to serve it.
 
-The adapter was trained beside NF4 weights. Added to these, turned to bf16, it gives that very function but for one rounding.
+The adapter was trained beside NF4 weights. Added to these weights in bf16, it gives the same function up to one rounding.
 Added to the base in bf16, it meets weights that it has never seen: better ones, as a rule, but others. Which of the two is
-closer, and which predicts held-out data better, is measured.
+closer, and which predicts eval data better, is measured.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from rich.table import Table
 
 from qlora.commands import export_onnx
 from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, put_on
-from qlora.commands.evaluate import read_held_out
+from qlora.commands.evaluate import read_eval_data
 from qlora.commands.options import MergeOptions, refuse_below, require_packages
 from qlora.data.batch import Batch, micro_batches
 from qlora.data.dataset import TokenizedDataset
@@ -40,14 +40,14 @@ Route = Literal["bf16", "dequantized"]
 LABELS = {"bf16": "merged into the base in bf16", "dequantized": "merged into the base's NF4 weights, turned to bf16"}
 ROUNDING = 1e-3  # nats of KL that weights rounded to bf16 may cost; 2e-4 on the demo model
 NOT_FOR_VLLM = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
-FACTS = "merge.json"  # in the saved folder: what it was made of, and what was measured
+SUMMARY = "merge.json"  # in the saved folder: what it was made of, and what was measured
 LLAMA_CPP = "https://github.com/ggml-org/llama.cpp"
 # transformers tells of the dtype that it dequantizes to, which is the one that was asked for.
 logging.getLogger("transformers.integrations.bitsandbytes").addFilter(lambda r: "modules are dequantized" not in str(r.msg))
 
 
 class Difference(NamedTuple):
-    """How a model differs from the unmerged adapter: means over the trained tokens of held-out data."""
+    """How a model differs from the unmerged adapter: means over the trained tokens of eval data."""
 
     kl: float  # nats: of its next-token distribution from the unmerged one's, KL(unmerged || this)
     agreement: float  # share of tokens where both find the same one likeliest
@@ -152,16 +152,16 @@ def recommendation(found: dict[str, Difference]) -> tuple[Route, str]:
     text = f"Recommended: {best}, the closest to what was trained: KL {found[best].kl:.2g}, {other} {found[other].kl:.2g}."
     gain = found[best].loss - found[other].loss
     if gain > 0:
-        text += f" (Held-out loss is lower with {other}, by {gain:.2g}.)"
+        text += f" (Eval loss is lower with {other}, by {gain:.2g}.)"
     return best, text
 
 
 def check_merges(found: dict[str, Difference], route: Route) -> None:
     """Refuse to merge if that loses, or spoils, what the adapter does.
 
-    Merging itself is tried where it is the same function but for a rounding: into the dequantized base. Into the base in bf16
+    Merging itself is checked where it is the same function up to rounding: into the dequantized base. Into the base in bf16
     an adapter of little effect may well come out further from the unmerged one than no adapter, as the base's own rounding to
-    NF4 is undone too; that is refused only where held-out data are predicted worse than without.
+    NF4 is undone too; that is refused only where eval data are predicted worse than without.
 
     Raises:
         UserError: exit 5.
@@ -173,7 +173,7 @@ def check_merges(found: dict[str, Difference], route: Route) -> None:
         seen = found["dequantized"] if lost else merged
         text = (
             f"Merged, the model is off by KL {seen.kl:.2g} from the unmerged adapter, and without any adapter by {base.kl:.2g};"
-            f" held-out losses are {seen.loss:.4f} and {base.loss:.4f}. That is no merge of this adapter, so that nothing is "
+            f" eval losses are {seen.loss:.4f} and {base.loss:.4f}. That is no merge of this adapter, so that nothing is "
             "saved. Use it unmerged: python -m qlora generate, or PEFT."
         )
         raise UserError(ExitCode.NUMERICS, text)
@@ -182,14 +182,14 @@ def check_merges(found: dict[str, Difference], route: Route) -> None:
 # -- saving ----------------------------------------------------------------------------------------------------------
 
 
-def save(model: Any, adapter: Adapter, folder: Path, facts: dict[str, Any], rows: list[list[int]] | None) -> str | None:
+def save(model: Any, adapter: Adapter, folder: Path, summary: dict[str, Any], rows: list[list[int]] | None) -> str | None:
     """Write a merged model, its tokenizer and `merge.json` into a folder that is there whole or not at all.
 
     Args:
         model: from merged_model; with `rows` it is in fp32 afterwards.
         adapter: its tokenizer is saved too.
         folder: to be made.
-        facts: for merge.json.
+        summary: for merge.json.
         rows: token ids to compare an ONNX export on; None exports nothing.
 
     Returns:
@@ -200,21 +200,21 @@ def save(model: Any, adapter: Adapter, folder: Path, facts: dict[str, Any], rows
     """
     line = None
     with _scratch(folder) as scratch:
-        model.generation_config.eos_token_id = stop_ids(model, adapter.form)
+        model.generation_config.eos_token_id = stop_ids(model, adapter.template)
         model.save_pretrained(scratch, max_shard_size="2GB")
-        adapter.form.tokenizer.save_pretrained(scratch)
+        adapter.template.tokenizer.save_pretrained(scratch)
         if (original := _sentencepiece(adapter)) is not None:
             shutil.copyfile(original, scratch / original.name)
         if rows is not None:
             (scratch / "onnx").mkdir()
             error = export_onnx.export(model, scratch / "onnx", rows)
-            facts = {**facts, "onnx_relative_error": error}
+            summary = {**summary, "onnx_relative_error": error}
             line = f"ONNX: {folder / 'onnx' / export_onnx.MODEL}, logits within {error:.1e} (relative) of torch's in fp32"
         files: dict[str, Any] = {str(path.relative_to(scratch)): path for path in scratch.rglob("*") if path.is_file()}
         for path in files.values():
             path.chmod(0o644)  # safetensors lets nobody else read, as a server may have to
         _require_new(folder)  # still: another merge may have been faster
-        write_folder(folder, {**files, FACTS: json.dumps(facts, indent=1).encode()})
+        write_folder(folder, {**files, SUMMARY: json.dumps(summary, indent=1).encode()})
     return line
 
 
@@ -242,7 +242,7 @@ def _sentencepiece(adapter: Adapter) -> Path | None:
 
 
 def run(options: MergeOptions) -> int:
-    """Measure, recommend, and save what was asked for; see MergeOptions.
+    """Measure, recommend, and save the requested merge; see MergeOptions.
 
     Returns:
         0.
@@ -263,12 +263,12 @@ def run(options: MergeOptions) -> int:
     for note in adapter.notes:
         say(note)
     if adapter.lora.lora_bias:
-        text = f"{adapter.folder} has biases of its own (lora_bias), which layers without a bias have no place for. Use it"
+        text = f"{adapter.folder} trains LoRA biases (lora_bias), which layers without a bias cannot store. Use it"
         raise UserError(ExitCode.CONFIGURATION, f"{text} unmerged: python -m qlora generate, or PEFT.")
     routes = _routes(adapter, options)
     for place in [_folder(adapter, options, route) for route in routes] if options.into else []:
         _check_place(place, adapter, options.onnx)
-    file, samples, _, notes = read_held_out(options, adapter)
+    file, samples, _, notes = read_eval_data(options, adapter)
     say(f"{notes}; {file}")
     with oom_as_user_error_with("Merging needs the base in bf16 and in NF4 at once, about 3 bytes a parameter."):
         found = measured(adapter, routes, samples)
@@ -279,11 +279,11 @@ def run(options: MergeOptions) -> int:
         say(line)
         if options.into is not None:
             folder = _folder(adapter, options, route)
-            facts: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "into": route, "eval_file": file}
-            facts["differences"] = {name: {**row._asdict(), "perplexity": row.perplexity} for name, row in found.items()}
-            facts["environment"] = environment.environment(adapter.device)
+            summary: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "into": route, "eval_file": file}
+            summary["differences"] = {name: {**row._asdict(), "perplexity": row.perplexity} for name, row in found.items()}
+            summary["environment"] = environment.environment(adapter.device)
             rows = [sample.input_ids for sample in samples[: export_onnx.ROWS]] if options.onnx else None
-            exported = save(merged_model(adapter, route), adapter, folder, facts, rows)
+            exported = save(merged_model(adapter, route), adapter, folder, summary, rows)
             say(f"Saved: {folder}, {LABELS[route]}")
             if exported is not None:
                 say(exported)
@@ -293,7 +293,7 @@ def run(options: MergeOptions) -> int:
 
 
 def _routes(adapter: Adapter, options: MergeOptions) -> list[Route]:
-    """bf16 too, where the base is to be had in bf16."""
+    """bf16 too, where the base is available in bf16."""
     if not adapter.is_stored_in_nf4:
         return ["bf16", "dequantized"]
     if options.into == "bf16":
@@ -324,7 +324,7 @@ def differences_table(found: dict[str, Difference]) -> Table:
     """The models, with their differences from the first."""
     table = Table(title="Differences from the adapter beside NF4, as it was trained")
     table.add_column("")
-    for header in ("KL", "same choice", "held-out loss", "perplexity"):
+    for header in ("KL", "same choice", "eval loss", "perplexity"):
         table.add_column(header, justify="right")
     labels = {"unmerged": "unmerged", "base": "no adapter", "bf16": "into bf16", "dequantized": "into dequantized"}
     for name, row in found.items():
@@ -343,10 +343,12 @@ vLLM:          vllm serve {quoted}
 GGUF:          git clone {LLAMA_CPP}
                pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt
                python llama.cpp/convert_hf_to_gguf.py {quoted} --outfile {gguf} --outtype bf16"""
-    is_gpt2 = type(adapter.form.tokenizer).__name__.startswith("GPT2Tokenizer")  # Phi-4's, which the converter takes as it is
+    is_gpt2 = type(adapter.template.tokenizer).__name__.startswith(
+        "GPT2Tokenizer"
+    )  # Phi-4's, which the converter takes as it is
     if adapter.meta_model.config.model_type == "phi3" and not is_gpt2 and not (folder / "tokenizer.model").exists():
         text += """
-               It will refuse this folder: for Phi-3 it wants tokenizer.model, which was not found with the base."""
+               It will refuse this folder: for Phi-3 it needs tokenizer.model, which was not found with the base."""
     return text
 
 

@@ -66,8 +66,8 @@ class AdapterOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOutOptions(AdapterOptions):
-    """Which held-out data a trained adapter is looked at with (compare.read_held_out)."""
+class EvalDataOptions(AdapterOptions):
+    """Which eval data a trained adapter is looked at with (evaluate.read_eval_data)."""
 
     eval_file: str | None = None
     """JSONL or Parquet file, or hub data set (NAME or NAME:SPLIT). Unset: that of the run."""
@@ -78,12 +78,12 @@ class HeldOutOptions(AdapterOptions):
     on_long: Literal["drop", "truncate", "error"] | None = None
     """What happens to longer samples. Unset: what the run did, else drop."""
     allow_drop: bool = False
-    """Go on when more than a fifth of the samples has to be dropped."""
+    """Continue even if more than a fifth of the examples has to be dropped."""
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateOptions(HeldOutOptions):
-    """Compare base and adapter on held-out data: loss, token accuracy, and greedy answers, with bootstrap intervals.
+class EvaluateOptions(EvalDataOptions):
+    """Compare base and adapter on eval data: loss, token accuracy, and greedy answers, with bootstrap intervals.
 
     Answers are scored by exact match, ROUGE-L, BLEU and chrF, and where all references are JSON or AVRO schemas by validity.
     """
@@ -129,8 +129,8 @@ class GenerateOptions(AdapterOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class MergeOptions(HeldOutOptions):
-    """Add the adapter to its base's weights, measure what that changes on held-out data, and save the model in bf16.
+class MergeOptions(EvalDataOptions):
+    """Add the adapter to its base's weights, measure what that changes on eval data, and save the model in bf16.
 
     Into the base in bf16, or into its NF4 weights turned to bf16, which is what the adapter was trained beside. Not into NF4
     itself: the sum would be rounded to 4 bits again, which undoes much of the training.
@@ -155,8 +155,8 @@ class PlanOptions:
     """Built in, so that nothing is fetched: 3.8, 14.0 and 0.13 billion parameters. Unset: phi3-mini."""
     model: str | None = None
     """Hub id, folder, `demo` or `tiny-random`, whose config.json is read in place of a --shape."""
-    gpu_gib: float | None = None
-    """Memory of the card, in GiB. Unset: what is free on this machine's GPU, if there is one."""
+    gpu_memory: float | None = None
+    """Size of the card in GB, as sold: 8, 24, 80. Unset: what is free on this machine's GPU, if there is one."""
     max_length: int = 2048
     """Longest row, in tokens."""
     per_device_train_batch_size: int = 2
@@ -185,7 +185,7 @@ class PlanOptions:
 class ReportOptions:
     """Write report.html and plots/ of a run: curves, answers before and after, data, memory, configuration, and its limits.
 
-    A run that ends writes them by itself. Of one that is going or has stopped it shows how far it came, and disturbs nothing.
+    A run writes them when it ends. For a running or stopped run, the report shows the progress so far; nothing else changes.
     """
 
     run: Path

@@ -44,23 +44,23 @@ SHAPES: dict[str, dict[str, Any]] = {  # arguments of transformers' Phi3Config, 
 }
 DEFAULT_SHAPE = "phi3-mini"
 POLICIES: tuple[GradientCheckpointing, ...] = ("none", "selective", "full")
-CONTEXT_GIB = 0.5  # of CUDA and cuBLAS, which torch does not count
+CONTEXT_GB = 0.54  # of CUDA and cuBLAS, which torch does not count
 
 
 class Plan(NamedTuple):
-    """Settings, and the memory that they are predicted to need, in GiB by term."""
+    """Settings, and the memory that they are predicted to need, in GB by term."""
 
     config: TrainConfig
-    terms_gib: dict[str, float]
+    terms_gb: dict[str, float]
 
     @property
-    def total_gib(self) -> float:
+    def total_gb(self) -> float:
         """The sum of all terms."""
-        return sum(self.terms_gib.values())
+        return sum(self.terms_gb.values())
 
-    def fits(self, free_gib: float) -> bool:
+    def fits(self, free_gb: float) -> bool:
         """Whether it is below what training itself would take for safe."""
-        return self.total_gib < MARGIN * free_gib
+        return self.total_gb < MARGIN * free_gb
 
 
 def run(options: PlanOptions) -> int:
@@ -75,7 +75,7 @@ def run(options: PlanOptions) -> int:
     config = configuration(options)
     meta_model = shape_meta_model(options, config)
     targets = audit_targets(meta_model, config)
-    free_gib, card = _free(options.gpu_gib)
+    free_gb, card = _free(options.gpu_memory)
     tried = POLICIES if options.gradient_checkpointing == "auto" else (options.gradient_checkpointing,)
     changed = (dataclasses.replace(config, gradient_checkpointing=policy) for policy in tried)
     plans = [planned(meta_model, each) for each in changed]
@@ -87,19 +87,19 @@ def run(options: PlanOptions) -> int:
     if (rest := uncovered(meta_model)).share > UNCOVERED_LIMIT:
         console.print(f"Warning: {rest}. Training refuses such a model unless --target-modules names the layers to adapt.")
     steps: list[tuple[str, Plan]] = []
-    if free_gib is not None:
-        fitting = [plan for plan in plans if plan.fits(free_gib)]
-        console.print(f"{card}. We plan for at most {MARGIN * free_gib:.2f} GiB.")
+    if free_gb is not None:
+        fitting = [plan for plan in plans if plan.fits(free_gb)]
+        console.print(f"{card}. We plan for at most {MARGIN * free_gb:.2f} GB.")
         if fitting:
             console.print(f"It fits with {flags(fitting[0].config)}, the fastest of these that does.")
         else:
-            steps = list(steps_down(meta_model, plans[-1].config, free_gib))
-            console.print(ways_table(steps, free_gib))
-            if not steps or not steps[-1][1].fits(free_gib):
+            steps = list(steps_down(meta_model, plans[-1].config, free_gb))
+            console.print(ways_table(steps, free_gb))
+            if not steps or not steps[-1][1].fits(free_gb):
                 least = f"down to {LEAST_LENGTH} tokens and rank {LEAST_RANK}"
                 console.print(f"Nothing that can be set, {least}, makes it fit: take a smaller model or a larger card.")
     if options.json is not None:
-        write_file(options.json, json.dumps(_record(what, free_gib, plans, steps), indent=1).encode() + b"\n")
+        write_file(options.json, json.dumps(_record(what, free_gb, plans, steps), indent=1).encode() + b"\n")
     return 0
 
 
@@ -142,16 +142,16 @@ def planned(meta_model: Any, config: TrainConfig) -> Plan:
     return Plan(config, memory_terms(meta_model, targets, config, config.max_length))
 
 
-def steps_down(meta_model: Any, config: TrainConfig, free_gib: float) -> Iterator[tuple[str, Plan]]:
+def steps_down(meta_model: Any, config: TrainConfig, free_gb: float) -> Iterator[tuple[str, Plan]]:
     """What to change, one after the other, until it fits: the largest saving first, what changes the training last."""
     plan = planned(meta_model, config)
-    while not plan.fits(free_gib):
+    while not plan.fits(free_gb):
         settings = settings_to_try(plan.config, plan.config.max_length)
         tried = [(each, planned(meta_model, dataclasses.replace(plan.config, **each.changes))) for each in settings]
-        saving = [(each, then) for each, then in tried if then.total_gib < plan.total_gib]
+        saving = [(each, then) for each, then in tried if then.total_gb < plan.total_gb]
         if not saving:
             return
-        setting, plan = min(saving, key=lambda pair: (not pair[0].same_training, pair[1].total_gib))
+        setting, plan = min(saving, key=lambda pair: (not pair[0].same_training, pair[1].total_gb))
         yield setting.flags, plan
 
 
@@ -162,46 +162,51 @@ def flags(config: TrainConfig) -> str:
 
 
 def terms_table(title: str, plans: list[Plan]) -> Table:
-    """A row for each term, a column for each policy, in GiB; terms that are nothing everywhere are left out."""
-    table = Table(title=title, caption="GiB, predicted; CUDA's own context, about 0.5 GiB, comes on top")
+    """A row for each term, a column for each policy, in GB; terms that are nothing everywhere are left out."""
+    table = Table(title=title, caption="GB, predicted; CUDA's own context, about 0.5 GB, comes on top")
     table.add_column(f"--compile {plans[0].config.compile}")
     for plan in plans:
         table.add_column(plan.config.gradient_checkpointing, justify="right")
-    for term in plans[0].terms_gib:
-        sizes = [plan.terms_gib[term] for plan in plans]
+    for term in plans[0].terms_gb:
+        sizes = [plan.terms_gb[term] for plan in plans]
         if any(sizes):
             table.add_row(term, *(f"{size:.2f}" for size in sizes))
     table.add_section()
-    table.add_row("peak", *(f"{plan.total_gib:.2f}" for plan in plans), style="bold")
+    table.add_row("peak", *(f"{plan.total_gb:.2f}" for plan in plans), style="bold")
     return table
 
 
-def ways_table(steps: list[tuple[str, Plan]], free_gib: float) -> Table:
+def ways_table(steps: list[tuple[str, Plan]], free_gb: float) -> Table:
     """Each change on top of those above it, and the peak that is then predicted."""
     table = Table(title="To make it fit, one after the other")
     table.add_column("change")
-    table.add_column("peak GiB", justify="right")
+    table.add_column("peak GB", justify="right")
     table.add_column("")
     for words, plan in steps:
-        table.add_row(words, f"{plan.total_gib:.2f}", "fits" if plan.fits(free_gib) else "")
+        table.add_row(words, f"{plan.total_gb:.2f}", "fits" if plan.fits(free_gb) else "")
     return table
 
 
-def _free(gpu_gib: float | None) -> tuple[float | None, str]:
-    """Memory that a run may use, in GiB, and whose it is."""
-    if gpu_gib is not None:
-        if not gpu_gib > 0:
-            raise UserError(ExitCode.CONFIGURATION, f"--gpu-gib {gpu_gib:g} cannot be used: it must be above 0.")
-        return max(gpu_gib - CONTEXT_GIB, 0.0), f"A card of {gpu_gib:g} GiB"
+def card_free_gb(gpu_memory: float) -> float:
+    """Memory that a run may use, in GB, of a card sold as one of `gpu_memory` GB, which has `gpu_memory` x 2**30 bytes."""
+    return max(gpu_memory * 2**30 / 1e9 - CONTEXT_GB, 0.0)
+
+
+def _free(gpu_memory: float | None) -> tuple[float | None, str]:
+    """Memory that a run may use, in GB, and whose it is."""
+    if gpu_memory is not None:
+        if not gpu_memory > 0:
+            raise UserError(ExitCode.CONFIGURATION, f"--gpu-memory {gpu_memory:g} cannot be used: it must be above 0.")
+        return card_free_gb(gpu_memory), f"A card of {gpu_memory:g} GB"
     if not torch.cuda.is_available():
         return None, ""
-    return torch.cuda.mem_get_info()[0] / 2**30, torch.cuda.get_device_name()
+    return torch.cuda.mem_get_info()[0] / 1e9, torch.cuda.get_device_name()
 
 
-def _record(what: str, free_gib: float | None, plans: list[Plan], steps: list[tuple[str, Plan]]) -> dict[str, Any]:
+def _record(what: str, free_gb: float | None, plans: list[Plan], steps: list[tuple[str, Plan]]) -> dict[str, Any]:
     def row(plan: Plan) -> dict[str, Any]:
         chosen = {name: getattr(plan.config, name) for name in ("gradient_checkpointing", "compile")}
-        return {**chosen, "terms_gib": plan.terms_gib, "total_gib": plan.total_gib}
+        return {**chosen, "terms_gb": plan.terms_gb, "total_gb": plan.total_gb}
 
     changes = [{"change": words, **row(plan)} for words, plan in steps]
-    return {"model": what, "free_gib": free_gib, "policies": [row(plan) for plan in plans], "changes": changes}
+    return {"model": what, "free_gb": free_gb, "policies": [row(plan) for plan in plans], "changes": changes}

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
-        """The same batch in page-locked memory, from which a GPU copies by itself."""
+        """The same batch in page-locked memory, from which a GPU copies asynchronously."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
 
 def collate(samples: Sequence[TokenizedExample], multiple: int = 1, least: int = 1) -> Batch:
-    """Pad on the right with id 0: any would do, as padding is told by length, never by its id.
+    """Pad on the right with id 0. Any id would do: padding is known by length, never by its id.
 
     Args:
         samples: of the rows.
@@ -176,7 +176,7 @@ def micro_batches(
     multiple: int = 1,
     least: int = 1,
 ) -> Iterator[Batch]:
-    """Collate `batch_size` rows at a time in the given order; the last batch may be smaller, but for padding."""
+    """Collate `batch_size` rows at a time in the given order; the last batch may be smaller unless `least` pads it."""
     for group in batched(rows, batch_size):
         packed = [[samples[index] for index in row] for row in group if isinstance(row, list)]
         if packed:

@@ -115,7 +115,7 @@ class _Tally:
 
 
 def encode_all(
-    examples: Iterable[Example], source: str | Path, form: PromptTemplate, config: TrainConfig
+    examples: Iterable[Example], source: str | Path, template: PromptTemplate, config: TrainConfig
 ) -> tuple[TokenizedDataset, str]:
     """Encode examples one after the other and deal with those longer than `config.max_length`.
 
@@ -127,7 +127,7 @@ def encode_all(
             `--on-long error`, or the chat template fails on one. Exit 4 if the temporary folder is full.
     """
     tally = _Tally()
-    samples = TokenizedDataset(_fitting(examples, source, form, config, tally))
+    samples = TokenizedDataset(_fitting(examples, source, template, config, tally))
     limit = f"--max-length {config.max_length}"
     cut = "" if config.on_long == "truncate" else "use --on-long truncate, "
     if not samples:
@@ -137,7 +137,7 @@ def encode_all(
     if tally.dropped * 5 > tally.seen and not config.allow_drop:
         raise data_error(
             f"{source}: {tally.dropped} of {tally.seen} examples, more than a fifth, do not fit {limit} {lines}. "
-            f"Give a larger --max-length, {cut}or go on without them with --allow-drop."
+            f"Give a larger --max-length, {cut}or drop them with --allow-drop."
         )
     lengths = sorted(map(samples.length, range(len(samples))))
     samples.counts = {"read": tally.seen, "examples": len(samples), "tokens": tally.tokens, "input_tokens": sum(lengths)}
@@ -154,12 +154,12 @@ def encode_all(
 
 
 def _fitting(
-    examples: Iterable[Example], source: str | Path, form: PromptTemplate, config: TrainConfig, tally: _Tally
+    examples: Iterable[Example], source: str | Path, template: PromptTemplate, config: TrainConfig, tally: _Tally
 ) -> Iterator[TokenizedExample]:
     for example in examples:
         tally.seen += 1
         try:
-            encoded = encode(example, form, config.loss_on)
+            encoded = encode(example, template, config.loss_on)
         except ValueError as error:
             raise data_error(f"{source}:{example.line}: {error}. Use --prompt-format plain.") from None
         length = len(encoded.input_ids)
@@ -170,7 +170,7 @@ def _fitting(
             tally.drop(example.line)
             continue
         tally.truncated += kept is not encoded
-        found = next(filter(None, (form.special.search(message.content) for message in example.messages)), None)
+        found = next(filter(None, (template.special.search(message.content) for message in example.messages)), None)
         tally.keep(kept, found[0] if found else "")
         yield kept
 
@@ -183,9 +183,9 @@ def truncate_or_drop(encoded: TokenizedExample, config: TrainConfig) -> Tokenize
     return cut if config.on_long == "truncate" and any(label != IGNORED for label in cut.labels[1:]) else None
 
 
-def count_shared(samples: Sequence[TokenizedExample], held_out: Sequence[TokenizedExample]) -> int:
-    """How many held-out samples have the very ids of a training sample; memory for the held-out side alone."""
-    wanted = [_digest(sample) for sample in held_out]
+def count_shared(samples: Sequence[TokenizedExample], eval_set: Sequence[TokenizedExample]) -> int:
+    """How many eval samples have the very ids of a training sample; memory for the eval side alone."""
+    wanted = [_digest(sample) for sample in eval_set]
     distinct = set(wanted)
     shared = {digest for sample in samples if (digest := _digest(sample)) in distinct}
     return sum(digest in shared for digest in wanted)
@@ -205,38 +205,38 @@ def check_files(config: TrainConfig) -> list[str]:
 
 
 def encode_files(
-    config: TrainConfig, columns: list[str], form: PromptTemplate, say: Callable[[str], None]
+    config: TrainConfig, columns: list[str], template: PromptTemplate, say: Callable[[str], None]
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """The training data and, if there is any, the held-out data, with a line about each.
+    """The training data and, if there is any, the eval data, with a line about each.
 
     Raises:
         UserError: exit 3, as encode_all does.
     """
     sets = []
     for (file, split, name), found in zip(_files(config), columns, strict=True):
-        encoded, notes = encode_all(read_examples(file, split), file, form, config)
+        encoded, notes = encode_all(read_examples(file, split), file, template, config)
         say(f"{name}: {notes}; columns {found}")
         sets.append(encoded)
-    samples, held_out = sets[0], sets[1] if len(sets) > 1 else None
-    if held_out and (shared := count_shared(samples, held_out)):
-        held_out.counts["shared"] = shared
-        say(f"Warning: {shared} of {len(held_out)} held-out samples stand in the training data too.")
-    return samples, held_out
+    samples, eval_set = sets[0], sets[1] if len(sets) > 1 else None
+    if eval_set and (shared := count_shared(samples, eval_set)):
+        eval_set.counts["shared"] = shared
+        say(f"Warning: {shared} of {len(eval_set)} eval samples stand in the training data too.")
+    return samples, eval_set
 
 
 def _files(config: TrainConfig) -> list[tuple[str, str, str]]:
-    """(file, split of a hub data set, name in the log) of the training data and, if there is any, the held-out data."""
+    """(file, split of a hub data set, name in the log) of the training data and, if there is any, the eval data."""
     assert config.train_file is not None  # as resolved
-    held_out = [(config.eval_file, "test", "Held out")] if config.eval_file else []
-    return [(config.train_file, "train", "Data"), *held_out]
+    eval_set = [(config.eval_file, "test", "Eval")] if config.eval_file else []
+    return [(config.train_file, "train", "Data"), *eval_set]
 
 
 def first_examples(
-    config: TrainConfig, samples: TokenizedDataset, held_out: TokenizedDataset | None, count: int
+    config: TrainConfig, samples: TokenizedDataset, eval_set: TokenizedDataset | None, count: int
 ) -> list[Example]:
-    """The first `count` examples of the held-out data, or of the training data if there is none."""
+    """The first `count` examples of the eval data, or of the training data if there is none."""
     file, split, _ = _files(config)[-1]
-    return kept_examples(read_examples(file, split), held_out or samples, count)
+    return kept_examples(read_examples(file, split), eval_set or samples, count)
 
 
 def kept_examples(examples: Iterable[Example], samples: Sequence[TokenizedExample], count: int) -> list[Example]:

@@ -185,8 +185,8 @@ def _messages(row: dict[str, Any], columns: tuple[str, ...], where: str) -> tupl
 
 
 def _conversation(messages: object, where: str) -> list[Message]:
-    form = {"role", "content"}
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and form <= m.keys() for m in messages):
+    keys = {"role", "content"}
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and keys <= m.keys() for m in messages):
         raise data_error(f'{where}: messages must be a list of {{"role": ..., "content": ...}}.')
     turns = [Message(message["role"], message["content"]) for message in messages]
     roles = [turn.role for turn in turns]

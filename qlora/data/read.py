@@ -143,5 +143,5 @@ def hub_rows(source: str, default_split: str) -> Iterator[tuple[int, object]]:
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise data_error(
-            f"{source} is no file here, and as hub data set {name!r}, split {split!r}, it cannot be had: {reason}"
+            f"{source} is no file here, and as hub data set {name!r}, split {split!r}, it cannot be loaded: {reason}"
         ) from None

@@ -30,14 +30,14 @@ class TokenizedExample(NamedTuple):
 
 
 class PromptTemplate(NamedTuple):
-    """How text becomes ids: the tokenizer, the form, and the ids that begin a sample and end an answer."""
+    """How text becomes ids: the tokenizer, the prompt format, and the ids that begin a sample and end an answer."""
 
     tokenizer: "PreTrainedTokenizerBase"
     name: PromptFormat
-    begin_ids: tuple[int, ...]  # a BOS, where the tokenizer puts one; in the chat form the template brings its own
-    stop_id: int  # the tokenizer's eos in the plain form, the template's turn end in the chat form
+    begin_ids: tuple[int, ...]  # a BOS, where the tokenizer puts one; in the chat format the template brings its own
+    stop_id: int  # the tokenizer's eos in the plain format, the template's turn end in the chat format
     special: re.Pattern[str]  # finds the text of a special token
-    date: str  # ISO 8601, local time; what a template that prints the date is told, so that ids do not change overnight
+    date: str  # ISO 8601, local time, for templates that print the date; kept in the run, so that ids do not change overnight
 
     def mark(self, message: Message) -> Message:
         """The message with marks around all that reads like a special token, so that `ids` takes it for plain text."""
@@ -53,7 +53,7 @@ class PromptTemplate(NamedTuple):
         if after:
             before, both = self.ids(after), self.ids(after + text)
             return both[len(before) :] if both[: len(before)] == before else self.ids(text)
-        # No text of a user may become a special token. In the plain form all text is a user's; a chat template is made of
+        # No text of a user may become a special token. In the plain format all text is a user's; a chat template is made of
         # special tokens, so there what a user wrote of them stands between marks.
         if self.name == "plain":
             return self._tokenize(text, split_special=True)
@@ -72,11 +72,11 @@ class PromptTemplate(NamedTuple):
 
 
 def load_template(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat, date: str | None = None) -> PromptTemplate:
-    """The form to train and to prompt in.
+    """The prompt format to train and to prompt in.
 
     Args:
-        tokenizer: with a chat template for the chat form.
-        name: of the form.
+        tokenizer: with a chat template for the chat format.
+        name: of the format.
         date: of the run (ISO 8601), for templates that print the date, such as Llama 3's; None takes the current time.
 
     Raises:
@@ -106,12 +106,12 @@ def load_template(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat, date
     return PromptTemplate(tokenizer, name, (), tail[0], special, date)
 
 
-def encode_prompt(messages: tuple[Message, ...], form: PromptTemplate) -> list[int]:
+def encode_prompt(messages: tuple[Message, ...], template: PromptTemplate) -> list[int]:
     """Ids that an answer to `messages` (the last one a user's) is generated from; training saw the same ids."""
-    return _encode_turns((*messages, Message("assistant", "")), form, loss_on="response")[0]
+    return _encode_turns((*messages, Message("assistant", "")), template, loss_on="response")[0]
 
 
-def encode(example: Example, form: PromptTemplate, loss_on: str) -> TokenizedExample:
+def encode(example: Example, template: PromptTemplate, loss_on: str) -> TokenizedExample:
     """Tokenize prompts and answers apart and join their ids, so that no token hides where the loss begins.
 
     Returns:
@@ -120,18 +120,18 @@ def encode(example: Example, form: PromptTemplate, loss_on: str) -> TokenizedExa
     Raises:
         ValueError: if the chat template refuses the conversation, or does not render an answer as it stands.
     """
-    return TokenizedExample(*_encode_turns(example.messages, form, loss_on), example.line)
+    return TokenizedExample(*_encode_turns(example.messages, template, loss_on), example.line)
 
 
-def _encode_turns(messages: tuple[Message, ...], form: PromptTemplate, loss_on: str) -> tuple[list[int], list[int]]:
-    ids = list(form.begin_ids)
+def _encode_turns(messages: tuple[Message, ...], template: PromptTemplate, loss_on: str) -> tuple[list[int], list[int]]:
+    ids = list(template.begin_ids)
     labels = list(ids) if loss_on == "all" else [IGNORED] * len(ids)
-    for before, context, answer in _chat_turns(messages, form) if form.name == "chat" else _plain_turns(messages):
-        context_ids = form.ids(context, after=before)
+    for before, context, answer in _chat_turns(messages, template) if template.name == "chat" else _plain_turns(messages):
+        context_ids = template.ids(context, after=before)
         ids += context_ids
         labels += context_ids if loss_on == "all" else [IGNORED] * len(context_ids)
         if answer:  # else it is to be generated
-            answer_ids = [*form.ids(answer, after=context), form.stop_id]
+            answer_ids = [*template.ids(answer, after=context), template.stop_id]
             ids += answer_ids
             labels += answer_ids
     return ids, labels
@@ -150,27 +150,27 @@ def _plain_turns(messages: tuple[Message, ...]) -> Iterator[tuple[str, str, str]
             context = "\n\n"
 
 
-def _chat_turns(messages: tuple[Message, ...], form: PromptTemplate) -> Iterator[tuple[str, str, str]]:
+def _chat_turns(messages: tuple[Message, ...], template: PromptTemplate) -> Iterator[tuple[str, str, str]]:
     """For each turn the stop token's text if one stands before it, what the template puts before the answer, and the answer.
 
     Whatever the template writes between its generation prompt and the answer (a space, an empty chain of thought) counts
     to the answer: when generating, the model has to write it.
     """
-    messages = tuple(map(form.mark, messages))
-    stop_text = str(form.tokenizer.convert_ids_to_tokens(form.stop_id))
+    messages = tuple(map(template.mark, messages))
+    stop_text = str(template.tokenizer.convert_ids_to_tokens(template.stop_id))
     done = ""  # the rendered text up to and with the last stop token
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        prompt = _render(form.tokenizer, form.date, messages[:index], add_generation_prompt=True)
+        prompt = _render(template.tokenizer, template.date, messages[:index], add_generation_prompt=True)
         before = stop_text if done else ""
         if not message.content:
             yield before, prompt.removeprefix(done), ""
             return
         marker = "(the answer)"
-        marked = _render(form.tokenizer, form.date, (*messages[:index], message._replace(content=marker)))
+        marked = _render(template.tokenizer, template.date, (*messages[:index], message._replace(content=marker)))
         lead = marked.removeprefix(prompt).partition(marker)[0]
-        rest = _render(form.tokenizer, form.date, messages[: index + 1]).removeprefix(prompt + lead)
+        rest = _render(template.tokenizer, template.date, messages[: index + 1]).removeprefix(prompt + lead)
         answer = message.content if rest.startswith(message.content) else message.content.strip()
         if not prompt.startswith(done):
             raise ValueError(

@@ -32,17 +32,17 @@ class Sampling(NamedTuple):
     top_k: int | None = None
 
 
-def stop_ids(model: Any, form: PromptTemplate) -> list[int]:
+def stop_ids(model: Any, template: PromptTemplate) -> list[int]:
     """What ends an answer: the stop token that was trained, and those that the model itself names."""
     own = model.generation_config.eos_token_id
-    return sorted({form.stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
+    return sorted({template.stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
 
 
 @torch.no_grad()
 def generate(
     model: Any,
     prompts: list[list[int]],
-    form: PromptTemplate,
+    template: PromptTemplate,
     max_new_tokens: int,
     sampling: Sampling | None = None,
     streamer: Any = None,
@@ -51,9 +51,9 @@ def generate(
 
     Args:
         model: with or without its adapter switched on; it is put back into the mode it came in. It runs in the caller's
-            precision: autocast, which training wants, costs speed where it is not needed.
+            precision: autocast, which training needs, only costs time here.
         prompts: token ids, as encode_prompt makes them.
-        form: its stop token ends an answer, as do the ids that the model itself names.
+        template: its stop token ends an answer, as do the ids that the model itself names.
         max_new_tokens: longest answer.
         sampling: None is greedy; else tokens are drawn with torch's generator.
         streamer: of transformers, to show the answer to a single prompt while it grows.
@@ -67,13 +67,13 @@ def generate(
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids(model, form),
-        pad_token_id=form.stop_id,
+        eos_token_id=stop_ids(model, template),
+        pad_token_id=template.stop_id,
     )
     if sampling is not None:
         settings.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or 0)
     longest = max(map(len, prompts))
-    padded = [[form.stop_id] * (longest - len(ids)) + ids for ids in prompts]
+    padded = [[template.stop_id] * (longest - len(ids)) + ids for ids in prompts]
     seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
     input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
     training = model.training
@@ -84,13 +84,13 @@ def generate(
         input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer, **routers
     )
     model.train(training)
-    return form.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return template.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
 
 def generate_all(
     model: Any,
     prompts: list[list[int]],
-    form: PromptTemplate,
+    template: PromptTemplate,
     max_new_tokens: int,
     batch_size: int,
     sampling: Sampling | None = None,
@@ -98,25 +98,25 @@ def generate_all(
     """Answers to any number of prompts, in their order; prompts of like length share a batch, for less padding."""
     answers = [""] * len(prompts)
     for rows in batched(sorted(range(len(prompts)), key=lambda row: len(prompts[row])), batch_size):
-        found = generate(model, [prompts[row] for row in rows], form, max_new_tokens, sampling)
+        found = generate(model, [prompts[row] for row in rows], template, max_new_tokens, sampling)
         for row, answer in zip(rows, found, strict=True):
             answers[row] = answer
     return answers
 
 
-def answer_limit(examples: list[Example], form: PromptTemplate) -> int:
+def answer_limit(examples: list[Example], template: PromptTemplate) -> int:
     """Tokens that an answer may have: twice those of the longest that is wanted, and 1,024 at most."""
-    return min(2 * max(len(form.ids(example.response)) for example in examples) + 8, 1024)
+    return min(2 * max(len(template.ids(example.response)) for example in examples) + 8, 1024)
 
 
-def sample_responses(model: Any, examples: list[Example], form: PromptTemplate) -> list[Completion]:
+def sample_responses(model: Any, examples: list[Example], template: PromptTemplate) -> list[Completion]:
     """Greedy answers to the prompts of `examples`, without and with the adapter, up to answer_limit."""
-    prompts = [encode_prompt(example.prompt, form) for example in examples]
-    limit = answer_limit(examples, form)
+    prompts = [encode_prompt(example.prompt, template) for example in examples]
+    limit = answer_limit(examples, template)
     with torch.autocast(model.device.type, torch.bfloat16):  # as training runs
-        tuned = generate(model, prompts, form, limit)
+        tuned = generate(model, prompts, template, limit)
         with model.disable_adapter():
-            base = generate(model, prompts, form, limit)
+            base = generate(model, prompts, template, limit)
     rows = zip(examples, base, tuned, strict=True)
     return [Completion(example.prompt[-1].content, base, tuned, example.response) for example, base, tuned in rows]
 
@@ -124,7 +124,7 @@ def sample_responses(model: Any, examples: list[Example], form: PromptTemplate) 
 def try_samples(
     model: Any,
     examples: Callable[[], list[Example]],
-    form: PromptTemplate,
+    template: PromptTemplate,
     record: Callable[[list[Completion]], None],
     say: Callable[[str], None],
 ) -> None:
@@ -135,12 +135,12 @@ def try_samples(
     Args:
         model: with its adapter.
         examples: reads those whose prompts are answered; their file may be gone by now.
-        form: of prompts.
+        template: of prompts.
         record: shows and stores the answers.
         say: for the warning.
     """
     try:
-        record(sample_responses(model, examples(), form))
+        record(sample_responses(model, examples(), template))
     except FAILURES as error:
         reason = " ".join(str(error).split())[:200]
         why = "memory ran out" if is_out_of_memory(error) else type(error).__name__

@@ -45,6 +45,6 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torc
 
 
 def has_stalled(evaluations: dict[int, EvalResult], patience: int | None) -> bool:
-    """Whether the lowest held-out loss is `patience` evaluations old; a loss that is NaN is none. None never is."""
+    """Whether the lowest eval loss is `patience` evaluations old; a loss that is NaN is none. None never is."""
     losses = [math.inf if math.isnan(evaluations[step].loss) else evaluations[step].loss for step in sorted(evaluations)]
     return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience

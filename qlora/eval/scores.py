@@ -12,7 +12,7 @@ RESAMPLES = 2000
 FEWEST = 5  # examples that have an interval: of n there are only (2n-1 over n) resamplings, 35 of 4
 LOW, HIGH = 2.5, 97.5  # percentiles of an interval of 95 %
 SHOWN = {  # name in the JSON -> label in the table, factor for people, decimals
-    "loss": ("held-out loss", 1, 3),  # in nats a token
+    "loss": ("eval loss", 1, 3),  # in nats a token
     "perplexity": ("perplexity", 1, 3),
     "token_accuracy": ("token accuracy", 100, 1),  # this and what follows in per cent
     "exact_match": ("exact match", 100, 1),
@@ -46,7 +46,7 @@ class Comparison(NamedTuple):
 
 
 def is_exact(answer: str, reference: str) -> bool:
-    """Whether the two are the same text, but for white space around them."""
+    """Whether the two are the same text, ignoring leading and trailing whitespace."""
     return answer.strip() == reference.strip()
 
 

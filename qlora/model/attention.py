@@ -133,7 +133,7 @@ def training_window(config: Any, max_length: int) -> int | None:
     A position sees w positions, itself included. In a row of w + 1 tokens only the last position loses a key, and nothing
     is predicted from it: loss and gradients are the same without the window. With it, transformers gives sdpa a dense mask
     from w positions on, and the flash kernel is gone. Only models that read the window from their configuration at each
-    forward, the same for all layers (Phi-3, Mistral), can be told so; the others keep theirs.
+    forward, the same for all layers (Phi-3, Mistral), can be changed; the others keep theirs.
     """
     window = getattr(config, "sliding_window", None)
     per_layer = getattr(config, "layer_types", None) is not None

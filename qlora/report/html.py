@@ -18,7 +18,7 @@ from qlora.run.folder import FINISHED
 STATUS = {
     "finished": "",
     "going": "This run is still going: what follows is its state at the moment this report was made.",
-    "stopped": "This run has not ended: it stopped, and the same command goes on with it. What follows is how far it came.",
+    "stopped": "This run has not ended: it stopped, and the same command resumes it. The page shows the progress so far.",
 }
 LONGEST_HEADING = 160  # characters of a prompt that stands as a heading
 PLACES = ("output_dir", "train_file", "eval_file")  # options that each run sets, so that they are never worth a mark
@@ -26,20 +26,20 @@ PLACES = ("output_dir", "train_file", "eval_file")  # options that each run sets
 
 def when_complete(folder: Path) -> str:
     """What the command of a run that is complete tells; it draws the report if an interruption left none."""
-    told = f"{folder} holds this very run, and it is complete."
+    line = f"{folder} holds this run, and it is complete."
     path = folder / "report.html"
     if not path.exists():
-        return f"{told} Its report was missing: {after_training(folder)}"
+        return f"{line} Its report was missing: {after_training(folder)}"
     if path.stat().st_mtime_ns < (folder / FINISHED).stat().st_mtime_ns:  # of a run that had not ended, or was extended since
-        return f"{told} Its report was older: {after_training(folder)}"
-    return f"{told} Nothing was done."
+        return f"{line} Its report was older: {after_training(folder)}"
+    return f"{line} Nothing was done."
 
 
 def after_training(folder: Path) -> str:
     """Write model card, report and plots of a run that has just been marked as finished.
 
     The run is whole without them. So what the machine may lack (matplotlib, room on the disk) does not make a failure of it:
-    it is told, with the command that makes up for it. A mistake in this program is not hidden.
+    a line says so, with the command that writes the report. A bug in this program is not hidden.
 
     Returns:
         Where the report is, or why there is none.
@@ -89,7 +89,7 @@ def html(record: Record, curves: list[plots.Curve]) -> str:
     import markupsafe
 
     config = record.config
-    train, held_out = record.counts
+    train, eval_counts = record.counts
     defaults = TrainConfig().plain()
     rows = [(name, _plain(value), value != defaults.get(name) and name not in PLACES) for name, value in config.items()]
     raw = 2 * plots.reach(len(record.steps)) + 1
@@ -105,23 +105,23 @@ def html(record: Record, curves: list[plots.Curve]) -> str:
             "smoothing": raw,
             "samples": record.samples,
             "longest_heading": LONGEST_HEADING,
-            "of": "held-out" if record.facts.get("held_out") else "training",
+            "of": "eval" if record.run_info.get("eval_data") else "training",
             "evaluations": _evaluations(record),
-            "held_out_tokens": f"{record.evaluations[-1]['num_tokens']:,}" if record.evaluations else "",
+            "eval_tokens": f"{record.evaluations[-1]['num_tokens']:,}" if record.evaluations else "",
             "compared": _compared(record.evaluation),
             "compared_on": _compared_on(record),
             "compared_few": record.evaluation.get("num_examples", scores.FEWEST) < scores.FEWEST,
             "compared_another": record.evaluation_of_another,
             "fewest": scores.FEWEST,
             "caveats": caveats(record),
-            "data": _data(record, train, held_out),
+            "data": _data(record, train, eval_counts),
             "memory": _memory(record),
             "memory_terms": _memory_terms(record),
             "on_gpu": record.on_gpu(),
             "environment": _environment(record.environment),
             "changed": [(name, value) for name, value, marked in rows if marked],
             "config": [(name, value) for name, value, _ in rows],
-            "history": record.facts.get("history", []),
+            "history": record.run_info.get("history", []),
             "colors": plots.COLORS,
         },
     )
@@ -136,13 +136,13 @@ def _plain(value: Any) -> str:
 
 
 def _headline(record: Record) -> list[tuple[str, str, str]]:
-    """Label, value and remark of the few numbers that a reader wants first."""
+    """Label, value and remark of the few numbers that a reader needs first."""
     steps, evaluations = record.steps, record.evaluations
     found = []
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         remark = f"perplexity {first['perplexity']:.3f} \N{RIGHTWARDS ARROW} {last['perplexity']:.3f}"
-        found.append(("Held-out loss", f"{first['eval_loss']:.3f} \N{RIGHTWARDS ARROW} {last['eval_loss']:.3f}", remark))
+        found.append(("Eval loss", f"{first['eval_loss']:.3f} \N{RIGHTWARDS ARROW} {last['eval_loss']:.3f}", remark))
     if not steps:
         return found
     loss = [value for value in record.curve("loss") if value == value]
@@ -154,10 +154,10 @@ def _headline(record: Record) -> list[tuple[str, str, str]]:
     found.append(("Tokens trained on", f"{tokens:,}", "those that carry the loss"))
     if speed := [value for value in record.curve("tokens_per_s") if value == value]:
         found.append(("Speed", f"{statistics.median(speed):,.0f} tokens/s", "input tokens, median"))
-    if (peak := record.peak_memory_gib()) is not None:
-        found.append(("Peak memory", f"{peak:.2f} GiB", "of the GPU" if record.on_gpu() else "of the process"))
+    if (peak := record.peak_memory_gb()) is not None:
+        found.append(("Peak memory", f"{peak:.2f} GB", "of the GPU" if record.on_gpu() else "of the process"))
     if trained := record.trained_parameters:
-        total_parameters = record.facts.get("parameters")
+        total_parameters = record.run_info.get("parameters")
         share = f"{100 * trained / (total_parameters + trained):.2f} % of the model" if total_parameters else "the adapter"
         found.append(("Trained parameters", f"{trained:,}", share))
     return found
@@ -192,13 +192,13 @@ def _compared(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, str
 def _compared_on(record: Record) -> str:
     """What that comparison was made on."""
     found = record.evaluation
-    same = found.get("held_out_sha256") == record.facts.get("held_out")
-    which = "held-out examples" if same else "examples that are not this run's held-out data, or not all of it"
+    same = found.get("eval_data_sha256") == record.run_info.get("eval_data")
+    which = "eval examples" if same else "examples that are not this run's eval data, or not all of it"
     return f"{found['num_examples']:,} {which}" if found else ""
 
 
-def _data(record: Record, train: dict[str, int], held_out: dict[str, int]) -> list[tuple[str, str, str]]:
-    """Name, and value for the training and the held-out data."""
+def _data(record: Record, train: dict[str, int], eval_counts: dict[str, int]) -> list[tuple[str, str, str]]:
+    """Name, and value for the training and the eval data."""
     seen = record.times_seen
     rows = [("source", data_name(record.config["train_file"]), data_name(record.config["eval_file"]))]
     for name, key in (
@@ -213,33 +213,33 @@ def _data(record: Record, train: dict[str, int], held_out: dict[str, int]) -> li
         ("in the longest", "longest"),
     ):
         if key in train:
-            rows.append((name, f"{train[key]:,}", f"{held_out[key]:,}" if key in held_out else ""))
-    if held_out.get("shared"):
-        rows.append(("of them in the training data too", "", f"{held_out['shared']:,}"))
+            rows.append((name, f"{train[key]:,}", f"{eval_counts[key]:,}" if key in eval_counts else ""))
+    if eval_counts.get("shared"):
+        rows.append(("of them in the training data too", "", f"{eval_counts['shared']:,}"))
     if seen:
         least, most = min(seen.values()), max(seen.values())
         rows.append(("examples trained on", f"{len(seen):,}", ""))
         rows.append(("times each was seen", f"{least:,}" if least == most else f"{least:,} to {most:,}", ""))
-    digests = [str(record.facts.get(name) or "")[:8] for name in ("data", "held_out")]
+    digests = [str(record.run_info.get(name) or "")[:8] for name in ("data", "eval_data")]
     return [*rows, ("SHA-256 of the encoded data", *digests)] if any(digests) else rows  # type: ignore[list-item]
 
 
 def _memory(record: Record) -> list[tuple[str, str]]:
     """Name and value of peaks, predicted and measured."""
-    predicted, measured = record.facts.get("predicted_gib"), record.peak_memory_gib()
-    rows = [("predicted for a GPU", f"{predicted:.2f} GiB")] if predicted else []
-    rows += [("measured", f"{measured:.2f} GiB")] if measured is not None else []
+    predicted, measured = record.run_info.get("predicted_gb"), record.peak_memory_gb()
+    rows = [("predicted for a GPU", f"{predicted:.2f} GB")] if predicted else []
+    rows += [("measured", f"{measured:.2f} GB")] if measured is not None else []
     if record.on_gpu():
         if predicted and measured:
             rows.append(("predicted over measured", f"{100 * (predicted / measured - 1):+.1f} %"))
-        rows.append(("the GPU has", f"{record.environment['device_memory_gib']:.2f} GiB"))
+        rows.append(("the GPU has", f"{record.environment['device_memory_gb']:.2f} GB"))
     return rows
 
 
 def _memory_terms(record: Record) -> list[tuple[str, str]]:
-    """Name and size of what the prediction is the sum of, but for what is nothing; an older run did not keep them."""
-    terms_gib = record.facts.get("predicted_terms_gib") or {}
-    return [(name, f"{size:.3f} GiB") for name, size in terms_gib.items() if size]
+    """Name and size of each nonzero term of the predicted memory; older runs did not keep them."""
+    terms_gb = record.run_info.get("predicted_terms_gb") or {}
+    return [(name, f"{size:.3f} GB") for name, size in terms_gb.items() if size]
 
 
 def _environment(environment: dict[str, Any]) -> list[tuple[str, str]]:

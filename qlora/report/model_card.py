@@ -84,7 +84,7 @@ def model_card(record: Record) -> str:
         record: of a run whose adapter and samples are written.
     """
     config, base = record.config, base_of(record)
-    train, held_out = record.counts
+    train, eval_counts = record.counts
     sample = record.samples[0] if record.samples else None
     rank = next((rank for rank in VLLM_RANKS if rank >= config["lora_r"]), None)
     values = {
@@ -92,10 +92,10 @@ def model_card(record: Record) -> str:
         "base": base,
         "title": f"{base.name} fine-tuned on {data_name(config['train_file'])}",
         "data": data_name(config["train_file"]),
-        "held_out_data": data_name(config["eval_file"]),
+        "eval_data": data_name(config["eval_file"]),
         "train": train,
-        "held_out": held_out,
-        "digest": record.facts.get("data"),
+        "eval": eval_counts,
+        "digest": record.run_info.get("data"),
         "settings": _settings(record),
         "evaluations": _results(record),
         "sample": {name: _fenced(sample[name]) for name in ("prompt", "base", "tuned", "reference")} if sample else None,
@@ -131,16 +131,16 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     config = record.config
     batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
     micro_batches = f"{config['per_device_train_batch_size']} x {config['gradient_accumulation_steps']} accumulated"
-    trained, total = record.trained_parameters, record.facts.get("parameters")
+    trained, total = record.trained_parameters, record.run_info.get("parameters")
     share = f" of {total:,} ({100 * trained / (total + trained):.2f} %)" if trained and total else ""
     clip = config["max_grad_norm"]
     tokens = sum(row.get("num_tokens", 0) for row in record.steps)
     chosen, losses = record.adapter_step, {row["step"]: row["eval_loss"] for row in record.evaluations if row["step"] > 0}
-    lowest = ", the lowest held-out loss" if chosen in losses and losses[chosen] == min(losses.values()) else ""
+    lowest = ", the lowest eval loss" if chosen in losses and losses[chosen] == min(losses.values()) else ""
     return [
         ("Method", "LoRA in fp32 on a base frozen in NF4 with double quantization; bf16 autocast"),
         ("Rank, alpha, dropout", f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}"),
-        ("Adapted layers", ", ".join(record.facts.get("targets", [])) or "all linear layers but the head"),
+        ("Adapted layers", ", ".join(record.run_info.get("targets", [])) or "all linear layers but the head"),
         ("Trained parameters", f"{trained:,}{share}" if trained else "not recorded"),
         ("Steps, tokens trained on", f"{record.last_step:,}, {tokens:,}"),
         *([("Adapter taken after step", f"{chosen:,}{lowest}")] if chosen not in (None, record.last_step) else []),
@@ -159,7 +159,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
 
 
 def _results(record: Record) -> list[tuple[str, str, str]]:
-    """Name, held-out loss and perplexity, before and after."""
+    """Name, eval loss and perplexity, before and after."""
     if not record.evaluations:
         return []
     first, own = record.evaluations[0], record.of_the_adapter

@@ -1,4 +1,4 @@
-"""The curves of a run: as SVG that follows the colors and the font of the page it stands in, and as PNG."""
+"""The curves of a run: as SVG that follows the colors and the font of its page, and as PNG."""
 
 import io
 import math
@@ -11,11 +11,11 @@ from qlora.report.record import Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Colors of the PNG, and of the SVG where CSS does not say otherwise; blue and orange are told apart by the color-blind
-# (after Okabe and Ito), and each is dark enough on white for text of its own.
+# Colors of the PNG, and of the SVG where CSS does not say otherwise; blue and orange differ for color-blind readers too
+# (after Okabe and Ito), and each is dark enough on white for text.
 COLORS = {"ink": "#1f2328", "muted": "#59636e", "rule": "#e1e4e8", "blue": "#0068a8", "orange": "#b34a00"}
 INK, MUTED, RULE, BLUE, ORANGE = COLORS.values()
-MOST_POINTS = 1200  # of a line; more cannot be told apart in its width
+MOST_POINTS = 1200  # of a line; more are not visible at its width
 SMALL, WIDE = (400, 230), (920, 320)  # units of the SVG, which a phone and a desktop show at 0.9 and 1.1 pixels
 NARROW = (400, 280)
 LEFT = 52  # units that the numbers of the vertical axis take
@@ -71,13 +71,13 @@ def _small(record: Record, steps: list[int]) -> dict[str, tuple[str, str, list[L
         ("learning_rate", "Learning rate"),
         ("grad_norm", "Gradient norm, before clipping"),
         ("tokens_per_s", "Speed, input tokens per second"),
-        ("peak_memory_gib", "Peak memory so far, GiB"),
+        ("peak_memory_gb", "Peak memory so far, GB"),
     ):
         values = record.curve(name)
         label = "" if name == "learning_rate" else short(_last(values))
         lines = [Line(steps, values, label, BLUE, width=1.4)]
-        predicted = record.facts.get("predicted_gib")
-        if name == "peak_memory_gib" and predicted and record.on_gpu():
+        predicted = record.run_info.get("predicted_gb")
+        if name == "peak_memory_gb" and predicted and record.on_gpu():
             lines.append(Line([steps[0], steps[-1]], [predicted] * 2, f"predicted {predicted:.2f}", MUTED, 1.0, dashed=True))
         if name == "grad_norm" and (limit := record.config["max_grad_norm"]) and limit <= 2 * _most(values):
             lines.append(Line([steps[0], steps[-1]], [limit] * 2, f"clipped at {short(limit)}", MUTED, 1.0, dashed=True))
@@ -120,11 +120,11 @@ def _loss(record: Record, steps: list[int]) -> tuple[list[Line], str]:
     mean = smoothed(raw, reach(len(raw)))
     lines.append(Line(steps, mean, f"training {short(_last(mean))}", BLUE))
     said = _range("Training loss", raw)
-    if held_out := record.evaluations:
-        losses = [row["eval_loss"] for row in held_out]
-        marker = "o" if len(held_out) <= 40 else ""
-        lines.append(Line([row["step"] for row in held_out], losses, f"held out {short(losses[-1])}", ORANGE, marker=marker))
-        said += " " + _range("Held-out loss", losses)
+    if evaluations := record.evaluations:
+        losses = [row["eval_loss"] for row in evaluations]
+        marker = "o" if len(evaluations) <= 40 else ""
+        lines.append(Line([row["step"] for row in evaluations], losses, f"eval {short(losses[-1])}", ORANGE, marker=marker))
+        said += " " + _range("Eval loss", losses)
     return lines, said
 
 
@@ -231,7 +231,7 @@ def _label_ends(axes: Any, lines: list[Line]) -> None:
 
 
 def _for_a_page(svg: str, name: str, said: str) -> str:
-    """The <svg> element alone: colors as CSS variables, the page's font, ids of its own, its description for a reader."""
+    """The <svg> element alone: colors as CSS variables, the page's font, unique ids, and a description for screen readers."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     for variable, color in COLORS.items():

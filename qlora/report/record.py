@@ -17,10 +17,11 @@ from qlora.run.schema import (
     Evaluation,
     Finished,
     RecordedEnvironment,
-    RecordedFacts,
+    RecordedRun,
     Row,
     Settings,
     check_types,
+    with_current_keys,
 )
 
 EVALUATION = "evaluation.json"
@@ -37,7 +38,7 @@ class Record:
     status: Literal["finished", "going", "stopped"]
     config: dict[str, Any]  # resolved, as in config.yaml
     environment: dict[str, Any]  # env.json
-    facts: dict[str, Any]  # run.json
+    run_info: dict[str, Any]  # run.json
     settings: dict[str, Any]  # adapter_config.json of its adapter, once it has ended
     rows: list[dict[str, Any]]  # metrics.jsonl
     samples: list[dict[str, Any]]  # samples.jsonl, of a run that has ended
@@ -53,10 +54,10 @@ class Record:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The rows of evaluations on the held-out data that the run ended with, oldest first; loss is finite in each."""
+        """The rows of evaluations on the eval data of the end of the run, oldest first; loss is finite in each."""
         rows = [row for row in self.rows if row["event"] == "eval"]
         rows = [row for row in rows if None not in (row.get("eval_loss"), row.get("perplexity"))]
-        return [row for row in rows if row.get("held_out") == self.facts.get("held_out", row.get("held_out"))]
+        return [row for row in rows if row.get("eval_data") == self.run_info.get("eval_data", row.get("eval_data"))]
 
     @property
     def of_the_adapter(self) -> dict[str, Any] | None:
@@ -72,13 +73,13 @@ class Record:
     @property
     def total_steps(self) -> int | None:
         """Steps that the run was to take."""
-        return self.facts.get("total_steps")
+        return self.run_info.get("total_steps")
 
     @property
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
-        """What was counted of the training data and of the held-out data; empty where there is none."""
-        train, held_out = self.facts.get("counts") or (None, None)
-        return train or {}, held_out or {}
+        """What was counted of the training data and of the eval data; empty where there is none."""
+        train, eval_counts = self.run_info.get("counts") or (None, None)
+        return train or {}, eval_counts or {}
 
     @property
     def times_seen(self) -> Counter[int]:
@@ -89,13 +90,13 @@ class Record:
         """A number of each step; NaN where it was not finite or was not recorded."""
         return [math.nan if row.get(name) is None else row[name] for row in self.steps]
 
-    def peak_memory_gib(self) -> float | None:
-        """The highest peak of all steps, in GiB."""
-        return max((value for value in self.curve("peak_memory_gib") if value == value), default=None)
+    def peak_memory_gb(self) -> float | None:
+        """The highest peak of all steps, in GB."""
+        return max((value for value in self.curve("peak_memory_gb") if value == value), default=None)
 
     def on_gpu(self) -> bool:
         """Whether the run was on a GPU."""
-        return self.environment.get("device_memory_gib") is not None
+        return self.environment.get("device_memory_gb") is not None
 
 
 def read(folder: Path) -> Record:
@@ -119,7 +120,7 @@ def read(folder: Path) -> Record:
         status=status,
         config=_config(folder / "config.yaml"),
         environment=_json(folder / "env.json", RecordedEnvironment),
-        facts=_json(folder / RUN, RecordedFacts),
+        run_info=_json(folder / RUN, RecordedRun),
         settings=_json(folder / "adapter" / "adapter_config.json", Settings),
         rows=_rows(folder / METRICS, Row),
         samples=_rows(folder / SAMPLES, CompletionRow),
@@ -174,7 +175,7 @@ def _json(path: Path, schema: Any) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
+        values: dict[str, Any] = json.loads(path.read_bytes(), object_hook=with_current_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
     _check(path, schema, values)

@@ -1,6 +1,6 @@
 """Atomic checkpoints: folders written aside, with a manifest, and verified before older ones are removed.
 
-A checkpoint holds all that the loop needs to go on as if it had not stopped: adapter, optimizer state, generators, place in
+A checkpoint holds all that the loop needs to resume as if it had not stopped: adapter, optimizer state, generators, place in
 the data. Tensors as safetensors, the rest as JSON; nothing in it is ever executed, and no path in it is ever opened.
 """
 
@@ -22,7 +22,7 @@ from qlora.errors import ExitCode, UserError
 from qlora.model.optimizer import init_optimizer_state
 from qlora.model.random_state import random_state, set_random_state
 from qlora.run.files import MANIFEST, require_space, verify, write_folder
-from qlora.run.schema import UNREADABLE, State, check_types, reason
+from qlora.run.schema import UNREADABLE, State, check_types, reason, with_current_keys
 
 ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{6,})")
@@ -54,7 +54,7 @@ def problem_of(folder: Path) -> str | None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
-    state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
+    state: dict[str, Any] = json.loads((folder / STATE).read_bytes(), object_hook=with_current_keys)
     return state
 
 
@@ -76,12 +76,12 @@ def newest(checkpoints: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def prune(checkpoints: Path, keep: int, losses: dict[int, float]) -> None:
-    """Remove old checkpoints: `keep` stay, the newest of them and the one with the lowest held-out loss.
+    """Remove old checkpoints: `keep` stay, the newest of them and the one with the lowest eval loss.
 
     Args:
         checkpoints: folder of all checkpoints of the run; the newest has just been verified.
         keep: 2 at least, so that a second one is there if the newest is damaged later.
-        losses: step -> held-out loss, as far as it is known.
+        losses: step -> eval loss, as far as it is known.
     """
     folders = by_step(checkpoints)
     # Older ones count only if their files are there in full size; to hash them again at each save would take seconds.
@@ -96,7 +96,7 @@ def prune(checkpoints: Path, keep: int, losses: dict[int, float]) -> None:
 
 
 def lowest(losses: dict[int, float], steps: Iterable[int]) -> list[int]:
-    """The one of `steps` with the lowest finite held-out loss, in a list; an empty list if none of them has one."""
+    """The one of `steps` with the lowest finite eval loss, in a list; an empty list if none of them has one."""
     known = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
     return [min(known, key=lambda step: losses[step])] if known else []
 
@@ -117,7 +117,7 @@ def save(
     model: Any,
     optimizer: torch.optim.Optimizer,
     progress: TrainState,
-    facts: dict[str, Any],
+    info: dict[str, Any],
 ) -> Path:
     """Write `checkpoints`/step-000012.
 
@@ -126,14 +126,14 @@ def save(
         model: with adapters; all that requires a gradient is saved, in the dtype it has.
         optimizer: over those parameters; its state is saved by their names.
         progress: after a whole step.
-        facts: JSON values that a resumed run is compared with.
+        info: JSON values that a resumed run is compared with.
 
     Raises:
         UserError: exit 4 if the disk is full, or what is read back is not what was written.
     """
     folder = checkpoints / f"step-{progress.step:06d}"
     tensors, plain = trainer_state(model, optimizer)
-    state = {**progress._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain, **facts}
+    state = {**progress._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain, **info}
     files = dict(adapter_files(model))
     files |= {TRAINER_STATE: safetensors.torch.save(tensors), STATE: json.dumps(state, indent=1).encode()}
     require_space(checkpoints, sum(map(len, files.values())))
@@ -212,11 +212,11 @@ def load_adapter(folder: Path, model: Any) -> None:
     """
     adapter = _tensors(folder / ADAPTER)
     saved_as = {name.replace(".default.", "."): parameter for name, parameter in _trained(model).items()}
-    form = {name: _form(tensor) for name, tensor in adapter.items()}
-    wanted = {name: _form(parameter) for name, parameter in saved_as.items()}
-    if form != wanted:
-        name = min(name for name in form.keys() | wanted.keys() if form.get(name) != wanted.get(name))
-        text = f"{folder} does not fit the model: {name} is {form.get(name)} there, {wanted.get(name)} here."
+    found = {name: _shape_and_dtype(tensor) for name, tensor in adapter.items()}
+    wanted = {name: _shape_and_dtype(parameter) for name, parameter in saved_as.items()}
+    if found != wanted:
+        name = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        text = f"{folder} does not fit the model: {name} is {found.get(name)} there, {wanted.get(name)} here."
         raise UserError(ExitCode.CHECKPOINT, text)
     with torch.no_grad():
         for name, parameter in saved_as.items():
@@ -240,7 +240,7 @@ def _restore_optimizer(
     """Put back KIND.PARAMETER -> value, as trainer_state gave them; `folder` is named in errors.
 
     Not by optimizer.load_state_dict: it casts to the parameter's dtype, and what was saved is to come back as it was. State
-    that the optimizer makes by itself is written into, as it may lie in pages of managed memory or be shared.
+    that the optimizer has allocated is written in place, as it may be paged memory or shared.
     """
     found: dict[str, dict[str, Any]] = {name: {} for name in named}
     for key, value in saved.items():
@@ -258,8 +258,9 @@ def _restore_optimizer(
             raise UserError(ExitCode.CHECKPOINT, text)
         for kind, value in found[name].items():
             begun = state.get(kind, value)
-            if _form(value) != _form(begun):
-                text = f"{folder} does not fit the optimizer: {kind} of {name} is {_form(value)} there, {_form(begun)} here."
+            if _shape_and_dtype(value) != _shape_and_dtype(begun):
+                there, here = _shape_and_dtype(value), _shape_and_dtype(begun)
+                text = f"{folder} does not fit the optimizer: {kind} of {name} is {there} there, {here} here."
                 raise UserError(ExitCode.CHECKPOINT, text)
             if kind in state and isinstance(value, torch.Tensor):
                 begun.copy_(value)
@@ -267,5 +268,5 @@ def _restore_optimizer(
                 state[kind] = value.to(parameter.device) if isinstance(value, torch.Tensor) else value
 
 
-def _form(value: Any) -> Any:
+def _shape_and_dtype(value: Any) -> Any:
     return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value)

@@ -25,7 +25,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": gpu.name if gpu else f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "device_memory_gib": round(gpu.total_memory / 2**30, 2) if gpu else None,
+        "device_memory_gb": round(gpu.total_memory / 1e9, 2) if gpu else None,
         "cuda": torch.version.cuda,
         "packages": versions,
         "commit": _commit(),

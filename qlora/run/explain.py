@@ -1,6 +1,6 @@
 """What `--explain` shows: what is trained, in which dtype it lies, which tokens carry the loss, where gradients are large.
 
-The facts are functions of their own, to be asked for in a notebook too; `explain_start` and `explain_step` print them.
+Each table has a function that returns its values, for use in a notebook; `explain_start` and `explain_step` print them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,7 +50,7 @@ class Count(NamedTuple):
     trained: int
 
 
-# -- facts -----------------------------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------------------------
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
@@ -177,12 +177,12 @@ def explain_step(
 
 def ledger_table(groups: Sequence[Group]) -> Table:
     """The ledger as a table, with its sum."""
-    table = _table("Memory from step to step", "tensors", "dtype", "elements", "bytes", "MiB")
+    table = _table("Memory from step to step", "tensors", "dtype", "elements", "bytes", "MB")
     for group in groups:
-        table.add_row(group.name, group.dtype, f"{group.elements:,}", f"{group.bytes:,}", f"{group.bytes / 2**20:,.2f}")
+        table.add_row(group.name, group.dtype, f"{group.elements:,}", f"{group.bytes:,}", f"{group.bytes / 1e6:,.2f}")
     total = sum(group.bytes for group in groups)
     table.add_section()
-    table.add_row("all", "", "", f"{total:,}", f"{total / 2**20:,.2f}")
+    table.add_row("all", "", "", f"{total:,}", f"{total / 1e6:,.2f}")
     return table
 
 
@@ -209,7 +209,7 @@ def _middle(count: int) -> range:
 def token_text(rows: Sequence[Token]) -> Text:
     """A sample's tokens as running text, a bar between two, the middle of a long one left out.
 
-    What is trained is green, and stands in double brackets where there is no color.
+    Trained tokens are green; without color they are in double brackets.
     """
     text = Text()
     left_out = _middle(len(rows))

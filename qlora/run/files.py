@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ExitCode, UserError
+from qlora.run.schema import with_current_keys
 
 MANIFEST = "MANIFEST.json"
 RUN_FILES = r"step-\d{6,}|adapter|plots|(config|env|run|finished|metrics|samples|report|README)\.\w+"
@@ -50,7 +51,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes | Path]) -> None:
         files: content by name, or a file on the same disk, too large for memory, that is moved; names may have folders in them.
 
     Raises:
-        UserError: exit 4 if it cannot be written, or reads back otherwise than it was written.
+        UserError: exit 4 if it cannot be written, or does not read back as it was written.
     """
     aside, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old.tmp")
     manifest: dict[str, dict[str, Any]] = {}
@@ -192,7 +193,7 @@ def whole_rows(path: Path, keys: Set[str] = frozenset({"event", "step"})) -> lis
     rows = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_hook=with_current_keys)
         except (ValueError, RecursionError):
             break
         if not isinstance(row, dict) or not keys <= row.keys():

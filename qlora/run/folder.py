@@ -1,4 +1,4 @@
-"""The run folder: one process at a time, what it goes on from, and whether it may."""
+"""The run folder: one process at a time, the checkpoint it resumes from, and whether it may."""
 
 import dataclasses
 import datetime
@@ -23,7 +23,7 @@ from qlora.errors import ExitCode, UserError, redact
 from qlora.eval.loss import EvalResult
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, whole_rows, write_file, write_folder
-from qlora.run.schema import UNREADABLE, Facts, RunInfo, check_types, reason
+from qlora.run.schema import UNREADABLE, ResumeInfo, RunInfo, check_types, reason, with_current_keys
 
 LOCK, RUN, FINISHED, METRICS, SAMPLES = "run.lock", "run.json", "finished.json", "metrics.jsonl", "samples.jsonl"
 # Options that may differ without a word: they change no number of the training, or are compared by what they give.
@@ -42,12 +42,12 @@ class RunFolder:
 
     Attributes:
         folder: where it is.
-        checkpoint: what to go on from, verified; None at the start of a run.
+        checkpoint: what to resume from, verified; None at the start of a run.
         notes: lines for the log: what was found, and what was wrong with it.
     """
 
     def __init__(self, folder: Path, resume: str):
-        """Claim the folder and find what to go on from; nothing in it changes but for leftovers of dead processes.
+        """Lock the folder and find the checkpoint to resume from; only leftovers of dead processes are removed.
 
         Args:
             folder: made if it is not there.
@@ -108,7 +108,7 @@ class RunFolder:
         sound = [step for step, folder in own.items() if folder not in self._damaged]
         if any(step > int(match[1]) for step in sound) or (own and not self._is_own(chosen)):
             text = f"{self.folder} has checkpoints up to step {max(own)} already, which would be lost. "
-            raise UserError(ExitCode.CHECKPOINT, text + "Choose another --output-dir to branch off, or --resume auto to go on.")
+            raise UserError(ExitCode.CHECKPOINT, text + "To branch off, pass another --output-dir; to resume, --resume auto.")
         return chosen
 
     def _is_own(self, folder: Path) -> bool:
@@ -125,7 +125,7 @@ class RunFolder:
         return found
 
     def _begun(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """The state of the checkpoint, and the facts of the run that the folder holds; None where there is none."""
+        """The state of the checkpoint, and the run.json of the folder; None where there is none."""
         there = checkpoint.read_state(self.checkpoint) if self.checkpoint else None
         return there, self._known if self._known and (there or self._finished) else there
 
@@ -156,7 +156,7 @@ class RunFolder:
 
         Args:
             config: resolved.
-            info: of this run; data, held_out, targets and device must be those of before.
+            info: of this run; data, eval_data, targets and device must be those of before.
 
         Returns:
             Whether there is anything left to do.
@@ -194,7 +194,7 @@ class RunFolder:
             sync_folder(folder)
         if self.checkpoint is not None and not self._is_own(self.checkpoint):
             self._branch_off(self.checkpoint)
-        # A later process goes on by itself, and what was permitted once need not be permitted again.
+        # A later process resumes without flags, and what was permitted once need not be permitted again.
         kept = dataclasses.replace(config, resume="auto", override=())
         assert self.info is not None  # as accepted
         environment = {**self.info.environment, "command": [redact(word) for word in sys.argv]}
@@ -214,7 +214,7 @@ class RunFolder:
         metrics = source.parent.parent / METRICS
         if metrics.is_file():
             write_file(self.folder / METRICS, metrics.read_bytes())
-        rows = [row for row in whole_rows(metrics) if row["event"] == "eval" and row.get("held_out") == self.info.held_out]
+        rows = [row for row in whole_rows(metrics) if row["event"] == "eval" and row.get("eval_data") == self.info.eval_data]
         losses = {row["step"]: row["eval_loss"] for row in rows if row["step"] <= self.step and row["eval_loss"] is not None}
         self.checkpoint = self.checkpoints / source.name
         self.info = dataclasses.replace(self.info, origin=str(source.resolve()))
@@ -272,7 +272,7 @@ class RunFolder:
         checkpoint.prune(self.checkpoints, keep, {step: result.loss for step, result in evaluations.items()})
 
     def load_best(self, model: Any, evaluations: dict[int, EvalResult], say: Callable[[str], None]) -> int:
-        """Give the model the adapter of the checkpoint with the lowest held-out loss, for early stopping.
+        """Give the model the adapter of the checkpoint with the lowest eval loss, for early stopping.
 
         Args:
             model: with the adapter of the newest checkpoint.
@@ -305,11 +305,11 @@ class RunFolder:
 
     @property
     def step(self) -> int:
-        """The step that the run goes on after."""
+        """The last step of the checkpoint that the run resumes from; 0 without one."""
         return 0 if self.checkpoint is None else int(self.checkpoint.name.removeprefix("step-"))
 
     def advice(self) -> str:
-        """What a run that ends early tells: what is safe, and the command that goes on from it, in the same directory."""
+        """The message of a run that ends early: what is safe, and the command that resumes it, in the same directory."""
         if self._finished:
             text = f"The run is complete, and {self.folder / 'adapter'} is final."
             return f"{text} Its report may be missing: python -m qlora report {shlex.quote(str(self.folder))}"
@@ -317,13 +317,13 @@ class RunFolder:
             return "No checkpoint was due yet; the same command starts again."
         safe = f"All up to step {self.step} is safe in {self.checkpoint}."
         if not self._taken_over:
-            return f"{safe} The same command goes on."
+            return f"{safe} The same command resumes."
         program = Path(sys.argv[0])
         start = ["python", "-m", "qlora"] if program.name == "__main__.py" else [program.name]
         if program.name.endswith(".py") and program.name != "__main__.py":
             start = ["python", sys.argv[0]]
         command = shlex.join([*start, "--config", str(self.folder / "config.yaml")])
-        return f"{safe} Go on with:\n  {command}"
+        return f"{safe} Resume with:\n  {command}"
 
 
 def _locked(folder: Path) -> Any:
@@ -351,7 +351,7 @@ def _locked(folder: Path) -> Any:
 def is_going(folder: Path) -> bool:
     """Whether a process is writing to a run folder at this moment.
 
-    To ask, the lock is shared for some microseconds; a run that starts in them is told that the folder is in use.
+    This shares the lock for some microseconds; a run that starts in them finds the folder in use.
     """
     try:
         with (folder / LOCK).open("rb") as lock:
@@ -367,12 +367,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
+        values: dict[str, Any] = json.loads(path.read_bytes(), object_hook=with_current_keys)
         if path.name == RUN:
-            check_types(Facts, values)
+            check_types(ResumeInfo, values)
         return values
     except UNREADABLE as error:
-        text = f"{path} cannot be read ({reason(error)}). Remove it to go on: checkpoints hold what it told."
+        text = f"{path} cannot be read ({reason(error)}). Remove it to resume: the checkpoints hold the same information."
         raise UserError(ExitCode.CHECKPOINT, text) from None
 
 
@@ -388,16 +388,14 @@ def _differences(before: dict[str, Any], now: dict[str, Any], config: TrainConfi
         unused |= {"init_adapter"}  # it gave the start, and the checkpoint is beyond that
     pairs = {name: [old[name], new[name]] for name in new if name not in unused}
     pairs |= {name: [before[name], now[name]] for name in ("data", "targets", "device")}
-    pairs["eval_file"] = [before["held_out"], now["held_out"]]  # by content, under the name that --override knows
+    pairs["eval_file"] = [before["eval_data"], now["eval_data"]]  # by content, under the name that --override knows
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     same_product = old[OF_A_STEP[0]] * old[OF_A_STEP[1]] == new[OF_A_STEP[0]] * new[OF_A_STEP[1]]
     fixed = () if same_product else OF_A_STEP
     refused = {name: pair for name, pair in changed.items() if name not in config.override or name in fixed}
     if refused:
         text = f"{config.output_dir} holds another run, at step {at['step']}. It differs in\n{_table(refused)}"
-        advice = (
-            "Give the old values to go on with it, or choose another --output-dir (--init-adapter takes its adapter along)."
-        )
+        advice = "Pass the old values to resume it, or choose another --output-dir (--init-adapter starts from its adapter)."
         raise UserError(ExitCode.CONFIGURATION, f"{text}\n{advice}")
     return changed
 
@@ -432,7 +430,7 @@ def _exactness(before: dict[str, Any], now: dict[str, Any], deterministic: bool,
         return "State is restored bit for bit; later losses are only close: without --deterministic a GPU's sums vary."
     if overridden:
         return "State is restored bit for bit; the new values hold from here on."
-    return "It goes on bit for bit as if it had not stopped."
+    return "It resumes bit for bit as if it had not stopped."
 
 
 def _free_name(path: Path) -> Path:

@@ -23,10 +23,10 @@ from qlora.eval.generate import Completion
 from qlora.eval.loss import EvalResult
 from qlora.model.lora import Target
 from qlora.run.files import cannot_write, whole_rows, write_file
-from qlora.speed.memory import peak_memory_gib
+from qlora.speed.memory import peak_memory_gb
 
 SAMPLE_LINES = 24  # of an answer, in the terminal; samples.jsonl has all
-TRAIN_CURVES = {name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gib")}
+TRAIN_CURVES = {name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gb")}
 EVAL_CURVES = {"eval_loss": "eval/loss", "perplexity": "eval/perplexity"}
 
 
@@ -67,24 +67,24 @@ class Tracker:
     """Writes what happens to the run folder and shows it; use it as a context.
 
     Attributes:
-        known_evaluations: step -> held-out result, as far as earlier processes of this run have them.
+        known_evaluations: step -> eval result, as far as earlier processes of this run have them.
     """
 
-    def __init__(self, run_folder: Path, console: Console, step: int = 0, held_out: str | None = None):
+    def __init__(self, run_folder: Path, console: Console, step: int = 0, eval_data: str | None = None):
         """Open the files of a run that is about to train step `step` + 1; rows of later steps, which are to come again, go.
 
-        `held_out` is the digest of the data that evaluations are of: those of other data do not count as known.
+        `eval_data` is the digest of the data that evaluations are of: those of other data do not count as known.
         """
         self.run_folder = run_folder
-        self.held_out_sha256 = held_out
+        self.eval_data = eval_data
         self.console = console
         metrics = run_folder / "metrics.jsonl"
         rows = [row for row in whole_rows(metrics) if row["step"] <= step and step > 0]
         write_file(metrics, b"".join(_line(row) for row in rows))
-        known = [row for row in rows if row["event"] == "eval" and row.get("held_out") == held_out]
+        known = [row for row in rows if row["event"] == "eval" and row.get("eval_data") == eval_data]
         self.known_evaluations = {row["step"]: _eval_result_of(row) for row in known}
         self.metrics_file = metrics.open("ab")
-        # What an earlier process told TensorBoard of this step and later ones does not count, so the step is told again.
+        # What an earlier process wrote for this step and later ones is purged from TensorBoard, so the step is written again.
         used = any((run_folder / "tensorboard").glob("events.*"))
         self.board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step if used else None)
         for row in rows:
@@ -121,36 +121,36 @@ class Tracker:
             step = row["step"]
             metrics = (  # a bar of 80 columns has room for these and seven more
                 f"epoch {row['epoch']} loss {row['loss']:.4f} lr {row['learning_rate']:.1e} norm {row['grad_norm']:.2f} "
-                f"{row['tokens_per_s']:.0f} tok/s {row['peak_memory_gib']:.1f} GiB"
+                f"{row['tokens_per_s']:.0f} tok/s {row['peak_memory_gb']:.1f} GB"
             )
             self.progress.update(self.task, completed=step, metrics=metrics)
             if not self.console.is_terminal and (step % self.logging_steps == 0 or step in (1, self.total_steps)):
                 self.say(
                     f"step {step}/{self.total_steps}  epoch {row['epoch']}  loss {row['loss']:.4f}  "
                     f"lr {row['learning_rate']:.2e}  grad_norm {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  "
-                    f"peak {row['peak_memory_gib']:.2f} GiB"
+                    f"peak {row['peak_memory_gb']:.2f} GB"
                 )
         self.flush()
 
-    def held_out(self, step: int, epoch: int, result: EvalResult) -> None:
-        """Record a held-out evaluation after `step` steps."""
+    def evaluation(self, step: int, epoch: int, result: EvalResult) -> None:
+        """Record an evaluation after `step` steps."""
         row = {"event": "eval", "step": step, "epoch": epoch, "eval_loss": result.loss, "perplexity": result.perplexity}
-        self._record({**row, "num_tokens": result.num_tokens, "held_out": self.held_out_sha256})
+        self._record({**row, "num_tokens": result.num_tokens, "eval_data": self.eval_data})
         self.flush()
-        self.say(f"epoch {epoch}  held-out loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
+        self.say(f"epoch {epoch}  eval loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
 
     def ended_early(self, step: int, patience: int | None) -> None:
-        """Tell that `step` is the last step of the run, as the held-out loss stopped falling."""
+        """Tell that `step` is the last step of the run, as the eval loss stopped falling."""
         self.total_steps = step
         self.progress.update(self.task, total=step)
-        self.say(f"Ended early, after step {step}: the held-out loss stopped falling (--early-stopping-patience {patience}).")
+        self.say(f"Ended early, after step {step}: the eval loss stopped falling (--early-stopping-patience {patience}).")
 
     def adapter_chosen(self, step: int, evaluations: dict[int, EvalResult]) -> None:
-        """Tell which step early stopping took the adapter of, and how its held-out loss compares."""
+        """Tell which step early stopping took the adapter of, and how its eval loss compares."""
         losses = {at: result.loss for at, result in evaluations.items()}
         start, loss = losses.pop(0, math.inf), losses.get(step, math.nan)
         is_best = loss == min(losses.values(), key=lambda value: (math.isnan(value), value), default=math.nan)
-        rank = "the checkpoint with the lowest held-out loss" if is_best else "whose held-out loss is not the lowest"
+        rank = "the checkpoint with the lowest eval loss" if is_best else "whose eval loss is not the lowest"
         line = f"adapter/ is that of step {step}, {rank}, {loss:.4f}."
         if start <= loss:
             line += f" It was {start:.4f} before training: no step made it lower."
@@ -254,7 +254,7 @@ class StepLog:
         pairs = torch.stack([torch.stack([row["loss"], row["grad_norm"]]) for row in self.pending]).tolist()  # sync; [steps, 2]
         seconds = time.perf_counter() - self.since
         tokens_per_s = sum(row["num_input_tokens"] for row in self.pending) / seconds
-        measured = {"tokens_per_s": tokens_per_s, "peak_memory_gib": peak_memory_gib(self.device)}
+        measured = {"tokens_per_s": tokens_per_s, "peak_memory_gb": peak_memory_gb(self.device)}
         self.before = [*self.before, *self.rows][-5:]
         self.rows = [
             {**row, "loss": loss, "grad_norm": grad_norm, **measured}
@@ -273,19 +273,19 @@ def _eval_result_of(row: dict[str, Any]) -> EvalResult:
     return EvalResult(loss, perplexity, row["num_tokens"])
 
 
-def closing_words(run_folder: Path, report: str, peak_gib: float, predicted_gib: float) -> str:
-    """Where everything is, and the commands to go on with; on a GPU the peak of its memory beside what was predicted.
+def closing_words(run_folder: Path, report: str, peak_gb: float, predicted_gb: float) -> str:
+    """Where everything is, and the commands to load it; on a GPU also measured and predicted peak memory.
 
     Args:
         run_folder: of a run that is complete.
         report: where its report is, or why there is none.
-        peak_gib: of memory in training.
-        predicted_gib: the same as it was predicted, for a GPU.
+        peak_gb: of memory in training.
+        predicted_gb: the same as it was predicted, for a GPU.
     """
     adapter = run_folder / "adapter"
     memory = ""
     if torch.cuda.is_available():
-        memory = f"GPU memory:   {peak_gib:.2f} GiB at its peak, {predicted_gib:.2f} predicted\n"
+        memory = f"GPU memory:   {peak_gb:.2f} GB at its peak, {predicted_gb:.2f} predicted\n"
     return f"""
 {memory}Adapter:      {adapter}
 Report:       {report}

@@ -37,7 +37,7 @@ class Prepared:
     train_set: TokenizedDataset
     eval_set: TokenizedDataset | None
     longest: int  # tokens of the longest row
-    predicted_gib: float  # peak memory in training
+    predicted_gb: float  # peak memory in training
 
     @property
     def learning_rate(self) -> float:
@@ -77,7 +77,7 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
         console: for what was found and chosen.
 
     Returns:
-        None if the folder holds this very run and it is complete.
+        None if the folder holds this run and it is complete.
 
     Raises:
         UserError: with the exit code of its kind.
@@ -97,11 +97,11 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
     train_set, eval_set = encode_files(config, columns, template, say)
     longest = row_length(train_set, longest_rows(train_set, config)[-1])
     config, line = choose_layers(config, meta_model, targets, longest, device)
-    terms_gib = memory_terms(meta_model, targets, config, longest)
+    terms_gb = memory_terms(meta_model, targets, config, longest)
     info = RunInfo(
         config=config.plain(),
         data=train_set.sha256,
-        held_out=eval_set.sha256 if eval_set else None,
+        eval_data=eval_set.sha256 if eval_set else None,
         targets=sorted(f"{target.name} x {len(target.layers)}" for target in targets),
         device=device.type,
         environment=environment(device),
@@ -109,8 +109,8 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
         date=template.date,
         counts=[train_set.counts, eval_set.counts if eval_set else None],
         total_steps=count_steps(config, len(epoch_rows(train_set, config, 1)))[1],
-        predicted_gib=sum(terms_gib.values()),
-        predicted_terms_gib=terms_gib,
+        predicted_gb=sum(terms_gb.values()),
+        predicted_terms_gb=terms_gb,
     )
     if not run.accept(config, info):
         return None
@@ -118,4 +118,4 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
     run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
     for note in run.notes:
         say(note)
-    return Prepared(config, device, source, attention, targets, template, train_set, eval_set, longest, info.predicted_gib)
+    return Prepared(config, device, source, attention, targets, template, train_set, eval_set, longest, info.predicted_gb)

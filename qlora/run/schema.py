@@ -37,6 +37,30 @@ class State(TypedDict):
     weights: str
 
 
+RENAMED = {"held_out": "eval_data", "held_out_sha256": "eval_data_sha256"}  # old key -> key
+
+
+def in_gb(values: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with what older versions stored in GiB (`..._gib`) in GB (`..._gb`); an `object_hook` of `json.loads`."""
+    current = {}
+    for key, value in values.items():
+        in_gib = key.endswith("_gib")
+        current[key.removesuffix("_gib") + "_gb" if in_gib else key] = _scaled(value, 2**30 / 1e9) if in_gib else value
+    return current
+
+
+def with_current_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object of a run folder under the keys of this version; an `object_hook` of `json.loads`."""
+    return {RENAMED.get(key, key): value for key, value in in_gb(values).items()}
+
+
+def _scaled(value: Any, factor: float) -> Any:
+    """A number, or all numbers in an object, times a factor; other values as they are."""
+    if isinstance(value, dict):
+        return {key: _scaled(item, factor) for key, item in value.items()}
+    return value * factor if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 checker = functools.cache(pydantic.TypeAdapter)
 
 
@@ -70,12 +94,12 @@ class Options(TypedDict, total=False):
     gradient_checkpointing: GradientCheckpointing
 
 
-class Facts(TypedDict):
+class ResumeInfo(TypedDict):
     """What run.json tells that going on needs."""
 
     config: Options
     data: str
-    held_out: str | None
+    eval_data: str | None
     targets: list[str]
     device: str
     history: list[dict[str, Any]]
@@ -95,16 +119,16 @@ class RunInfo:
 
     config: dict[str, Any]  # as in config.yaml
     data: str  # SHA-256 of the ids and labels of the training data
-    held_out: str | None  # the same of the eval data
+    eval_data: str | None  # the same of the eval data
     targets: list[str]  # "qkv_proj x 32"
     device: str  # cpu or cuda
     environment: dict[str, Any]  # versions, commit, hardware
     parameters: int  # of the base model
-    date: str  # ISO 8601: what a chat template that prints the date is told
+    date: str  # ISO 8601, for chat templates that print the date
     counts: list[dict[str, int] | None]  # of the training data and the eval data
     total_steps: int
-    predicted_gib: float  # peak memory in training
-    predicted_terms_gib: dict[str, float]  # what it is made of
+    predicted_gb: float  # peak memory in training
+    predicted_terms_gb: dict[str, float]  # what it is made of
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of resumes: step, overrides, environment
     origin: str | None = None  # checkpoint that this run branched off from
     weights: str | None = None  # fingerprint of the frozen base
@@ -126,21 +150,21 @@ class OfData(TypedDict):
 
 
 class Change(TypedDict):
-    """Options that a resumed run had otherwise than before, as both."""
+    """Options that a resumed run changed: name -> [old, new]."""
 
     step: Count
     overrides: dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]
 
 
-class RecordedFacts(TypedDict):
+class RecordedRun(TypedDict):
     """run.json."""
 
     data: NotRequired[str | None]
-    held_out: NotRequired[str | None]
+    eval_data: NotRequired[str | None]
     targets: list[str]
     parameters: NotRequired[Count | None]
-    predicted_gib: NotRequired[Number | None]
-    predicted_terms_gib: NotRequired[dict[str, Number] | None]
+    predicted_gb: NotRequired[Number | None]
+    predicted_terms_gb: NotRequired[dict[str, Number] | None]
     total_steps: NotRequired[Count | None]
     counts: NotRequired[Annotated[list[OfData | None], Field(min_length=2, max_length=2)] | None]
     history: list[Change]
@@ -151,7 +175,7 @@ class RecordedEnvironment(TypedDict):
 
     python: str
     device: str
-    device_memory_gib: NotRequired[Number | None]
+    device_memory_gb: NotRequired[Number | None]
     packages: dict[str, str | None]
     command: NotRequired[list[str] | None]
     cuda: NotRequired[str | None]
@@ -171,8 +195,8 @@ class Row(TypedDict):
     grad_norm: NotRequired[Number | None]
     learning_rate: NotRequired[Number | None]
     tokens_per_s: NotRequired[Number | None]
-    peak_memory_gib: NotRequired[Number | None]
-    held_out: NotRequired[str | None]
+    peak_memory_gb: NotRequired[Number | None]
+    eval_data: NotRequired[str | None]
     eval_loss: NotRequired[Number | None]
     perplexity: NotRequired[Number | None]
 
@@ -212,7 +236,7 @@ class Evaluation(TypedDict):
     """evaluation.json."""
 
     adapter_sha256: str
-    held_out_sha256: str
+    eval_data_sha256: str
     num_examples: Count
     metrics: dict[str, Comparison]
 

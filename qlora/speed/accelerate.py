@@ -1,4 +1,4 @@
-"""The decoder as it runs in training: fast, in little memory, and with the same numbers but for rounding."""
+"""The decoder as it runs in training: fast, in little memory, and with the same numbers up to rounding."""
 
 import contextlib
 from collections.abc import Iterator

@@ -97,7 +97,7 @@ class _Recording:
             hidden.backward(self.d_hidden)
         self.hidden = hidden.detach()  # [B, T, D]
         set_random_state(before)
-        torch.cuda.reset_peak_memory_stats()  # from now on peak_memory_gib counts the graph's memory as a whole
+        torch.cuda.reset_peak_memory_stats()  # from now on peak_memory_gb counts the graph's memory as a whole
 
 
 class _Replay(torch.autograd.Function):

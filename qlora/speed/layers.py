@@ -6,7 +6,7 @@ Three policies, from fast to small; none changes a result but by rounding:
 - selective: attention and the product that it reads are kept; those behind it, the MLP's being the largest, are not.
 - full: only the layer's input is kept (Chen et al., 2016, arXiv 1604.06174).
 
-Each layer is compiled by itself, so that all share one piece of code: compilation takes seconds, whatever the depth. CUDA
+Each layer is compiled separately, so that all share one piece of code: compilation takes seconds, whatever the depth. CUDA
 graphs then launch all of them at once.
 """
 
@@ -97,8 +97,8 @@ def choose_layers(
         The configuration, and a line for the log: what was chosen and why, with the memory that is predicted.
 
     Raises:
-        UserError: exit 7 if compilation or offloaded checkpoints were asked for and cannot be had; 2 if checkpoints were, and
-            transformers does not mark the model's layers as such that can have them.
+        UserError: exit 7 if compilation or offloaded checkpoints were requested and are not available; 2 if checkpoints were
+            requested and transformers does not mark the model's layers as able to have them.
     """
     policies = _policies(config, meta_model)
     config = dataclasses.replace(config, gradient_checkpointing=policies[0])
@@ -109,12 +109,12 @@ def choose_layers(
     unrecorded = unavailable_reason or (
         "checkpoints go to the host" if config.offload_checkpoints else graphs_unavailable_reason(meta_model)
     )
-    hows: tuple[Compile, ...] = (config.compile,)
+    candidates: tuple[Compile, ...] = (config.compile,)
     why = "as asked"
     if config.compile == "auto":
-        hows = ("none",) if unavailable_reason else ("layers",) if unrecorded else ("graphs", "layers")
+        candidates = ("none",) if unavailable_reason else ("layers",) if unrecorded else ("graphs", "layers")
         why = unrecorded or ""
-    config = dataclasses.replace(config, compile=hows[0])
+    config = dataclasses.replace(config, compile=candidates[0])
     if config.compile == "graphs" and unrecorded:
         text = f"--compile graphs cannot be used: {unrecorded}. Leave it out, or give another one."
         raise UserError(ExitCode.ENVIRONMENT, text)
@@ -125,22 +125,23 @@ def choose_layers(
     if device.type != "cuda":
         how = COMPILE_LABELS[config.compile] + (f" ({why})" if why else "")
         return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing}"
-    free_gib = torch.cuda.mem_get_info(device)[0] / 2**30
-    for policy, compile in itertools.product(policies, hows):  # where the CPU keeps up, graphs gain less than a policy costs
+    free_gb = torch.cuda.mem_get_info(device)[0] / 1e9
+    # A smaller policy costs more than graphs gain, so all ways to compile come first.
+    for policy, compile in itertools.product(policies, candidates):
         config = dataclasses.replace(config, compile=compile, gradient_checkpointing=policy)
-        terms_gib = memory_terms(meta_model, targets, config, longest)
-        predicted_gib = sum(terms_gib.values())
-        if predicted_gib < MARGIN * free_gib:
+        terms_gb = memory_terms(meta_model, targets, config, longest)
+        predicted_gb = sum(terms_gb.values())
+        if predicted_gb < MARGIN * free_gb:
             break
-    fits = "the fastest that fits" if predicted_gib < MARGIN * free_gib else "the smallest, which may not fit"
-    if config.compile != hows[0]:
+    fits = "the fastest that fits" if predicted_gb < MARGIN * free_gb else "the smallest, which may not fit"
+    if config.compile != candidates[0]:
         why = "graphs would need more memory"
     how = COMPILE_LABELS[config.compile] + (f" ({why})" if why else "")
     chosen = fits if len(policies) > 1 else "as asked"
-    memory = f"{predicted_gib:.2f} GiB predicted, {free_gib:.1f} free"
+    memory = f"{predicted_gb:.2f} GB predicted, {free_gb:.1f} free"
     line = f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({chosen}: {memory})"
-    terms = ", ".join(f"{name} {size:.2f}" for name, size in terms_gib.items() if size >= 0.005)
-    return config, f"{line}\nMemory predicted, in GiB: {terms}"
+    terms = ", ".join(f"{name} {size:.2f}" for name, size in terms_gb.items() if size >= 0.005)
+    return config, f"{line}\nMemory predicted, in GB: {terms}"
 
 
 def _policies(config: TrainConfig, meta_model: Any) -> tuple[GradientCheckpointing, ...]:
@@ -194,9 +195,9 @@ def compile_unavailable_reason(model_type: str, device: torch.device) -> str | N
 
 
 def dropout_unavailable_reason(meta_model: Any) -> str | None:
-    """Why the layers of a model with dropout of its own are never compiled, or None. (Adapters' dropout draws from seeds.)
+    """Why a model whose own layers have dropout is never compiled, or None. (Adapters' dropout draws from seeds.)
 
-    What torch.compile computes again in backward it draws from a generator of its own, which neither `--seed` nor a checkpoint
+    Where torch.compile recomputes dropout in backward, it draws from its own generator, which neither `--seed` nor a checkpoint
     holds and which cannot be captured in a CUDA graph.
 
     Args:
@@ -223,7 +224,7 @@ def _policy(config: TrainConfig, preserve_rng_state: bool = True) -> Run:
 class TrainingLayer(torch.nn.Module):
     """A decoder layer as it runs in training: compiled, and with its activations kept or recomputed.
 
-    It stands in the layer's place while the decoder runs; the layer itself is not changed. Hooks on the layer do not run.
+    It replaces the layer while the decoder runs; the layer itself is not changed. Hooks on the layer do not run.
     """
 
     def __init__(self, layer: torch.nn.Module, run: Run, compiled: Run | None, config: TrainConfig) -> None:

@@ -23,17 +23,17 @@ LEAST_LENGTH, LEAST_RANK = 128, 4  # below which a run would hardly be the one t
 NF4_BYTES = 4.127 / 8  # of a parameter, scales in double quantization included
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Highest memory so far, in GiB: allocated on the GPU, or resident in the process where there is none.
+def peak_memory_gb(device: torch.device) -> float:
+    """Highest memory so far, in GB: allocated on the GPU, or resident in the process where there is none.
 
     What CUDA graphs write to when they are replayed counts as a whole, though the allocator holds most of it to be free.
     """
     if device.type == "cuda":
         pools = [part for part in torch.cuda.memory_snapshot() if part["segment_pool_id"] != (0, 0)]
         held = sum(part["total_size"] - part["allocated_size"] for part in pools)
-        return float(torch.cuda.max_memory_allocated(device) + held) / 2**30
+        return float(torch.cuda.max_memory_allocated(device) + held) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def leave_no_gaps() -> None:
@@ -45,10 +45,10 @@ def leave_no_gaps() -> None:
 
 
 def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest: int) -> dict[str, float]:
-    """What a step's tensors take on a GPU when they take the most, in GiB, term by term, from the shape alone.
+    """What a step's tensors take on a GPU when they take the most, in GB, term by term, from the shape alone.
 
     The sum is within 5 % of the peaks of Phi-3-mini in benchmarks/results (plan, tokens, train_step, ladders and peers of the
-    H100), which the constants of activations were fitted to; other models are further off. CUDA's context, about 0.5 GiB,
+    H100), which the constants of activations were fitted to; other models are further off. CUDA's context, about 0.5 GB,
     comes on top.
 
     Args:
@@ -99,14 +99,14 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
         "head and loss": 2 * min(CHUNK_TOKENS, tokens) * shape.vocab_size + 12 * tokens * hidden,
         "one weight dequantized": 2 * max((rows * columns for target in targets for rows, columns in target.shapes), default=0),
     }
-    if config.compile == "graphs":  # memory of its own, and a workspace of cuBLAS for each stream
+    if config.compile == "graphs":  # a private memory pool, and a cuBLAS workspace per stream
         twice = 0.37 if full else 1.3  # of a layer's, in forward's and backward's graph
         terms["gaps in the graphs' memory"] = 0.06 * (staying + scored + tokens * rest) + twice * tokens * rest + 0.35 * 2**30
-    return {name: size / 2**30 for name, size in terms.items()}
+    return {name: size / 1e9 for name, size in terms.items()}
 
 
-def estimated_memory_gib(model: Any, targets: list[Target], config: TrainConfig, longest: int) -> float:
-    """The sum of `memory_terms`, in GiB."""
+def estimated_memory_gb(model: Any, targets: list[Target], config: TrainConfig, longest: int) -> float:
+    """The sum of `memory_terms`, in GB."""
     return sum(memory_terms(model, targets, config, longest).values())
 
 
@@ -160,7 +160,7 @@ def settings_to_try(config: TrainConfig, longest: int) -> list[Setting]:
 
 
 def oom_as_user_error(
-    config: TrainConfig, device: torch.device, estimate_gib: float, longest: int
+    config: TrainConfig, device: torch.device, estimate_gb: float, longest: int
 ) -> contextlib.AbstractContextManager[None]:
     """Turn running out of memory in a block into the error that says what was needed and what to try.
 
@@ -171,8 +171,8 @@ def oom_as_user_error(
     advice = ", or ".join(setting.flags for setting in settings_to_try(config, longest)[:3])
     return user_error_on_oom(
         lambda reason: (
-            f"The {where} ran out of memory: the peak so far was {peak_memory_gib(device):.2f} GiB, the estimate for these "
-            f"settings {estimate_gib:.2f} GiB. Try {advice}. ({reason})"
+            f"The {where} ran out of memory: the peak so far was {peak_memory_gb(device):.2f} GB, the estimate for these "
+            f"settings {estimate_gb:.2f} GB. Try {advice}. ({reason})"
         )
     )
 
@@ -182,7 +182,7 @@ def probe_memory(
     optimizer: torch.optim.Optimizer,
     samples: TokenizedDataset,
     config: TrainConfig,
-    predicted_gib: float,
+    predicted_gb: float,
 ) -> str:
     """Take steps at rate zero on the longest rows, so that what does not fit shows at the start.
 
@@ -193,7 +193,7 @@ def probe_memory(
         optimizer: its parameters are those that are trained; another one of its kind takes the step.
         samples: all of the training data.
         config: batch size and accumulation are read.
-        predicted_gib: by memory_terms.
+        predicted_gb: by memory_terms.
 
     Returns:
         A line with the peak beside the prediction.
@@ -208,5 +208,5 @@ def probe_memory(
         step(optimizer=scratch, micro_batches=micro_batches)
     scratch.zero_grad(set_to_none=True)  # the parameters' own
     set_random_state(before)
-    peak_gib = peak_memory_gib(optimizer.param_groups[0]["params"][0].device)
-    return f"Memory: the longest batch peaks at {peak_gib:.2f} GiB, {predicted_gib:.2f} were predicted"
+    peak_gb = peak_memory_gb(optimizer.param_groups[0]["params"][0].device)
+    return f"Memory: the longest batch peaks at {peak_gb:.2f} GB, {predicted_gb:.2f} were predicted"

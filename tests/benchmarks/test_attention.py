@@ -41,7 +41,7 @@ def test_one_cell_of_each_kind_runs_on_a_cpu_and_runs_merge(tmp_path):
     assert all(cell["ran"] == ["sdpa_flash"] for cell in timed.values())
     kernel, full = timed["kernel", None, None], timed["step", "full", "as trained"]
     assert kernel["forward_ms_p10"] <= kernel["forward_ms"] <= kernel["forward_ms_p90"]
-    assert full["tokens"] == full["positions"] == 256 and full["step_ms"] > 0 and full["peak_gib"] > 0
+    assert full["tokens"] == full["positions"] == 256 and full["step_ms"] > 0 and full["peak_gb"] > 0
     padded, packed = timed["step", "padded", "as trained"], timed["step", "packed", "as trained"]
     assert padded["tokens"] == packed["tokens"] < packed["positions"] < padded["positions"]
     assert padded["first_loss"] == pytest.approx(packed["first_loss"], rel=0.01)

@@ -19,7 +19,7 @@ from qlora.run.signals import Signals
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 TINY = cells.Source("tiny-random", [])
-NOW = ("targets", "other_models", "adapter_bytes", "adapter_formula", "parameters_of_a_rank", "model_size", "initialisation",
+NOW = ("targets", "other_models", "adapter_bytes", "adapter_formula", "parameters_of_a_rank", "model_size", "initialization",
        "scale_and_dropout", "levels", "blocks", "bits", "layer_4096", "quantized_model", "memory_of_phi3", "reduction",
        "clusters", "four_bit_formats", "float_formats", "schedule_formula", "first_rate", "steps", "pad_token", "pad_labels",
        "added_pad", "stop_token", "native_class", "offloading", "peft_and_checkpointing", "mixed_precision", "dtypes",
@@ -103,7 +103,7 @@ OTHERWISE = {  # other figures for each claim that is judged, and the verdict th
     "nf4-levels": ({"missing": []}, "right"),
     "nf4-blocks": ({"block": 64 * 256}, "right"),
     "bits-4.5": ({"double": 4.0}, "right"),
-    "double-quantisation": ({"saved": 0.3}, "wrong"),
+    "double-quantization": ({"saved": 0.3}, "wrong"),
     "8x": ({"fp32_ratio": 8.0}, "right"),
     "75-percent": ({"below_bf16": 0.75}, "right"),
     "97.5-percent": ({"stored": 0.975}, "right"),
@@ -120,9 +120,9 @@ OTHERWISE = {  # other figures for each claim that is judged, and the verdict th
     "60gb": ({"gb": 70.0}, "wrong"),
     "96.7-percent": ({"states": 0.967, "with_activations": 0.96}, "right"),
     "peft-checkpointing": ({"get_peft_model": True}, "right"),
-    "trl-checkpointing": ({"trl.peak_gib": 1.889}, "depends"),
+    "trl-checkpointing": ({"trl.peak_gb": 1.889}, "depends"),
     "checkpointing-stores": ({"inputs_share": 0.0}, "right"),
-    "checkpointing-gpu": ({"full.peak_gib": 20.0}, "wrong"),
+    "checkpointing-gpu": ({"full.peak_gb": 20.0}, "wrong"),
     "oom-advice": ({"half_rank": 3.0}, "right"),
     "6gb": ({"fits": ["a", "b", "c", "d", "e"]}, "right"),
     "16gb-ram": ({"grown": [1.0, 1.0]}, "wrong"),
@@ -130,13 +130,13 @@ OTHERWISE = {  # other figures for each claim that is judged, and the verdict th
     "only-adapters": ({"checkpoint_mb": 7600.0}, "depends"),
     "flash-kernel": ({"kernel_ms.eager": 7.0, "kernel_ms.sdpa": 6.0}, "right"),
     "flash-training": ({"steps": {"a": {"eager": [300] * 3, "sdpa": [250] * 3, "flash_attention_2": [100] * 3}}}, "right"),
-    "flash-memory": ({"growth_gib.flash_attention_2": 25.0}, "wrong"),
+    "flash-memory": ({"growth_gb.flash_attention_2": 25.0}, "wrong"),
     "sdpa-slower": ({"steps": {"a": {"eager": None, "sdpa": [250] * 3, "flash_attention_2": [100] * 3}}}, "right"),
     "bf16-bits": ({"mantissa": 8}, "wrong"),
     "fp16-with-bf16": ({"error.bf16": None}, "right"),
     "loss-fp16": ({"loss": "float16"}, "right"),
     "backward-fp32": ({"gradient": "float32"}, "right"),
-    "dequantised": ({"compute": "float16"}, "wrong"),
+    "dequantized": ({"compute": "float16"}, "wrong"),
     "default-scheduler": ({"default": "cosine"}, "right"),
     "schedule-formula": ({"largest_difference": 0.0}, "right"),
     "first-update": ({"off_formula": 1 / 12}, "wrong"),
@@ -236,7 +236,7 @@ def test_known_numbers_stand_in_the_rows(rows):
     assert figures["targets"]["guide"] == {"layers": 64, "parameters": 17_825_792}
     assert figures["targets"]["right"] == {"layers": 128, "parameters": 50_331_648}
     assert figures["parameters-3.8b"]["parameters"] == 3_821_079_552
-    assert figures["bits-4.5"]["single"] == 4.5 and figures["double-quantisation"]["double"] == pytest.approx(4.127, abs=1e-4)
+    assert figures["bits-4.5"]["single"] == 4.5 and figures["double-quantization"]["double"] == pytest.approx(4.127, abs=1e-4)
     assert figures["97.5-percent"]["stored"] == pytest.approx(0.855, abs=1e-3)
     assert figures["model-3.8gb"]["total_gb"] == pytest.approx(2.26, abs=0.01)
     assert figures["110-steps"]["total"] == 120 and figures["110-steps"]["windows"] == [4, 4, 4, 4, 4, 2]
@@ -252,7 +252,7 @@ def test_known_numbers_stand_in_the_rows(rows):
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_bytes_of_a_quantised_weight_follow_the_paper(double):
+def test_bytes_of_a_quantized_weight_follow_the_paper(double):
     values, scales = cells.quantized_bytes(256, 512, double)
     blocks = 256 * 512 // 64
     assert values == 256 * 512 // 2 and scales == (blocks + 4 * blocks // 256 if double else 4 * blocks)
@@ -326,16 +326,16 @@ def test_formats_and_sizes(tiny):
 
 
 @pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear:UserWarning")
-def test_merging_into_dequantised_weights_is_nearest(tiny):
+def test_merging_into_dequantized_weights_is_nearest(tiny):
     merged = demo.merging(TINY, epochs=1)["merged"]
-    assert merged["dequantised"]["relative"] < 0.2 * min(merged[route]["relative"] for route in ("bf16", "requantised"))
+    assert merged["dequantized"]["relative"] < 0.2 * min(merged[route]["relative"] for route in ("bf16", "requantized"))
 
 
 # -- short runs --------------------------------------------------------------------------------------------------------
 
 
 def test_a_short_run_is_the_loops_own(tiny, tmp_path):
-    """The same losses, norms and held-out losses as train_loop.main, bit for bit."""
+    """The same losses, norms and eval losses as train_loop.main, bit for bit."""
     import train_loop
 
     flags = {"lora_r": 4, "lora_alpha": 8, "learning_rate": 1e-3, "target_modules": ["o_proj", "down_proj"]}

@@ -42,7 +42,7 @@ def test_the_table_of_tokens_says_what_each_costs(tmp_path, monkeypatch):
     assert report.tokens("tokens_h100_*.json") == "Not measured yet." == report.loading("loading_h100_*.json")
     cell: dict = {"gradient_checkpointing": "full", "compile": "graphs", "tokens_per_s": 1000.0}
     cell["profile_ms"] = {"matrix products": 75.0, "idle": 25.0}
-    cells = [cell | {"batch": 1, "step_ms": 100.0, "peak_gib": 3.0}, cell | {"batch": 2, "step_ms": 150.0, "peak_gib": 4.0}]
+    cells = [cell | {"batch": 1, "step_ms": 100.0, "peak_gb": 3.0}, cell | {"batch": 2, "step_ms": 150.0, "peak_gb": 4.0}]
     record = {
         "environment": ENVIRONMENT,
         "flags": {"length": 1024, "batch": [1, 2, 4]},
@@ -50,6 +50,6 @@ def test_the_table_of_tokens_says_what_each_costs(tmp_path, monkeypatch):
     }
     (tmp_path / "tokens_h100_1.json").write_text(json.dumps(record))
     text = report.tokens("tokens_h100_*.json")
-    assert "| 1,024 | 100 | 97.7 | 1,000 | 3.00 |  |" in text and "| 2,048 | 150 | 73.2 | 1,000 | 4.00 | 1024 |" in text
+    assert "| 1,024 | 100 | 97.7 | 1,000 | 3.00 |  |" in text and "| 2,048 | 150 | 73.2 | 1,000 | 4.00 | 977 |" in text
     assert "| tokens | matrix products | idle |" in text and text.count("| 75 (75%) | 25 (25%) |") == 2
     assert "Not measured yet: 4,096 tokens." in text

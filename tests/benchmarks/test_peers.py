@@ -91,7 +91,7 @@ def test_contenders_train_the_same_and_one_that_fails_is_a_row(tmp_path):
     none, full = rows["ours_none"], rows["ours_full"]
     assert none["first_loss"] == pytest.approx(full["first_loss"], abs=1e-2)
     assert none["tokens"] == full["tokens"] == 2 * 4 * 32 and none["adapter_dtype"] == "float32"
-    assert none["step_ms_p10"] <= none["step_ms"] <= none["step_ms_p90"] and none["peak_gib"] > 0
+    assert none["step_ms_p10"] <= none["step_ms"] <= none["step_ms_p90"] and none["peak_gb"] > 0
     assert none["mfu"] is None and none["version"] == f"commit {record['environment']['commit'][:9]}"
     assert "/tmp" not in json.dumps(record["cells"])
 
@@ -130,7 +130,7 @@ def hand(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
     for name, size in (("max_memory_allocated", 3), ("max_memory_reserved", 5)):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, size=size: size * 2**30)
+        monkeypatch.setattr(torch.cuda, name, lambda *_, size=size: size * 1e9)
     return time_of_it
 
 
@@ -166,7 +166,7 @@ def test_a_cell_tells_the_median_of_the_timed_steps_alone(monkeypatch, tmp_path,
     flops = peers_work.flops_per_token(PHI3_MINI, [50], 20)
     assert told["gflop_per_token"] == pytest.approx(flops / 1e9, abs=1e-3)
     assert told["mfu"] == (pytest.approx(flops * rate / 790e12, abs=1e-4) if on_gpu else None)
-    assert told["reserved_gib"] == (5 if on_gpu else None) and (told["peak_gib"] == 3) == on_gpu
+    assert told["reserved_gb"] == (5 if on_gpu else None) and (told["peak_gb"] == 3) == on_gpu
 
 
 def row(contender: str, run: int, rate: float | None = None, shape: str = "mixed") -> dict:
@@ -226,7 +226,7 @@ def test_the_table_shows_the_newest_and_says_why_a_cell_is_missing(tmp_path, mon
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert report.peers("peers_h100_*.json", "h100") == "Not measured yet."
     measured = {"version": "trl 1.16.0", "adapter_dtype": "bfloat16", "step_ms": 5.0, "step_ms_p10": 4.0, "step_ms_p90": 6.0,
-                "peak_gib": 4.0, "mfu": 0.25, "first_loss": 10.5, "commit": "0123456789"}  # fmt: skip
+                "peak_gb": 4.0, "mfu": 0.25, "first_loss": 10.5, "commit": "0123456789"}  # fmt: skip
     rows: list[dict] = []
     for new in (row("trl", 0, 100.0), row("ours_none", 0, 200.0), row("ours_full", 1), row("trl", 1, 50.0)):
         rows = benchmark.with_ratios(benchmark.merged(rows, {**measured, **new}))
@@ -235,7 +235,7 @@ def test_the_table_shows_the_newest_and_says_why_a_cell_is_missing(tmp_path, mon
     runs = [{"shape_of_model": "phi3-mini", "steps": steps, "warm_up": 3} for steps in (8, 5)]
     (tmp_path / "peers_h100_202601.json").write_text(json.dumps({"environment": environment, "runs": runs, "cells": rows}))
     text = report.peers("peers_h100_*.json", "h100")
-    assert "| `ours_none` | trl 1.16.0 | bfloat16 | 200 | 5 (4-6) | 2.00 | 4.29 | 4.00 | 25.0% | 10.500 |" in text
+    assert "| `ours_none` | trl 1.16.0 | bfloat16 | 200 | 5 (4-6) | 2.00 | 4.00 | 25.0% | 10.500 |" in text
     assert text.count("| `trl` |") == 1 and "| 50 | 5 (4-6) | 1.00 |" in text
     assert (
         "| `ours_full` |  |  | out of memory |" in text
@@ -258,18 +258,18 @@ def test_a_cell_imports_while_the_one_before_it_runs_on_a_gpu_alone(monkeypatch,
         def communicate(self):
             return "", ""
 
-    def begun(scratch, site, task, contender, shape, dropout):
+    def start(scratch, site, task, contender, shape, dropout):
         seen.append(shape)
         return shape, Process()
 
-    def ended(job, timeout_s):
+    def wait(job, timeout_s):
         seen.append(job[0].upper())
         if job[0] == "b":
             raise benchmark.Failed("out of memory")
         return {"tokens_per_s": 1.0}
 
-    monkeypatch.setattr(benchmark, "begun", begun)
-    monkeypatch.setattr(benchmark, "ended", ended)
+    monkeypatch.setattr(benchmark, "start", start)
+    monkeypatch.setattr(benchmark, "wait", wait)
     rows = benchmark.measured([("trl", shape) for shape in "abc"], tmp_path, benchmark.Options(), ahead)
     assert [(row["shape"], row.get("failed")) for row in rows] == [("a", None), ("b", "out of memory"), ("c", None)]
     assert seen == order.split() and not killed

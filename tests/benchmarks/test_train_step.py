@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[2]
         ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu>", "matrix products"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", "attention"),
         ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<96, 128, 64>>", "attention"),
-        ("_dequantize", "dequantisation"),
-        ("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>", "dequantisation"),
+        ("_dequantize", "dequantization"),
+        ("void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>", "dequantization"),
         ("triton_poi_fused__scaled_dot_product_cudnn_attention_add_cat_mul", "elementwise and the rest"),
         ("triton_poi_fused__to_copy_mul_nf4_linear_backward_view_0", "elementwise and the rest"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "elementwise and the rest"),
@@ -35,14 +35,14 @@ def test_kernels_are_told_apart(kernel, kind):
 
 def test_the_table_has_a_row_for_each_cell_and_a_profile_where_there_is_one(tmp_path, monkeypatch):
     profile = {
-        "dequantisation": 13.7,
+        "dequantization": 13.7,
         "attention": 40.7,
         "matrix products": 198.6,
         "elementwise and the rest": 46.6,
         "idle": 13.0,
     }
     cell = {"attn_implementation": "sdpa", "gradient_checkpointing": "none", "compile": "graphs", "step_ms": 312.6,
-            "tokens_per_s": 26206.0, "peak_gib": 12.75, "profile_ms": profile}  # fmt: skip
+            "tokens_per_s": 26206.0, "peak_gb": 12.75, "profile_ms": profile}  # fmt: skip
     old = {key: value for key, value in cell.items() if key not in ("compile", "profile_ms")}
     missing = {
         "attn_implementation": "eager",
@@ -73,15 +73,15 @@ def test_a_setting_s_prediction_stands_beside_its_peak(tmp_path):
         record = json.loads((tmp_path / "plan.json").read_text())
         assert [cell["compile"] for cell in record["cells"]] == ["none"] and bool(more) == (not done.stdout)
     cell = record["cells"][0]
-    assert 0.01 < cell["predicted_gib"] < 0.1 < cell["peak_gib"]  # on a CPU that of the process
+    assert 0.01 < cell["predicted_gb"] < 0.1 < cell["peak_gb"]  # on a CPU that of the process
     assert len(plan.SETTINGS) >= 12 and len({tuple(setting.items()) for setting in plan.SETTINGS}) == len(plan.SETTINGS)
 
 
 def test_the_table_of_predictions_says_how_far_off_each_is(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     assert report.plan_measured("plan_h100_*.json") == "Not measured yet."
-    cells = [plan.FIRST | {"predicted_gib": 11.0, "peak_gib": 10.0}]
-    cells.append(plan.FIRST | {"predicted_gib": 99.0, "unavailable": "out of memory"})
+    cells = [plan.FIRST | {"predicted_gb": 11.0, "peak_gb": 10.0}]
+    cells.append(plan.FIRST | {"predicted_gb": 99.0, "unavailable": "out of memory"})
     packages = dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1")
     environment = {"device": "NVIDIA H100", "packages": packages, "commit": "x"}
     (tmp_path / "plan_h100_202601.json").write_text(json.dumps({"environment": environment, "runs": [], "cells": cells}))

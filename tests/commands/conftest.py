@@ -25,11 +25,11 @@ def finished(tiny, tmp_path_factory) -> Path:
     model = adapted_model(config)
     wake_adapters(model)
     tokenizer = adapter.load_tokenizer(str(tiny), load_meta_model(str(tiny), config), config)
-    facts = {"config": config.plain(), "device": "cpu", "weights": fingerprint(model)}
+    run_info = {"config": config.plain(), "device": "cpu", "weights": fingerprint(model)}
     write_folder(run / "adapter", dict(checkpoint.adapter_files(model, tokenizer)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    checkpoint.save(run / "checkpoints", model, optimizer, checkpoint.TrainState(step=4), facts)
-    (run / RUN).write_text(json.dumps(facts))
+    checkpoint.save(run / "checkpoints", model, optimizer, checkpoint.TrainState(step=4), run_info)
+    (run / RUN).write_text(json.dumps(run_info))
     (run / LOCK).touch()
     (run / FINISHED).write_text('{"step": 4}')
     return run

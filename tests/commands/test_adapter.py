@@ -47,13 +47,13 @@ def refused(code: ExitCode, *arguments, **keywords) -> str:
 
 
 def test_the_same_adapter_is_found_from_its_run_its_folder_its_checkpoint_and_alone(run, bare, tiny):
-    form = {"prompt_format": "plain"}
+    plain = {"prompt_format": "plain"}
     found = [open_adapter(run), open_adapter(run / "adapter"), open_adapter(run / "checkpoints" / "step-000004")]
-    found.append(open_adapter(bare, **form))
+    found.append(open_adapter(bare, **plain))
     ids = torch.tensor([[5, 6, 7, 8]])
     logits = []
     for each in found:
-        assert each.source == str(tiny) and each.form.name == "plain" and each.device.type == "cpu"
+        assert each.source == str(tiny) and each.template.name == "plain" and each.device.type == "cpu"
         model = load_adapted(each)
         assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
         logits.append(model(input_ids=ids).logits)
@@ -62,7 +62,7 @@ def test_the_same_adapter_is_found_from_its_run_its_folder_its_checkpoint_and_al
     assert all(torch.equal(other, logits[0]) for other in logits)
     assert [each.config.max_length for each in found] == [300, 300, 300, min(2048, adapter.positions_of(found[3]))]
     assert [each.config.eval_file for each in found] == ["held.jsonl"] * 3 + [None]
-    assert [each.facts is None for each in found] == [False] * 3 + [True]
+    assert [each.run_info is None for each in found] == [False] * 3 + [True]
 
 
 def test_the_adapter_is_that_of_training_to_the_bit(run):
@@ -200,27 +200,27 @@ FACTS_DAMAGED = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in FACTS_DAMAGED for value in FACTS_DAMAGED[name]])
 def test_damaged_facts_of_a_run_or_checkpoint_are_told_by_their_file(run, of, name, value):
     folder = run if of == "run.json" else run / "checkpoints" / "step-000004"
-    facts = json.loads((folder / of).read_bytes())
-    owner = facts["config"] if "." in name else facts
+    run_info = json.loads((folder / of).read_bytes())
+    owner = run_info["config"] if "." in name else run_info
     owner[name.rpartition(".")[2]] = value
     if value is GONE:
         del owner[name.rpartition(".")[2]]
-    (folder / of).write_text(json.dumps(facts))
+    (folder / of).write_text(json.dumps(run_info))
     (folder / MANIFEST).unlink(missing_ok=True)
     assert str(folder / of) in refused(ExitCode.CHECKPOINT, folder)
 
 
 def test_rank_shape_and_base_must_fit(run, bare, tmp_path, tiny):
-    form = {"prompt_format": "plain"}
+    plain = {"prompt_format": "plain"}
     change(bare, r=8)
-    text = refused(ExitCode.CONFIGURATION, bare, **form)
+    text = refused(ExitCode.CONFIGURATION, bare, **plain)
     assert "with rank 8" in text and "of shape (4, " in text and "16 tensors differ" in text
     change(bare, r=4, target_modules=["qkv_proj"])
-    assert "is of shape" in refused(ExitCode.CONFIGURATION, bare, **form) and "not there" in refused(
-        ExitCode.CONFIGURATION, bare, **form
+    assert "is of shape" in refused(ExitCode.CONFIGURATION, bare, **plain) and "not there" in refused(
+        ExitCode.CONFIGURATION, bare, **plain
     )
     change(bare, target_modules=["q_proj", "v_proj"])
-    assert "does not fit" in refused(ExitCode.CONFIGURATION, bare, **form)
+    assert "does not fit" in refused(ExitCode.CONFIGURATION, bare, **plain)
     wider = tmp_path / "wider"
     shutil.copytree(tiny, wider)
     settings = json.loads((wider / "config.json").read_bytes())
@@ -250,7 +250,7 @@ def test_what_is_not_told_must_be_given(bare):
     assert "names no base" in refused(ExitCode.CONFIGURATION, bare, prompt_format="plain")
     change(bare, base_model_name_or_path="/no/such/folder")
     assert "--model" in refused(ExitCode.CONFIGURATION, bare, prompt_format="plain")
-    assert open_adapter(bare, model="tiny-random", prompt_format="chat").form.name == "chat"
+    assert open_adapter(bare, model="tiny-random", prompt_format="chat").template.name == "chat"
 
 
 def test_only_lora_that_leaves_the_base_alone_is_loaded(bare):

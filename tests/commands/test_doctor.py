@@ -1,4 +1,4 @@
-"""The doctor tells what works, and what is broken costs its own row."""
+"""The doctor says what works, and what is broken costs its own row."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_this_machine_can_start_a_run(capsys):
     assert [name for name in rows if name.startswith("package ")] == [f"package {text.split('>')[0]}" for text in listed]
     if not torch.cuda.is_available():
         assert not rows["GPU"]["ok"] and not rows["compiled layers"]["ok"] and not rows["attention varlen"]["ok"]
-        assert rows["attention sdpa"]["ok"] and "GiB free" in rows["host memory"]["detail"]
+        assert rows["attention sdpa"]["ok"] and "GB free" in rows["host memory"]["detail"]
 
 
 def test_what_raises_dies_or_hangs_costs_its_own_row(broken, monkeypatch):
@@ -67,7 +67,7 @@ def test_what_raises_dies_or_hangs_costs_its_own_row(broken, monkeypatch):
     assert [row.ok for row in rows] == [True, False, True, False, False, False, True]
     details = [row.detail for row in rows]
     assert details[1] == "OSError: libx.so: cannot open shared object file"
-    assert "GiB free" in details[2] and "SIGSEGV" in details[3] and "3 s" in details[4] and details[5] == "gone"
+    assert "GB free" in details[2] and "SIGSEGV" in details[3] and "3 s" in details[4] and details[5] == "gone"
 
 
 def test_without_torch_no_run_can_start_and_the_rest_is_told_of(broken, monkeypatch, capsys):

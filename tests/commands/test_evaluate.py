@@ -38,7 +38,7 @@ def test_every_number_is_in_the_file_and_the_table(run, rows, tmp_path, capsys):
     assert main(flags) == 0
     shown, record = capsys.readouterr().out, json.loads(out.read_text())
     assert list(record["metrics"]) == [name for name in scores.SHOWN if name != "valid_avro"]
-    assert "held-out loss" in shown and "3 held-out examples" in shown and "[" in shown and str(out) in shown
+    assert "eval loss" in shown and "3 eval examples" in shown and "[" in shown and str(out) in shown
     assert record["num_examples"] == 3 and record["precision"] == "nf4" and record["environment"]["packages"]["torch"]
     assert record["answers"][0]["reference"] == '{"a": 1}' and record["answers"][1]["line"] == 2
     for found in record["metrics"].values():
@@ -51,15 +51,15 @@ def test_every_number_is_in_the_file_and_the_table(run, rows, tmp_path, capsys):
     opened = open_adapter(run)
     model = load_adapted(opened)
     head = read_head(model)
-    samples, _ = encode_all(read_examples(rows, "test"), rows, opened.form, opened.config)
-    assert record["held_out_sha256"] == samples.sha256
+    samples, _ = encode_all(read_examples(rows, "test"), rows, opened.template, opened.config)
+    assert record["eval_data_sha256"] == samples.sha256
     with attention.for_training(model, opened.config):
         batches = micro_batches(samples, range(3), 1)
         wanted = evaluate_loss(model, batches, lambda hidden, batch: token_loss_sum(hidden, batch, head))
     assert record["metrics"]["loss"]["adapter"]["value"] == pytest.approx(wanted.loss, rel=2e-3)
     assert record["num_tokens"] == wanted.num_tokens
-    prompts = [encode_prompt(example.prompt, opened.form) for example in read_examples(rows, "test")]
-    answers = [generate(model, [prompt], opened.form, 6)[0] for prompt in prompts]
+    prompts = [encode_prompt(example.prompt, opened.template) for example in read_examples(rows, "test")]
+    answers = [generate(model, [prompt], opened.template, 6)[0] for prompt in prompts]
     assert [row["adapter"] for row in record["answers"]] == answers
     assert [row["base"] for row in record["answers"]] != answers
     assert main([*flags, "--int8"]) == 0
@@ -71,10 +71,10 @@ def test_every_number_is_in_the_file_and_the_table(run, rows, tmp_path, capsys):
 
 def test_what_evaluate_writes_stands_in_the_report_of_its_run(run, tmp_path, capsys):
     opened = open_adapter(run)
-    held_out, _ = encode_all(read_examples(BUNDLED_EVAL, "test"), BUNDLED_EVAL, opened.form, opened.config)
-    facts = json.loads((run / "run.json").read_text()) | {"held_out": held_out.sha256, "targets": [], "history": []}
-    (run / "run.json").write_text(json.dumps(facts))
-    (run / "config.yaml").write_text(json.dumps(facts["config"] | {"train_file": "x.jsonl", "learning_rate": 1e-3}))
+    eval_set, _ = encode_all(read_examples(BUNDLED_EVAL, "test"), BUNDLED_EVAL, opened.template, opened.config)
+    run_info = json.loads((run / "run.json").read_text()) | {"eval_data": eval_set.sha256, "targets": [], "history": []}
+    (run / "run.json").write_text(json.dumps(run_info))
+    (run / "config.yaml").write_text(json.dumps(run_info["config"] | {"train_file": "x.jsonl", "learning_rate": 1e-3}))
     flags = ["--eval-file", str(BUNDLED_EVAL), "--max-new-tokens", "3", "--json", str(run / "evaluation.json")]
     assert main(["evaluate", str(run), *flags]) == 0
     record = json.loads((run / "evaluation.json").read_text())
@@ -82,7 +82,7 @@ def test_what_evaluate_writes_stands_in_the_report_of_its_run(run, tmp_path, cap
         assert all(side["low"] <= side["value"] + 1e-9 and side["value"] <= side["high"] + 1e-9 for side in found.values())
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
-    assert "on 8 held-out examples: base and adapter" in page and page.count('<span class="interval">') == 27
+    assert "on 8 eval examples: base and adapter" in page and page.count('<span class="interval">') == 27
 
 
 def test_json_knows_no_nan(rows):
@@ -103,12 +103,12 @@ def test_tokens_are_scored_as_by_transformers_and_counted_by_sample(model, head,
             output = model(input_ids=batch.input_ids, labels=batch.labels)
         targets = batch.labels[0, 1:]
         hits = (output.logits[0, :-1].argmax(-1) == targets)[targets != IGNORED].sum().item()
-        for held_out, each in results:
+        for eval_set, each in results:
             assert each[index, 2] == batch.num_tokens and each[index, 0] == pytest.approx(
                 output.loss.item() * batch.num_tokens, rel=5e-3
             )
             assert abs(each[index, 1] - hits) <= 1  # of two tokens whose logits bf16 can hardly tell apart
-            assert each[:, 0].sum() / each[:, 2].sum() == pytest.approx(held_out.loss, rel=1e-5)
+            assert each[:, 0].sum() / each[:, 2].sum() == pytest.approx(eval_set.loss, rel=1e-5)
 
 
 def test_a_chunk_of_logits_at_a_time_changes_nothing(head, samples, monkeypatch):
@@ -148,7 +148,7 @@ def test_mistakes_are_told_before_weights_are_loaded(run, tmp_path, monkeypatch,
 
 
 def test_data_that_no_run_names_must_be_given(run, tmp_path, capsys):
-    facts = json.loads((run / "run.json").read_text())
-    facts["config"]["eval_file"] = None
-    (run / "run.json").write_text(json.dumps(facts))
+    run_info = json.loads((run / "run.json").read_text())
+    run_info["config"]["eval_file"] = None
+    (run / "run.json").write_text(json.dumps(run_info))
     assert main(["evaluate", str(run)]) == 2 and "--eval-file" in capsys.readouterr().err

@@ -70,9 +70,9 @@ def test_duplicates_are_exact_or_equal_but_for_case_and_white_space():
 
 def test_leaks_are_found_by_prompt_and_by_prompt_and_response():
     train = [example(1, "one", "x"), example(2, "Two  words", "y"), example(3, "one", "z"), example(4, "three", "w")]
-    held_out = [example(1, "four", "x"), example(2, "one", "z"), example(3, "two words", "Y"), example(4, "three", "v")]
-    assert inspect_data.leaks(train, held_out, prompts_only=False) == Repeats([(2, 3)], [(2, 3), (3, 2)])
-    assert inspect_data.leaks(train, held_out, prompts_only=True) == Repeats([(2, 1), (4, 4)], [(2, 1), (3, 2), (4, 4)])
+    eval_examples = [example(1, "four", "x"), example(2, "one", "z"), example(3, "two words", "Y"), example(4, "three", "v")]
+    assert inspect_data.leaks(train, eval_examples, prompts_only=False) == Repeats([(2, 3)], [(2, 3), (3, 2)])
+    assert inspect_data.leaks(train, eval_examples, prompts_only=True) == Repeats([(2, 1), (4, 4)], [(2, 1), (3, 2), (4, 4)])
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -122,14 +122,14 @@ def test_what_training_would_refuse_is_said():
 
 @pytest.fixture
 def files(tmp_path, tiny):
-    """Command line for a training file and a held-out one: a duplicate, a leak, and a long example."""
+    """Command line for a training file and a eval one: a duplicate, a leak, and a long example."""
     rows = [("one", "a"), ("two", "b"), ("one", "a"), ("three", "c " * 300)]
-    held_out = [("TWO ", "B"), ("one", "other"), ("new", "n")]
-    for name, pairs in (("train", rows), ("held_out", held_out)):
+    eval_examples = [("TWO ", "B"), ("one", "other"), ("new", "n")]
+    for name, pairs in (("train", rows), ("eval", eval_examples)):
         text = "".join(json.dumps({"prompt": prompt, "completion": response}) + "\n" for prompt, response in pairs)
         (tmp_path / f"{name}.jsonl").write_text(text)
     return ["inspect-data", "--model", "tiny-random", "--train-file", str(tmp_path / "train.jsonl"),
-            "--eval-file", str(tmp_path / "held_out.jsonl")]  # fmt: skip
+            "--eval-file", str(tmp_path / "eval.jsonl")]  # fmt: skip
 
 
 def test_the_command_tells_it_all_without_weights(files, tmp_path, monkeypatch, capsys):
@@ -137,14 +137,14 @@ def test_the_command_tells_it_all_without_weights(files, tmp_path, monkeypatch, 
     assert main([*files, "--max-length", "100", "--packing", "--json", str(tmp_path / "found.json")]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "duplicates in train: 1 of 4 (lines 3 = 1)" in out
-    assert "held-out prompt and response in train: 0 of 3 ignoring case and whitespace: 1 of 3 (lines 1 = 2)" in out
-    assert "held-out prompt in train: 1 of 3 (lines 2 = 1) ignoring case and whitespace: 2 of 3 (lines 1 = 2, 2 = 1)" in out
+    assert "eval prompt and response in train: 0 of 3 ignoring case and whitespace: 1 of 3 (lines 1 = 2)" in out
+    assert "eval prompt in train: 1 of 3 (lines 2 = 1) ignoring case and whitespace: 2 of 3 (lines 1 = 2, 2 = 1)" in out
     assert "Dropped of train: lines 4" in out and "Training would refuse train: more than a fifth" in out
     assert "packed *" in out and "⟦" in out and "Line 1," in out
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["data"]["train"]["dropped_lines"] == [4] and found["config"]["max_length"] == 100
-    assert found["repeats"]["held-out prompt in train"] == {"exact": [[2, 1]], "normalized": [[1, 2], [2, 1]]}
-    assert set(found["padding"]) == {"single samples", "packed"} and found["data"]["held-out"]["examples"] == 3
+    assert found["repeats"]["eval prompt in train"] == {"exact": [[2, 1]], "normalized": [[1, 2], [2, 1]]}
+    assert set(found["padding"]) == {"single samples", "packed"} and found["data"]["eval"]["examples"] == 3
 
 
 def test_all_dropped_is_told_too(files, capsys):

@@ -52,8 +52,8 @@ def adapter(write):
 
 
 @pytest.fixture
-def held_out(form, config) -> TokenizedDataset:
-    return encode_all(read_examples(BUNDLED_EVAL, "test"), BUNDLED_EVAL, form, config)[0]
+def eval_set(template, config) -> TokenizedDataset:
+    return encode_all(read_examples(BUNDLED_EVAL, "test"), BUNDLED_EVAL, template, config)[0]
 
 
 def command(folder, *flags, prompt_format: str = "plain") -> list[str]:
@@ -82,15 +82,15 @@ def test_merged_weights_are_the_sum_rounded_once(adapter, route):
         assert torch.equal(found, (weight.float() + product).bfloat16()), name
 
 
-def test_differences_are_those_of_whole_logits(adapter, held_out, monkeypatch):
+def test_differences_are_those_of_whole_logits(adapter, eval_set, monkeypatch):
     reference, other = load_adapted(adapter, "nf4"), load_adapted(adapter, "bf16")
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             parameter.mul_(3 if "lora_B" in name else 1)
     monkeypatch.setattr(merge, "CHUNK_TOKENS", 17)
-    found = merge.difference(reference, other, held_out)
+    found = merge.difference(reference, other, eval_set)
     kl, agreed, loss, tokens = 0.0, 0, 0.0, 0
-    for sample in held_out:
+    for sample in eval_set:
         labels = torch.tensor(sample.labels)[1:]
         kept = labels != IGNORED
         ids = torch.tensor([sample.input_ids])
@@ -106,13 +106,13 @@ def test_differences_are_those_of_whole_logits(adapter, held_out, monkeypatch):
     assert found.perplexity == pytest.approx(math.exp(loss / tokens), rel=1e-4)
 
 
-def test_what_is_measured_is_the_adapter_its_base_and_each_way_to_merge(adapter, held_out):
-    found = merge.measured(adapter, ["bf16", "dequantized"], held_out)
+def test_what_is_measured_is_the_adapter_its_base_and_each_way_to_merge(adapter, eval_set):
+    found = merge.measured(adapter, ["bf16", "dequantized"], eval_set)
     assert list(found) == ["unmerged", "base", "bf16", "dequantized"]
     assert found["unmerged"].kl == 0 and found["unmerged"].agreement == 1
     model = load_adapted(adapter, "nf4")
     head = read_head(model)
-    batches = list(micro_batches(held_out, range(len(held_out)), 1))
+    batches = list(micro_batches(eval_set, range(len(eval_set)), 1))
     losses = [evaluate_loss(model, batches, lambda h, b: token_loss_sum(h, b, head)).loss]
     with model.disable_adapter():
         losses.append(evaluate_loss(model, batches, lambda h, b: token_loss_sum(h, b, head)).loss)
@@ -192,7 +192,7 @@ def test_two_merges_to_one_place_share_nothing_and_the_second_replaces_nothing(a
     merge.save(merge.merged_model(adapter, "bf16"), adapter, folder, {"first": True}, None)
     with pytest.raises(UserError, match="nothing is replaced"):
         merge.save(merge.merged_model(adapter, "bf16"), adapter, folder, {"first": False}, None)
-    assert json.loads((folder / merge.FACTS).read_text()) == {"first": True}
+    assert json.loads((folder / merge.SUMMARY).read_text()) == {"first": True}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
 
 
@@ -207,7 +207,7 @@ def test_an_adapter_that_is_not_finite_is_refused(write):
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_folder_loads_as_any_model(write, form, capsys, tmp_path):
+def test_a_saved_folder_loads_as_any_model(write, template, capsys, tmp_path):
     folder = write()
     assert main(command(folder, "--into", "recommended", prompt_format="chat")) == 0
     out = capsys.readouterr().out
@@ -218,18 +218,18 @@ def test_a_saved_folder_loads_as_any_model(write, form, capsys, tmp_path):
     assert all(stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044 for path in saved.iterdir())
     loaded, chat = (
         transformers.AutoModelForCausalLM.from_pretrained(saved, dtype="auto"),
-        load_template(form.tokenizer, "chat"),
+        load_template(template.tokenizer, "chat"),
     )
-    assert loaded.dtype == torch.bfloat16 and loaded.generation_config.eos_token_id == [form.stop_id, chat.stop_id]
+    assert loaded.dtype == torch.bfloat16 and loaded.generation_config.eos_token_id == [template.stop_id, chat.stop_id]
     merged = merge.merged_model(open_adapter(folder, prompt_format="plain", device="cpu"), "dequantized")
     tensors = merged.state_dict()
     assert tensors.keys() == loaded.state_dict().keys()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in loaded.state_dict().items())
     text = "### Instruction:\nhello"
-    assert transformers.AutoTokenizer.from_pretrained(saved)(text).input_ids == form.tokenizer(text).input_ids
-    facts = json.loads((saved / merge.FACTS).read_text())
-    assert facts["into"] == "dequantized" and facts["differences"].keys() == {"unmerged", "base", "bf16", "dequantized"}
-    assert facts["environment"]["packages"]["torch"] == torch.__version__
+    assert transformers.AutoTokenizer.from_pretrained(saved)(text).input_ids == template.tokenizer(text).input_ids
+    summary = json.loads((saved / merge.SUMMARY).read_text())
+    assert summary["into"] == "dequantized" and summary["differences"].keys() == {"unmerged", "base", "bf16", "dequantized"}
+    assert summary["environment"]["packages"]["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
@@ -295,7 +295,7 @@ def test_a_disk_that_fills_up_leaves_no_half(adapter, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    for owner, name in ((type(adapter.form.tokenizer), "save_pretrained"), (files, "_write")):
+    for owner, name in ((type(adapter.template.tokenizer), "save_pretrained"), (files, "_write")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full)
             with pytest.raises(UserError, match="No space left") as caught:
@@ -347,7 +347,7 @@ def test_the_sentencepiece_file_that_gguf_wants_comes_along(write, config, tmp_p
 def test_onnxruntime_computes_the_same_for_any_batch_and_length_or_the_export_is_refused(write, tmp_path, monkeypatch, capsys):
     assert main(command(write(), "--into", "bf16", "--onnx", "--output-dir", tmp_path / "merged")) == 0
     assert "logits within" in capsys.readouterr().out
-    assert json.loads((tmp_path / "merged" / merge.FACTS).read_text())["onnx_relative_error"] < 1e-5
+    assert json.loads((tmp_path / "merged" / merge.SUMMARY).read_text())["onnx_relative_error"] < 1e-5
     assert verify(tmp_path / "merged") is None
     session = onnxruntime.InferenceSession(tmp_path / "merged" / "onnx" / export_onnx.MODEL)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)

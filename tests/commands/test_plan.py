@@ -33,12 +33,12 @@ def test_the_table_is_what_training_predicts(tmp_path, capsys):
     meta_model = plan.shape_meta_model(options, config)
     for row in record["policies"]:
         changed = dataclasses.replace(config, gradient_checkpointing=row["gradient_checkpointing"])
-        expected = memory.estimated_memory_gib(meta_model, audit_targets(meta_model, changed), changed, 512)
-        assert row["total_gib"] == pytest.approx(expected) == pytest.approx(sum(row["terms_gib"].values()))
+        expected = memory.estimated_memory_gb(meta_model, audit_targets(meta_model, changed), changed, 512)
+        assert row["total_gb"] == pytest.approx(expected) == pytest.approx(sum(row["terms_gb"].values()))
         assert f"{expected:.2f}" in told
     assert "base in bf16" not in told and "attention scores" not in told  # nothing of them here
     assert "Rank 8: 12,582,912 parameters trained of 3,833,662,464." in told
-    assert record["changes"] == [] and record["free_gib"] is None
+    assert record["changes"] == [] and record["free_gb"] is None
 
 
 def planned(capsys, *arguments: str) -> str:
@@ -47,18 +47,18 @@ def planned(capsys, *arguments: str) -> str:
 
 
 def test_a_card_gets_the_fastest_that_fits_or_the_way_down_to_it(capsys):
-    assert "It fits with --gradient-checkpointing none --compile graphs" in planned(capsys, "--gpu-gib", "24")
-    assert "It fits with --gradient-checkpointing selective" in planned(capsys, "--gpu-gib", "12")
-    assert "A card of 8 GiB. We plan for at most 6.75 GiB. It fits with --gradient-checkpointing full" in planned(
-        capsys, "--gpu-gib", "8"
+    assert "It fits with --gradient-checkpointing none --compile graphs" in planned(capsys, "--gpu-memory", "24")
+    assert "It fits with --gradient-checkpointing selective" in planned(capsys, "--gpu-memory", "12")
+    assert "A card of 8 GB. We plan for at most 7.24 GB. It fits with --gradient-checkpointing full" in planned(
+        capsys, "--gpu-memory", "8"
     )
-    told = planned(capsys, "--gpu-gib", "4.5")
+    told = planned(capsys, "--gpu-memory", "4.5")
     assert "To make it fit, one after the other" in told and told.count("fits") == 1
     assert told.index("-batch-size 1") < told.index("--compile layers") < told.index("--offload-check") < told.index("fits")
-    told = planned(capsys, "--gpu-gib", "2")
+    told = planned(capsys, "--gpu-memory", "2")
     assert "Nothing that can be set, down to 128 tokens and rank 4, makes it fit" in told
     assert "--max-length 128" in told and "--max-length 64" not in told and "--lora-r 4" in told and "--lora-r 2" not in told
-    asked = ("--gpu-gib", "24", "--gradient-checkpointing", "full")
+    asked = ("--gpu-memory", "24", "--gradient-checkpointing", "full")
     assert "It fits with --gradient-checkpointing full" in planned(capsys, *asked)
 
 
@@ -67,7 +67,7 @@ def test_each_change_comes_on_top_of_those_before_it():
     config = dataclasses.replace(plan.configuration(options), gradient_checkpointing="none")
     meta_model = plan.shape_meta_model(options, config)
     steps = list(plan.steps_down(meta_model, config, 4.2))
-    totals = [step.total_gib for _, step in steps]
+    totals = [step.total_gb for _, step in steps]
     assert totals == sorted(totals, reverse=True)
     assert [step.fits(4.2) for _, step in steps] == [False] * (len(steps) - 1) + [True]
     last = steps[-1][1].config
@@ -85,10 +85,10 @@ def test_each_change_is_the_one_that_saves_most_and_training_is_changed_last():
         totals = {each: [] for each in (True, False)}
         for each in settings:
             changed = plan.planned(meta_model, dataclasses.replace(before.config, **each.changes))
-            totals[each.same_training].append(changed.total_gib)
+            totals[each.same_training].append(changed.total_gb)
         (kind,) = (each.same_training for each in settings if each.flags == words)
-        assert then.total_gib == min(totals[kind]) < before.total_gib
-        assert kind or min([*totals[True], before.total_gib]) >= before.total_gib  # nothing else was left that saves
+        assert then.total_gb == min(totals[kind]) < before.total_gb
+        assert kind or min([*totals[True], before.total_gb]) >= before.total_gb  # nothing else was left that saves
         kinds.append(kind)
     assert kinds == sorted(kinds, reverse=True) and {True, False} == set(kinds)
     assert (found[-1][1].config.max_length, found[-1][1].config.lora_r) == (128, 4)
@@ -101,7 +101,7 @@ def test_a_model_s_own_configuration_is_read_and_what_cannot_be_is_refused(tiny,
     assert "--model tiny-random and --shape phi3-mini were both given" in capsys.readouterr().err
     assert command_line(["plan", "--max-length", "9999"]) == ExitCode.CONFIGURATION
     assert "more than the 4096 positions of phi3-mini" in capsys.readouterr().err
-    assert command_line(["plan", "--gpu-gib", "0"]) == ExitCode.CONFIGURATION
+    assert command_line(["plan", "--gpu-memory", "0"]) == ExitCode.CONFIGURATION
     assert command_line(["plan", "--lora-r", "0"]) == ExitCode.CONFIGURATION
     assert command_line(["plan", "--target-modules", "q_proj"]) == ExitCode.CONFIGURATION
     assert "--lora-r 0 cannot be used: it must be at least 1" in capsys.readouterr().err

@@ -75,7 +75,7 @@ def test_bundled_examples_have_the_form_they_teach(path, count):
         assert row.response == json.dumps(schema, indent=2)
 
 
-def test_held_out_nouns_are_new():
+def test_eval_nouns_are_new():
     nouns = [
         {INSTRUCTION.match(e.prompt[0].content)[1] for e in read_examples(p, "train")} for p in (BUNDLED_TRAIN, BUNDLED_EVAL)
     ]
@@ -312,18 +312,18 @@ def chat(tokenizer) -> PromptTemplate:
     return load_template(tokenizer, "chat")
 
 
-def test_plain_form_to_the_letter_and_the_loss_on_response_and_stop_token(form):
-    encoded = encode(example("Say hi", '{\n  "a": 1\n}'), form, "response")
-    decode = form.tokenizer.decode
+def test_plain_form_to_the_letter_and_the_loss_on_response_and_stop_token(template):
+    encoded = encode(example("Say hi", '{\n  "a": 1\n}'), template, "response")
+    decode = template.tokenizer.decode
     assert decode(encoded.input_ids) == '### Instruction:\nSay hi\n\n### Response:\n{\n  "a": 1\n}<|endoftext|>'
     assert decode(trained(encoded)) == '{\n  "a": 1\n}<|endoftext|>'
     first = encoded.labels.index(trained(encoded)[0])
     assert encoded.labels == [IGNORED] * first + encoded.input_ids[first:]
-    assert encoded.input_ids[:first] == encode_prompt(example("Say hi", "x").prompt, form)
+    assert encoded.input_ids[:first] == encode_prompt(example("Say hi", "x").prompt, template)
 
 
-def test_loss_on_all_trains_the_prompt_too(form):
-    encoded = encode(example("q", "a"), form, "all")
+def test_loss_on_all_trains_the_prompt_too(template):
+    encoded = encode(example("q", "a"), template, "all")
     assert encoded.labels == encoded.input_ids
 
 
@@ -339,19 +339,19 @@ def test_chat_form_is_the_templates_own_rendering_and_ends_with_its_turn_end(cha
     assert decode(prompt).endswith("<|user|>\nq2<|end|>\n<|assistant|>\n")
 
 
-def test_plain_form_of_several_turns(form):
-    encoded = encode(example("q1", "a1", "q2", "a2", system="be brief"), form, "response")
-    assert form.tokenizer.decode(encoded.input_ids) == (
+def test_plain_form_of_several_turns(template):
+    encoded = encode(example("q1", "a1", "q2", "a2", system="be brief"), template, "response")
+    assert template.tokenizer.decode(encoded.input_ids) == (
         "be brief\n\n### Instruction:\nq1\n\n### Response:\na1<|endoftext|>"
         "\n\n### Instruction:\nq2\n\n### Response:\na2<|endoftext|>"
     )
-    assert form.tokenizer.decode(trained(encoded)) == "a1<|endoftext|>a2<|endoftext|>"
+    assert template.tokenizer.decode(trained(encoded)) == "a1<|endoftext|>a2<|endoftext|>"
 
 
-def test_special_tokens_in_a_users_text_stay_text(form):
-    encoded = encode(example("<|endoftext|>", "b<|end|>"), form, "response")
-    assert encoded.input_ids.count(form.stop_id) == 1 and encoded.input_ids[-1] == form.stop_id
-    assert form.tokenizer.convert_tokens_to_ids("<|end|>") not in encoded.input_ids
+def test_special_tokens_in_a_users_text_stay_text(template):
+    encoded = encode(example("<|endoftext|>", "b<|end|>"), template, "response")
+    assert encoded.input_ids.count(template.stop_id) == 1 and encoded.input_ids[-1] == template.stop_id
+    assert template.tokenizer.convert_tokens_to_ids("<|end|>") not in encoded.input_ids
 
 
 HARMLESS = "|the end|"
@@ -396,9 +396,9 @@ def test_special_tokens_in_messages_stay_text_in_the_chat_form(tokenizer, which,
 
 
 def test_answers_after_a_special_token_in_text_get_no_space_of_sentencepiece():
-    form = load_template(sentencepiece_like_tokenizer(), "chat")
-    encoded = encode(example("q", "{<|end|>{ <|end|>"), form, "response")
-    assert "".join(form.tokenizer.convert_ids_to_tokens(trained(encoded))) == "{<|end|>{▁<|end|><|end|>"
+    template = load_template(sentencepiece_like_tokenizer(), "chat")
+    encoded = encode(example("q", "{<|end|>{ <|end|>"), template, "response")
+    assert "".join(template.tokenizer.convert_ids_to_tokens(trained(encoded))) == "{<|end|>{▁<|end|><|end|>"
 
 
 def test_the_answer_that_a_template_does_not_render_is_named_without_marks(tokenizer):
@@ -443,9 +443,9 @@ def test_one_bos_and_no_space_before_the_answer_with_a_sentencepiece_tokenizer()
 def test_chat_ids_are_the_tokenizers_own_also_where_tags_swallow_the_newline(rstrip):
     """Phi-3's tags have rstrip in some of its tokenizers and not in others."""
     tokenizer = sentencepiece_like_tokenizer(rstrip)
-    form = load_template(tokenizer, "chat")
+    template = load_template(tokenizer, "chat")
     row = example("q1", "a1", "q2", "a2", system="be brief")
-    encoded = encode(row, form, "response")
+    encoded = encode(row, template, "response")
     whole = tokenizer.apply_chat_template([m._asdict() for m in row.messages], tokenize=True, return_dict=True)["input_ids"]
     assert encoded.input_ids == whole[: len(encoded.input_ids)] and len(whole) - len(encoded.input_ids) <= 2
     answers = "".join(tokenizer.convert_ids_to_tokens(trained(encoded))).replace("▁", "")
@@ -522,9 +522,9 @@ def test_a_template_that_fails_on_the_simplest_conversation_is_refused(tokenizer
 def test_a_conversation_that_a_template_rewrites_or_refuses_is_refused_with_its_line(tokenizer, change, system, words):
     other = copy.deepcopy(tokenizer)
     other.chat_template = PHI3_TEMPLATE.replace("m['content']", f"({change})")
-    form = load_template(other, "chat")
+    template = load_template(other, "chat")
     with pytest.raises(UserError, match=rf"file:1: .*{words}") as caught:
-        encode_all([example("q", "a", system=system)], "file", form, TrainConfig())
+        encode_all([example("q", "a", system=system)], "file", template, TrainConfig())
     assert caught.value.exit_code == ExitCode.DATA
 
 
@@ -535,42 +535,42 @@ def numbered(rows: list[Example]) -> list[Example]:
     return [row._replace(line=line) for line, row in enumerate(rows, start=1)]
 
 
-def test_long_samples_are_dropped_cut_or_refused(form):
+def test_long_samples_are_dropped_cut_or_refused(template):
     rows = numbered([example("q", "a"), example("q", "a" * 300), example("q" * 300, "a")])
-    length = len(encode(rows[0], form, "response").input_ids)
-    kept, notes = encode_all(rows, "f", form, TrainConfig(max_length=length, allow_drop=True))
+    length = len(encode(rows[0], template, "response").input_ids)
+    kept, notes = encode_all(rows, "f", template, TrainConfig(max_length=length, allow_drop=True))
     assert [e.line for e in kept] == [1] and f"2 dropped as longer than {length} (lines 2, 3)" in notes
-    kept, notes = encode_all(rows, "f", form, TrainConfig(max_length=100, on_long="truncate", allow_drop=True))
+    kept, notes = encode_all(rows, "f", template, TrainConfig(max_length=100, on_long="truncate", allow_drop=True))
     assert [e.line for e in kept] == [1, 2] and "1 cut to 100" in notes and "(lines 3)" in notes
-    assert len(kept[1].input_ids) == len(kept[1].labels) == 100 and form.stop_id not in kept[1].labels
+    assert len(kept[1].input_ids) == len(kept[1].labels) == 100 and template.stop_id not in kept[1].labels
     with pytest.raises(UserError, match=r"f:2: \d+ tokens, more than --max-length 100"):
-        encode_all(rows, "f", form, TrainConfig(max_length=100, on_long="error"))
+        encode_all(rows, "f", template, TrainConfig(max_length=100, on_long="error"))
     for allow_drop in (False, True):
         with pytest.raises(UserError, match="none of 3 examples fits") as caught:
-            encode_all(rows, "f", form, TrainConfig(max_length=3, allow_drop=allow_drop))
+            encode_all(rows, "f", template, TrainConfig(max_length=3, allow_drop=allow_drop))
         assert caught.value.exit_code == ExitCode.DATA
 
 
 @pytest.mark.parametrize(("dropped", "fifth"), [(19, False), (20, False), (21, True)])
-def test_more_than_a_fifth_is_dropped_only_when_allowed(form, dropped, fifth):
+def test_more_than_a_fifth_is_dropped_only_when_allowed(template, dropped, fifth):
     rows = numbered([example("q", "a" * (300 if index < dropped else 1)) for index in range(100)])
     config = TrainConfig(max_length=100)
     if fifth:
         with pytest.raises(UserError) as caught:
-            encode_all(iter(rows), "f.jsonl", form, config)
+            encode_all(iter(rows), "f.jsonl", template, config)
         assert caught.value.exit_code == ExitCode.DATA
         assert str(caught.value) == (
             "f.jsonl: 21 of 100 examples, more than a fifth, do not fit --max-length 100 (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, "
-            "...). Give a larger --max-length, use --on-long truncate, or go on without them with --allow-drop."
+            "...). Give a larger --max-length, use --on-long truncate, or drop them with --allow-drop."
         )
-    samples, notes = encode_all(iter(rows), "f.jsonl", form, TrainConfig(max_length=100, allow_drop=fifth))
+    samples, notes = encode_all(iter(rows), "f.jsonl", template, TrainConfig(max_length=100, allow_drop=fifth))
     assert len(samples) == 100 - dropped and f"{dropped} dropped as longer than 100 (lines 1, 2," in notes
 
 
-def test_dropped_under_truncate_is_not_sent_to_truncate(form):
+def test_dropped_under_truncate_is_not_sent_to_truncate(template):
     rows = [example("q" * 300, "a"), example("q", "a")]
-    with pytest.raises(UserError, match="Give a larger --max-length, or go on without them with --allow-drop") as caught:
-        encode_all(rows, "f", form, TrainConfig(max_length=100, on_long="truncate"))
+    with pytest.raises(UserError, match="Give a larger --max-length, or drop them with --allow-drop") as caught:
+        encode_all(rows, "f", template, TrainConfig(max_length=100, on_long="truncate"))
     assert caught.value.exit_code == ExitCode.DATA
 
 
@@ -607,8 +607,8 @@ def test_samples_are_a_sequence_of_what_they_were_made_of():
             samples.length(index)
 
 
-def test_a_single_sample_and_none(form):
-    samples, notes = encode_all([example("q", "a")], "f", form, TrainConfig())
+def test_a_single_sample_and_none(template):
+    samples, notes = encode_all([example("q", "a")], "f", template, TrainConfig())
     assert notes.startswith("1 examples, 2 tokens") and samples[-1] == samples[0]
     (batch,) = micro_batches(samples, epoch_order(len(samples), 42, 1), 4)
     assert batch.input_ids.tolist() == [samples[0].input_ids] and batch.num_tokens == 2
@@ -662,39 +662,39 @@ def test_a_full_temporary_folder_is_told(monkeypatch, count):
     assert caught.value.exit_code == ExitCode.CHECKPOINT
 
 
-def test_an_error_while_samples_are_made_passes_through_and_leaves_nothing_open(form):
+def test_an_error_while_samples_are_made_passes_through_and_leaves_nothing_open(template):
     with pytest.raises(UserError, match=r"f:2: \d+ tokens, more than"):
         encode_all(
-            numbered([example("q", "a"), example("q", "a" * 99)]), "f", form, TrainConfig(max_length=50, on_long="error")
+            numbered([example("q", "a"), example("q", "a" * 99)]), "f", template, TrainConfig(max_length=50, on_long="error")
         )
 
 
-def test_what_was_counted_is_kept_with_the_samples(form, tmp_path):
+def test_what_was_counted_is_kept_with_the_samples(template, tmp_path):
     """One of three is too long, and one stands on both sides."""
     rows = [{"prompt": "q", "completion": answer} for answer in ("a", "b" * 300, "c")]
-    for name, chosen in (("train", rows), ("held_out", rows[:1])):
+    for name, chosen in (("train", rows), ("eval", rows[:1])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    files = {"train_file": str(tmp_path / "train.jsonl"), "eval_file": str(tmp_path / "held_out.jsonl")}
+    files = {"train_file": str(tmp_path / "train.jsonl"), "eval_file": str(tmp_path / "eval.jsonl")}
     config = TrainConfig(**files, max_length=100, allow_drop=True)
-    samples, held_out = encode_files(config, check_files(config), form, lambda _: None)
+    samples, eval_set = encode_files(config, check_files(config), template, lambda _: None)
     lengths = sorted(len(sample.input_ids) for sample in samples)
     assert samples.counts == {
         "read": 3, "examples": 2, "tokens": sum(label != IGNORED for sample in samples for label in sample.labels[1:]),
         "input_tokens": sum(lengths), "shortest": lengths[0], "median": lengths[1], "longest": lengths[1],
         "cut": 0, "dropped": 1,
     }  # fmt: skip
-    assert held_out.counts["shared"] == 1 and "shared" not in samples.counts
+    assert eval_set.counts["shared"] == 1 and "shared" not in samples.counts
 
 
-def test_shared_samples_are_counted_on_the_held_out_side():
+def test_shared_samples_are_counted_on_the_eval_side():
     twin = ROWS[0]._replace(labels=[5, 6, 2], line=9)
     assert count_shared(TokenizedDataset(ROWS), TokenizedDataset([twin, twin, ROWS[1], TokenizedExample([7], [7], 1)])) == 3
     assert count_shared(ROWS, []) == count_shared([], ROWS) == 0
 
 
-def test_kept_examples_are_the_first_that_were_not_dropped_and_no_more_is_read(form):
+def test_kept_examples_are_the_first_that_were_not_dropped_and_no_more_is_read(template):
     rows = numbered([example("q", "a" * (300 if line in (1, 4) else 1)) for line in range(1, 6)])
-    samples, _ = encode_all(rows[:4], "f", form, TrainConfig(max_length=100, allow_drop=True))
+    samples, _ = encode_all(rows[:4], "f", template, TrainConfig(max_length=100, allow_drop=True))
     for count, wanted in ((0, []), (1, [2]), (2, [2, 3]), (9, [2, 3])):
         reading = iter(rows)
         assert [row.line for row in kept_examples(reading, samples, count)] == wanted
@@ -737,7 +737,7 @@ def test_positions_point_at_the_state_before_each_label(masks):
     assert (batch.input_ids.flatten()[batch.positions] + 1).tolist() == wanted
 
 
-def test_windows_are_full_but_for_the_last():
+def test_steps_are_full_but_for_the_last():
     assert list(batched(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
 
 

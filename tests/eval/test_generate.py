@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity, and greedy samples."""
+"""Eval loss, perplexity, and greedy samples."""
 
 import functools
 import math
@@ -77,15 +77,15 @@ def test_patience_is_counted_in_evaluations_since_the_lowest(losses, patience, s
     assert has_stalled(evaluations, patience) is stalled
 
 
-def test_a_batch_generates_what_each_prompt_generates_alone(model, tokenizer, form):
+def test_a_batch_generates_what_each_prompt_generates_alone(model, tokenizer, template):
     wake_adapters(model)
     prompts = [tokenizer(text).input_ids for text in ("Create an AVRO schema", "a", '"name": "id"')]
-    together = generate(model, prompts, form, max_new_tokens=8)
-    alone = [generate(model, [prompt], form, max_new_tokens=8)[0] for prompt in prompts]
+    together = generate(model, prompts, template, max_new_tokens=8)
+    alone = [generate(model, [prompt], template, max_new_tokens=8)[0] for prompt in prompts]
     assert together == alone and model.training
 
 
-def test_generation_is_greedy_and_stops_at_the_stop_token(model, tokenizer, form):
+def test_generation_is_greedy_and_stops_at_the_stop_token(model, tokenizer, template):
     model.generation_config.repetition_penalty = 1.5  # as some models bring along
     prompt = tokenizer("Create an AVRO").input_ids
     ids = list(prompt)
@@ -95,49 +95,49 @@ def test_generation_is_greedy_and_stops_at_the_stop_token(model, tokenizer, form
             ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
         model.train()
     new = ids[len(prompt) :]
-    assert generate(model, [prompt], form, max_new_tokens=6) == [tokenizer.decode(new, skip_special_tokens=True)]
-    stopped = generate(model, [prompt], form._replace(stop_id=new[3]), max_new_tokens=6)
+    assert generate(model, [prompt], template, max_new_tokens=6) == [tokenizer.decode(new, skip_special_tokens=True)]
+    stopped = generate(model, [prompt], template._replace(stop_id=new[3]), max_new_tokens=6)
     first = new.index(new[3])
     assert stopped == [tokenizer.decode(new[: first + 1], skip_special_tokens=True)]
 
 
-def test_many_prompts_keep_their_order_in_batches_by_length(model, tokenizer, form, monkeypatch):
+def test_many_prompts_keep_their_order_in_batches_by_length(model, tokenizer, template, monkeypatch):
     wake_adapters(model)
     prompts = [tokenizer(text).input_ids for text in ("Create an AVRO schema for it", "a", '"name": "id"', "Create", "an AVRO")]
     seen = []
     original = generation.generate
     monkeypatch.setattr(generation, "generate", lambda *a: seen.append([len(ids) for ids in a[1]]) or original(*a))
-    together = generate_all(model, prompts, form, 6, batch_size=2)
+    together = generate_all(model, prompts, template, 6, batch_size=2)
     lengths = sorted(map(len, prompts))
     assert seen == [lengths[:2], lengths[2:4], lengths[4:]]
-    assert together == [generate(model, [prompt], form, 6)[0] for prompt in prompts]
+    assert together == [generate(model, [prompt], template, 6)[0] for prompt in prompts]
 
 
-def test_sampling_is_seeded_and_greedy_is_not_moved_by_the_seed(model, form):
+def test_sampling_is_seeded_and_greedy_is_not_moved_by_the_seed(model, template):
     wake_adapters(model)
     answers = []
     hot = Sampling(temperature=5.0)
     for seed, sampling in ((3, hot), (3, hot), (4, hot), (3, None), (4, None)):
         torch.manual_seed(seed)
-        answers.append(generate(model, [[5, 6, 7]], form, 12, sampling)[0])
+        answers.append(generate(model, [[5, 6, 7]], template, 12, sampling)[0])
     assert answers[0] == answers[1] != answers[2] and answers[3] == answers[4] != answers[0]
 
 
-def test_sampling_is_cut_to_what_is_asked_for_whatever_the_model_says(model, form, monkeypatch):
+def test_sampling_is_cut_to_what_is_asked_for_whatever_the_model_says(model, template, monkeypatch):
     model.generation_config.top_k, model.generation_config.temperature = 1, 0.3
     seen = []
     base = model.get_base_model()
     prepare = base._prepare_generation_config
     monkeypatch.setattr(base, "_prepare_generation_config", lambda *a, **k: seen.append(prepare(*a, **k)) or seen[-1])
     for sampling in (Sampling(), Sampling(0.7, top_p=0.9, top_k=40)):
-        generate(model, [[5, 6, 7]], form, 2, sampling)
+        generate(model, [[5, 6, 7]], template, 2, sampling)
     used = [(settings.do_sample, settings.temperature, settings.top_p, settings.top_k) for settings, _ in seen]
     assert used == [(True, 1.0, 1.0, 0), (True, 0.7, 0.9, 40)]
 
 
-def test_samples_put_base_and_tuned_side_by_side(model, form, examples):
+def test_samples_put_base_and_tuned_side_by_side(model, template, examples):
     wake_adapters(model, scale=1.0)
-    samples = sample_responses(model, examples[:2], form)
+    samples = sample_responses(model, examples[:2], template)
     assert [sample.prompt for sample in samples] == [example.prompt[-1].content for example in examples[:2]]
     assert [sample.reference for sample in samples] == [example.response for example in examples[:2]]
     assert all(sample.base != sample.tuned for sample in samples)
@@ -145,7 +145,7 @@ def test_samples_put_base_and_tuned_side_by_side(model, form, examples):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-    again = sample_responses(model, examples[:2], form)
+    again = sample_responses(model, examples[:2], template)
     assert [s.tuned for s in again] == [s.base for s in again] == [s.base for s in samples]
     layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
     assert len(layers) == 8 and not any(layer.disable_adapters for layer in layers)

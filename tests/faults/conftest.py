@@ -29,12 +29,12 @@ def case(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """3 epochs of 4 steps, the last one short; a checkpoint every 2 steps; NF4, bf16 autocast, checkpointing, dropout 0.1."""
     folder = tmp_path_factory.mktemp("faults")
     draw = random.Random(SEED)
-    for name, count in (("train", 13), ("held_out", 3)):
+    for name, count in (("train", 13), ("eval", 3)):
         rows = [
             {"prompt": f"{name} {i} " + "x" * draw.randint(1, 12), "completion": "a" * draw.randint(1, 8)} for i in range(count)
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = ["--train-file", str(folder / "train.jsonl"), "--eval-file", str(folder / "held_out.jsonl")]
+    files = ["--train-file", str(folder / "train.jsonl"), "--eval-file", str(folder / "eval.jsonl")]
     return Case([*FLAGS.split(), *files], folder)
 
 

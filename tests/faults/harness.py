@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import train_loop  # imported once, here, for all children
-from benchmarks.kill_resume import ended, fork
+from benchmarks.kill_resume import fork, wait
 from benchmarks.kill_resume import metrics as rows
 from qlora.cli import train as command_line
 from qlora.run import checkpoint
@@ -52,10 +52,10 @@ class Case:
         self.flags = flags
         self.straight = scratch / "straight"
         start = time.perf_counter()
-        assert ended(self.start(self.straight)) == 0, log(self.straight).read_text()
+        assert wait(self.start(self.straight)) == 0, log(self.straight).read_text()
         self.seconds = time.perf_counter() - start
         everything = scratch / "everything"
-        assert ended(self.start(everything, "--save-total-limit", "1000")) == 0
+        assert wait(self.start(everything, "--save-total-limit", "1000")) == 0
         self.oracle = {step: tensors(folder) for step, folder in checkpoint.by_step(everything / "checkpoints").items()}
         assert list(self.oracle) == list(range(2, 13, 2)), "the run is not the one that these tests are written for"
 
@@ -99,7 +99,7 @@ class Case:
         """Run it again, to its end, and compare."""
         was_complete = (folder / "finished.json").exists()
         child = self.start(folder, *more)
-        code = ended(child)
+        code = wait(child)
         assert code == 0, log(folder).read_text()[-3000:]
         self.check_finished(folder, was_complete)
 
@@ -119,4 +119,4 @@ def killed_after(child: int, seconds: float) -> bool:
     """Kill a process after a while; whether it was still there."""
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
-    return ended(child) == -signal.SIGKILL
+    return wait(child) == -signal.SIGKILL

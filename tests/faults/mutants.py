@@ -294,21 +294,21 @@ MUTANTS = [
     mutant(
         "nan-steps",
         LOOP,
-        f"{DAMAGE}::test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume",
+        f"{DAMAGE}::test_steps_that_are_not_finite_are_skipped_and_counted_over_a_resume",
         "optimizer.found_inf = 1.0 - finite.float()",
         "optimizer.found_inf = torch.zeros(())",
     ),
     mutant(
         "nan-not-counted",
         RUN_GUARDS,
-        f"{DAMAGE}::test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume",
+        f"{DAMAGE}::test_steps_that_are_not_finite_are_skipped_and_counted_over_a_resume",
         "        skipped += 1\n",
         "",
     ),
     mutant(
         "nan-count-not-restored",
         LOOP,
-        f"{DAMAGE}::test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume",
+        f"{DAMAGE}::test_steps_that_are_not_finite_are_skipped_and_counted_over_a_resume",
         "    step, first_epoch, seen, skipped = state\n",
         "    step, first_epoch, seen, skipped = state._replace(skipped=0)\n",
     ),
@@ -316,9 +316,9 @@ MUTANTS = [
     mutant(
         "mean-of-means",
         LOOP,
-        "test_train_loop.py::test_a_window_counts_as_one_batch_however_it_is_cut",
+        "test_train_loop.py::test_a_step_counts_as_one_batch_however_it_is_cut",
         "micro_loss = loss_sum(hidden, batch) / num_tokens",
-        "micro_loss = loss_sum(hidden, batch) / (batch.num_tokens * len(window))",
+        "micro_loss = loss_sum(hidden, batch) / (batch.num_tokens * len(micro_batches))",
     ),
     mutant(
         "gradients-pile-up",
@@ -343,9 +343,9 @@ MUTANTS = [
     ),
     # -- the data
     mutant(
-        "short-window-dropped",
+        "short-step-dropped",
         DATA_BATCH,
-        "data/test_data.py::test_windows_are_full_but_for_the_last",
+        "data/test_data.py::test_steps_are_full_but_for_the_last",
         "    while group := list(itertools.islice(items, size)):\n",
         "    while len(group := list(itertools.islice(items, size))) == size:\n",
     ),
@@ -354,7 +354,7 @@ MUTANTS = [
         DATA_TEMPLATE,
         "data/test_data.py::test_plain_form_to_the_letter_and_the_loss_on_response_and_stop_token",
         "            labels += answer_ids\n",
-        "            labels += [IGNORED if id == form.stop_id else id for id in answer_ids]\n",
+        "            labels += [IGNORED if id == template.stop_id else id for id in answer_ids]\n",
     ),
     mutant(
         "padding-told-by-its-id",
@@ -450,21 +450,21 @@ MUTANTS = [
         "sample[:, :, None] >= sample[:, None, :]",
     ),
     mutant(
-        "mask-one-wider-than-the-window",
+        "mask-one-wider-than-the-sliding-window",
         MODEL_ATTENTION,
         "model/test_attention.py::test_ours_is_transformers_own_bit_for_bit",
         "seen.triu(1 - window)",
         "seen.triu(-window)",
     ),
     mutant(
-        "no-mask-for-the-window",
+        "no-mask-for-the-sliding-window",
         MODEL_ATTENTION,
         "model/test_attention.py::test_ours_is_transformers_own_bit_for_bit",
         "(beyond or batch.cu_seqlens is not None)",
         "batch.cu_seqlens is not None",
     ),
     mutant(
-        "flash-window-one-wider",
+        "flash-sliding-window-one-wider",
         MODEL_ATTENTION,
         "model/test_attention.py::test_kernels_are_told_what_the_masks_say",
         "(-1, -1) if sliding_window is None else (sliding_window - 1, 0)",
@@ -492,7 +492,7 @@ MUTANTS = [
         "settings._attn_implementation = ",
     ),
     mutant(
-        "window-not-put-back",
+        "sliding-window-not-put-back",
         MODEL_ATTENTION,
         "model/test_attention.py::test_what_for_training_changes_is_put_back",
         "        if before[1] is not None:\n",
@@ -510,7 +510,7 @@ MUTANTS = [
         "memory-not-asked",
         SPEED_LAYERS,
         "speed/test_layers.py::test_on_a_gpu_auto_is_the_fastest_that_is_predicted_to_fit",
-        "if predicted_gib < MARGIN * free_gib:",
+        "if predicted_gb < MARGIN * free_gb:",
         "if True:",
     ),
     mutant(

@@ -24,7 +24,7 @@ from qlora.run import checkpoint, files
 from qlora.run.files import MANIFEST, _write, remove_leftovers, write_file, write_folder
 from qlora.run.folder import RunFolder
 from tests.faults.conftest import SEED
-from tests.faults.harness import Case, all_pass, ended, log, rows
+from tests.faults.harness import Case, all_pass, log, rows, wait
 from tests.faults.test_kills import stop_at
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
@@ -297,7 +297,7 @@ def test_rows_are_flushed_before_the_checkpoint_that_follows_them(case: Case, tm
     """Else a power cut could leave a checkpoint whose steps have no rows, and they would never come."""
 
     told = tmp_path / "calls.json"
-    assert ended(case.start(tmp_path / "run", "--max-steps", "4", before=lambda: tell(calls, told))) == 0
+    assert wait(case.start(tmp_path / "run", "--max-steps", "4", before=lambda: tell(calls, told))) == 0
     seen = [(kind, Path(names[-1]).name) for kind, *names in json.loads(told.read_text())]
     saved = [index for index, (kind, name) in enumerate(seen) if kind == "rename" and name.startswith("step-")]
     assert [seen[index][1] for index in saved] == ["step-000002", "step-000004"]
@@ -324,7 +324,7 @@ def tell(calls: list[tuple[str, ...]], path: Path) -> None:
 def prepared(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped in step 8."""
     folder = tmp_path_factory.mktemp("damage") / "prepared"
-    assert ended(case.start(folder, before=lambda: stop_at(8))) == 128 + signal.SIGTERM
+    assert wait(case.start(folder, before=lambda: stop_at(8))) == 128 + signal.SIGTERM
     assert case.check_what_is_there(folder) == [4, 8]
     return folder
 
@@ -351,7 +351,7 @@ def test_the_newest_is_damaged(case: Case, prepared, tmp_path, record):
             case.finish(folder)
             output = log(folder).read_text()
             assert re.search(rf"Checkpoint step-000008 is damaged: {name} .*{words}", output), output
-            assert "Resuming after step-000004. It goes on bit for bit as if it had not stopped." in output, output
+            assert "Resuming after step-000004. It resumes bit for bit as if it had not stopped." in output, output
             aside = folder / "checkpoints" / "step-000008.damaged"
             assert {path.name: path.read_bytes() for path in aside.iterdir()} == was, "it is kept, to be looked at"
 
@@ -367,7 +367,7 @@ def test_all_are_damaged(case: Case, prepared, tmp_path, record):
     cut(folder / "checkpoints" / "step-000004" / STATE)
     flip(folder / "checkpoints" / "step-000008" / ADAPTER)
     before = digest(folder)
-    assert ended(case.start(folder)) == ExitCode.CHECKPOINT
+    assert wait(case.start(folder)) == ExitCode.CHECKPOINT
     output = log(folder).read_text()
     assert "Checkpoint step-000004 is damaged: state.json has" in output, output
     assert "Checkpoint step-000008 is damaged: adapter_model.safetensors is not what was written" in output, output
@@ -385,7 +385,7 @@ def test_leftovers_go_and_foreign_files_stay(case: Case, prepared, tmp_path, rec
     for name in [*leftovers, *foreign]:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
-    assert ended(case.start(folder)) == 0, log(folder).read_text()[-3000:]
+    assert wait(case.start(folder)) == 0, log(folder).read_text()[-3000:]
     for name in foreign:
         assert (folder / name).read_text() == name
         if name.endswith(".tmp"):  # which check_finished would take for leftovers
@@ -399,8 +399,8 @@ def test_a_finished_run_is_left_as_it_is(case: Case, tmp_path, record):
     start = time.perf_counter()
     folder = shutil.copytree(case.straight, tmp_path / "run")
     before = digest(folder)
-    assert ended(case.start(folder)) == 0
-    assert "holds this very run, and it is complete." in log(folder).read_text()
+    assert wait(case.start(folder)) == 0
+    assert "holds this run, and it is complete." in log(folder).read_text()
     assert digest(folder) == before
     record("run asked for what it must refuse: once finished", 1, start)
 
@@ -428,11 +428,11 @@ def test_two_processes_in_one_folder(case: Case, tmp_path, record):
     try:
         assert os.read(ready, 1) == b".", log(folder).read_text()
         before = digest(folder)
-        second = ended(case.start(folder))  # while the first stands in its step
+        second = wait(case.start(folder))  # while the first stands in its step
         output, after = log(folder).read_text(), digest(folder)
     finally:
         os.write(tell_go, b".")
-        code = ended(first)
+        code = wait(first)
         for descriptor in (ready, go, tell_go):
             os.close(descriptor)
     assert second == ExitCode.CHECKPOINT, output
@@ -458,7 +458,7 @@ def test_metrics_torn_or_gone(case: Case, prepared, tmp_path, record):
     def gone() -> None:
         folder = shutil.copytree(prepared, tmp_path / "gone")
         (folder / "metrics.jsonl").unlink()
-        assert ended(case.start(folder)) == 0, log(folder).read_text()[-3000:]
+        assert wait(case.start(folder)) == 0, log(folder).read_text()[-3000:]
         later = [row for row in rows(case.straight) if row["step"] > 8 or (row["step"] == 8 and row["event"] == "eval")]
         assert rows(folder) == later
         name = "adapter/adapter_model.safetensors"
@@ -477,7 +477,7 @@ def test_a_line_of_metrics_or_the_mark_of_the_end_that_is_not_json(case: Case, p
         def run() -> None:
             folder = shutil.copytree(source, tmp_path / f"run-{number}")
             (folder / name).write_bytes(damage((folder / name).read_bytes()))
-            code = ended(case.start(folder))
+            code = wait(case.start(folder))
             output = log(folder).read_text()
             assert "Traceback" not in output and (code == 0 or (code in set(ExitCode) and name in output)), output[-3000:]
 
@@ -512,7 +512,7 @@ def test_a_disk_that_gives_back_something_else(case: Case, tmp_path, record):
         files._write = unsound_write
 
     folder = tmp_path / "run"
-    assert ended(case.start(folder, before=unsound)) == ExitCode.CHECKPOINT
+    assert wait(case.start(folder, before=unsound)) == ExitCode.CHECKPOINT
     output = log(folder).read_text()
     assert f"was written and reads back otherwise: {TRAINER_STATE} is not what was written" in output, output
     sound = [step for step, path in checkpoint.by_step(folder / "checkpoints").items() if not checkpoint.problem_of(path)]
@@ -526,11 +526,11 @@ def test_changed_data_is_no_data_to_go_on_with(case: Case, tmp_path, record):
     train = shutil.copy(case.flags[case.flags.index("--train-file") + 1], tmp_path / "train.jsonl")
     flags = ["--train-file", str(train)]
     folder = tmp_path / "run"
-    assert ended(case.start(folder, *flags, before=lambda: stop_at(4))) == 128 + signal.SIGTERM
+    assert wait(case.start(folder, *flags, before=lambda: stop_at(4))) == 128 + signal.SIGTERM
     content = Path(train).read_text()
     before = digest(folder)
     Path(train).write_text(content.replace("train 7", "train 8", 1))
-    assert ended(case.start(folder, *flags)) == ExitCode.CONFIGURATION
+    assert wait(case.start(folder, *flags)) == ExitCode.CONFIGURATION
     output = log(folder).read_text()
     assert re.search(r"holds another run, at step 4\b.*differs in\n.*\n  data ", output) and "Traceback" not in output, output
     assert digest(folder) == before
@@ -568,9 +568,9 @@ def test_every_generator_goes_on_where_it_was(case: Case, tmp_path, record):
     def trial(end: str | None, at: int, code: int) -> Callable[[], None]:
         def run() -> None:
             folder, told = tmp_path / f"run-{end}-{at}", tmp_path / f"draws-{end}-{at}"
-            assert ended(case.start(folder, before=drawing(told, end, at))) == code, log(folder).read_text()
+            assert wait(case.start(folder, before=drawing(told, end, at))) == code, log(folder).read_text()
             if end:
-                assert ended(case.start(folder, before=drawing(told, None, 0))) == 0, log(folder).read_text()
+                assert wait(case.start(folder, before=drawing(told, None, 0))) == 0, log(folder).read_text()
 
         return run
 
@@ -584,7 +584,7 @@ def test_every_generator_goes_on_where_it_was(case: Case, tmp_path, record):
     record("generators compared over a stop", len(stops), start)
 
 
-def test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume(case: Case, tmp_path, record):
+def test_steps_that_are_not_finite_are_skipped_and_counted_over_a_resume(case: Case, tmp_path, record):
     start = time.perf_counter()
     folder = tmp_path / "run"
 
@@ -592,19 +592,19 @@ def test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume(case:
         def before() -> None:
             original, calls = train_loop.train_step, []
 
-            def watched(decoder, optimizer, window, loss_sum, *rest):
+            def watched(decoder, optimizer, step_batches, loss_sum, *rest):
                 calls.append(1)
                 if len(calls) == stop:
                     os.kill(os.getpid(), signal.SIGTERM)
                 factor = math.nan if len(calls) in spoil else 1.0
-                return original(decoder, optimizer, window, lambda *args: loss_sum(*args) * factor, *rest)
+                return original(decoder, optimizer, step_batches, lambda *args: loss_sum(*args) * factor, *rest)
 
             train_loop.train_step = watched
 
         return before
 
     permitted = ("--skip-nonfinite", "2")
-    assert ended(case.start(folder, *permitted, before=spoiled({3, 5}, 6))) == 143, log(folder).read_text()
+    assert wait(case.start(folder, *permitted, before=spoiled({3, 5}, 6))) == 143, log(folder).read_text()
     assert "It was skipped, 2 of 2 that may be." in log(folder).read_text()
     newest = folder / "checkpoints" / "step-000006"
     assert json.loads((newest / STATE).read_text())["skipped"] == 2
@@ -612,14 +612,14 @@ def test_windows_that_are_not_finite_are_skipped_and_counted_over_a_resume(case:
         tensors = safetensors.torch.load_file(newest / name)
         assert all(torch.isfinite(tensor).all() for tensor in tensors.values()), "a NaN got in"
     copied = shutil.copytree(folder, tmp_path / "copied")
-    assert ended(case.start(copied, *permitted, before=spoiled({2}, None))) == ExitCode.NUMERICS
+    assert wait(case.start(copied, *permitted, before=spoiled({2}, None))) == ExitCode.NUMERICS
     output = log(copied).read_text()
     assert "Step 8 is not finite" in output and f"All up to step 6 is safe in {copied}" in output, output
     assert list(checkpoint.by_step(copied / "checkpoints"))[-1] == 6
-    assert ended(case.start(folder, *permitted)) == 0, log(folder).read_text()
+    assert wait(case.start(folder, *permitted)) == 0, log(folder).read_text()
     losses = {row["step"]: row["loss"] for row in rows(folder) if row["event"] == "step"}
     assert [step for step, loss in losses.items() if loss is None] == [3, 5] and len(losses) == 12
-    record("NaN in a window", 3, start)
+    record("NaN in a step", 3, start)
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):

@@ -93,13 +93,13 @@ def either_form(tokenizer, request) -> PromptTemplate:
     return load_template(tokenizer, request.param)
 
 
-def check_refused_or_sound(path: Path, content: bytes, form: PromptTemplate, config: TrainConfig) -> None:
+def check_refused_or_sound(path: Path, content: bytes, template: PromptTemplate, config: TrainConfig) -> None:
     """The whole way from a file to samples ends in a UserError that names a line, or in samples that hold what was written."""
     path.write_bytes(content)
     try:
         check_source(path, "train")
         examples = {example.line: example for example in read_examples(path, "train")}
-        samples, _ = encode_all(examples.values(), path, form, config)
+        samples, _ = encode_all(examples.values(), path, template, config)
     except UserError as error:
         text = str(error)
         assert error.exit_code == ExitCode.DATA and text.isprintable(), text
@@ -107,20 +107,20 @@ def check_refused_or_sound(path: Path, content: bytes, form: PromptTemplate, con
         return
     assert samples
     for sample in samples:
-        check_sound(sample, examples[sample.line], form, config)
+        check_sound(sample, examples[sample.line], template, config)
 
 
-def check_sound(sample: TokenizedExample, example: Example, form: PromptTemplate, config: TrainConfig) -> None:
+def check_sound(sample: TokenizedExample, example: Example, template: PromptTemplate, config: TrainConfig) -> None:
     assert all(label in (IGNORED, id) for id, label in zip(sample.input_ids, sample.labels, strict=True))
     assert any(label != IGNORED for label in sample.labels[1:])
     assert len(sample.input_ids) <= config.max_length
     answers = [message.content for message in example.messages if message.role == "assistant"]
-    whole = encode(example, form, "response")
+    whole = encode(example, template, "response")
     if sample.input_ids == whole.input_ids:
-        stop = form.tokenizer.convert_ids_to_tokens(form.stop_id)
+        stop = template.tokenizer.convert_ids_to_tokens(template.stop_id)
         trained = [label for label in whole.labels if label != IGNORED]
-        assert form.tokenizer.decode(trained) == "".join(answer + stop for answer in answers)
-        assert trained.count(form.stop_id) == len(answers)
+        assert template.tokenizer.decode(trained) == "".join(answer + stop for answer in answers)
+        assert trained.count(template.stop_id) == len(answers)
         assert config.loss_on == "all" or sample.labels == whole.labels
     else:
         assert config.on_long == "truncate" and sample.input_ids == whole.input_ids[: config.max_length]

@@ -18,7 +18,7 @@ from qlora.errors import ExitCode
 from qlora.run import files
 from qlora.run.folder import RunFolder
 from tests.faults.conftest import SEED
-from tests.faults.harness import Case, all_pass, ended, killed_after, log
+from tests.faults.harness import Case, all_pass, killed_after, log, wait
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
@@ -84,17 +84,17 @@ def count_calls(kill_at: int | None, told: Path | None) -> Callable[[], None]:
 def test_killed_before_every_file_system_call_of_two_saves_and_their_prunes(case: Case, tmp_path, record):
     start = time.perf_counter()
     prepared = tmp_path / "prepared"  # stopped after step 4: the saves at 6 and 8 each remove one that is there
-    assert ended(case.start(prepared, before=lambda: stop_at(4))) == 143
+    assert wait(case.start(prepared, before=lambda: stop_at(4))) == 143
     assert case.check_what_is_there(prepared) == [2, 4]
     folder = shutil.copytree(prepared, tmp_path / "counted")
-    assert ended(case.start(folder, before=count_calls(None, tmp_path / "calls.json"))) == 0
+    assert wait(case.start(folder, before=count_calls(None, tmp_path / "calls.json"))) == 0
     calls = json.loads((tmp_path / "calls.json").read_text())
     assert calls.count("fsync") >= 2 * 7 and calls.count("rename") >= 2 * 2 and "rmdir" in calls and "unlink" in calls
 
     def trial(number: int) -> Callable[[], None]:
         def run() -> None:
             folder = shutil.copytree(prepared, tmp_path / f"call-{number}")
-            assert ended(case.start(folder, before=count_calls(number, None))) == -signal.SIGKILL
+            assert wait(case.start(folder, before=count_calls(number, None))) == -signal.SIGKILL
             assert case.check_what_is_there(folder)[-1] >= 4
             case.finish(folder)
             shutil.rmtree(folder)
@@ -149,7 +149,7 @@ def test_a_file_that_ends_at_any_byte(case: Case, tmp_path, record, deadly: bool
     def trial(name: str, size: int) -> Callable[[], None]:
         def run() -> None:
             folder = tmp_path / f"{name}-{size}"
-            code = ended(case.start(folder, before=limited(name, size)))
+            code = wait(case.start(folder, before=limited(name, size)))
             output = log(folder).read_text()
             if deadly:
                 assert code == -signal.SIGXFSZ, (code, output)
@@ -180,6 +180,6 @@ def test_killed_as_a_program_of_its_own(case: Case, tmp_path, record):
         process.kill()
         assert process.wait() == -signal.SIGKILL
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | one_thread, capture_output=True, text=True)
-    assert done.returncode == 0 and "It goes on bit for bit as if it had not stopped." in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "It resumes bit for bit as if it had not stopped." in done.stdout, done.stdout + done.stderr
     case.check_finished(tmp_path / "run")
     record("SIGKILL of python train_loop.py", 2, start)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, once and twice, in every phase of a run: it stops, says how to go on, and that command ends it."""
+"""SIGINT and SIGTERM, once and twice, in every phase of a run: it stops and prints a command, which completes it."""
 
 import copy
 import os
@@ -19,7 +19,7 @@ from qlora.cli import train as command_line
 from qlora.data import dataset
 from qlora.eval import generate
 from qlora.run import checkpoint, files
-from tests.faults.harness import Case, all_pass, ended, fork, log, tensors
+from tests.faults.harness import Case, all_pass, fork, log, tensors, wait
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ ANSWERS = Phase(generate, "generate", lambda call, *_: call == 1, [8, 12], [8, 1
 def case(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """The same, with digests of odd steps too: those are saved only when a signal comes."""
     folder = tmp_path_factory.mktemp("signals") / "each"
-    assert ended(case.start(folder, "--save-steps", "1", "--save-total-limit", "1000")) == 0
+    assert wait(case.start(folder, "--save-steps", "1", "--save-total-limit", "1000")) == 0
     case = copy.copy(case)
     case.oracle = {step: tensors(path) for step, path in checkpoint.by_step(folder / "checkpoints").items()}
     assert list(case.oracle) == list(range(1, 13))
@@ -119,7 +119,7 @@ def send(phase: Phase, first: signal.Signals, second: signal.Signals | None = No
 
 def printed_command(output: str) -> list[str]:
     """The words of the command that a stopped run told."""
-    return shlex.split(output.partition("Go on with:\n")[2].splitlines()[0])
+    return shlex.split(output.partition("Resume with:\n")[2].splitlines()[0])
 
 
 def go_on(case: Case, folder: Path, start: tuple[str, ...] = ("python", "train_loop.py")) -> None:
@@ -127,7 +127,7 @@ def go_on(case: Case, folder: Path, start: tuple[str, ...] = ("python", "train_l
     output = log(folder).read_text()
     words = printed_command(output)
     assert tuple(words[: len(start)]) == start, words
-    assert ended(fork(lambda: command_line(words[len(start) :]), log(folder))) == 0, log(folder).read_text()[-3000:]
+    assert wait(fork(lambda: command_line(words[len(start) :]), log(folder))) == 0, log(folder).read_text()[-3000:]
     case.check_finished(folder)
 
 
@@ -140,7 +140,7 @@ def check_stopped(case: Case, folder: Path, number: int, saved: list[int]) -> No
     assert not (folder / "finished.json").exists()
     if saved:
         newest = folder / "checkpoints" / f"step-{saved[-1]:06d}"
-        assert f"All up to step {saved[-1]} is safe in {newest}. Go on with:\n" in output, output
+        assert f"All up to step {saved[-1]} is safe in {newest}. Resume with:\n" in output, output
     else:
         assert output.endswith(f"No checkpoint was due yet; {SAME_COMMAND} starts again.\n"), output
 
@@ -152,7 +152,7 @@ def test_one_signal(case: Case, tmp_path, record, name: str):
     def trial(number: signal.Signals) -> Callable[[], None]:
         def run() -> None:
             folder = tmp_path / number.name
-            assert ended(case.start(folder, before=send(phase, number))) == 128 + number, log(folder).read_text()
+            assert wait(case.start(folder, before=send(phase, number))) == 128 + number, log(folder).read_text()
             check_stopped(case, folder, number, phase.once)
             if phase.once:
                 go_on(case, folder, phase.start)
@@ -172,7 +172,7 @@ def test_two_signals_end_it_at_once(case: Case, tmp_path, record, name: str):
     def trial(first: signal.Signals, second: signal.Signals) -> Callable[[], None]:
         def run() -> None:
             folder = tmp_path / second.name
-            assert ended(case.start(folder, before=send(phase, first, second))) == 128 + second, log(folder).read_text()
+            assert wait(case.start(folder, before=send(phase, first, second))) == 128 + second, log(folder).read_text()
             output = log(folder).read_text()
             assert "Traceback" not in output and "Stopped" not in output, output
             assert case.check_what_is_there(folder) == phase.twice
@@ -189,7 +189,7 @@ def test_two_signals_end_it_at_once(case: Case, tmp_path, record, name: str):
 @pytest.mark.parametrize("second", [None, signal.SIGTERM], ids=["once", "twice"])
 def test_a_signal_during_the_sample_answers_leaves_a_complete_run(case: Case, tmp_path, second):
     folder = tmp_path / "run"
-    assert ended(case.start(folder, before=send(ANSWERS, signal.SIGTERM, second))) == 143, log(folder).read_text()
+    assert wait(case.start(folder, before=send(ANSWERS, signal.SIGTERM, second))) == 143, log(folder).read_text()
     assert case.check_what_is_there(folder) == [8, 12] and not (folder / "samples.jsonl").exists()
     words = f"Stopped by SIGTERM. The run is complete, and {folder / 'adapter'} is final."
     assert (words in log(folder).read_text()) == (second is None)
@@ -206,7 +206,7 @@ def test_a_signal_while_imports_run_ends_it_at_once(case: Case, tmp_path):
         parse = program.parse
         program.parse = lambda argv: os.kill(os.getpid(), signal.SIGTERM) or parse(argv)
 
-    assert ended(case.start(tmp_path / "run", before=before)) == 128 + signal.SIGTERM
+    assert wait(case.start(tmp_path / "run", before=before)) == 128 + signal.SIGTERM
     assert log(tmp_path / "run").read_text() == "" and not (tmp_path / "run").exists()
 
 
@@ -218,7 +218,7 @@ def test_a_signal_that_was_ignored_stays_ignored(case: Case, tmp_path):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         step()
 
-    assert ended(case.start(tmp_path / "run", before=before)) == 0, log(tmp_path / "run").read_text()
+    assert wait(case.start(tmp_path / "run", before=before)) == 0, log(tmp_path / "run").read_text()
     case.check_finished(tmp_path / "run")
 
 
@@ -232,11 +232,11 @@ def test_the_printed_command_goes_on_whatever_the_run_was_started_with(case: Cas
     def stopped(phase: Phase, saved: list[int], *flags: str) -> Callable[[], None]:
         def run() -> None:
             folder = tmp_path / f"run-{os.getpid()}"
-            assert ended(case.start(folder, *flags, before=send(phase, signal.SIGTERM))) == 143, log(folder).read_text()
+            assert wait(case.start(folder, *flags, before=send(phase, signal.SIGTERM))) == 143, log(folder).read_text()
             if saved:
                 check_stopped(case, folder, signal.SIGTERM, saved)
             output = log(folder).read_text()
-            if "Go on with:" in output:
+            if "Resume with:" in output:
                 go_on(case, folder)
             else:
                 assert SAME_COMMAND in output, output
@@ -246,9 +246,9 @@ def test_the_printed_command_goes_on_whatever_the_run_was_started_with(case: Cas
 
     def stopped_again(folder: Path, *flags: str) -> Callable[[], None]:
         def run() -> None:
-            assert ended(case.start(folder, before=send(step, signal.SIGTERM))) == 143
+            assert wait(case.start(folder, before=send(step, signal.SIGTERM))) == 143
             log(folder).unlink()
-            assert ended(case.start(folder, *flags, before=send(soon, signal.SIGTERM))) == 143, log(folder).read_text()
+            assert wait(case.start(folder, *flags, before=send(soon, signal.SIGTERM))) == 143, log(folder).read_text()
             check_stopped(case, folder, signal.SIGTERM, [4, 7])
             go_on(case, folder)
 
@@ -286,7 +286,7 @@ def test_programs_of_their_own_and_their_process_groups(case: Case, tmp_path, re
             os.killpg(process.pid, number)
             _, errors = process.communicate(timeout=60)
             assert process.returncode == 128 + number, errors
-            assert re.fullmatch(rf"Stopped by {number.name}\. All up to step \d+ is safe in .*\. Go on with:\n  .*\n", errors)
+            assert re.fullmatch(rf"Stopped by {number.name}\. All up to step \d+ is safe in .*\. Resume with:\n  .*\n", errors)
             case.check_what_is_there(cwd / "run folder")
             words = printed_command(errors)
             assert words == ["python", str(ROOT / "train_loop.py"), "--config", "run folder/config.yaml"]

@@ -223,7 +223,7 @@ def test_a_mixture_trains_its_attention_where_it_is_asked_to(saved, capsys, tmp_
 
 def test_plan_has_a_row_for_experts_and_says_that_training_refuses_them(tmp_path, capsys):
     on_meta("Mixtral", **EXPERTS["Mixtral"]).config.save_pretrained(tmp_path)
-    assert any_command(["plan", "--model", str(tmp_path), "--max-length", "128", "--gpu-gib", "24"]) == 0
+    assert any_command(["plan", "--model", str(tmp_path), "--max-length", "128", "--gpu-memory", "24"]) == 0
     out = capsys.readouterr().out
     assert "neither in NF4 nor adapted" in " ".join(out.split()) and "--target-modules" in out
     with torch.device("meta"):
@@ -231,7 +231,7 @@ def test_plan_has_a_row_for_experts_and_says_that_training_refuses_them(tmp_path
     terms = memory_terms(
         big, audit_targets(big, TrainConfig()), TrainConfig(compile="none", gradient_checkpointing="full"), 128
     )
-    assert terms["weights not in NF4"] == pytest.approx(84, abs=1) and terms["embeddings, head, norms"] < 0.6
+    assert terms["weights not in NF4"] == pytest.approx(90, abs=1) and terms["embeddings, head, norms"] < 0.6
     dense = dataclasses.replace(TrainConfig(), compile="none", gradient_checkpointing="full")
     phi3 = on_meta("Phi3", **MOE)
     assert memory_terms(phi3, audit_targets(phi3, dense), dense, 128)["weights not in NF4"] == 0

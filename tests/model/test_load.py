@@ -146,7 +146,7 @@ def test_linear_layers_are_nf4_twice_quantized_and_nothing_is_cast_up(model):
     assert all(p.requires_grad and p.dtype == torch.float32 for n, p in model.named_parameters() if "lora_" in n)
 
 
-def test_the_skeleton_has_the_shape_and_true_count_of_the_model_and_no_memory(tiny, config, model):
+def test_the_meta_model_has_the_shape_and_true_count_of_the_model_and_no_memory(tiny, config, model):
     meta_model = load_meta_model(str(tiny), config)
     whole = transformers.AutoModelForCausalLM.from_pretrained(tiny)
     assert meta_model.num_parameters() == sum(p.numel() for p in whole.parameters())
@@ -372,14 +372,14 @@ def test_gradients_in_fp32_compute_equal_those_of_the_fp32_twin(reference):
 
 @pytest.mark.parametrize("disturbance", ["none", "evaluation", "generation"])
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
-def test_gradients_in_bf16_are_close_also_after_evaluation_and_generation(reference, config, form, disturbance, policy):
+def test_gradients_in_bf16_are_close_also_after_evaluation_and_generation(reference, config, template, disturbance, policy):
     model, batch, loss, expected = reference
     head = read_head(model)
     prepared(model, config, policy)
     if disturbance == "evaluation":
         evaluate_loss(model, [batch], lambda hidden, batch: token_loss_sum(hidden, batch, head))
     elif disturbance == "generation":
-        generate(model, [[5, 6, 7]], form, max_new_tokens=3)
+        generate(model, [[5, 6, 7]], template, max_new_tokens=3)
     ours, found = adapter_gradients(model, batch, head, autocast=True)
     assert ours == pytest.approx(loss, rel=0.01)
     assert relative_error(found, expected) < 0.1

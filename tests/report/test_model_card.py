@@ -60,25 +60,25 @@ def test_training_leaves_a_card_without_a_blank(folder):
 
 def test_training_leaves_a_report_of_what_it_counted_and_predicted(folder):
     """Of both formats the same data; the run ended early, after 2 of 2 steps."""
-    assert {path.name for path in (folder / "plots").glob("*.png")} >= {"loss.png", "peak_memory_gib.png"}
+    assert {path.name for path in (folder / "plots").glob("*.png")} >= {"loss.png", "peak_memory_gb.png"}
     words = " ".join(re.sub(r"<[^>]+>", " ", (folder / "report.html").read_text()).split())
-    facts = json.loads((folder / "run.json").read_text())
-    train, held_out = facts["counts"]
-    assert f"examples used {train['examples']} {held_out['examples']} " in words and (train["examples"], train["read"]) == (
+    run_info = json.loads((folder / "run.json").read_text())
+    train, eval_counts = run_info["counts"]
+    assert f"examples used {train['examples']} {eval_counts['examples']} " in words and (train["examples"], train["read"]) == (
         22,
         22,
     )
-    assert f"tokens that carry the loss {train['tokens']:,} {held_out['tokens']:,} " in words
+    assert f"tokens that carry the loss {train['tokens']:,} {eval_counts['tokens']:,} " in words
     assert train["shortest"] < train["median"] < train["longest"] < train["input_tokens"] / 10
-    assert f"predicted for a GPU {facts['predicted_gib']:.2f} GiB" in words and "Steps 2 of 2" in words
-    terms_gib = facts["predicted_terms_gib"]
+    assert f"predicted for a GPU {run_info['predicted_gb']:.2f} GB" in words and "Steps 2 of 2" in words
+    terms_gb = run_info["predicted_terms_gb"]
     assert (
-        sum(terms_gib.values()) == facts["predicted_gib"] and f"adapters in fp32 {terms_gib['adapters in fp32']:.3f}" in words
+        sum(terms_gb.values()) == run_info["predicted_gb"] and f"adapters in fp32 {terms_gb['adapters in fp32']:.3f}" in words
     )
-    assert facts["parameters"] > 400_000 and "% of the model" in words
+    assert run_info["parameters"] > 400_000 and "% of the model" in words
 
 
-def test_its_lines_load_and_prompt_and_merge(folder, form, monkeypatch, tmp_path):
+def test_its_lines_load_and_prompt_and_merge(folder, template, monkeypatch, tmp_path):
     """Run as they stand, in a copy of the adapter's folder."""
     card = (folder / "adapter" / "README.md").read_text()
     place = tmp_path / "adapter"
@@ -184,9 +184,9 @@ def test_answers_cannot_leave_their_block_and_long_ones_are_cut(tmp_path):
     assert "# Not a heading" not in card.replace(block[0], "")
 
 
-def test_a_rank_beyond_vllm_is_to_be_merged_and_no_held_out_data_is_told(tmp_path):
-    card = model_card(records.read(write_run(tmp_path / "run", lora_r=600, held_out=None, eval_file=None)))
+def test_a_rank_beyond_vllm_is_to_be_merged_and_no_eval_data_is_told(tmp_path):
+    card = model_card(records.read(write_run(tmp_path / "run", lora_r=600, eval_data=None, eval_file=None)))
     assert "--max-lora-rank" not in card and "vLLM takes no adapter of this rank" in card
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     card = model_card(records.read(tmp_path / "run"))
-    assert "There was no held-out data, so there is no result but the training loss." in card and "| before |" not in card
+    assert "There was no eval data, so there is no result but the training loss." in card and "| before |" not in card

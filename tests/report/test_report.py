@@ -191,9 +191,9 @@ def test_a_run_is_finished_going_or_stopped(tmp_path):
     assert record.read(folder).status == "finished"
 
 
-def test_rows_of_other_held_out_data_and_torn_ones_do_not_count(tmp_path):
+def test_rows_of_other_eval_data_and_torn_ones_do_not_count(tmp_path):
     folder = write_run(tmp_path / "run", steps=20)
-    add_rows(folder, evaluation(20, 0.001, held_out="c" * 64), evaluation(20, 9.0) | {"eval_loss": None})
+    add_rows(folder, evaluation(20, 0.001, eval_data="c" * 64), evaluation(20, 9.0) | {"eval_loss": None})
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"event": "step", "st')  # as it is when the process dies, or just then
     run = record.read(folder)
@@ -222,10 +222,10 @@ def test_the_page_has_the_numbers_of_the_run(tmp_path):
     last = 1.2 * 0.95**60
     for words in (
         "tiny-random fine-tuned on my.jsonl", "1.200 → 0.066", "perplexity 3.320 → 1.068", f"1.140 → {last:.4f}", "60 of 60",
-        "5,460", "1,500 tokens/s", "1.75 GiB", "440", "0.04 % of the model", "before training 0 1.2000 3.320",
+        "5,460", "1,500 tokens/s", "1.75 GB", "440", "0.04 % of the model", "before training 0 1.2000 3.320",
         "at the end 60 0.0661 1.068", "examples read 22 8", "times each was seen 5 to 6",
-        "predicted for a GPU 2.50 GiB measured 1.75 GiB",
-        "The prediction is the sum of these: base in NF4 1.750 GiB kept until backward 0.750 GiB",
+        "predicted for a GPU 2.50 GB measured 1.75 GB",
+        "The prediction is the sum of these: base in NF4 1.750 GB kept until backward 0.750 GB",
         "Python " + sys.version.split()[0], "lora_alpha 64", "After, as wanted",
     ):  # fmt: skip
         assert words in page.words, words
@@ -242,17 +242,14 @@ def test_scores_of_the_evaluate_command_stand_in_the_page_with_their_intervals(t
     evaluated = EVALUATED | {"num_examples": 1234, "metrics": found, "adapter_sha256": own}
     (folder / "evaluation.json").write_text(json.dumps(evaluated))
     words = page_of(folder).words
-    assert (
-        "1,234 held-out examples: base" in words
-        and "exact match 50.0 [25.0, 75.0] 62.5 [25.0, 75.0] 50.0 [25.0, 75.0]" in words
-    )
-    assert "held-out loss 0.500 [0.250, 0.750] 0.625" in words and "BLEU 0.5 [0.2, 0.8]" in words
+    assert "1,234 eval examples: base" in words and "exact match 50.0 [25.0, 75.0] 62.5 [25.0, 75.0] 50.0 [25.0, 75.0]" in words
+    assert "eval loss 0.500 [0.250, 0.750] 0.625" in words and "BLEU 0.5 [0.2, 0.8]" in words
     assert "How often a whole answer is right" not in words  # which is known by now
     found["bleu"]["base"] = {"value": 0.5, "low": None, "high": None}
-    other = evaluated | {"num_examples": 4, "held_out_sha256": "c" * 64}
+    other = evaluated | {"num_examples": 4, "eval_data_sha256": "c" * 64}
     (folder / "evaluation.json").write_text(json.dumps(other))
     words = page_of(folder).words
-    assert "on 4 examples that are not this run's held-out data, or not all of it: base and adapter." in words
+    assert "on 4 examples that are not this run's eval data, or not all of it: base and adapter." in words
     assert "BLEU 0.5 [-] 0.6 [0.2, 0.8]" in words and "No intervals, as fewer than 5 examples" in words
 
 
@@ -266,7 +263,7 @@ def test_an_evaluation_of_another_adapter_is_left_out_and_that_is_told(tmp_path)
         if ended:
             (folder / "finished.json").write_text("{}")
         words = page_of(folder).words
-        assert ("held-out loss 0.500 [0.250, 0.750]" in words, told in words) == (shown, not shown)
+        assert ("eval loss 0.500 [0.250, 0.750]" in words, told in words) == (shown, not shown)
         assert ("How often a whole answer is right" in words) is not shown
 
 
@@ -276,7 +273,7 @@ def test_the_page_can_be_heard_and_walked_through(tmp_path):
     assert levels.count(1) == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
     described = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
     assert len(described) == page.tags.count("svg") == 6 and all(len(words) > 30 for words in described)
-    assert "Training loss: 1.14 at first, 0.0553 at last" in described[0] and "Held-out loss: 1.2 at first" in described[0]
+    assert "Training loss: 1.14 at first, 0.0553 at last" in described[0] and "Eval loss: 1.2 at first" in described[0]
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     assert ("html", "lang", "en") in page.attributes and ("meta", "name", "viewport") in page.attributes
@@ -291,7 +288,7 @@ def test_a_long_run_makes_a_small_page_in_time(tmp_path):
     assert time.perf_counter() - start < 5
     size = path.stat().st_size + sum(file.stat().st_size for file in (folder / "plots").iterdir())
     assert path.stat().st_size < 500_000 and size < 2e6
-    assert {"loss.png", "learning_rate.png", "grad_norm.png", "tokens_per_s.png", "peak_memory_gib.png"} == {
+    assert {"loss.png", "learning_rate.png", "grad_norm.png", "tokens_per_s.png", "peak_memory_gb.png"} == {
         file.name for file in (folder / "plots").glob("*.png")
     }
 
@@ -340,7 +337,7 @@ def test_numbers_that_are_not_finite_leave_gaps(tmp_path):
     page = page_of(folder)
     assert "2 of 5 steps had a loss or gradient that was not finite" in page.words and "nan" not in page.words
     run = record.read(folder)
-    run.rows[:] = [row | {"loss": None, "peak_memory_gib": None} for row in run.rows]
+    run.rows[:] = [row | {"loss": None, "peak_memory_gb": None} for row in run.rows]
     assert plots.draw(run)[0].description.startswith("Training loss: no finite value.")
     assert "nan" not in Page(html(run, plots.draw(run))).words
 
@@ -354,16 +351,16 @@ ALWAYS = {"What it did before and may do no longer", "How much of it is chance",
     ("changes", "gap", "fact"),
     [
         ({"counts": None}, "What it does beyond prompts like these", "22 examples, each seen up to 6 times"),
-        ({}, "A precise held-out loss", "8 examples, 700 tokens"),
+        ({}, "A precise eval loss", "8 examples, 700 tokens"),
         ({}, "Anything about language", "random weights"),
         ({}, "How much of it is chance", "seed 42"),
         ({"seed": 7}, "How much of it is chance", "seed 7."),
         ({}, "Speed and memory on a GPU", "on a CPU"),
-        ({"early_stopping_patience": 3}, "A held-out loss on data that decided nothing", "once 3 evaluations"),
+        ({"early_stopping_patience": 3}, "An eval loss on data that decided nothing", "once 3 evaluations"),
         ({"total_steps": 90}, "The whole schedule", "after step 60 of 90"),
         ({"finished": False}, "The end of the run", "stopped after step 60 of 60"),
-        ({}, "How often a whole answer is right", "2 held-out prompts"),
-        ({"held_out": None, "eval_file": None}, "How it answers prompts it has not seen", "no held-out data"),
+        ({}, "How often a whole answer is right", "2 eval prompts"),
+        ({"eval_data": None, "eval_file": None}, "How it answers prompts it has not seen", "no eval data"),
         (
             {"history": [{"step": 30, "overrides": {"learning_rate": [1, 2]}}]},
             "The effect of one set of settings",
@@ -381,35 +378,35 @@ def test_each_gap_comes_from_a_fact(tmp_path, changes, gap, fact):
     [
         (0, {"dropped": 3, "read": 25}, "Long examples", "3 of 25 examples were longer than 2,048 tokens"),
         (0, {"cut": 4}, "Whole long answers", "4 examples were cut"),
-        (1, {"shared": 2}, "A clean held-out loss", "2 of 8 held-out examples"),
+        (1, {"shared": 2}, "A clean eval loss", "2 of 8 eval examples"),
     ],
 )
 def test_what_was_counted_of_the_data_is_told(tmp_path, side, counts, gap, fact):
     folder = write_run(tmp_path / "run")
-    facts = json.loads((folder / "run.json").read_text())
+    run_info = json.loads((folder / "run.json").read_text())
     assert gap not in dict(caveats(record.read(folder)))
-    facts["counts"][side] |= counts
-    (folder / "run.json").write_text(json.dumps(facts))
+    run_info["counts"][side] |= counts
+    (folder / "run.json").write_text(json.dumps(run_info))
     assert fact in dict(caveats(record.read(folder)))[gap]
 
 
-def test_held_out_losses_that_turned_or_were_left_behind_are_told(tmp_path):
+def test_eval_losses_that_turned_or_were_left_behind_are_told(tmp_path):
     folder = write_run(tmp_path / "run")
     assert "The best adapter of the run" not in dict(caveats(record.read(folder)))
     add_rows(folder, evaluation(60, 0.5))
     found = dict(caveats(record.read(folder)))
     assert "0.0661 after step 60, and 0.5000 after step 60, whose adapter" in found["The best adapter of the run"]
-    assert "the held-out loss 0.5000" in found["Learning without learning by heart"]
+    assert "the eval loss 0.5000" in found["Learning without learning by heart"]
 
 
 def test_a_large_run_on_a_gpu_keeps_only_what_is_true_of_every_run(tmp_path):
     many = {"read": 9000, "examples": 9000, "tokens": 10**6, "cut": 0, "dropped": 0, "longest": 9, "median": 9, "shortest": 9,
             "input_tokens": 2 * 10**6}  # fmt: skip
-    folder = write_run(tmp_path / "run", model="org/name", counts=[many, many | {"examples": 500}], device_memory_gib=80.0)
+    folder = write_run(tmp_path / "run", model="org/name", counts=[many, many | {"examples": 500}], device_memory_gb=80.0)
     (folder / "samples.jsonl").unlink()
     assert {caveat.gap for caveat in caveats(record.read(folder))} == ALWAYS
     page = page_of(folder)
-    assert "predicted over measured +42.9 %" in page.words and "the GPU has 80.00 GiB" in page.words
+    assert "predicted over measured +42.9 %" in page.words and "the GPU has 80.00 GB" in page.words
     assert "predicted 2.50" in page.words
 
 
@@ -446,7 +443,7 @@ def test_curves_take_the_colors_and_the_font_of_the_page(tmp_path):
         assert not re.search(r"(?:fill|stroke): #", curve.svg)  # each color is a variable
         assert set(re.findall(r"var\((--\w+)", curve.svg)) <= {f"--{name}" for name in plots.COLORS}
     loss = Page(curves[0].svg).words
-    assert "held out 0.0661" in loss and "training 0.0" in loss and "log scale" in loss
+    assert "eval 0.0661" in loss and "training 0.0" in loss and "log scale" in loss
     again = plots.draw(record.read(tmp_path / "run"))
     assert [curve.svg for curve in curves] == [curve.svg for curve in again]  # to the byte
 
@@ -455,7 +452,7 @@ def test_labels_at_the_ends_of_lines_do_not_touch(tmp_path):
     folder = write_run(tmp_path / "run")
     add_rows(folder, evaluation(60, 1.2 * 0.95**60))  # just where the training loss ends
     svg = plots.draw(record.read(folder))[0].svg
-    ys = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>(?:training|held out) ', svg)]
+    ys = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>(?:training|eval) ', svg)]
     assert len(ys) == 2 and abs(ys[0] - ys[1]) >= plots.FONT_UNITS
 
 

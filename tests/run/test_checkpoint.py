@@ -43,23 +43,23 @@ def trained(config, samples):
 
 
 ENVIRONMENT = {"packages": {"torch": "2", "flash-attn": None}, "python": "3", "device": "cpu", "cuda": None, "commit": None}
-FACTS = {"config": {"seed": 1}, "history": [], "weights": "digest", "environment": ENVIRONMENT}
+RUN_INFO = {"config": {"seed": 1}, "history": [], "weights": "digest", "environment": ENVIRONMENT}
 
 
 def save(checkpoints: Path, trained, step: int) -> Path:
-    return checkpoint.save(checkpoints, *trained, checkpoint.TrainState(step=step), FACTS)
+    return checkpoint.save(checkpoints, *trained, checkpoint.TrainState(step=step), RUN_INFO)
 
 
 def test_a_checkpoint_holds_adapter_moments_generators_and_place(trained, tmp_path):
     model, optimizer = trained
     progress = checkpoint.TrainState(step=12, epoch=2, samples=7, skipped=1)
-    folder = checkpoint.save(tmp_path, model, optimizer, progress, FACTS)
+    folder = checkpoint.save(tmp_path, model, optimizer, progress, RUN_INFO)
     assert folder == tmp_path / "step-000012" and checkpoint.problem_of(folder) is None
     files = ["adapter_config.json", "adapter_model.safetensors", "state.json", "trainer_state.safetensors"]
     assert sorted(p.name for p in folder.iterdir()) == ["MANIFEST.json", *files]
     assert sorted(json.loads((folder / "MANIFEST.json").read_text())["files"]) == files
     state = json.loads((folder / "state.json").read_text())
-    assert state == {**progress._asdict(), "optimizer_class": "AdamW", "optimizer": {}, **FACTS}
+    assert state == {**progress._asdict(), "optimizer_class": "AdamW", "optimizer": {}, **RUN_INFO}
     stored = load_file(folder / "trainer_state.safetensors")
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     moments = {f"{kind}.{name}" for name in named for kind in ("step", "exp_avg", "exp_avg_sq")}
@@ -121,7 +121,7 @@ def test_what_is_restored_goes_on_bit_for_bit(config, samples, tmp_path, make):
 
     model, optimizer = start()
     steps(model, optimizer, samples[:2])
-    folder = checkpoint.save(tmp_path, model, optimizer, checkpoint.TrainState(step=2, samples=2), FACTS)
+    folder = checkpoint.save(tmp_path, model, optimizer, checkpoint.TrainState(step=2, samples=2), RUN_INFO)
     drawn = [random.random(), random.gauss(0, 1), numpy.random.rand(), torch.rand(1).item()]
     straight = steps(model, optimizer, samples[2:4])
     again, other = start()
@@ -136,7 +136,7 @@ def test_what_is_restored_goes_on_bit_for_bit(config, samples, tmp_path, make):
         assert ours_state.keys() == theirs_state.keys()
         for kind, value in ours_state.items():  # a step is a number in bitsandbytes' state
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs_state[kind]))
-            assert checkpoint._form(value) == checkpoint._form(theirs_state[kind])
+            assert checkpoint._shape_and_dtype(value) == checkpoint._shape_and_dtype(theirs_state[kind])
 
 
 def test_every_generator_is_kept_gaussian_leftovers_included():

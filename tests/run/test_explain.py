@@ -98,20 +98,20 @@ def test_packed_parameters_are_counted_one_by_one(model, config, expected):
     assert explain.parameter_counts(model) == (load_meta_model(config.model, config).num_parameters() + adapters, adapters)
 
 
-def test_tokens_say_what_is_trained(form):
+def test_tokens_say_what_is_trained(template):
     example = Example((Message("user", "q"), Message("assistant", "ab")), 3)
-    rows = explain.tokens(encode(example, form, "response"), form.tokenizer)
+    rows = explain.tokens(encode(example, template, "response"), template.tokenizer)
     assert "".join(token.text for token in rows if not token.trained) == "### Instruction:\nq\n\n### Response:\n"
-    assert "".join(token.text for token in rows if token.trained) == "ab" + form.tokenizer.eos_token
+    assert "".join(token.text for token in rows if token.trained) == "ab" + template.tokenizer.eos_token
     assert [token.position for token in rows] == list(range(len(rows)))
-    everything = explain.tokens(encode(example, form, "all"), form.tokenizer)
+    everything = explain.tokens(encode(example, template, "all"), template.tokenizer)
     assert [token.trained for token in everything] == [False] + [True] * (len(rows) - 1)  # nothing predicts the first
 
 
-def test_counts_of_a_window_add_up():
+def test_counts_of_a_step_add_up():
     rows = [TokenizedExample([1] * length, [IGNORED] * 2 + [1] * (length - 2), length) for length in (9, 4, 7)]
-    window = list(micro_batches(rows, range(3), 2))
-    assert explain.token_counts(window) == [Count(2, 9, 5, 4, 9), Count(1, 7, 0, 2, 5)]
+    step_batches = list(micro_batches(rows, range(3), 2))
+    assert explain.token_counts(step_batches) == [Count(2, 9, 5, 4, 9), Count(1, 7, 0, 2, 5)]
     packed = [collate_packed([rows[:2], rows[2:]])]
     assert explain.token_counts(packed) == [Count(3, 13, 6, 6, 14)]
 
@@ -153,7 +153,7 @@ def cells(table: Table) -> list[list[str]]:
     ]
 
 
-def test_what_is_printed_of_a_window_of_two_micro_batches():
+def test_what_is_printed_of_a_step_of_two_micro_batches():
     """Two samples, then one: of nine tokens four are trained, counted by hand."""
     prompt_and_answer = TokenizedExample([5, 6, 7, 8], [IGNORED, IGNORED, 7, 8], 3)
     short, alone = TokenizedExample([5, 6], [IGNORED, 6], 4), TokenizedExample([5, 6, 7], [IGNORED, IGNORED, 7], 9)
@@ -187,11 +187,11 @@ def test_what_is_printed_of_tokens():
 def test_what_is_printed_of_the_ledger():
     groups = [Group("NF4 weights", "uint8", 6_000_000, 3_000_000), Group("adapters", "float32", 2**18, 2**20)]
     table = explain.ledger_table(groups)
-    assert [column.header for column in table.columns] == ["tensors", "dtype", "elements", "bytes", "MiB"]
+    assert [column.header for column in table.columns] == ["tensors", "dtype", "elements", "bytes", "MB"]
     assert cells(table) == [
-        ["NF4 weights", "uint8", "6,000,000", "3,000,000", "2.86"],
-        ["adapters", "float32", "262,144", "1,048,576", "1.00"],
-        ["all", "", "", "4,048,576", "3.86"],
+        ["NF4 weights", "uint8", "6,000,000", "3,000,000", "3.00"],
+        ["adapters", "float32", "262,144", "1,048,576", "1.05"],
+        ["all", "", "", "4,048,576", "4.05"],
     ]
 
 
@@ -204,7 +204,7 @@ def explained(folder, *flags: str) -> list[dict]:
     arguments = ["--model", "tiny-random", "--output-dir", str(folder), "--lora-r", "4", "--learning-rate", "1e-2"]
     assert command_line([*arguments, *flags]) == 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    measured = ("tokens_per_s", "peak_memory_gib")
+    measured = ("tokens_per_s", "peak_memory_gb")
     return [{name: value for name, value in row.items() if name not in measured} for row in rows]
 
 

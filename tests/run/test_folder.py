@@ -1,4 +1,4 @@
-"""What a run goes on from, and when it may not; through the command line, on the tiny model."""
+"""What a run resumes from, and when it may not; through the command line, on the tiny model."""
 
 import dataclasses
 import datetime
@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,8 +112,8 @@ def test_early_stopping_hands_over_the_best_adapter_and_names_its_step(evaluated
     flags = [*evaluated(4.0, 1.0, 2.0, 3.0), "--num-train-epochs", "4" if ends_early else "3", "--save-total-limit", "2"]
     assert run(folder, *flags, "--early-stopping-patience", "2" if ends_early else "9") == 0
     out = capsys.readouterr().out
-    assert "adapter/ is that of step 1, the checkpoint with the lowest held-out loss, 1.0000.\n" in out
-    assert ("Ended early, after step 3: the held-out loss stopped falling (--early-stopping" in out) == ends_early
+    assert "adapter/ is that of step 1, the checkpoint with the lowest eval loss, 1.0000.\n" in out
+    assert ("Ended early, after step 3: the eval loss stopped falling (--early-stopping" in out) == ends_early
     assert json.loads((folder / "finished.json").read_text()) == {"step": 3, "adapter_step": 1}
     assert json.loads((folder / "samples.jsonl").read_text())["step"] == 1
     names = [folder / place / checkpoint.ADAPTER for place in ("adapter", "checkpoints/step-000001", "checkpoints/step-000003")]
@@ -145,7 +146,7 @@ def test_a_damaged_best_checkpoint_is_told_and_the_last_one_taken(evaluated, tmp
     assert run(folder, *evaluated(4.0, 1.0, 2.0), "--num-train-epochs", "2", "--early-stopping-patience", "9") == 0
     out = capsys.readouterr().out
     assert "Warning: checkpoint step-000001, which has the lowest loss, is damaged: " in out
-    assert "adapter/ is that of step 2, whose held-out loss is not the lowest, 2.0000." in out
+    assert "adapter/ is that of step 2, whose eval loss is not the lowest, 2.0000." in out
     assert json.loads((folder / "finished.json").read_text()) == {"step": 2, "adapter_step": 2}
 
 
@@ -176,7 +177,7 @@ def test_a_branch_takes_the_best_checkpoint_along(evaluated, tmp_path, capsys, n
 
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GiB"), "memory ran out (CUDA out of memory. Tried to"),
+    [(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6 GB"), "memory ran out (CUDA out of memory. Tried to"),
      (AttributeError("'NoneType' object has no attribute 'shape'"), "AttributeError ('NoneType' object has no")],
 )  # fmt: skip
 def test_sample_answers_that_fail_are_a_warning_of_a_complete_run(tiny, tmp_path, capsys, monkeypatch, error, words):
@@ -242,7 +243,7 @@ def test_a_complete_run_without_its_report_gets_one(tiny, tmp_path, monkeypatch,
     assert "Its report was older: drawn" in capsys.readouterr().out
 
 
-def test_early_stopping_wants_held_out_data(tiny, tmp_path, capsys):
+def test_early_stopping_needs_eval_data(tiny, tmp_path, capsys):
     flags = ["--train-file", str(BUNDLED_TRAIN), "--early-stopping-patience", "2"]
     assert run(tmp_path / "run", *flags) == ExitCode.CONFIGURATION and "--eval-file" in capsys.readouterr().err
 
@@ -277,7 +278,7 @@ def test_a_template_with_the_date_does_not_stop_a_run_from_going_on(dated, tmp_p
     (folder / "run.json").unlink()  # then the checkpoint tells it
     assert run(folder, *dated, "--max-steps", "2", "--override", "max_steps") == 0
     second = json.loads((folder / "run.json").read_text())
-    assert (first["date"], first["data"], first["held_out"]) == (second["date"], second["data"], second["held_out"])
+    assert (first["date"], first["data"], first["eval_data"]) == (second["date"], second["data"], second["eval_data"])
     branch = tmp_path / "branch"
     assert run(branch, *dated, "--max-steps", "3", "--resume", str(folder), "--override", "max_steps") == 0
     assert json.loads((branch / "run.json").read_text())["date"] == first["date"]
@@ -294,9 +295,9 @@ def test_a_run_of_a_version_that_kept_no_date_goes_on_with_that_of_its_first_eve
         assert (tmp_path / name).exists()
     (tmp_path / "model" / "chat_template.jinja").write_text(DATED.replace("%H:%M:%S %f", "%H"))  # as a day, but for one hour
     assert run(folder, *dated, "--max-steps", "1", "--save-total-limit", "9") == 0
-    facts = json.loads((folder / "run.json").read_text())
-    stored = facts.pop("date")
-    (folder / "run.json").write_text(json.dumps(facts))
+    run_info = json.loads((folder / "run.json").read_text())
+    stored = run_info.pop("date")
+    (folder / "run.json").write_text(json.dumps(run_info))
     found = RunFolder(folder, "auto")
     with found:
         assert found.date is not None and found.date[:13] == stored[:13]
@@ -306,15 +307,15 @@ def test_a_run_of_a_version_that_kept_no_date_goes_on_with_that_of_its_first_eve
 def test_a_trained_adapter_is_prompted_with_the_date_of_its_run(dated, tmp_path):
     folder = tmp_path / "run"
     assert run(folder, *dated, "--max-steps", "1") == 0
-    facts = json.loads((folder / "run.json").read_text())
-    assert datetime.datetime.fromisoformat(facts["date"]) <= datetime.datetime.now()
+    run_info = json.loads((folder / "run.json").read_text())
+    assert datetime.datetime.fromisoformat(run_info["date"]) <= datetime.datetime.now()
     date = "2024-07-26T10:00:00"
-    (folder / "run.json").write_text(json.dumps({**facts, "date": date}))
+    (folder / "run.json").write_text(json.dumps({**run_info, "date": date}))
     adapter = open_adapter(folder, device="cpu")
-    ids = encode_prompt((Message("user", "Hello"),), adapter.form)
+    ids = encode_prompt((Message("user", "Hello"),), adapter.template)
     text = f"{datetime.datetime.fromisoformat(date):%d %b %Y %H:%M:%S %f} <|user|>Hello<|end|><|assistant|>"
-    assert adapter.form.tokenizer.decode(ids) == text
-    assert load_template(adapter.form.tokenizer, "chat").date > date  # of no run: now
+    assert adapter.template.tokenizer.decode(ids) == text
+    assert load_template(adapter.template.tokenizer, "chat").date > date  # of no run: now
 
 
 # -- exactness ---------------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def test_a_trained_adapter_is_prompted_with_the_date_of_its_run(dated, tmp_path)
 def test_a_run_goes_on_bit_for_bit_from_any_step(straight, tmp_path, capsys, step):
     folder = cut(straight, tmp_path / "run", step)
     assert run(folder, "--max-steps", "8", "--save-steps", "1", "--save-total-limit", "100") == 0
-    assert f"Resuming after step-{step:06d}. It goes on bit for bit" in capsys.readouterr().out
+    assert f"Resuming after step-{step:06d}. It resumes bit for bit" in capsys.readouterr().out
     ours, theirs = checkpoint.by_step(folder / "checkpoints"), checkpoint.by_step(straight / "checkpoints")
     assert list(ours) == list(range(1, 9)) and all(tensors(ours[n]) == tensors(theirs[n]) for n in ours)
     assert rows(folder) == rows(straight)
@@ -338,7 +339,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_step(straight, tmp_path, capsys, ste
     [
         "--gradient-checkpointing full --lora-dropout 0.3",
         "--attn-implementation eager --seed 7",
-        "--packing --max-length 500",  # 3 steps an epoch: it stops and goes on in the midst of one
+        "--packing --max-length 500",  # 3 steps per epoch: it stops and resumes within one
         "--optimizer adamw_8bit --lora-r 16",  # moments in 8 bits for some tensors, in fp32 for others
     ],
 )
@@ -482,9 +483,9 @@ def test_with_packing_the_length_of_a_row_is_the_runs_own(tiny, tmp_path, monkey
 def test_a_run_from_before_there_was_an_option_goes_on(stopped, straight, name, option, default, flags, capsys):
     path = stopped / "checkpoints" / "step-000004"
     if name == "run.json":
-        facts = json.loads((stopped / name).read_text())
-        assert facts["config"].pop(option) == default
-        (stopped / name).write_text(json.dumps(facts))
+        run_info = json.loads((stopped / name).read_text())
+        assert run_info["config"].pop(option) == default
+        (stopped / name).write_text(json.dumps(run_info))
     else:
         (stopped / "run.json").unlink()  # as it was before there was that file, or when it was removed
         state = checkpoint.read_state(path)
@@ -495,6 +496,41 @@ def test_a_run_from_before_there_was_an_option_goes_on(stopped, straight, name, 
     assert option in capsys.readouterr().err
     assert run(stopped, "--max-steps", "8") == 0
     assert tensors(stopped / "checkpoints" / "step-000008") == tensors(straight / "checkpoints" / "step-000008")
+
+
+def with_old_keys(values: Any) -> Any:
+    """JSON values as versions until November 2026 wrote them: memory in GiB, the eval data as `held_out`."""
+    if not isinstance(values, dict):
+        return values
+    old = {}
+    for key, value in values.items():
+        if key.endswith("_gb"):
+            terms = isinstance(value, dict)
+            value = {name: gb * 1e9 / 2**30 for name, gb in value.items()} if terms else value and value * 1e9 / 2**30
+        old[key.replace("_gb", "_gib").replace("eval_data", "held_out")] = with_old_keys(value)
+    return old
+
+
+def test_a_run_with_the_keys_of_older_versions_goes_on_and_is_reported(stopped, straight):
+    path = stopped / "checkpoints" / "step-000004"
+    files = {name: (path / name).read_bytes() for name in json.loads((path / "MANIFEST.json").read_text())["files"]}
+    state = json.dumps(with_old_keys(json.loads(files["state.json"])))
+    write_folder(path, files | {"state.json": state.encode()})
+    for name in ("run.json", "env.json"):
+        (stopped / name).write_text(json.dumps(with_old_keys(json.loads((stopped / name).read_text()))))
+    before = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+    metrics = "".join(json.dumps(with_old_keys(row)) + "\n" for row in before)
+    (stopped / "metrics.jsonl").write_text(metrics)
+    assert "held_out" in metrics and "peak_memory_gib" in metrics and "held_out" in state and "predicted_terms_gib" in state
+    found = record.read(stopped)
+    assert found.peak_memory_gb() == pytest.approx(max(row["peak_memory_gb"] for row in before if row["event"] == "step"))
+    assert found.run_info["predicted_gb"] == pytest.approx(sum(found.run_info["predicted_terms_gb"].values()))
+    assert [row["step"] for row in found.evaluations] == [0, 6, 8]
+    assert run(stopped, "--max-steps", "8") == 0
+    assert tensors(stopped / "checkpoints" / "step-000008") == tensors(straight / "checkpoints" / "step-000008")
+    assert [(row["event"], row["step"]) for row in rows(stopped)] == [(row["event"], row["step"]) for row in before]
+    text = (stopped / "metrics.jsonl").read_text() + (stopped / "run.json").read_text() + (stopped / "env.json").read_text()
+    assert "held_out" not in text and "_gib" not in text
 
 
 def test_what_is_named_may_change_and_is_recorded(stopped, capsys):
@@ -545,7 +581,7 @@ def test_a_finished_run_says_so_and_nothing_is_touched(straight, tmp_path, capsy
     folder = shutil.copytree(straight, tmp_path / "run")
     before, stamps = contents(folder), {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     assert run(folder, "--max-steps", "8", "--save-steps", "1", "--save-total-limit", "100") == 0
-    assert "holds this very run, and it is complete." in capsys.readouterr().out
+    assert "holds this run, and it is complete." in capsys.readouterr().out
     assert contents(folder) == before and stamps == {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     shutil.rmtree(folder / "checkpoints")  # to save room
     assert run(folder, "--max-steps", "8") == 0
@@ -580,7 +616,7 @@ def test_an_older_checkpoint_branches_off_into_another_folder(straight, tmp_path
     with monkeypatch.context() as patch:
         stop_in_step(patch, 3)
         assert run(same, *flags, "--save-steps", "1") == ExitCode.NUMERICS
-    assert run(same, *flags) == 0  # the same command goes on with the branch
+    assert run(same, *flags) == 0  # the same command resumes the branch
     assert tensors(same / "checkpoints" / "step-000008") == tensors(straight / "checkpoints" / "step-000008")
 
 
@@ -613,14 +649,14 @@ def test_never_starts_in_an_empty_folder(tiny, tmp_path):
     assert run(tmp_path / "run", "--max-steps", "1", "--resume", "never") == 0
 
 
-def test_other_held_out_data_are_evaluated_though_the_step_is_known(straight, tmp_path):
+def test_other_eval_data_is_evaluated_though_the_step_is_known(straight, tmp_path):
     folder = shutil.copytree(straight, tmp_path / "run")
     other = tmp_path / "other.jsonl"
     other.write_text(BUNDLED_TRAIN.with_name("heldout.jsonl").read_text().splitlines()[0])
     flags = ["--max-steps", "8", "--train-file", str(BUNDLED_TRAIN), "--eval-file", str(other), "--override", "eval_file"]
     assert run(folder, *flags) == 0
     first, second = [row for row in rows(folder) if row["event"] == "eval" and row["step"] == 8]
-    assert first["held_out"] != second["held_out"] and second["num_tokens"] < first["num_tokens"]
+    assert first["eval_data"] != second["eval_data"] and second["num_tokens"] < first["num_tokens"]
 
 
 def test_a_run_that_began_with_an_adapter_needs_it_no_more(straight, tmp_path, monkeypatch):
@@ -646,20 +682,20 @@ def test_a_damaged_mark_is_told(straight, tmp_path, capsys, name):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("config", None), ("config", []), ("data", 5), ("held_out", []), ("targets", 5), ("device", None), ("history", {}),
+    [("config", None), ("config", []), ("data", 5), ("eval_data", []), ("targets", 5), ("device", None), ("history", {}),
      ("history", [5]), ("origin", 5), ("per_device_train_batch_size", None), ("gradient_accumulation_steps", "2"),
      ("compile", "all"), ("gradient_checkpointing", 5), ("attn_implementation", ["sdpa"])],
 )  # fmt: skip
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_run_of_damaged_facts_is_not_gone_on_with(straight, tmp_path, capsys, name, value, gone):
     folder = shutil.copytree(straight, tmp_path / "run")
-    facts = json.loads((folder / "run.json").read_text())
-    owner = facts if name in facts else facts["config"]
-    if gone and owner is not facts:
+    run_info = json.loads((folder / "run.json").read_text())
+    owner = run_info if name in run_info else run_info["config"]
+    if gone and owner is not run_info:
         return  # an option that is not there is from before there was that option
     del owner[name]
     owner |= {} if gone else {name: value}
-    (folder / "run.json").write_text(json.dumps(facts))
+    (folder / "run.json").write_text(json.dumps(run_info))
     with pytest.raises(UserError, match=r"run\.json cannot be read") as caught, RunFolder(folder, "auto"):
         pass
     assert caught.value.exit_code == ExitCode.CHECKPOINT and "\n" not in str(caught.value)
@@ -718,7 +754,7 @@ def test_no_room_is_told_before_training(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_what_auto_was_resolved_to_stays_the_runs_own(stopped, straight, monkeypatch, capsys):
-    """The machine has changed: auto would be something else by now, and the run goes on as it began, bit for bit."""
+    """The machine has changed: auto would be something else by now, and the run resumes as it started, bit for bit."""
     known = json.loads((stopped / "run.json").read_text())["config"]
     assert (known["gradient_checkpointing"], known["compile"], known["attn_implementation"]) == ("none", "none", "sdpa")
     original = prepare.choose_layers

@@ -23,19 +23,19 @@ SAMPLE = Completion("Create [bold]x[/bold]", "\n".join(f"line {i}" for i in rang
 
 def row(step: int) -> dict:
     return {"step": step, "epoch": 1, "learning_rate": 1e-4, "loss": 2.0 / step, "grad_norm": 0.5,
-            "num_tokens": 7, "num_input_tokens": 9, "tokens_per_s": 1234.5, "peak_memory_gib": 1.5}  # fmt: skip
+            "num_tokens": 7, "num_input_tokens": 9, "tokens_per_s": 1234.5, "peak_memory_gb": 1.5}  # fmt: skip
 
 
 def track(folder, terminal: bool, width: int = 150) -> str:
     out = io.StringIO()
     with log.Tracker(folder, Console(file=out, force_terminal=terminal, width=width)) as tracker:
         tracker.begin(step=0, total_steps=7, logging_steps=3)
-        tracker.held_out(0, 0, EvalResult(1.0, 2.718, 10))
+        tracker.evaluation(0, 0, EvalResult(1.0, 2.718, 10))
         tracker.steps([row(1)])
         tracker.steps([row(step) for step in range(2, 8)])
-        tracker.held_out(7, 1, EvalResult(0.5, 1.649, 10))
+        tracker.evaluation(7, 1, EvalResult(0.5, 1.649, 10))
         tracker.hyperparameters(TrainConfig(), EvalResult(0.5, 1.649, 10))
-        tracker.samples([SAMPLE], of="held-out", step=7)
+        tracker.samples([SAMPLE], of="eval", step=7)
     return out.getvalue()
 
 
@@ -51,10 +51,10 @@ def test_every_step_has_a_row_and_every_third_a_line_when_piped(tmp_path):
         "eval_loss": 1.0,
         "perplexity": 2.718,
         "num_tokens": 10,
-        "held_out": None,
+        "eval_data": None,
     }
     assert [line.split()[1] for line in text.splitlines() if line.startswith("step")] == ["1/7", "3/7", "6/7", "7/7"]
-    assert "step 3/7  epoch 1  loss 0.6667  lr 1.00e-04  grad_norm 0.500  1,234 tokens/s  peak 1.50 GiB" in text
+    assert "step 3/7  epoch 1  loss 0.6667  lr 1.00e-04  grad_norm 0.500  1,234 tokens/s  peak 1.50 GB" in text
     assert "\x1b" not in text
 
 
@@ -67,8 +67,8 @@ def test_a_terminal_gets_a_bar_with_the_same_numbers(tmp_path):
         "lr 1.0e-04",
         "norm 0.50",
         "1234 tok/s",
-        "1.5 GiB",
-        "held-out loss 0.5000",
+        "1.5 GB",
+        "eval loss 0.5000",
     ):
         assert words in text, words
     assert "step 3/7" not in text
@@ -109,11 +109,11 @@ def test_a_resumed_run_has_each_row_and_each_point_once(tmp_path):
             tracker.begin(start, total_steps=7, logging_steps=3)
             known = sorted(tracker.known_evaluations)
             if start == 0:
-                tracker.held_out(0, 0, EvalResult(1.0, 2.718, 10))
+                tracker.evaluation(0, 0, EvalResult(1.0, 2.718, 10))
             for step in range(start + 1, end + 1):
                 tracker.steps([row(step)])
                 if step % 3 == 0:
-                    tracker.held_out(step, 1, EvalResult(1.0 / step, 2.0, 10))
+                    tracker.evaluation(step, 1, EvalResult(1.0 / step, 2.0, 10))
         assert known == [step for step in (0, 3, 6) if 0 < start >= step]
         with (tmp_path / "metrics.jsonl").open("ab") as file:
             file.write(b'{"event": "step", "st')  # and cut short
@@ -130,7 +130,7 @@ def test_a_run_that_starts_again_before_its_first_checkpoint_starts_its_records_
         with log.Tracker(tmp_path, Console(file=io.StringIO()), step=0) as tracker:
             tracker.begin(0, total_steps=7, logging_steps=3)
             assert tracker.known_evaluations == {}
-            tracker.held_out(0, 0, EvalResult(loss, 2.718, 10))
+            tracker.evaluation(0, 0, EvalResult(loss, 2.718, 10))
             tracker.steps([row(1)])
         time.sleep(1.01)  # TensorBoard reads files in the order of their names, which have seconds in them
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 1]
@@ -153,7 +153,7 @@ def test_what_is_not_finite_is_null_in_the_metrics_and_left_out_of_the_curves(tm
     with log.Tracker(tmp_path, Console(file=io.StringIO())) as tracker:
         tracker.begin(0, total_steps=7, logging_steps=3)
         tracker.steps([row(1), {**row(2), "loss": math.nan, "grad_norm": math.inf}])
-        tracker.held_out(2, 1, EvalResult(math.nan, math.nan, 10))
+        tracker.evaluation(2, 1, EvalResult(math.nan, math.nan, 10))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert (rows[1]["loss"], rows[1]["grad_norm"], rows[2]["eval_loss"]) == (None, None, None)
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1]
@@ -209,15 +209,15 @@ def test_the_closing_words_have_the_measured_peak_beside_the_prediction(tmp_path
     assert "GPU memory" not in log.closing_words(tmp_path, "report.html", 1.25, 1.5)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     words = log.closing_words(tmp_path, "report.html", 1.25, 1.5)
-    assert words.startswith(f"\nGPU memory:   1.25 GiB at its peak, 1.50 predicted\nAdapter:      {tmp_path}/adapter\n")
+    assert words.startswith(f"\nGPU memory:   1.25 GB at its peak, 1.50 predicted\nAdapter:      {tmp_path}/adapter\n")
     assert "Report:       report.html" in words
 
 
 @pytest.mark.parametrize(
     ("losses", "words"),
-    [({0: 1.0, 3: 2.0}, "lowest held-out loss, 2.0000. It was 1.0000 before training: no step made it lower.\n"),
-     ({0: math.nan, 3: 1.0, 6: 2.0}, "adapter/ is that of step 3, the checkpoint with the lowest held-out loss, 1.0000.\n"),
-     ({0: 4.0, 3: 1.0, 6: 2.0}, "with the lowest held-out loss, 1.0000.\n")],
+    [({0: 1.0, 3: 2.0}, "lowest eval loss, 2.0000. It was 1.0000 before training: no step made it lower.\n"),
+     ({0: math.nan, 3: 1.0, 6: 2.0}, "adapter/ is that of step 3, the checkpoint with the lowest eval loss, 1.0000.\n"),
+     ({0: 4.0, 3: 1.0, 6: 2.0}, "with the lowest eval loss, 1.0000.\n")],
 )  # fmt: skip
 def test_a_run_that_ends_early_says_which_adapter_it_took(tmp_path, losses, words):
     told = io.StringIO()
@@ -226,4 +226,4 @@ def test_a_run_that_ends_early_says_which_adapter_it_took(tmp_path, losses, word
         tracker.ended_early(max(losses), 1)
         tracker.adapter_chosen(3, {at: EvalResult(loss, 2.0, 10) for at, loss in losses.items()})
     told = told.getvalue()
-    assert f"Ended early, after step {max(losses)}: the held-out loss stopped falling" in told and words in told
+    assert f"Ended early, after step {max(losses)}: the eval loss stopped falling" in told and words in told

@@ -54,8 +54,8 @@ def stand_in(monkeypatch):
 
 
 def run(config, samples, compile):
-    """Losses and adapters of windows with two shapes, a new one in the middle, a batch filled up, and gradients that were
-    None, zero, or another tensor before the window."""
+    """Losses and adapters of steps with two shapes, a new one in the middle, a batch filled up, and gradients that were
+    None, zero, or another tensor before the step."""
     config = dataclasses.replace(config, attn_implementation="sdpa", compile=compile)
     model = adapted_model(config)
     wake_adapters(model)
@@ -66,8 +66,8 @@ def run(config, samples, compile):
     found = []
     with attention.for_training(model.train(), config):
         for number, rows in enumerate(([0, 1, 2, 3, 5], [5, 0, 1], [16, 17, 2, 3], [1, 2, 16, 17])):
-            window = list(micro_batches(samples, rows, 2, multiple=64, least=2))
-            loss, norm = train_step(decoder_of(model), optimizer, window, loss_sum, 1e-3, 1.0)
+            step_batches = list(micro_batches(samples, rows, 2, multiple=64, least=2))
+            loss, norm = train_step(decoder_of(model), optimizer, step_batches, loss_sum, 1e-3, 1.0)
             found.append([loss, norm, *(p.detach().clone() for p in parameters)])
             if number == 1:
                 optimizer.zero_grad(set_to_none=False)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 import transformers
 
 import train_loop
+from benchmarks import report
 from benchmarks.peers_cells import OURS
 from qlora.cli import train as command_line
 from qlora.config import TrainConfig, parse
@@ -40,30 +40,30 @@ LADDERS = {
 
 
 def measured() -> list[tuple[TrainConfig, int, float]]:
-    """Settings, tokens of a row and peak in GiB of what ran on an H100 with Phi-3-mini's shape."""
-    record = json.loads((RESULTS / "train_step_h100_202611.json").read_text())
+    """Settings, tokens of a row and peak in GB of what ran on an H100 with Phi-3-mini's shape."""
+    record = report.load("train_step_h100_202611.json")[1]
     batch, length = record["flags"]["batch"], record["flags"]["length"]
     found = [(c, c["attn_implementation"], "none", batch, length, {"lora_dropout": 0.1}) for c in record["cells"]]
     for name, kept in LADDERS.items():
-        for c in json.loads((RESULTS / f"{name}_ladder_h100_202611.json").read_text())["cells"]:
+        for c in report.load(f"{name}_ladder_h100_202611.json")[1]["cells"]:
             if c["name"] in kept:
                 more = {"lora_dropout": c["lora_dropout"]}
                 found.append((c, "sdpa", c["compile"], c["per_device_train_batch_size"], c["length"], more))
-    for c in json.loads((RESULTS / "peers_h100_202611.json").read_text())["cells"]:
+    for c in report.load("peers_h100_202611.json")[1]["cells"]:
         if c["contender"] in OURS and c["shape"][0].isdigit():
             more = OURS[c["contender"]] | {"lora_dropout": c["dropout"]}
-            row = {"gradient_checkpointing": more.pop("gradient_checkpointing"), "peak_gib": c["peak_gib"]}
+            row = {"gradient_checkpointing": more.pop("gradient_checkpointing"), "peak_gb": c["peak_gb"]}
             how = more.pop("compile", "layers" if "offload_checkpoints" in more else "graphs")
             batch, length, _ = map(int, c["shape"].split("x"))
             found.append((row, "sdpa", how, batch, length, more))
-    for c in json.loads((RESULTS / "plan_h100_202611.json").read_text())["cells"]:
-        row = {"gradient_checkpointing": c["checkpointing"], "peak_gib": c["peak_gib"]}
+    for c in report.load("plan_h100_202611.json")[1]["cells"]:
+        row = {"gradient_checkpointing": c["checkpointing"], "peak_gb": c["peak_gb"]}
         found.append((row, c["backend"], c["compile"], c["batch"], c["length"], {"lora_r": c["lora_r"], "lora_dropout": 0.0}))
-    record = json.loads((RESULTS / "tokens_h100_202611.json").read_text())
+    record = report.load("tokens_h100_202611.json")[1]
     found += [(c, "sdpa", c["compile"], c["batch"], record["flags"]["length"], {"lora_dropout": 0.0}) for c in record["cells"]]
     return [
         (TrainConfig(attn_implementation=backend, compile=how, gradient_checkpointing=c["gradient_checkpointing"],
-                     per_device_train_batch_size=batch, **more), length, c["peak_gib"])
+                     per_device_train_batch_size=batch, **more), length, c["peak_gb"])
         for c, backend, how, batch, length, more in found
     ]  # fmt: skip
 
@@ -71,26 +71,26 @@ def measured() -> list[tuple[TrainConfig, int, float]]:
 def test_the_estimate_is_near_what_was_measured_on_a_gpu(phi3):
     """Phi-3-mini: what the constants were fitted to; others are further off, as the docstring says."""
     assert len(measured()) >= 40
-    for config, length, peak_gib in measured():
+    for config, length, peak_gb in measured():
         terms = memory.memory_terms(phi3, audit_targets(phi3, config), config, length)
         assert all(size >= 0 for size in terms.values())
-        assert sum(terms.values()) == pytest.approx(peak_gib, rel=0.05), (config, length)
+        assert sum(terms.values()) == pytest.approx(peak_gb, rel=0.05), (config, length)
 
 
 def test_the_peak_on_a_gpu_counts_what_graphs_hold_as_a_whole(monkeypatch):
     """What was allocated at most, and of the graphs' pools the part that the allocator takes to be free."""
     parts = [
-        {"segment_pool_id": (0, 0), "total_size": 16 * 2**30, "allocated_size": 2**30},  # the common pool's free part is free
-        {"segment_pool_id": (0, 1), "total_size": 3 * 2**30, "allocated_size": 2**30},
-        {"segment_pool_id": (1, 0), "total_size": 2**30, "allocated_size": 2**29},
+        {"segment_pool_id": (0, 0), "total_size": 16e9, "allocated_size": 1e9},  # the common pool's free part is free
+        {"segment_pool_id": (0, 1), "total_size": 3e9, "allocated_size": 1e9},
+        {"segment_pool_id": (1, 0), "total_size": 1e9, "allocated_size": 5e8},
     ]
     asked = []
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: parts)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 4 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append(device) or 4e9)
     gpu = torch.device("cuda", 1)
-    assert memory.peak_memory_gib(gpu) == 4 + 2 + 0.5 and asked == [gpu]
+    assert memory.peak_memory_gb(gpu) == 4 + 2 + 0.5 and asked == [gpu]
     parts[1:] = []
-    assert memory.peak_memory_gib(gpu) == 4
+    assert memory.peak_memory_gb(gpu) == 4
 
 
 def test_the_estimate_counts_the_moments_of_the_optimizer(config, model):
@@ -104,7 +104,7 @@ def test_the_estimate_counts_the_moments_of_the_optimizer(config, model):
     estimates, moments = {}, {}
     for name in ("adamw", "adamw_8bit"):
         changed = dataclasses.replace(config, optimizer=name)
-        estimates[name] = memory.estimated_memory_gib(model, targets, changed, 100) * 2**30
+        estimates[name] = memory.estimated_memory_gb(model, targets, changed, 100) * 1e9
         optimizer = build_optimizer(parameters, changed)
         parameters[0].grad = torch.ones(size)
         optimizer.step()
@@ -139,7 +139,7 @@ def test_the_probe_leaves_nothing_behind(config, samples, woken, packing, optimi
         return train_loop.train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 0.0, None)
 
     line = memory.probe_memory(step, optimizer, samples, config, 1.5)
-    assert re.fullmatch(r"Memory: the longest batch peaks at \d+\.\d\d GiB, 1\.50 were predicted", line)
+    assert re.fullmatch(r"Memory: the longest batch peaks at \d+\.\d\d GB, 1\.50 were predicted", line)
     longest = sorted(row_length(samples, row) for row in epoch_rows(samples, config, 2))[-2:]  # of any epoch
     assert len(batches[0]) == 2 and batches[0][0].num_input_tokens == sum(longest)
     assert (batches[0][0].cu_seqlens is not None) == packing and (sum(longest) > 800) == packing
@@ -228,10 +228,10 @@ def test_there_is_always_something_to_try_and_it_is_what_the_flags_say(phi3):
         assert [setting.same_training for setting in found] == sorted((each.same_training for each in found), reverse=True)
         parsed = parse(words.partition(" (")[0].split())
         assert {name: getattr(parsed, name) for name in changes} == changes
-        before = memory.estimated_memory_gib(phi3, audit_targets(phi3, config), config, longest)
+        before = memory.estimated_memory_gb(phi3, audit_targets(phi3, config), config, longest)
         config = dataclasses.replace(config, **changes)
         longest = min(longest, config.max_length)
-        assert memory.estimated_memory_gib(phi3, audit_targets(phi3, config), config, longest) < before, words
+        assert memory.estimated_memory_gb(phi3, audit_targets(phi3, config), config, longest) < before, words
         seen.append(words)
     assert len(seen) > 10 and longest == 128 and config.lora_r == 4
     assert flags(dataclasses.replace(config, lora_r=6), 200)[:2] == ["--max-length 128", "--lora-r 4"]
@@ -241,13 +241,13 @@ def test_there_is_always_something_to_try_and_it_is_what_the_flags_say(phi3):
 def test_graphs_are_predicted_at_the_length_they_run_at_and_a_cache_for_what_has_adapters(phi3):
     graphs = TrainConfig(compile="graphs", gradient_checkpointing="none", attn_implementation="sdpa")
     targets = audit_targets(phi3, graphs)
-    at = {length: memory.estimated_memory_gib(phi3, targets, graphs, length) for length in (130, 256, 257)}
+    at = {length: memory.estimated_memory_gb(phi3, targets, graphs, length) for length in (130, 256, 257)}
     assert at[130] == at[256] < at[257]
     some = audit_targets(phi3, dataclasses.replace(graphs, target_modules=("qkv_proj",)))
     for chosen, parameters in ((targets, 3_623_878_656), (some, 32 * 9216 * 3072)):
         cached = dataclasses.replace(graphs, cache_dequantized=True)
-        more = memory.estimated_memory_gib(phi3, chosen, cached, 256) - memory.estimated_memory_gib(phi3, chosen, graphs, 256)
-        assert more == pytest.approx(2 * parameters / 2**30)
+        more = memory.estimated_memory_gb(phi3, chosen, cached, 256) - memory.estimated_memory_gb(phi3, chosen, graphs, 256)
+        assert more == pytest.approx(2 * parameters / 1e9)
     assert memory.settings_to_try(cached, 100)[0][:2] == ("--no-cache-dequantized", {"cache_dequantized": False})
     full = dataclasses.replace(graphs, gradient_checkpointing="full")
     assert memory.settings_to_try(full, 100)[0][:2] == ("--compile layers", {"compile": "layers"})
