@@ -145,7 +145,7 @@ def train(
         Step -> result on the eval data, including those of earlier processes of this run.
 
     Raises:
-        UserError: exit 5 if the first step finds an adapter without a gradient, or if a loss or norm is not finite.
+        NonFiniteError: if the first step finds an adapter without a gradient, or if a loss or norm is not finite.
         Stopped: after a signal, when all is saved.
     """
     config = prep.config

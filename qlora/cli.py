@@ -20,7 +20,7 @@ from qlora.commands.options import (
     ReportOptions,
 )
 from qlora.config import parse
-from qlora.errors import ExitCode, UserError, redact
+from qlora.errors import CheckpointError, ConfigError, EnvironmentProblem, UserError, redact
 from qlora.run.signals import Signals
 
 
@@ -48,8 +48,8 @@ def train(argv: list[str] | None = None) -> int:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            text = f"{error.filename or 'A file'} cannot be written: {error.strerror}. {stop.advice()}"
-            return _told(UserError(ExitCode.CHECKPOINT, text), debug)
+            text = f"{error.filename or 'A file'} cannot be written: {error.strerror}."
+            return _told(CheckpointError(text, hint=stop.advice()), debug)
         return 0
     assert stop.received is not None  # only then does the context swallow an exception
     print(f"Stopped by {stop.received.name}. {redact(stop.advice())}", file=sys.stderr)
@@ -131,12 +131,14 @@ def parse_command(name: str, argv: list[str]) -> Any:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         advice = f"Perhaps you meant {near[0]}." if near else f"There are {', '.join(COMMANDS)}."
-        raise UserError(ExitCode.CONFIGURATION, f"python -m qlora knows no command {name!r}. {advice}")
+        raise ConfigError(f"python -m qlora knows no command {name!r}. {advice}")
     try:
         import tyro
     except ImportError as error:  # even doctor needs it
-        text = f"tyro, which reads the command line, cannot be imported ({error}). Install the project again: pip install -e ."
-        raise UserError(ExitCode.ENVIRONMENT, text) from None
+        raise EnvironmentProblem(
+            f"tyro, which reads the command line, cannot be imported ({error}).",
+            hint="Install the project again: pip install -e .",
+        ) from None
     errors = io.StringIO()  # tyro quotes what it does not understand, which may be a secret
     try:
         with contextlib.redirect_stderr(errors):

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from qlora.errors import ExitCode, UserError, redact
+from qlora.errors import ConfigError, UserError, redact
 
 AttnImplementation = Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"]
 PromptFormat = Literal["plain", "chat"]
@@ -162,7 +162,7 @@ class TrainConfig(OutputOptions, SpeedOptions, TrainingOptions, LoraOptions, Dat
         """Refuse values that no run could use.
 
         Raises:
-            UserError: exit 2, naming the flag and the value seen.
+            ConfigError: naming the flag and the value seen.
         """
         at_least_one = ("max_length", "lora_r", "lora_alpha", "per_device_train_batch_size", "gradient_accumulation_steps",
                         "num_train_epochs", "max_steps", "logging_steps", "save_steps",
@@ -208,7 +208,7 @@ class TrainConfig(OutputOptions, SpeedOptions, TrainingOptions, LoraOptions, Dat
             What else is auto needs more than flags: attention.py and layers.py resolve it.
 
         Raises:
-            UserError: exit 2 for what this machine cannot do.
+            ConfigError: for what this machine cannot do.
         """
         if self.optimizer == "paged_adamw_8bit" and not on_gpu:
             raise _refused("optimizer", self.optimizer, "adamw or adamw_8bit, as there is no CUDA GPU to page for")
@@ -274,7 +274,7 @@ def parse(argv: list[str]) -> TrainConfig:
 
     Raises:
         SystemExit: by tyro, with 0 after --help and 2 after a wrong flag (it suggests the nearest).
-        UserError: exit 2 for a value out of range or a YAML file that is missing, broken or has an unknown key.
+        ConfigError: for a value out of range or a YAML file that is missing, broken or has an unknown key.
     """
     import tyro
 
@@ -310,11 +310,11 @@ def _yaml_arguments(path: Path) -> list[str]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(ExitCode.CONFIGURATION, f"--config {path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(ExitCode.CONFIGURATION, f"--config {path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
-        raise UserError(ExitCode.CONFIGURATION, f"--config {path} must hold `name: value` lines, not {type(values).__name__}.")
+        raise ConfigError(f"--config {path} must hold `name: value` lines, not {type(values).__name__}.")
     known = [field.name for field in dataclasses.fields(TrainConfig)]
     arguments = []
     for key, value in values.items():
@@ -322,7 +322,7 @@ def _yaml_arguments(path: Path) -> list[str]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             advice = f"Perhaps you meant {near[0]}." if near else f"It knows {', '.join(known)}."
-            raise UserError(ExitCode.CONFIGURATION, f"{path}: unknown key {key!r}. {advice}")
+            raise ConfigError(f"{path}: unknown key {key!r}. {advice}")
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
@@ -344,4 +344,4 @@ def _plain(value: object) -> object:
 
 
 def _refused(name: str, value: object, wanted: str) -> UserError:
-    return UserError(ExitCode.CONFIGURATION, f"--{name.replace('_', '-')} {value} cannot be used: it must be {wanted}.")
+    return ConfigError(f"--{name.replace('_', '-')} {value} cannot be used: it must be {wanted}.")

@@ -21,11 +21,58 @@ class ExitCode(enum.IntEnum):
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The text is one paragraph: what, where, the value seen, what to do."""
+    """A mistake that the user can correct, shown as one paragraph: what, where, the value seen, what to do.
 
-    def __init__(self, exit_code: ExitCode, text: str):
-        super().__init__(text)
-        self.exit_code = exit_code
+    Attributes:
+        exit_code: of the process.
+    """
+
+    exit_code: ExitCode
+
+    def __init__(self, text: str, hint: str = ""):
+        """Join the two parts of the paragraph.
+
+        Args:
+            text: what is wrong, where, and the value seen.
+            hint: what to do.
+        """
+        super().__init__(f"{text} {hint}".rstrip())
+
+
+class ConfigError(UserError):
+    """Options that are wrong or exclude each other."""
+
+    exit_code = ExitCode.CONFIGURATION
+
+
+class DataError(UserError):
+    """Data that cannot be read or trained on."""
+
+    exit_code = ExitCode.DATA
+
+
+class CheckpointError(UserError):
+    """A run folder, checkpoint or other file that is damaged, in use, or cannot be written."""
+
+    exit_code = ExitCode.CHECKPOINT
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient that is not finite, or an adapter that gets no gradient."""
+
+    exit_code = ExitCode.NUMERICS
+
+
+class OutOfMemory(UserError):
+    """Memory of the GPU or the host ran out."""
+
+    exit_code = ExitCode.MEMORY
+
+
+class EnvironmentProblem(UserError):
+    """A package, model, GPU or network that is missing or broken."""
+
+    exit_code = ExitCode.ENVIRONMENT
 
 
 def redact(text: str) -> str:
@@ -50,11 +97,11 @@ def user_error_on_oom(words: Callable[[str], str]) -> Iterator[None]:
         words: from the reason that the library gave to one paragraph.
 
     Raises:
-        UserError: exit 6.
+        OutOfMemory.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(ExitCode.MEMORY, words(" ".join(str(error).split())[:200])) from error
+        raise OutOfMemory(words(" ".join(str(error).split())[:200])) from error

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from qlora.config import EMBEDDED, PromptFormat, TrainConfig
 from qlora.data.formats import Prompt
 from qlora.data.template import PromptTemplate, encode_prompt, load_template
-from qlora.errors import ExitCode, UserError, user_error_on_oom
+from qlora.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem, UserError, user_error_on_oom
 from qlora.model import attention
 from qlora.model.demo import model_source
 from qlora.model.load import Precision, fingerprint, load_base_model, load_meta_model, load_tokenizer
@@ -125,8 +125,10 @@ def open_adapter(
     base, revision = _base(folder, lora, kept.get("model"), model, notes)
     format_name = prompt_format or kept.get("prompt_format")
     if format_name is None:
-        text = f"{folder} does not tell in which prompt format it was trained. Pass --prompt-format chat (the model's own"
-        raise UserError(ExitCode.CONFIGURATION, f"{text} template) or --prompt-format plain.")
+        raise ConfigError(
+            f"{folder} does not tell in which prompt format it was trained.",
+            hint="Pass --prompt-format chat (the model's own template) or --prompt-format plain.",
+        )
     changed = {"model": base, "revision": revision, "prompt_format": format_name, "trust_remote_code": trust_remote_code}
     config = TrainConfig(**{**kept, **changed})
     source = model_source(base)
@@ -156,16 +158,20 @@ def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
             is not the one that the run trained against (compared by its NF4 bytes, only on the same kind of device).
     """
     if precision != "nf4" and adapter.is_stored_in_nf4:
-        text = f"{adapter.source} is stored in NF4 and cannot be loaded in {precision}."
-        raise UserError(ExitCode.CONFIGURATION, f"{text} Name the same model in bf16 with --model.")
+        raise ConfigError(
+            f"{adapter.source} is stored in NF4 and cannot be loaded in {precision}.",
+            hint="Name the same model in bf16 with --model.",
+        )
     attn = attention.choose_attention(adapter.config, adapter.device, adapter.meta_model)
     base = load_base_model(adapter.source, adapter.config, attn.loaded_as, adapter.device, precision)
     model = put_on(base, adapter)
     run_info = adapter.run_info or {}
     comparable = precision == "nf4" and run_info.get("weights") and run_info.get("device") == adapter.device.type
     if comparable and fingerprint(model) != run_info["weights"]:
-        text = f"{adapter.source} is not the base that {adapter.folder} was trained against: weights or config.json differ."
-        raise UserError(ExitCode.CONFIGURATION, f"{text} Name that base with --model.")
+        raise ConfigError(
+            f"{adapter.source} is not the base that {adapter.folder} was trained against: weights or config.json differ.",
+            hint="Name that base with --model.",
+        )
     return model.eval()
 
 
@@ -184,16 +190,19 @@ def prompt_ids(prompt: Prompt, adapter: Adapter, max_new_tokens: int) -> list[in
     """Ids of a prompt that leaves room for its answer.
 
     Raises:
-        UserError: exit 3, naming where the prompt stands, if it does not, or if the chat template refuses it.
+        DataError: naming where the prompt stands, if it does not, or if the chat template refuses it.
     """
     try:
         ids = encode_prompt(prompt.messages, adapter.template)
     except ValueError as error:
-        raise UserError(ExitCode.DATA, f"{prompt.where}: {error}. Use --prompt-format plain.") from None
+        raise DataError(f"{prompt.where}: {error}.", hint="Use --prompt-format plain.") from None
     positions = positions_of(adapter)
     if positions is not None and len(ids) + max_new_tokens > positions:
-        text = f"{prompt.where}: {len(ids)} tokens and --max-new-tokens {max_new_tokens} are more than the model's positions,"
-        raise UserError(ExitCode.DATA, f"{text} {positions}. Shorten the prompt or lower --max-new-tokens.")
+        raise DataError(
+            f"{prompt.where}: {len(ids)} tokens and --max-new-tokens {max_new_tokens} are more than the model's positions, "
+            f"{positions}.",
+            hint="Shorten the prompt or lower --max-new-tokens.",
+        )
     return ids
 
 
@@ -201,7 +210,7 @@ def oom_as_user_error_with(advice: str) -> contextlib.AbstractContextManager[Non
     """A block in which running out of memory is an error that tells what to do.
 
     Raises:
-        UserError: exit 6.
+        OutOfMemory.
     """
     more = "A quantized base on a GPU with more memory, or --device cpu, may help too."
     return user_error_on_oom(lambda reason: f"Memory ran out ({reason}). {advice} {more}")
@@ -210,7 +219,7 @@ def oom_as_user_error_with(advice: str) -> contextlib.AbstractContextManager[Non
 def _device(name: str) -> torch.device:
     has_gpu = torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
-        raise UserError(ExitCode.ENVIRONMENT, "--device cuda: torch sees no CUDA GPU here. Leave it out to use the CPU.")
+        raise EnvironmentProblem("--device cuda: torch sees no CUDA GPU here.", hint="Leave it out to use the CPU.")
     return torch.device("cuda", 0) if has_gpu and name != "cpu" else torch.device("cpu")
 
 
@@ -224,22 +233,26 @@ def _find(path: Path) -> tuple[Path, dict[str, Any] | None]:
         text = f"{path} {what}. Give a run folder, its adapter/, one of its checkpoints, or a folder with {SETTINGS}."
         if re.fullmatch(HUB_ID, str(path)) and not path.parent.exists():
             text += f" If it is an adapter on the hub, download it first: hf download {path} --local-dir {path.name}"
-        raise UserError(ExitCode.CHECKPOINT, text)
+        raise CheckpointError(text)
     is_run = (path / LOCK).exists() or (path / RUN).exists()
     folder = path / "adapter" if is_run else path
     run = path if is_run else path.absolute().parent
     is_checkpoint = checkpoint.NAME.fullmatch(path.absolute().name) is not None and (path / checkpoint.STATE).exists()
     if not is_checkpoint and is_going(run):
-        text = f"{run} is still being trained. Wait for it, or name one of its checkpoints: {run / 'checkpoints'}/step-..."
-        raise UserError(ExitCode.CHECKPOINT, text)
+        raise CheckpointError(
+            f"{run} is still being trained.",
+            hint=f"Wait for it, or name one of its checkpoints: {run / 'checkpoints'}/step-...",
+        )
     if is_run:
         _check_complete(path)
     if not (folder / SETTINGS).is_file():
         whole = "It holds a whole model: merged already?" if (path / "config.json").exists() else "Is it another folder?"
-        text = f"{path} holds no adapter: there is no {SETTINGS} in it. {whole} A run folder, its adapter/, or one of its"
-        raise UserError(ExitCode.CHECKPOINT, f"{text} checkpoints will do, or any LoRA adapter in PEFT's format.")
+        raise CheckpointError(
+            f"{path} holds no adapter: there is no {SETTINGS} in it. {whole} A run folder, its adapter/, or one of its "
+            "checkpoints will do, or any LoRA adapter in PEFT's format.",
+        )
     if (folder / MANIFEST).exists() and (problem := verify(folder)):
-        raise UserError(ExitCode.CHECKPOINT, f"{folder} is damaged: {problem}. Take another checkpoint, or get it again.")
+        raise CheckpointError(f"{folder} is damaged: {problem}.", hint="Take another checkpoint, or get it again.")
     return folder, _facts(folder / checkpoint.STATE if is_checkpoint else run / RUN)
 
 
@@ -248,8 +261,10 @@ def _check_complete(run: Path) -> None:
         return
     found = list(checkpoint.by_step(run / "checkpoints").values())
     advice = f"name its newest checkpoint, {found[-1]}" if found else "train it first: it has no checkpoint"
-    text = f"{run} holds a run that is not complete. Resume it with the command that started it, or {advice}."
-    raise UserError(ExitCode.CHECKPOINT, text)
+    raise CheckpointError(
+        f"{run} holds a run that is not complete.",
+        hint=f"Resume it with the command that started it, or {advice}.",
+    )
 
 
 def _facts(path: Path) -> dict[str, Any] | None:
@@ -261,8 +276,10 @@ def _facts(path: Path) -> dict[str, Any] | None:
         check_types(RecordedRun, run_info)
         TrainConfig(max_length=run_info["config"]["max_length"]).check()
     except (*UNREADABLE, UserError) as error:
-        text = f"{path} cannot be read ({reason(error)}). Move the adapter's folder elsewhere to do without it."
-        raise UserError(ExitCode.CHECKPOINT, text) from None
+        raise CheckpointError(
+            f"{path} cannot be read ({reason(error)}).",
+            hint="Move the adapter's folder elsewhere to do without it.",
+        ) from None
     return run_info
 
 
@@ -277,21 +294,22 @@ def _read_settings(folder: Path) -> Any:
         if not isinstance(values["peft_type"], str):
             raise TypeError(f"peft_type is {values['peft_type']!r}")
         if values["peft_type"] != "LORA":
-            text = f"{folder} is an adapter of PEFT's kind {values['peft_type']}. Only LoRA is known here."
-            raise UserError(ExitCode.CONFIGURATION, text)
+            raise ConfigError(f"{folder} is an adapter of PEFT's kind {values['peft_type']}. Only LoRA is known here.")
         _check_settings(folder, values)
         with warnings.catch_warnings(action="ignore"):  # of starts, which are over
             return peft.PeftConfig.from_pretrained(str(folder))
     except UNREADABLE as error:
-        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be read ({reason(error)}). Get the adapter again.") from None
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}).", hint="Get the adapter again.") from None
 
 
 def _check_settings(folder: Path, values: dict[str, Any]) -> None:
     """Refuse what is damaged (exit 4), and what is sound and not supported (exit 2)."""
     usual = vars(peft.LoraConfig())
     if unknown := [name for name in values if name not in usual and values[name]]:
-        text = f"{folder / SETTINGS} sets {', '.join(unknown)}, which the installed PEFT does not know. Is the file damaged, or"
-        raise UserError(ExitCode.CHECKPOINT, f"{text} of a newer PEFT ({values.get('peft_version')})? Then upgrade it.")
+        raise CheckpointError(
+            f"{folder / SETTINGS} sets {', '.join(unknown)}, which the installed PEFT does not know. Is the file damaged, or "
+            f"of a newer PEFT ({values.get('peft_version')})? Then upgrade it.",
+        )
     check_types(Settings, values)
     Path(values.get("base_model_name_or_path") or "").is_dir()  # raises OSError on what is too long for a path
     ranks = [values["r"], *values.get("rank_pattern", {}).values()]
@@ -301,14 +319,15 @@ def _check_settings(folder: Path, values: dict[str, Any]) -> None:
     if (start := values.get("init_lora_weights", True)) not in HARMLESS_STARTS:
         text = f"{folder} was begun with init_lora_weights {start!r}, which changes the base."
         advice = "Convert it first, by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)."
-        raise UserError(ExitCode.CONFIGURATION, f"{text} {advice}")
+        raise ConfigError(text, hint=advice)
     if values.get("task_type") not in (None, "CAUSAL_LM"):
-        text = f"{folder} was trained for the task {values['task_type']}. Only CAUSAL_LM is known here."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(f"{folder} was trained for the task {values['task_type']}. Only CAUSAL_LM is known here.")
     others = [name for name in values if name in usual and name not in (*Settings.__annotations__, *UNREAD)]
     if odd := [name for name in others if values[name] and values[name] != usual[name]]:
-        text = f"{folder} is LoRA of a kind that is not known here: it sets {', '.join(odd)}. Use PEFT itself for it."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(
+            f"{folder} is LoRA of a kind that is not known here: it sets {', '.join(odd)}.",
+            hint="Use PEFT itself for it.",
+        )
 
 
 def _base(folder: Path, lora: Any, of_the_run: str | None, asked: str | None, notes: list[str]) -> tuple[str, str | None]:
@@ -319,10 +338,12 @@ def _base(folder: Path, lora: Any, of_the_run: str | None, asked: str | None, no
             notes.append(f"The adapter names the base {named}; {asked} is used, as asked.")
         return asked, lora.revision if asked == named else None
     if not named:
-        raise UserError(ExitCode.CONFIGURATION, f"{folder / SETTINGS} names no base model. Name it with --model.")
+        raise ConfigError(f"{folder / SETTINGS} names no base model.", hint="Name it with --model.")
     if Path(named).is_absolute() and not Path(named).is_dir():
-        text = f"{folder / SETTINGS} names the base {named}, and there is no such folder here. Say with --model where it is."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(
+            f"{folder / SETTINGS} names the base {named}, and there is no such folder here.",
+            hint="Say with --model where it is.",
+        )
     return named, None if Path(named).is_dir() or named in EMBEDDED else lora.revision
 
 
@@ -337,19 +358,20 @@ def _check_fit(folder: Path, lora: Any, source: str, meta_model: Any) -> None:
     """
     path = folder / checkpoint.ADAPTER
     if not path.exists() and (folder / "adapter_model.bin").exists():
-        text = f"{folder} has its weights as adapter_model.bin, which may run code when it is read. Save it as safetensors."
-        raise UserError(ExitCode.CHECKPOINT, text)
+        raise CheckpointError(
+            f"{folder} has its weights as adapter_model.bin, which may run code when it is read.",
+            hint="Save it as safetensors.",
+        )
     try:
         with safe_open(path, "pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
     except (OSError, SafetensorError) as error:
-        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be read: {' '.join(str(error).split())}.") from None
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
     if lora.bias != "none" and any(name.endswith(".bias") and "lora_" not in name for name in stored):
-        text = (
-            f"{folder} has biases of the base itself (bias {lora.bias}), which stay when the adapter is switched off, so that "
-            "there is no base to compare it with. Only bias none is supported here."
+        raise ConfigError(
+            f"{folder} has biases of the base itself (bias {lora.bias}), which stay when the adapter is switched off, so "
+            "that there is no base to compare it with. Only bias none is supported here.",
         )
-        raise UserError(ExitCode.CONFIGURATION, text)
     own = copy.deepcopy(lora)
     own.base_model_name_or_path = None  # PEFT puts in the model's, and warns where there was another
     of_the_base = {f"base_model.model.{name}" for name in meta_model.state_dict()}
@@ -359,23 +381,25 @@ def _check_fit(folder: Path, lora: Any, source: str, meta_model: Any) -> None:
             state = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except ValueError as error:
         why = " ".join(str(error).split())[:300]
-        text = f"{folder} does not fit {source}: {why} Is that its base? --model names another."
-        raise UserError(ExitCode.CONFIGURATION, text) from None
+        raise ConfigError(f"{folder} does not fit {source}: {why} Is that its base?", hint="--model names another.") from None
     except (re.error, TypeError, KeyError, AttributeError, RuntimeError) as error:  # a pattern, for the most part
-        raise UserError(ExitCode.CHECKPOINT, f"{folder / SETTINGS} cannot be read ({reason(error)}).") from None
+        raise CheckpointError(f"{folder / SETTINGS} cannot be read ({reason(error)}).") from None
     _check_ends(folder, adapted)
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differing = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
     if surplus := [name for name in differing if name in of_the_base and name not in wanted]:
         text = f"{path} holds weights of the base itself, {surplus[0]} first, as PEFT saves them with a resized vocabulary."
         advice = "That is not supported: save it with save_embedding_layers=False, if the vocabulary is the base's."
-        raise UserError(ExitCode.CONFIGURATION, f"{text} {advice}")
+        raise ConfigError(text, hint=advice)
     if differing:
         name = differing[0]
         here, there = (f"of shape {shapes[name]}" if name in shapes else "not" for shapes in (stored, wanted))
-        text = f"{folder} does not fit {source}: {len(differing)} tensors differ. {name} is {here} in the file, and would be"
-        advice = "Either the base is another (--model names it), or adapter_config.json and the weights do not belong together."
-        raise UserError(ExitCode.CONFIGURATION, f"{text} {there} there with rank {lora.r}. {advice}")
+        raise ConfigError(
+            f"{folder} does not fit {source}: {len(differing)} tensors differ. {name} is {here} in the file, and would be "
+            f"{there} there with rank {lora.r}.",
+            hint="Either the base is another (--model names it), or adapter_config.json and the weights do not belong "
+            "together.",
+        )
 
 
 def _check_ends(folder: Path, adapted: Any) -> None:
@@ -389,7 +413,9 @@ def _check_ends(folder: Path, adapted: Any) -> None:
     if found := [name for name, layer in ends.items() if isinstance(layer, peft.tuners.lora.LoraLayer)]:
         text = f"{folder} has LoRA on the {' and the '.join(found)} of its base. That is not supported: losses and merges could"
         advice = "Train them whole, with modules_to_save, or only the layers between them; PEFT itself can load it."
-        raise UserError(ExitCode.CONFIGURATION, f"{text} be wrong. {advice}")
+        raise ConfigError(f"{text} be wrong. {advice}")
     if isinstance(head, peft.utils.other.TrainableTokensWrapper):
-        text = f"{folder} trains single tokens (trainable_token_indices) of the head, or of an embedding tied to it."
-        raise UserError(ExitCode.CONFIGURATION, f"{text} That is not supported; PEFT itself can load it.")
+        raise ConfigError(
+            f"{folder} trains single tokens (trainable_token_indices) of the head, or of an embedding tied to it. That is "
+            "not supported; PEFT itself can load it.",
+        )

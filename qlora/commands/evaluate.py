@@ -20,7 +20,7 @@ from qlora.data.batch import Batch, micro_batches
 from qlora.data.dataset import TokenizedDataset, encode_all
 from qlora.data.formats import Example, Prompt, check_source, read_examples
 from qlora.data.template import TokenizedExample, encode_prompt
-from qlora.errors import ExitCode, UserError
+from qlora.errors import ConfigError
 from qlora.eval import scores
 from qlora.eval.generate import answer_limit, generate_all
 from qlora.eval.loss import EvalResult, evaluate_loss
@@ -113,7 +113,7 @@ def read_eval_data(options: EvalDataOptions, adapter: Adapter) -> tuple[str, Tok
     """
     file = options.eval_file or adapter.config.eval_file
     if file is None:
-        raise UserError(ExitCode.CONFIGURATION, f"{adapter.folder} tells of no eval data. Name some with --eval-file.")
+        raise ConfigError(f"{adapter.folder} tells of no eval data.", hint="Name some with --eval-file.")
     flags = {name: getattr(options, name) for name in ("max_length", "on_long", "allow_drop")}
     config = dataclasses.replace(adapter.config, **{name: value for name, value in flags.items() if value})
     columns = check_source(file, "test")

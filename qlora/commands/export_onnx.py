@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qlora.errors import ExitCode, UserError
+from qlora.errors import EnvironmentProblem
 
 PACKAGES = {name: name for name in ("onnx", "onnxscript", "onnxruntime")}  # import name -> package
 MODEL = "model.onnx"  # its weights beside it, in model.onnx.data
@@ -47,7 +47,7 @@ def export(model: Any, folder: Path, rows: list[list[int]]) -> float:
         The relative error of the logits.
 
     Raises:
-        UserError: exit 7 if it is more than rounding.
+        EnvironmentProblem: if it is more than rounding.
     """
     wrapped = _Logits(model.float().cpu()).eval()
     example = torch.arange(2, 36).view(2, 17) % model.config.get_text_config().vocab_size  # [2, 17]
@@ -66,8 +66,10 @@ def export(model: Any, folder: Path, rows: list[list[int]]) -> float:
     program.save(folder / MODEL, external_data=True)
     error = _parity(wrapped, folder / MODEL, rows)
     if not error < PARITY:
-        text = f"onnxruntime computes other logits than torch: relative error {error:.1e}, and {PARITY} is allowed."
-        raise UserError(ExitCode.ENVIRONMENT, f"{text} Leave out --onnx, or try other versions of torch and onnxruntime.")
+        raise EnvironmentProblem(
+            f"onnxruntime computes other logits than torch: relative error {error:.1e}, and {PARITY} is allowed.",
+            hint="Leave out --onnx, or try other versions of torch and onnxruntime.",
+        )
     return error
 
 

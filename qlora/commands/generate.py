@@ -12,7 +12,7 @@ import transformers
 from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, prompt_ids
 from qlora.commands.options import GenerateOptions, refuse_below, refuse_seed
 from qlora.data.formats import Message, Prompt, as_prompt, read_prompts
-from qlora.errors import ExitCode, UserError, redact
+from qlora.errors import ConfigError, UserError, redact
 from qlora.eval.generate import Sampling, generate, generate_all
 from qlora.model.load import prepare_inference
 from qlora.run.files import require_writable, write_file
@@ -66,23 +66,22 @@ def _check(options: GenerateOptions) -> Sampling | None:
     refuse_seed(options.seed)
     if options.temperature and not MIN_TEMPERATURE <= options.temperature < float("inf"):
         text = f"--temperature {options.temperature} cannot be used: it must be finite and at least {MIN_TEMPERATURE}, as"
-        text = f"{text} logits over less overflow; or 0, which is greedy: the likeliest token, always."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(f"{text} logits over less overflow; or 0, which is greedy: the likeliest token, always.")
     if options.prompt is not None and options.prompts_file is not None:
-        raise UserError(ExitCode.CONFIGURATION, "--prompt and --prompts-file were both given. Keep one of them.")
+        raise ConfigError("--prompt and --prompts-file were both given.", hint="Keep one of them.")
     if options.top_p is not None and not 0 < options.top_p <= 1:
-        text = f"--top-p {options.top_p} cannot be used: it must be above 0, and 1 at most."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(f"--top-p {options.top_p} cannot be used: it must be above 0, and 1 at most.")
     if options.json is not None:
         if options.prompt is None and options.prompts_file is None:
-            raise UserError(ExitCode.CONFIGURATION, "--json needs --prompt or --prompts-file: a chat is not saved.")
+            raise ConfigError("--json needs --prompt or --prompts-file: a chat is not saved.")
         require_writable(options.json, options.prompts_file)
     if options.temperature:
         return Sampling(options.temperature, options.top_p or 1.0, options.top_k)
     given = [name for name in ("top_p", "top_k") if getattr(options, name) is not None]
     if given:
-        text = f"--{given[0].replace('_', '-')} has no effect without --temperature above 0: at 0 the likeliest token is taken."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} has no effect without --temperature above 0: at 0 the likeliest token is taken.",
+        )
     return None
 
 

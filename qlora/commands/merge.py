@@ -29,7 +29,7 @@ from qlora.commands.evaluate import read_eval_data
 from qlora.commands.options import MergeOptions, refuse_below, require_packages
 from qlora.data.batch import Batch, micro_batches
 from qlora.data.dataset import TokenizedDataset
-from qlora.errors import ExitCode, UserError
+from qlora.errors import CheckpointError, ConfigError, NonFiniteError
 from qlora.eval.generate import stop_ids
 from qlora.model.loss import CHUNK_TOKENS, read_head
 from qlora.report.model_card import VLLM_RANKS
@@ -70,7 +70,7 @@ def merged_model(adapter: Adapter, route: Route) -> Any:
         route: bf16 or dequantized; see the top of this file.
 
     Raises:
-        UserError: exit 5 if a merged weight is not finite; else as load_adapted.
+        NonFiniteError: if a merged weight is not finite; else as load_adapted.
     """
     if route == "bf16":
         adapted = load_adapted(adapter, "bf16")
@@ -84,8 +84,9 @@ def merged_model(adapter: Adapter, route: Route) -> Any:
         merged = adapted.merge_and_unload(progressbar=False)
     broken = [name for name, parameter in merged.named_parameters() if not torch.isfinite(parameter).all()]
     if broken:
-        text = f"{adapter.folder}: merged, {len(broken)} tensors are not finite, {broken[0]} first. Is the adapter sound?"
-        raise UserError(ExitCode.NUMERICS, text)
+        raise NonFiniteError(
+            f"{adapter.folder}: merged, {len(broken)} tensors are not finite, {broken[0]} first. Is the adapter sound?",
+        )
     return merged.eval()
 
 
@@ -164,19 +165,19 @@ def check_merges(found: dict[str, Difference], route: Route) -> None:
     NF4 is undone too; that is refused only where eval data are predicted worse than without.
 
     Raises:
-        UserError: exit 5.
+        NonFiniteError.
     """
     base, merged = found["base"], found[route]
     lost = not found["dequantized"].kl <= max(base.kl / 2, ROUNDING)  # NaN is lost, too
     near, good = merged.kl <= max(base.kl, ROUNDING), merged.loss <= max(base.loss, found["unmerged"].loss)
     if lost or not (near or good):
         seen = found["dequantized"] if lost else merged
-        text = (
-            f"Merged, the model is off by KL {seen.kl:.2g} from the unmerged adapter, and without any adapter by {base.kl:.2g};"
-            f" eval losses are {seen.loss:.4f} and {base.loss:.4f}. That is no merge of this adapter, so that nothing is "
-            "saved. Use it unmerged: python -m qlora generate, or PEFT."
+        raise NonFiniteError(
+            f"Merged, the model is off by KL {seen.kl:.2g} from the unmerged adapter, and without any adapter by "
+            f"{base.kl:.2g}; eval losses are {seen.loss:.4f} and {base.loss:.4f}. That is no merge of this adapter, so that "
+            "nothing is saved.",
+            hint="Use it unmerged: python -m qlora generate, or PEFT.",
         )
-        raise UserError(ExitCode.NUMERICS, text)
 
 
 # -- saving ----------------------------------------------------------------------------------------------------------
@@ -255,16 +256,17 @@ def run(options: MergeOptions) -> int:
     refuse_below(1, options, "limit", "max_length")
     if options.into is None and (options.onnx or options.output_dir is not None):
         flag = "--onnx" if options.onnx else "--output-dir"
-        text = f"{flag} goes with --into: say which model to save, --into bf16, dequantized or recommended."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(f"{flag} goes with --into: say which model to save, --into bf16, dequantized or recommended.")
     if options.onnx:
         require_packages("--onnx", export_onnx.PACKAGES, extra="onnx")
     adapter = open_adapter(options.adapter, options.model, options.prompt_format, options.trust_remote_code, options.device)
     for note in adapter.notes:
         say(note)
     if adapter.lora.lora_bias:
-        text = f"{adapter.folder} trains LoRA biases (lora_bias), which layers without a bias cannot store. Use it"
-        raise UserError(ExitCode.CONFIGURATION, f"{text} unmerged: python -m qlora generate, or PEFT.")
+        raise ConfigError(
+            f"{adapter.folder} trains LoRA biases (lora_bias), which layers without a bias cannot store.",
+            hint="Use it unmerged: python -m qlora generate, or PEFT.",
+        )
     routes = _routes(adapter, options)
     for place in [_folder(adapter, options, route) for route in routes] if options.into else []:
         _check_place(place, adapter, options.onnx)
@@ -297,8 +299,10 @@ def _routes(adapter: Adapter, options: MergeOptions) -> list[Route]:
     if not adapter.is_stored_in_nf4:
         return ["bf16", "dequantized"]
     if options.into == "bf16":
-        text = f"--into bf16: {adapter.source} is stored in NF4. Name the same model in bf16 with --model, or merge into"
-        raise UserError(ExitCode.CONFIGURATION, f"{text} dequantized.")
+        raise ConfigError(
+            f"--into bf16: {adapter.source} is stored in NF4.",
+            hint="Name the same model in bf16 with --model, or merge into dequantized.",
+        )
     return ["dequantized"]
 
 
@@ -309,8 +313,10 @@ def _folder(adapter: Adapter, options: MergeOptions, route: Route) -> Path:
 
 def _require_new(folder: Path) -> None:
     if folder.exists():
-        text = f"{folder} is there already, and nothing is replaced. Remove it, or choose another --output-dir."
-        raise UserError(ExitCode.CHECKPOINT, text)
+        raise CheckpointError(
+            f"{folder} is there already, and nothing is replaced.",
+            hint="Remove it, or choose another --output-dir.",
+        )
 
 
 def _check_place(folder: Path, adapter: Adapter, onnx: bool) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora.config import Compile, DataOptions, GradientCheckpointing, Optimizer, PromptFormat
-from qlora.errors import ExitCode, UserError
+from qlora.errors import ConfigError, EnvironmentProblem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,23 +196,22 @@ def refuse_below(least: int, options: Any, *names: str) -> None:
     """Refuse options below the least value that makes sense; None is unset.
 
     Raises:
-        UserError: exit 2, naming the flag and the value seen.
+        ConfigError: naming the flag and the value seen.
     """
     for name in names:
         value = getattr(options, name)
         if value is not None and value < least:
-            text = f"--{name.replace('_', '-')} {value} cannot be used: it must be at least {least}."
-            raise UserError(ExitCode.CONFIGURATION, text)
+            raise ConfigError(f"--{name.replace('_', '-')} {value} cannot be used: it must be at least {least}.")
 
 
 def refuse_seed(seed: int) -> None:
     """Refuse a seed that torch's generators do not take.
 
     Raises:
-        UserError: exit 2.
+        ConfigError.
     """
     if not 0 <= seed < 2**63:
-        raise UserError(ExitCode.CONFIGURATION, f"--seed {seed} cannot be used: it must be at least 0 and below 2**63.")
+        raise ConfigError(f"--seed {seed} cannot be used: it must be at least 0 and below 2**63.")
 
 
 def require_packages(what: str, packages: Mapping[str, str], extra: str) -> None:
@@ -224,9 +223,11 @@ def require_packages(what: str, packages: Mapping[str, str], extra: str) -> None
         extra: of setup.cfg, which installs them.
 
     Raises:
-        UserError: exit 7.
+        EnvironmentProblem.
     """
     missing = [package for name, package in packages.items() if importlib.util.find_spec(name) is None]
     if missing:
-        text = f"{what} needs {', '.join(missing)}, which this Python lacks. Install the extra: pip install -e '.[{extra}]'"
-        raise UserError(ExitCode.ENVIRONMENT, text)
+        raise EnvironmentProblem(
+            f"{what} needs {', '.join(missing)}, which this Python lacks.",
+            hint=f"Install the extra: pip install -e '.[{extra}]'",
+        )

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qlora.commands.options import PlanOptions, refuse_below
 from qlora.config import GradientCheckpointing, TrainConfig
-from qlora.errors import ExitCode, UserError
+from qlora.errors import ConfigError
 from qlora.model.coverage import UNCOVERED_LIMIT, uncovered
 from qlora.model.demo import model_source
 from qlora.model.load import load_meta_model
@@ -107,19 +107,17 @@ def configuration(options: PlanOptions) -> TrainConfig:
     """The training configuration whose memory is predicted, its policy still open if that is auto.
 
     Raises:
-        UserError: exit 2 for options that exclude each other.
+        ConfigError: for options that exclude each other.
     """
     if options.model is not None and options.shape is not None:
-        text = f"--model {options.model} and --shape {options.shape} were both given. Keep one of them."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(f"--model {options.model} and --shape {options.shape} were both given.", hint="Keep one of them.")
     asked = dataclasses.asdict(options)
     shared = {field.name for field in dataclasses.fields(TrainConfig)} & set(asked)
     config = TrainConfig(**{name: asked[name] for name in shared})
     if config.compile == "auto":
         config = dataclasses.replace(config, compile="layers" if config.offload_checkpoints else "graphs")
     if config.offload_checkpoints and config.compile != "layers":
-        text = f"--offload-checkpoints needs --compile layers, not {config.compile}."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(f"--offload-checkpoints needs --compile layers, not {config.compile}.")
     return config
 
 
@@ -130,8 +128,9 @@ def shape_meta_model(options: PlanOptions, config: TrainConfig) -> Any:
     name = options.shape or DEFAULT_SHAPE
     shape = transformers.Phi3Config(**SHAPES[name], pad_token_id=0)
     if config.max_length > shape.max_position_embeddings:
-        text = f"--max-length {config.max_length} is more than the {shape.max_position_embeddings} positions of {name}."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(
+            f"--max-length {config.max_length} is more than the {shape.max_position_embeddings} positions of {name}.",
+        )
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation="eager")
 
@@ -196,7 +195,7 @@ def _free(gpu_memory: float | None) -> tuple[float | None, str]:
     """Memory that a run may use, in GB, and whose it is."""
     if gpu_memory is not None:
         if not gpu_memory > 0:
-            raise UserError(ExitCode.CONFIGURATION, f"--gpu-memory {gpu_memory:g} cannot be used: it must be above 0.")
+            raise ConfigError(f"--gpu-memory {gpu_memory:g} cannot be used: it must be above 0.")
         return card_free_gb(gpu_memory), f"A card of {gpu_memory:g} GB"
     if not torch.cuda.is_available():
         return None, ""

@@ -12,9 +12,9 @@ from typing import overload
 
 from qlora.config import TrainConfig
 from qlora.data.formats import Example, check_source, read_examples
-from qlora.data.read import LISTED, data_error, listed
+from qlora.data.read import LISTED, listed
 from qlora.data.template import IGNORED, PromptTemplate, TokenizedExample, encode
-from qlora.errors import ExitCode, UserError
+from qlora.errors import CheckpointError, DataError
 
 # -- the samples of a run --------------------------------------------------------------------------------------------
 
@@ -25,7 +25,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
     The file has no name and goes with the process. It holds int32: ids, then labels, of one sample after the other.
 
     Raises:
-        UserError: exit 4 if the temporary folder has no room for them.
+        CheckpointError: if the temporary folder has no room for them.
     """
 
     def __init__(self, encoded: Iterable[TokenizedExample]):
@@ -47,10 +47,10 @@ class TokenizedDataset(Sequence[TokenizedExample]):
                 if end:  # an empty file cannot be mapped
                     self._numbers = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("i")
         except OSError as error:
-            raise UserError(
-                ExitCode.CHECKPOINT,
+            raise CheckpointError(
                 f"The temporary folder ({tempfile.tempdir}) is full or cannot be written, so that encoded samples have no "
-                f"place: {error.strerror}. Free space there, or set TMPDIR to a folder on a larger disk.",
+                f"place: {error.strerror}.",
+                hint="Free space there, or set TMPDIR to a folder on a larger disk.",
             ) from None
         self.sha256 = digest.hexdigest()  # of all ids and labels, in order
         self.counts: dict[str, int] = {}  # what encode_all and encode_files have counted, for run.json
@@ -123,7 +123,7 @@ def encode_all(
         The samples, each with at least one token to train on; and a line that counts them and names what was left out.
 
     Raises:
-        UserError: exit 3 if none is left, if more than a fifth is dropped without `--allow-drop`, if one is too long under
+        DataError: if none is left, if more than a fifth is dropped without `--allow-drop`, if one is too long under
             `--on-long error`, or the chat template fails on one. Exit 4 if the temporary folder is full.
     """
     tally = _Tally()
@@ -132,12 +132,12 @@ def encode_all(
     cut = "" if config.on_long == "truncate" else "use --on-long truncate, "
     if not samples:
         advice = "Raise it, or use --on-long truncate." if cut else "Raise it: their prompts alone are longer."
-        raise data_error(f"{source}: none of {tally.seen} examples fits {limit}. {advice}")
+        raise DataError(f"{source}: none of {tally.seen} examples fits {limit}. {advice}")
     lines = f"(lines {listed(tally.dropped_lines)})"
     if tally.dropped * 5 > tally.seen and not config.allow_drop:
-        raise data_error(
-            f"{source}: {tally.dropped} of {tally.seen} examples, more than a fifth, do not fit {limit} {lines}. "
-            f"Give a larger --max-length, {cut}or drop them with --allow-drop."
+        raise DataError(
+            f"{source}: {tally.dropped} of {tally.seen} examples, more than a fifth, do not fit {limit} {lines}.",
+            hint=f"Give a larger --max-length, {cut}or drop them with --allow-drop.",
         )
     lengths = sorted(map(samples.length, range(len(samples))))
     samples.counts = {"read": tally.seen, "examples": len(samples), "tokens": tally.tokens, "input_tokens": sum(lengths)}
@@ -161,10 +161,10 @@ def _fitting(
         try:
             encoded = encode(example, template, config.loss_on)
         except ValueError as error:
-            raise data_error(f"{source}:{example.line}: {error}. Use --prompt-format plain.") from None
+            raise DataError(f"{source}:{example.line}: {error}.", hint="Use --prompt-format plain.") from None
         length = len(encoded.input_ids)
         if length > config.max_length and config.on_long == "error":
-            raise data_error(f"{source}:{example.line}: {length} tokens, more than --max-length {config.max_length}.")
+            raise DataError(f"{source}:{example.line}: {length} tokens, more than --max-length {config.max_length}.")
         kept = truncate_or_drop(encoded, config)
         if kept is None:
             tally.drop(example.line)
@@ -199,7 +199,7 @@ def check_files(config: TrainConfig) -> list[str]:
     """Read all data once and keep nothing but the columns found: a mistake in a last line should not cost a download.
 
     Raises:
-        UserError: exit 3, as read_examples does.
+        DataError: as read_examples does.
     """
     return [check_source(file, split) for file, split, _ in _files(config)]
 
@@ -210,7 +210,7 @@ def encode_files(
     """The training data and, if there is any, the eval data, with a line about each.
 
     Raises:
-        UserError: exit 3, as encode_all does.
+        DataError: as encode_all does.
     """
     sets = []
     for (file, split, name), found in zip(_files(config), columns, strict=True):

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora.data.read import LISTED, data_error, file_rows, hub_rows, listed
+from qlora.data.read import LISTED, file_rows, hub_rows, listed
+from qlora.errors import DataError
 
 COLUMNS = (("instruction", "response"), ("prompt", "completion"), ("messages",))
 ROLES = ("system", "user", "assistant")
@@ -63,7 +64,7 @@ def check_source(source: str | Path, default_split: str) -> str:
         The columns that examples were found in, such as "instruction/response (ignored: id)".
 
     Raises:
-        UserError: exit 3, naming file and line, if the source is missing, unreadable, empty or a row is not as it must be.
+        DataError: naming file and line, if the source is missing, unreadable, empty or a row is not as it must be.
     """
     columns: tuple[str, ...] = ()
     ignored: set[str] = set()
@@ -92,25 +93,25 @@ def _checked_rows(source: str | Path, default_split: str) -> Iterator[tuple[dict
         where = f"{source}:{line}"
         if not isinstance(row, dict):
             hint = " The file looks like one JSON array; JSONL has one object a line." if isinstance(row, list) else ""
-            raise data_error(f"{where}: each line must be a JSON object, not {type(row).__name__}.{hint}")
+            raise DataError(f"{where}: each line must be a JSON object, not {type(row).__name__}.{hint}")
         _refuse_ambiguous(row, where)
         columns = columns or _detect_columns(row, where)
         yield row, columns, Example(_messages(row, columns, where), line)
     if columns is None:
-        raise data_error(f"{source} holds no example. Give a file with one JSON object a line.")
+        raise DataError(f"{source} holds no example.", hint="Give a file with one JSON object a line.")
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
     """Prompts of a file, at least one: of the rows of JSONL or Parquet, whose answers may be missing, or the lines of a text.
 
     Raises:
-        UserError: exit 3, naming file and line, as read_examples does.
+        DataError: naming file and line, as read_examples does.
     """
     path = Path(os.path.expanduser(source))
     is_text = path.suffix not in {".jsonl", ".json", ".parquet"}
     prompts = [as_prompt(row, f"{source}:{line}") for line, row in file_rows(path, is_text)]
     if not prompts:
-        raise data_error(f"{source} holds no prompt. Give a text file with one a line, or JSONL.")
+        raise DataError(f"{source} holds no prompt.", hint="Give a text file with one a line, or JSONL.")
     return prompts
 
 
@@ -118,12 +119,12 @@ def as_prompt(row: object, where: str) -> Prompt:
     """A text, or a row with or without its answer, as the messages that are to be answered.
 
     Raises:
-        UserError: exit 3, beginning with `where`.
+        DataError: beginning with `where`.
     """
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, dict):
-        raise data_error(f"{where}: each line must be a JSON object, not {type(row).__name__}.")
+        raise DataError(f"{where}: each line must be a JSON object, not {type(row).__name__}.")
     _refuse_ambiguous(row, where)
     completed = dict(row)
     for asked, answered in COLUMNS[:2]:
@@ -140,11 +141,15 @@ def _refuse_ambiguous(row: dict[str, Any], where: str) -> None:
     complete = [columns for columns in COLUMNS if row.keys() >= set(columns)]
     if len(complete) > 1:
         both = " and of ".join("/".join(columns) for columns in complete)
-        raise data_error(f"{where}: the row has columns of {both}. Keep one of the two, so that none is trained on by mistake.")
+        raise DataError(
+            f"{where}: the row has columns of {both}.",
+            hint="Keep one of the two, so that none is trained on by mistake.",
+        )
     for ours, theirs in zip(*COLUMNS[:2], strict=True):  # two names of one role
         if ours in row and theirs in row and "messages" not in row:
-            raise data_error(
-                f"{where}: the row has both {ours!r} and {theirs!r}. Keep one, so that none is trained on by mistake."
+            raise DataError(
+                f"{where}: the row has both {ours!r} and {theirs!r}.",
+                hint="Keep one, so that none is trained on by mistake.",
             )
 
 
@@ -153,7 +158,7 @@ def _detect_columns(row: dict[str, Any], where: str) -> tuple[str, ...]:
     found = complete or [columns for columns in COLUMNS if row.keys() & set(columns)]
     if not found:
         forms = ", ".join("/".join(columns) for columns in COLUMNS)
-        raise data_error(f"{where}: no known column among {listed(row) or 'none'}. A row has one of {forms}.{_near(row)}")
+        raise DataError(f"{where}: no known column among {listed(row) or 'none'}. A row has one of {forms}.{_near(row)}")
     return found[0]
 
 
@@ -167,7 +172,7 @@ def _near(row: dict[str, Any]) -> str:
 def _messages(row: dict[str, Any], columns: tuple[str, ...], where: str) -> tuple[Message, ...]:
     missing = [name for name in columns if name not in row]
     if missing:
-        raise data_error(f"{where}: column {missing[0]!r} is missing; the row has {listed(row) or 'none'}.{_near(row)}")
+        raise DataError(f"{where}: column {missing[0]!r} is missing; the row has {listed(row) or 'none'}.{_near(row)}")
     if columns != ("messages",):
         turns = [Message(role, row[name]) for role, name in zip(("user", "assistant"), columns, strict=True)]
     else:
@@ -175,28 +180,28 @@ def _messages(row: dict[str, Any], columns: tuple[str, ...], where: str) -> tupl
     for index, (role, content) in enumerate(turns):
         name = columns[index] if len(columns) == 2 else f"messages[{index}] ({role})"
         if not isinstance(content, str):
-            raise data_error(f"{where}: {name} must be text, not {type(content).__name__}.")
+            raise DataError(f"{where}: {name} must be text, not {type(content).__name__}.")
         if not content.strip():
-            raise data_error(f"{where}: {name} is empty. Remove the row or fill it in.")
+            raise DataError(f"{where}: {name} is empty.", hint="Remove the row or fill it in.")
         if found := NO_TEXT.search(content):
             what = "half of a surrogate pair" if found[0] < OPEN else "a noncharacter, which is used as a mark in here"
-            raise data_error(f"{where}: {name} holds U+{ord(found[0]):04X}, {what}. Remove it.")
+            raise DataError(f"{where}: {name} holds U+{ord(found[0]):04X}, {what}.", hint="Remove it.")
     return tuple(turns)
 
 
 def _conversation(messages: object, where: str) -> list[Message]:
     keys = {"role", "content"}
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and keys <= m.keys() for m in messages):
-        raise data_error(f'{where}: messages must be a list of {{"role": ..., "content": ...}}.')
+        raise DataError(f'{where}: messages must be a list of {{"role": ..., "content": ...}}.')
     turns = [Message(message["role"], message["content"]) for message in messages]
     roles = [turn.role for turn in turns]
     unknown = [role for role in roles if role not in ROLES]  # no set: a role may be anything here
     if unknown:
-        raise data_error(f"{where}: unknown role {reprlib.repr(unknown[0])}. Roles are {', '.join(ROLES)}.")
+        raise DataError(f"{where}: unknown role {reprlib.repr(unknown[0])}. Roles are {', '.join(ROLES)}.")
     spoken = roles[1:] if roles[0] == "system" else roles
     if len(spoken) % 2 or not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise data_error(
-            f"{where}: after an optional system message, user and assistant must take turns and assistant end; "
-            f"roles are {listed(roles)}."
+        raise DataError(
+            f"{where}: after an optional system message, user and assistant must take turns and assistant end; roles are "
+            f"{listed(roles)}.",
         )
     return turns

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from qlora.errors import ExitCode, UserError
+from qlora.errors import DataError
 
 LINE_LIMIT = 10_000_000  # bytes; a file without a newline must not be read whole to be refused
 LISTED = 10  # names or lines that a message lists at most
@@ -19,11 +19,6 @@ FOREIGN = {
     b"\xfe\xff": "is UTF-16. Save it as UTF-8",
     b"PAR1": "is Parquet. Let its name end in .parquet",
 }
-
-
-def data_error(text: str) -> UserError:
-    """The error for data that cannot be used, with exit code 3."""
-    return UserError(ExitCode.DATA, text)
 
 
 def listed(items: Iterable[object]) -> str:
@@ -37,24 +32,28 @@ def file_rows(path: Path, is_text: bool = False) -> Iterator[tuple[int, object]]
     """Line number and value of each row of a JSONL or Parquet file, or the lines of a text.
 
     Raises:
-        UserError: exit 3, naming file and line.
+        DataError: naming file and line.
     """
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise data_error(f"{path} is a folder. Give one JSONL or Parquet file.")
+            raise DataError(f"{path} is a folder.", hint="Give one JSONL or Parquet file.")
         if not stat.S_ISREG(mode):
-            raise data_error(f"{path} is a pipe or a device, and data is read more than once. Save it to a file first.")
+            raise DataError(
+                f"{path} is a pipe or a device, and data is read more than once.",
+                hint="Save it to a file first.",
+            )
         if path.suffix == ".parquet":
             yield from _parquet_rows(path)
         else:
             yield from ((line, text if is_text else _parse(text, f"{path}:{line}")) for line, text in _lines(path))
     except FileNotFoundError:
-        raise data_error(
-            f"{path} does not exist. Give the path of a JSONL or Parquet file, or a hub data set without a dot in front."
+        raise DataError(
+            f"{path} does not exist.",
+            hint="Give the path of a JSONL or Parquet file, or a hub data set without a dot in front.",
         ) from None
     except OSError as error:
-        raise data_error(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
@@ -65,11 +64,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             twice = [name for name, count in Counter(file.schema_arrow.names).items() if count > 1]
             if twice:
-                raise data_error(f"{path}: there are two columns {reprlib.repr(twice[0])}. Keep one of them.")
+                raise DataError(f"{path}: there are two columns {reprlib.repr(twice[0])}.", hint="Keep one of them.")
             batches = file.iter_batches(batch_size=1000)
             yield from enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), start=1)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise data_error(f"{path} is not a Parquet file, or a broken one: {error}.") from None
+        raise DataError(f"{path} is not a Parquet file, or a broken one: {error}.") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -88,15 +87,15 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _decode(raw: bytes, where: str, is_first: bool) -> str:
     for start, what in FOREIGN.items():
         if is_first and raw.startswith(start):
-            raise data_error(f"{where}: the file {what}.")
+            raise DataError(f"{where}: the file {what}.")
     if len(raw) > LINE_LIMIT:
-        raise data_error(
-            f"{where}: the line is longer than {LINE_LIMIT:,} bytes. JSONL has one object a line; shorten this one."
+        raise DataError(
+            f"{where}: the line is longer than {LINE_LIMIT:,} bytes. JSONL has one object a line; shorten this one.",
         )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise data_error(f"{where}: byte {error.start + 1} of the line is not UTF-8. Save the file as UTF-8.") from None
+        raise DataError(f"{where}: byte {error.start + 1} of the line is not UTF-8.", hint="Save the file as UTF-8.") from None
     return (text.removeprefix("\ufeff") if is_first else text).rstrip()
 
 
@@ -109,30 +108,30 @@ def _parse(text: str, where: str) -> object:
         seen = text[max(0, error.pos - 20) : error.pos + 20]
         spread = text == "{" or text.startswith("[")
         hint = " The file looks like one JSON value spread over lines; JSONL has one object a line." if spread else ""
-        raise data_error(f"{where}:{error.colno}: not JSON: {error.msg}, near {seen!r}.{hint}") from None
+        raise DataError(f"{where}:{error.colno}: not JSON: {error.msg}, near {seen!r}.{hint}") from None
     except RecursionError:
-        raise data_error(f"{where}: the JSON is nested too deeply to be read. Remove the row.") from None
+        raise DataError(f"{where}: the JSON is nested too deeply to be read.", hint="Remove the row.") from None
     except ValueError:  # the one that is left is int()'s, against thousands of digits
-        raise data_error(f"{where}: an integer has too many digits to be read. Write it as text.") from None
+        raise DataError(f"{where}: an integer has too many digits to be read.", hint="Write it as text.") from None
 
 
 def _unique_keys(where: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
     row = dict(pairs)
     if len(row) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise data_error(f"{where}: key {reprlib.repr(twice)} stands twice in one object. Keep one of the two.")
+        raise DataError(f"{where}: key {reprlib.repr(twice)} stands twice in one object.", hint="Keep one of the two.")
     return row
 
 
 def _refuse_constant(where: str, name: str) -> None:
-    raise data_error(f"{where}: {name} is no JSON. Write a number, null or text.")
+    raise DataError(f"{where}: {name} is no JSON.", hint="Write a number, null or text.")
 
 
 def hub_rows(source: str, default_split: str) -> Iterator[tuple[int, object]]:
     """Number and value of each row of a hub dataset, NAME or NAME:SPLIT.
 
     Raises:
-        UserError: exit 3 if it cannot be loaded.
+        DataError: if it cannot be loaded.
     """
     import datasets
 
@@ -142,6 +141,6 @@ def hub_rows(source: str, default_split: str) -> Iterator[tuple[int, object]]:
         yield from enumerate(datasets.load_dataset(name, split=split), start=1)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise data_error(
-            f"{source} is no file here, and as hub data set {name!r}, split {split!r}, it cannot be loaded: {reason}"
+        raise DataError(
+            f"{source} is no file here, and as hub data set {name!r}, split {split!r}, it cannot be loaded: {reason}",
         ) from None

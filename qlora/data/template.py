@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jinja2
 
 from qlora.config import PromptFormat
-from qlora.errors import ExitCode, UserError
+from qlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,29 +80,29 @@ def load_template(tokenizer: "PreTrainedTokenizerBase", name: PromptFormat, date
         date: of the run (ISO 8601), for templates that print the date, such as Llama 3's; None takes the current time.
 
     Raises:
-        UserError: exit 2 if the tokenizer has no eos, no template, or a template that ends a turn without a special token.
+        ConfigError: if the tokenizer has no eos, no template, or a template that ends a turn without a special token.
     """
     texts = sorted((token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, texts)) or r"(?!)")  # the longest first; or what matches nothing
     date = date or datetime.datetime.now().isoformat(timespec="seconds")
     if name == "plain":
         if tokenizer.eos_token_id is None:
-            why = "The tokenizer has no eos token, so nothing would teach the model to stop. Use --prompt-format chat."
-            raise UserError(ExitCode.CONFIGURATION, why)
+            raise ConfigError(
+                "The tokenizer has no eos token, so nothing would teach the model to stop.", hint="Use --prompt-format chat."
+            )
         first = tokenizer("a").input_ids[0]
         begin_ids = (first,) if first == tokenizer.bos_token_id else ()
         return PromptTemplate(tokenizer, name, begin_ids, tokenizer.eos_token_id, special, date)
     if tokenizer.chat_template is None:
-        why = "--prompt-format chat: the tokenizer has no chat template. Use --prompt-format plain."
-        raise UserError(ExitCode.CONFIGURATION, why)
+        raise ConfigError("--prompt-format chat: the tokenizer has no chat template.", hint="Use --prompt-format plain.")
     try:
         turn = _render(tokenizer, date, [Message("user", "question"), Message("assistant", "answer")])
     except ValueError as error:
-        raise UserError(ExitCode.CONFIGURATION, f"--prompt-format chat: {error}. Use --prompt-format plain.") from None
+        raise ConfigError(f"--prompt-format chat: {error}.", hint="Use --prompt-format plain.") from None
     tail = tokenizer(turn.rpartition("answer")[2].lstrip(), add_special_tokens=False).input_ids
     if not tail or tail[0] not in tokenizer.added_tokens_decoder:
         why = "the template ends an answer without a special token, so the model could not learn to stop"
-        raise UserError(ExitCode.CONFIGURATION, f"--prompt-format chat: {why}. Use --prompt-format plain.")
+        raise ConfigError(f"--prompt-format chat: {why}.", hint="Use --prompt-format plain.")
     return PromptTemplate(tokenizer, name, (), tail[0], special, date)
 
 

@@ -16,7 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 from qlora.config import AttnImplementation, TrainConfig
 from qlora.data.batch import Batch, collate_packed
 from qlora.data.template import TokenizedExample
-from qlora.errors import ExitCode, UserError
+from qlora.errors import ConfigError, EnvironmentProblem
 from qlora.model.families import FAMILIES, is_uniform
 
 # -- the choice ------------------------------------------------------------------------------------------------------
@@ -47,14 +47,16 @@ def choose_attention(config: TrainConfig, device: torch.device, meta_model: Any 
             None, before it is known, to check the rest.
 
     Raises:
-        UserError: exit 7 if a backend was asked for by name and cannot run here.
+        EnvironmentProblem: if a backend was asked for by name and cannot run here.
     """
     against = unavailable_reasons(device, meta_model)
     requested = config.attn_implementation
     if requested != "auto":
         if against[requested]:
-            text = f"--attn-implementation {requested} cannot run here: {against[requested]}. Use auto to take what can."
-            raise UserError(ExitCode.ENVIRONMENT, text)
+            raise EnvironmentProblem(
+                f"--attn-implementation {requested} cannot run here: {against[requested]}.",
+                hint="Use auto to take what can.",
+            )
         return Attention(requested, "as asked")
     window = None if meta_model is None else training_window(meta_model.config.get_text_config(), config.max_length)
     order: list[AttnImplementation] = ["sdpa", "flash_attention_2", "eager"]
@@ -149,7 +151,7 @@ def for_training(model: Any, config: TrainConfig) -> Iterator[None]:
     other families keep transformers' functions, masks and wait.
 
     Raises:
-        UserError: exit 2 if rows are to be packed and the model lets a sample see its neighbor.
+        ConfigError: if rows are to be packed and the model lets a sample see its neighbor.
     """
     settings, base = model.config, model.get_base_model()
     before = settings._attn_implementation, getattr(settings, "sliding_window", None)
@@ -189,8 +191,10 @@ def _check_packing(model: Any) -> None:
             model.train(training)
         behind.append(torch.cat([hidden[0, 4:], hidden[1, 4:7]]))  # [8, D]
     if not (behind[0] - behind[1]).norm() <= 1e-4 * behind[0].norm():
-        text = f"{type(model.get_base_model()).__name__} lets a sample see its neighbor in a packed row. Leave out --packing."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(
+            f"{type(model.get_base_model()).__name__} lets a sample see its neighbor in a packed row.",
+            hint="Leave out --packing.",
+        )
 
 
 def decoder_inputs(batch: Batch, config: Any) -> dict[str, Any]:

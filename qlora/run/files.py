@@ -11,7 +11,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import ExitCode, UserError
+from qlora.errors import CheckpointError, ConfigError, UserError
 from qlora.run.schema import with_current_keys
 
 MANIFEST = "MANIFEST.json"
@@ -26,7 +26,7 @@ def write_file(path: Path, data: bytes) -> None:
     """Replace a file: its old content stays until the new one is safe on disk.
 
     Raises:
-        UserError: exit 4 if it cannot be written.
+        CheckpointError: if it cannot be written.
     """
     aside = path.with_name(f".{path.name}.tmp")
     try:
@@ -51,7 +51,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes | Path]) -> None:
         files: content by name, or a file on the same disk, too large for memory, that is moved; names may have folders in them.
 
     Raises:
-        UserError: exit 4 if it cannot be written, or does not read back as it was written.
+        CheckpointError: if it cannot be written, or does not read back as it was written.
     """
     aside, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old.tmp")
     manifest: dict[str, dict[str, Any]] = {}
@@ -76,8 +76,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes | Path]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         raise cannot_write(folder, sum(entry["size"] for entry in manifest.values()), error) from None
     if problem := verify(folder):
-        text = f"{folder} was written and reads back otherwise: {problem}. Is the disk sound? Earlier checkpoints were kept."
-        raise UserError(ExitCode.CHECKPOINT, text)
+        raise CheckpointError(
+            f"{folder} was written and reads back otherwise: {problem}. Is the disk sound? Earlier checkpoints were kept.",
+        )
 
 
 def size_and_sha256(data: bytes | Path) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def cannot_write(path: Path, needed: int, error: OSError) -> UserError:
     parent = next(folder for folder in (path.parent, *path.parents) if folder.exists())
     space = f"It needs {needed:,} bytes, {shutil.disk_usage(parent).free:,} are free"
     advice = "Make room, or choose another --output-dir; earlier checkpoints were kept"
-    return UserError(ExitCode.CHECKPOINT, f"{path} cannot be written: {error.strerror}. {space}. {advice}.")
+    return CheckpointError(f"{path} cannot be written: {error.strerror}. {space}. {advice}.")
 
 
 def require_writable(path: Path, *read: str | Path | None) -> None:
@@ -138,27 +139,31 @@ def require_writable(path: Path, *read: str | Path | None) -> None:
         UserError: exit 4, or 2 if it is one of the files that are read.
     """
     if path.exists() and any(other is not None and Path(other).exists() and path.samefile(other) for other in read):
-        text = f"{path} is read by this command, and would be replaced by what it writes. Name another file."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(
+            f"{path} is read by this command, and would be replaced by what it writes.",
+            hint="Name another file.",
+        )
     if path.is_dir():
-        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be written: it is a folder. Name a file.")
+        raise CheckpointError(f"{path} cannot be written: it is a folder.", hint="Name a file.")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UserError(ExitCode.CHECKPOINT, f"{path} cannot be written: {error.strerror}. Name another file.") from None
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}.", hint="Name another file.") from None
 
 
 def require_space(folder: Path, needed: int, what: str = "checkpoints and adapter") -> None:
     """Refuse to begin what the disk has no room for.
 
     Raises:
-        UserError: exit 4, with the bytes needed and free.
+        CheckpointError: with the bytes needed and free.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        text = f"{folder} has {free:,} bytes free, and {needed:,} are needed for {what}. "
-        raise UserError(ExitCode.CHECKPOINT, text + "Make room, or choose another --output-dir. Earlier checkpoints were kept.")
+        raise CheckpointError(
+            f"{folder} has {free:,} bytes free, and {needed:,} are needed for {what}.",
+            hint="Make room, or choose another --output-dir. Earlier checkpoints were kept.",
+        )
 
 
 # -- finding and verifying ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora.config import Overridable, TrainConfig
-from qlora.errors import ExitCode, UserError, redact
+from qlora.errors import CheckpointError, ConfigError, redact
 from qlora.eval.loss import EvalResult
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, whole_rows, write_file, write_folder
@@ -54,7 +54,7 @@ class RunFolder:
             resume: auto, never, or the path of a checkpoint or run folder.
 
         Raises:
-            UserError: exit 4 if it cannot be written, holds something else, is in use, or has no sound checkpoint left.
+            CheckpointError: if it cannot be written, holds something else, is in use, or has no sound checkpoint left.
         """
         self.folder, self.checkpoints = folder, folder / "checkpoints"
         self.notes: list[str] = []
@@ -87,28 +87,33 @@ class RunFolder:
         own = checkpoint.by_step(self.checkpoints)
         if resume == "never":
             if own or self._finished:
-                text = f"{self.folder} holds a run, and --resume never starts another. Choose another --output-dir."
-                raise UserError(ExitCode.CHECKPOINT, text)
+                raise CheckpointError(
+                    f"{self.folder} holds a run, and --resume never starts another.",
+                    hint="Choose another --output-dir.",
+                )
             return None
         if resume == "auto":
             return self._newest(self.checkpoints, of=self.folder)
         path = Path(resume)
         if not path.is_dir():
-            raise UserError(ExitCode.CHECKPOINT, f"--resume {resume}: there is no such folder.")
+            raise CheckpointError(f"--resume {resume}: there is no such folder.")
         chosen = self._newest(path / "checkpoints", of=path) if (path / "checkpoints").is_dir() else path
         match = checkpoint.NAME.fullmatch(chosen.name) if chosen else None
         if chosen is None or match is None:
-            text = f"--resume {resume} is neither a checkpoint (step-...) nor a run folder that has one."
-            raise UserError(ExitCode.CHECKPOINT, text)
+            raise CheckpointError(f"--resume {resume} is neither a checkpoint (step-...) nor a run folder that has one.")
         if problem := checkpoint.problem_of(chosen):
-            text = f"--resume {resume} is damaged: {problem}. --resume auto looks for an older one that is sound."
-            raise UserError(ExitCode.CHECKPOINT, text)
+            raise CheckpointError(
+                f"--resume {resume} is damaged: {problem}.",
+                hint="--resume auto looks for an older one that is sound.",
+            )
         if own and self._known and self._known["origin"] == str(chosen.resolve()):  # the branch is there already
             return self._newest(self.checkpoints, of=self.folder)
         sound = [step for step, folder in own.items() if folder not in self._damaged]
         if any(step > int(match[1]) for step in sound) or (own and not self._is_own(chosen)):
-            text = f"{self.folder} has checkpoints up to step {max(own)} already, which would be lost. "
-            raise UserError(ExitCode.CHECKPOINT, text + "To branch off, pass another --output-dir; to resume, --resume auto.")
+            raise CheckpointError(
+                f"{self.folder} has checkpoints up to step {max(own)} already, which would be lost.",
+                hint="To branch off, pass another --output-dir; to resume, --resume auto.",
+            )
         return chosen
 
     def _is_own(self, folder: Path) -> bool:
@@ -118,8 +123,10 @@ class RunFolder:
         found, skipped = checkpoint.newest(checkpoints)
         self.notes += [f"Checkpoint {folder.name} is damaged: {problem}." for folder, problem in skipped.items()]
         if found is None and skipped:
-            text = f"{of}: none of its {len(skipped)} checkpoints is sound. {' '.join(self.notes)} "
-            raise UserError(ExitCode.CHECKPOINT, text + "Start again in another --output-dir.")
+            raise CheckpointError(
+                f"{of}: none of its {len(skipped)} checkpoints is sound. {' '.join(self.notes)} Start again in another "
+                "--output-dir.",
+            )
         if checkpoints.resolve() == self.checkpoints.resolve():
             self._damaged = list(skipped)
         return found
@@ -162,7 +169,7 @@ class RunFolder:
             Whether there is anything left to do.
 
         Raises:
-            UserError: exit 2 with a table of what differs and was not named in `--override`.
+            ConfigError: with a table of what differs and was not named in `--override`.
         """
         self.info = info
         there, before = self._begun()
@@ -172,11 +179,15 @@ class RunFolder:
         if self._finished and not overrides:
             return False
         if before is None or there is None:
-            text = f"{self.folder} holds a finished run whose checkpoints are gone, so that it cannot be extended."
-            raise UserError(ExitCode.CHECKPOINT, f"{text} --init-adapter {self.folder / 'adapter'} starts from its adapter.")
+            raise CheckpointError(
+                f"{self.folder} holds a finished run whose checkpoints are gone, so that it cannot be extended.",
+                hint=f"--init-adapter {self.folder / 'adapter'} starts from its adapter.",
+            )
         if self.step > info.total_steps:
-            text = f"{self.folder} is at step {self.step}, beyond the {info.total_steps} asked for."
-            raise UserError(ExitCode.CONFIGURATION, f"{text} Ask for more, or choose another --output-dir.")
+            raise ConfigError(
+                f"{self.folder} is at step {self.step}, beyond the {info.total_steps} asked for.",
+                hint="Ask for more, or choose another --output-dir.",
+            )
         event = {"step": self.step, "overrides": overrides, "environment": there["environment"]}
         self.info = dataclasses.replace(info, history=[*before["history"], event], origin=before["origin"])
         changed = "".join(f"; {name}: {old} -> {new}" for name, (old, new) in overrides.items())
@@ -229,7 +240,7 @@ class RunFolder:
         """Refuse to begin if the disk has no room for the checkpoints kept, one more being written, and the adapter.
 
         Raises:
-            UserError: exit 4, with the bytes needed and free.
+            CheckpointError: with the bytes needed and free.
         """
         missing = max(keep + 1 - len(checkpoint.by_step(self.checkpoints)), 1)
         require_space(self.folder, trained_parameters * (SAVED_BYTES * missing + 4))
@@ -250,8 +261,10 @@ class RunFolder:
         if self.checkpoint is None:
             return checkpoint.TrainState()
         if checkpoint.read_state(self.checkpoint)["weights"] != weights:
-            text = f"The base model is not the one of {self.checkpoint}: its weights or its config.json differ."
-            raise UserError(ExitCode.CONFIGURATION, f"{text} Use that model, or start a new run with --init-adapter.")
+            raise ConfigError(
+                f"The base model is not the one of {self.checkpoint}: its weights or its config.json differ.",
+                hint="Use that model, or start a new run with --init-adapter.",
+            )
         return checkpoint.restore(self.checkpoint, model, optimizer)
 
     def save(
@@ -332,19 +345,25 @@ def _locked(folder: Path) -> Any:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists() and any(folder.iterdir()):
-            text = f"{folder} is not empty, and holds no run of this program. Choose another --output-dir."
-            raise UserError(ExitCode.CHECKPOINT, text)
+            raise CheckpointError(
+                f"{folder} is not empty, and holds no run of this program.",
+                hint="Choose another --output-dir.",
+            )
         lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
     except OSError as error:
-        text = f"Run folder {folder} cannot be written: {error.strerror}. Choose another --output-dir."
-        raise UserError(ExitCode.CHECKPOINT, text) from None
+        raise CheckpointError(
+            f"Run folder {folder} cannot be written: {error.strerror}.",
+            hint="Choose another --output-dir.",
+        ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         owner = lock.read().decode(errors="replace").strip()
         lock.close()
-        text = f"{folder} is in use by another process ({owner or 'it is just starting'}). "
-        raise UserError(ExitCode.CHECKPOINT, text + "Wait for it, or choose another --output-dir.") from None
+        raise CheckpointError(
+            f"{folder} is in use by another process ({owner or 'it is just starting'}).",
+            hint="Wait for it, or choose another --output-dir.",
+        ) from None
     return lock
 
 
@@ -372,8 +391,10 @@ def _read(path: Path) -> dict[str, Any] | None:
             check_types(ResumeInfo, values)
         return values
     except UNREADABLE as error:
-        text = f"{path} cannot be read ({reason(error)}). Remove it to resume: the checkpoints hold the same information."
-        raise UserError(ExitCode.CHECKPOINT, text) from None
+        raise CheckpointError(
+            f"{path} cannot be read ({reason(error)}).",
+            hint="Remove it to resume: the checkpoints hold the same information.",
+        ) from None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], config: TrainConfig, at: Any) -> dict[str, list[Any]]:
@@ -396,7 +417,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], config: TrainConfi
     if refused:
         text = f"{config.output_dir} holds another run, at step {at['step']}. It differs in\n{_table(refused)}"
         advice = "Pass the old values to resume it, or choose another --output-dir (--init-adapter starts from its adapter)."
-        raise UserError(ExitCode.CONFIGURATION, f"{text}\n{advice}")
+        raise ConfigError(f"{text}\n{advice}")
     return changed
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from qlora.errors import ExitCode, UserError
+from qlora.errors import NonFiniteError
 from qlora.run.log import StepLog
 
 
@@ -17,7 +17,7 @@ def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm
         grad_norm: over all of them, a scalar.
 
     Raises:
-        UserError: exit 5.
+        NonFiniteError.
     """
     without = [name for name, parameter in named if parameter.grad is None]
     norm = grad_norm.item()  # sync, once a run
@@ -29,8 +29,7 @@ def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm
         seen = f"not finite: its norm is {norm}"
     else:
         return
-    text = f"The first gradient is {seen}. Nothing was saved. Check --target-modules and the data."
-    raise UserError(ExitCode.NUMERICS, text)
+    raise NonFiniteError(f"The first gradient is {seen}. Nothing was saved.", hint="Check --target-modules and the data.")
 
 
 def check_finite(steps: StepLog, skipped: int, permitted: int, advice: Callable[[], str]) -> int:
@@ -46,7 +45,7 @@ def check_finite(steps: StepLog, skipped: int, permitted: int, advice: Callable[
         Steps skipped so far, these included.
 
     Raises:
-        UserError: exit 5, with step, rate, losses before it and the lines of the data.
+        NonFiniteError: with step, rate, losses before it and the lines of the data.
     """
     for index, row in enumerate(steps.rows):
         if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
@@ -60,7 +59,8 @@ def check_finite(steps: StepLog, skipped: int, permitted: int, advice: Callable[
         if skipped > permitted:
             losses = ", ".join(f"{earlier['loss']:.4g}" for earlier in [*steps.before, *steps.rows[:index]][-5:])
             way_out = "Lower --learning-rate, look at those lines, or allow some such steps with --skip-nonfinite."
-            text = f"{seen} The weights were kept from it. Losses before it: {losses or 'none'}. {way_out} {advice()}"
-            raise UserError(ExitCode.NUMERICS, text)
+            raise NonFiniteError(
+                f"{seen} The weights were kept from it. Losses before it: {losses or 'none'}. {way_out} {advice()}",
+            )
         steps.tracker.say(f"{seen} It was skipped, {skipped} of {permitted} that may be.")
     return skipped

@@ -184,7 +184,7 @@ class Tracker:
         """See to it that all that was recorded is on disk: a checkpoint is written after the rows of its steps.
 
         Raises:
-            UserError: exit 4 if the disk is full.
+            CheckpointError: if the disk is full.
         """
         try:
             self.metrics_file.flush()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from qlora.errors import ExitCode, UserError, is_out_of_memory
+from qlora.errors import EnvironmentProblem, is_out_of_memory
 from qlora.model.families import is_uniform
 from qlora.model.random_state import random_state, set_random_state
 from qlora.speed.lora_linear import require_plain_gradients
@@ -176,8 +176,10 @@ class Graphs:
         except RuntimeError as error:
             if is_out_of_memory(error) or "captur" not in str(error):
                 raise
-            text = "The decoder could not be recorded as CUDA graphs. Pass --compile layers, which does without."
-            raise UserError(ExitCode.ENVIRONMENT, f"{text} ({' '.join(str(error).split())[:300]})") from error
+            raise EnvironmentProblem(
+                "The decoder could not be recorded as CUDA graphs.",
+                hint=f"Pass --compile layers, which does without. ({' '.join(str(error).split())[:300]})",
+            ) from error
         self.gradients = [parameter.grad for parameter in self.parameters]
         return recording
 

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.config import Compile, GradientCheckpointing, TrainConfig
-from qlora.errors import ExitCode, UserError
+from qlora.errors import ConfigError, EnvironmentProblem
 from qlora.model.families import FAMILIES
 from qlora.model.lora import Target
 from qlora.speed.graphs import graphs_unavailable_reason
@@ -104,7 +104,7 @@ def choose_layers(
     config = dataclasses.replace(config, gradient_checkpointing=policies[0])
     dropout = dropout_unavailable_reason(meta_model)
     if dropout and config.compile in ("layers", "graphs"):
-        raise UserError(ExitCode.ENVIRONMENT, f"--compile {config.compile} cannot be used: {dropout}. Leave it out.")
+        raise EnvironmentProblem(f"--compile {config.compile} cannot be used: {dropout}.", hint="Leave it out.")
     unavailable_reason = compile_unavailable_reason(meta_model.config.model_type, device) or dropout
     unrecorded = unavailable_reason or (
         "checkpoints go to the host" if config.offload_checkpoints else graphs_unavailable_reason(meta_model)
@@ -116,12 +116,10 @@ def choose_layers(
         why = unrecorded or ""
     config = dataclasses.replace(config, compile=candidates[0])
     if config.compile == "graphs" and unrecorded:
-        text = f"--compile graphs cannot be used: {unrecorded}. Leave it out, or give another one."
-        raise UserError(ExitCode.ENVIRONMENT, text)
+        raise EnvironmentProblem(f"--compile graphs cannot be used: {unrecorded}.", hint="Leave it out, or give another one.")
     if config.offload_checkpoints and config.compile != "layers":
         why = unavailable_reason or "asked or resumed"
-        text = f"--offload-checkpoints needs --compile layers, and it is {config.compile}, as {why}."
-        raise UserError(ExitCode.ENVIRONMENT, text)
+        raise EnvironmentProblem(f"--offload-checkpoints needs --compile layers, and it is {config.compile}, as {why}.")
     if device.type != "cuda":
         how = COMPILE_LABELS[config.compile] + (f" ({why})" if why else "")
         return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing}"
@@ -151,8 +149,7 @@ def _policies(config: TrainConfig, meta_model: Any) -> tuple[GradientCheckpointi
         return ("none", "selective", "full") if asked == "auto" else (asked,)
     if config.gradient_checkpointing in ("selective", "full"):
         text = f"--gradient-checkpointing {config.gradient_checkpointing} cannot be used: transformers marks no layer of"
-        text = f"{text} {meta_model.config.model_type} as one that can be computed again. Leave it out."
-        raise UserError(ExitCode.CONFIGURATION, text)
+        raise ConfigError(f"{text} {meta_model.config.model_type} as one that can be computed again.", hint="Leave it out.")
     return ("none",)
 
 
@@ -269,8 +266,12 @@ class TrainingLayer(torch.nn.Module):
                 return self._compiled(self._layer, hidden, *args, **kwargs)
         except COMPILE_ERRORS as error:
             kind = type(self._layer).__name__
-            text = f"{kind} could not be compiled. Pass --compile none, which runs it as it is written, but slower."
-            raise UserError(ExitCode.ENVIRONMENT, f"{text} ({' '.join(str(error).split())[:300]})") from error
+            raise EnvironmentProblem(
+                f"{kind} could not be compiled.",
+                hint=(
+                    f"Pass --compile none, which runs it as it is written, but slower. ({' '.join(str(error).split())[:300]})"
+                ),
+            ) from error
 
 
 def training_layers(decoder: Any, config: TrainConfig, backend: str) -> list[tuple[torch.nn.Module, str, TrainingLayer]]:

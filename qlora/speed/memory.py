@@ -165,7 +165,7 @@ def oom_as_user_error(
     """Turn running out of memory in a block into the error that says what was needed and what to try.
 
     Raises:
-        UserError: exit 6.
+        OutOfMemory.
     """
     where = "GPU" if device.type == "cuda" else "machine"
     advice = ", or ".join(setting.flags for setting in settings_to_try(config, longest)[:3])
