@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from qlora import terminal
 from qlora.config import TrainConfig
 from qlora.data.batch import Batch, batched, count_steps, epoch_rows, micro_batches, training_batches
 from qlora.data.dataset import first_examples
@@ -265,7 +266,7 @@ def main(options: TrainConfig, stop: Signals) -> None:
     # From here on a signal ends the process in an orderly way; during imports it would end it on the spot.
     stop.armed = True
     console = Console()
-    say = functools.partial(log.say, console)
+    say = functools.partial(terminal.say, console)
     device = set_up_torch(options)
     asked = resolve(options, device, say)
     with RunFolder.open(asked) as run:

@@ -20,8 +20,9 @@ from qlora.commands.options import (
     ReportOptions,
 )
 from qlora.config import parse
-from qlora.errors import CheckpointError, ConfigError, EnvironmentProblem, UserError, redact
+from qlora.errors import CheckpointError, ConfigError, EnvironmentProblem, UserError
 from qlora.run.signals import Signals
+from qlora.terminal import echo, redact
 
 
 def train(argv: list[str] | None = None) -> int:
@@ -52,7 +53,7 @@ def train(argv: list[str] | None = None) -> int:
             return _told(CheckpointError(text, hint=stop.advice()), debug)
         return 0
     assert stop.received is not None  # only then does the context swallow an exception
-    print(f"Stopped by {stop.received.name}. {redact(stop.advice())}", file=sys.stderr)
+    echo(f"Stopped by {stop.received.name}. {stop.advice()}", file=sys.stderr)
     return 128 + stop.received
 
 
@@ -60,13 +61,13 @@ def _told(error: UserError, debug: bool) -> int:
     if debug:
         _print_traceback(type(error), error, error.__traceback__)
     else:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        echo(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Python's own traceback, with secrets masked: exception texts may quote what was sent."""
-    print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
+    echo("".join(traceback.format_exception(kind, error, trace)), file=sys.stderr, end="")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         except UserError as error:
             return _told(error, debug=False)
     assert stop.received is not None  # only then does the context swallow an exception
-    print(f"Stopped by {stop.received.name}.", file=sys.stderr)
+    echo(f"Stopped by {stop.received.name}.", file=sys.stderr)
     return 128 + stop.received
 
 

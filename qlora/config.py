@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from qlora.errors import ConfigError, UserError, redact
+from qlora.errors import ConfigError, UserError
+from qlora.terminal import echo, redact
 
 AttnImplementation = Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"]
 PromptFormat = Literal["plain", "chat"]
@@ -292,7 +293,7 @@ def parse(argv: list[str]) -> TrainConfig:
         try:
             default = screens(from_file, _Screens())
         except SystemExit:
-            print(f"The values above were read from {parsed.config}.", file=sys.stderr)
+            echo(f"The values above were read from {parsed.config}.", file=sys.stderr)
             raise
         parsed = screens(argv, default)
     flat: dict[str, Any] = {}

@@ -2,11 +2,7 @@
 
 import contextlib
 import enum
-import os
-import re
 from collections.abc import Callable, Iterator
-
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 
 
 class ExitCode(enum.IntEnum):
@@ -73,14 +69,6 @@ class EnvironmentProblem(UserError):
     """A package, model, GPU or network that is missing or broken."""
 
     exit_code = ExitCode.ENVIRONMENT
-
-
-def redact(text: str) -> str:
-    """The text with access tokens masked: what looks like one of the hub's, and the values of the variables that hold one."""
-    for secret in (os.environ.get(name, "") for name in SECRET_VARIABLES):
-        if len(secret) >= 8:
-            text = text.replace(secret, "***")
-    return re.sub(r"\b(hf_|api_org_)[A-Za-z0-9]{30,}", r"\1***", text)  # not a folder named hf_models
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,7 +11,8 @@ import yaml
 
 from qlora import config as config_module
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, PHI3_MINI, TrainConfig, parse
-from qlora.errors import ExitCode, UserError, redact
+from qlora.errors import ExitCode, UserError
+from qlora.terminal import redact
 
 ROOT = Path(__file__).parents[1]
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora.commands.options import DoctorOptions
 from qlora.errors import ExitCode
+from qlora.terminal import echo, printable
 
 if TYPE_CHECKING:
     import torch
@@ -311,7 +312,7 @@ def run(options: DoctorOptions) -> int:
         print(json.dumps({"can_start": why is None, "reason": why, "checks": [row._asdict() for row in rows]}, indent=1))
     else:
         show(rows)
-        print(f"No run can start: {why}." if why else "A run can start.")
+        echo(f"No run can start: {why}." if why else "A run can start.")
     return ExitCode.ENVIRONMENT if why else 0
 
 
@@ -322,10 +323,10 @@ def show(rows: list[Row]) -> None:
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        print("\n".join(f"{'yes' if row.ok else 'no':3}  {row.check}: {row.detail}" for row in rows))
+        echo("\n".join(f"{'yes' if row.ok else 'no':3}  {row.check}: {row.detail}" for row in rows))
         return
     table = Table("check", "", "detail")
     for row in rows:
         style = "green" if row.ok else "bold red" if row.needed else "yellow"
-        table.add_row(row.check, Text("yes" if row.ok else "no", style=style), Text(row.detail, overflow="fold"))
+        table.add_row(row.check, Text("yes" if row.ok else "no", style=style), Text(printable(row.detail), overflow="fold"))
     Console().print(table)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora import terminal
 from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, positions_of, prompt_ids
 from qlora.commands.options import EvalDataOptions, EvaluateOptions, refuse_below, refuse_seed, require_packages
 from qlora.data.batch import Batch, micro_batches
@@ -28,7 +29,7 @@ from qlora.model import attention
 from qlora.model.load import Precision, prepare_inference
 from qlora.model.loss import CHUNK_TOKENS, Head, read_head
 from qlora.report.record import sha256_of
-from qlora.run import environment, log
+from qlora.run import environment
 from qlora.run.files import require_writable, write_file
 
 SIDES = ("base", "adapter")  # always in this order
@@ -54,7 +55,7 @@ def run(options: EvaluateOptions) -> int:
         UserError: exit 2, 3, 4 or 7 before the weights are loaded; 6 where memory does not suffice.
     """
     console = Console()
-    say = functools.partial(log.say, console)
+    say = functools.partial(terminal.say, console)
     refuse_below(1, options, "limit", "batch_size", "max_length", "max_new_tokens")
     refuse_seed(options.seed)
     if options.json is not None:

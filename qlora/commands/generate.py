@@ -12,10 +12,11 @@ import transformers
 from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, prompt_ids
 from qlora.commands.options import GenerateOptions, refuse_below, refuse_seed
 from qlora.data.formats import Message, Prompt, as_prompt, read_prompts
-from qlora.errors import ConfigError, UserError, redact
+from qlora.errors import ConfigError, UserError
 from qlora.eval.generate import Sampling, generate, generate_all
 from qlora.model.load import prepare_inference
 from qlora.run.files import require_writable, write_file
+from qlora.terminal import echo
 
 CHAT = "Ctrl-D ends the chat, /reset begins another."
 MIN_TEMPERATURE = 1e-3  # temperature above 0
@@ -122,8 +123,8 @@ def streamed(
     answers = {}
     for side, switched in _sides(model, options.compare).items():
         if options.compare:
-            print(f"[{side}]")
-        streamer = transformers.TextStreamer(adapter.template.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            echo(f"[{side}]")
+        streamer = _Streamer(adapter.template.tokenizer, skip_prompt=True, skip_special_tokens=True)
         torch.manual_seed(options.seed + turn)
         with switched():
             found = generate(model, [ids], adapter.template, options.max_new_tokens, sampling, streamer)
@@ -169,11 +170,19 @@ def _read_line() -> str | None:
 
 def _print_all(prompts: list[Prompt], answers: dict[str, list[str]]) -> None:
     for index, prompt in enumerate(prompts):
-        print(f"> {prompt.messages[-1].content}")
+        echo(f"> {prompt.messages[-1].content}")
         for side, texts in answers.items():
-            print(f"[{side}]\n{texts[index]}" if len(answers) > 1 else texts[index])
-        print()
+            echo(f"[{side}]\n{texts[index]}" if len(answers) > 1 else texts[index])
+        echo("")
+
+
+class _Streamer(transformers.TextStreamer):
+    """Prints an answer as it is generated."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is complete."""
+        echo(text, end="\n" if stream_end else "")
 
 
 def _say(line: str) -> None:
-    print(redact(line), file=sys.stderr, flush=True)
+    echo(line, file=sys.stderr)

@@ -27,7 +27,7 @@ from qlora.model.demo import model_source
 from qlora.model.load import load_meta_model, load_tokenizer
 from qlora.run import explain
 from qlora.run.files import require_writable, write_file
-from qlora.run.log import say
+from qlora.terminal import say
 
 BINS = 12  # of a histogram
 BAR = 40  # characters of its longest bar

@@ -23,6 +23,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from qlora import terminal
 from qlora.commands import export_onnx
 from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, put_on
 from qlora.commands.evaluate import read_eval_data
@@ -33,7 +34,7 @@ from qlora.errors import CheckpointError, ConfigError, NonFiniteError
 from qlora.eval.generate import stop_ids
 from qlora.model.loss import CHUNK_TOKENS, read_head
 from qlora.report.model_card import VLLM_RANKS
-from qlora.run import environment, log
+from qlora.run import environment
 from qlora.run.files import cannot_write, require_space, require_writable, write_folder
 
 Route = Literal["bf16", "dequantized"]
@@ -252,7 +253,7 @@ def run(options: MergeOptions) -> int:
         UserError: exit 2, 3, 4 or 7 before the weights are loaded; 5 or 6 afterwards.
     """
     console = Console()
-    say = functools.partial(log.say, console)
+    say = functools.partial(terminal.say, console)
     refuse_below(1, options, "limit", "max_length")
     if options.into is None and (options.onnx or options.output_dir is not None):
         flag = "--onnx" if options.onnx else "--output-dir"

@@ -7,6 +7,7 @@ from qlora.report.record import read
 if TYPE_CHECKING:
     from qlora.commands.options import ReportOptions
 from qlora.report.html import STATUS, write, write_card
+from qlora.terminal import echo
 
 
 def run(options: "ReportOptions") -> int:
@@ -20,6 +21,6 @@ def run(options: "ReportOptions") -> int:
         write_card(record)
     path = write(record)
     if STATUS[record.status]:
-        print(STATUS[record.status].partition(":")[0] + ".")
-    print(path)
+        echo(STATUS[record.status].partition(":")[0] + ".")
+    echo(str(path))
     return 0

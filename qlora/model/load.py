@@ -141,22 +141,27 @@ def load_base_model(
         )
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # A checkpoint brings its own dtypes, often fp16 or fp32. Evaluation would compute in them, training never does,
-            # and activations of 7e4 are infinite in fp16.
-            module.compute_dtype, module.compute_type_is_set = torch.bfloat16, True
-            packed: Any = module.weight
-            _check_layout(source, packed.quant_state)
-            packed.quant_state.stored_dtype, packed.quant_state.dtype = packed.quant_state.dtype, torch.bfloat16
-            # On a CPU with AVX512-BF16 an eval forward would repack the weight in place, and every later backward would
-            # read the repacked bytes as if they were not: gradients of relative error 1.0, under a loss that looks right.
-            module.support_avx512bf16_for_cpu = False
-            stored, wanted = tuple(packed.quant_state.shape), (module.out_features, module.in_features)
-            if stored != wanted:  # packed weights are all of one shape, so that loading cannot tell
-                raise EnvironmentProblem(
-                    f"Model {source} has a weight of shape {stored} where its config.json says {wanted}. The two do not "
-                    "belong together.",
-                )
+            _prepare_nf4(module, source)
     return model
+
+
+def _prepare_nf4(module: Any, source: str) -> None:
+    """Let a layer compute in bf16, keep its weights as they are packed, and check that they are of its shape."""
+    # A checkpoint brings its own dtypes, often fp16 or fp32. Evaluation would compute in them, training never does,
+    # and activations of 7e4 are infinite in fp16.
+    module.compute_dtype, module.compute_type_is_set = torch.bfloat16, True
+    packed: Any = module.weight
+    _check_layout(source, packed.quant_state)
+    packed.quant_state.stored_dtype, packed.quant_state.dtype = packed.quant_state.dtype, torch.bfloat16
+    # On a CPU with AVX512-BF16 an eval forward would repack the weight in place, and every later backward would
+    # read the repacked bytes as if they were not: gradients of relative error 1.0, under a loss that looks right.
+    module.support_avx512bf16_for_cpu = False
+    stored, wanted = tuple(packed.quant_state.shape), (module.out_features, module.in_features)
+    if stored != wanted:  # packed weights are all of one shape, so that loading cannot tell
+        raise EnvironmentProblem(
+            f"Model {source} has a weight of shape {stored} where its config.json says {wanted}. The two do not "
+            "belong together.",
+        )
 
 
 def quantization_of(precision: Precision) -> transformers.BitsAndBytesConfig | None:

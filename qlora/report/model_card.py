@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN
-from qlora.errors import redact
 from qlora.report.caveats import caveats
 from qlora.report.record import Record
 from qlora.report.rendering import render
+from qlora.terminal import redact
 
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$")  # a model in the hub's cache
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that --max-lora-rank takes; its own default is 16

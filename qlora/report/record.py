@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora.errors import CheckpointError, UserError, redact
+from qlora.errors import CheckpointError, UserError
 from qlora.run import checkpoint
 from qlora.run.files import size_and_sha256, whole_rows
 from qlora.run.folder import EARLIER, FINISHED, METRICS, RUN, SAMPLES, is_going
@@ -23,6 +23,7 @@ from qlora.run.schema import (
     check_types,
     with_current_keys,
 )
+from qlora.terminal import redact
 
 EVALUATION = "evaluation.json"
 

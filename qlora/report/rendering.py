@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import redact
+from qlora.terminal import redact
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -15,7 +15,8 @@ from qlora.config import TrainConfig
 from qlora.data.batch import Batch, batched, epoch_rows, training_batches
 from qlora.data.dataset import TokenizedDataset
 from qlora.data.template import IGNORED, TokenizedExample
-from qlora.run.log import Tracker, say
+from qlora.run.log import Tracker
+from qlora.terminal import printable, say
 
 KINDS = ("NF4 weights", "NF4 constants", "NF4 weights, dequantized", "embeddings", "norms", "other parameters", "head",
          "buffers", "adapters", "gradients", "moments", "constants of moments")  # fmt: skip
@@ -221,7 +222,7 @@ def token_text(rows: Sequence[Token]) -> Text:
             continue
         bar = ("\u27e7" if before else "") + ("\u27e6" if token.trained else "") if token.trained != before else "\u2502"
         text.append(bar, "cyan")
-        text.append(token.text.replace("\n", "\u21b5\n"), "bold green" if token.trained else "dim")
+        text.append(printable(token.text.replace("\n", "\u21b5\n")), "bold green" if token.trained else "dim")
         before = token.trained
     return text.append("\u27e7" if before else "", "cyan")
 

@@ -19,11 +19,12 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora.config import Overridable, TrainConfig
-from qlora.errors import CheckpointError, ConfigError, redact
+from qlora.errors import CheckpointError, ConfigError
 from qlora.eval.loss import EvalResult
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, whole_rows, write_file, write_folder
 from qlora.run.schema import UNREADABLE, ResumeInfo, RunInfo, check_types, reason, with_current_keys
+from qlora.terminal import redact
 
 LOCK, RUN, FINISHED, METRICS, SAMPLES = "run.lock", "run.json", "finished.json", "metrics.jsonl", "samples.jsonl"
 # Options that may differ without a word: they change no number of the training, or are compared by what they give.

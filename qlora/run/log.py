@@ -18,12 +18,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from qlora.config import TrainConfig
 from qlora.data.batch import Batch
-from qlora.errors import redact
 from qlora.eval.generate import Completion
 from qlora.eval.loss import EvalResult
 from qlora.model.lora import Target
 from qlora.run.files import cannot_write, whole_rows, write_file
 from qlora.speed.memory import peak_memory_gb
+from qlora.terminal import printable, say
 
 SAMPLE_LINES = 24  # of an answer, in the terminal; samples.jsonl has all
 TRAIN_CURVES = {name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_per_s", "peak_memory_gb")}
@@ -47,20 +47,15 @@ def targets_table(targets: list[Target], total_parameters: int) -> Table:
 
 def sample_table(sample: Completion) -> Table:
     """Base and tuned answer to one prompt, side by side."""
-    table = Table(title=Text(sample.prompt), title_justify="left", expand=True)
+    table = Table(title=Text(printable(sample.prompt)), title_justify="left", expand=True)
     cells = []
     for header, text in (("base", sample.base), ("tuned", sample.tuned)):
         table.add_column(header, ratio=1, overflow="fold")
-        lines = text.strip().splitlines()
+        lines = printable(text).strip().splitlines()
         rest = [f"... {len(lines) - SAMPLE_LINES} more lines"] if len(lines) > SAMPLE_LINES else []
         cells.append(Text("\n".join(lines[:SAMPLE_LINES] + rest)))  # Text: a model's [brackets] are no markup
     table.add_row(*cells)
     return table
-
-
-def say(console: Console, line: str) -> None:
-    """Print one line, secrets masked, and never wrapped, so that a path in it can be copied."""
-    console.print(redact(line), markup=False, highlight=False, soft_wrap=True)
 
 
 class Tracker:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from rich.console import Console
 
+from qlora import terminal
 from qlora.config import TrainConfig
 from qlora.data.batch import count_steps, epoch_rows, longest_rows, row_length
 from qlora.data.dataset import TokenizedDataset, check_files, encode_files
@@ -83,7 +84,7 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
         UserError: with the exit code of its kind.
     """
     assert config.model is not None  # as resolved
-    say = partial(log.say, console)
+    say = partial(terminal.say, console)
     columns = check_files(config)
     source = model_source(config.model)
     config = run.as_before(config)

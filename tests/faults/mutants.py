@@ -93,8 +93,8 @@ MUTANTS = [
         "nothing-read-back",
         RUN_FILES,
         f"{DAMAGE}::test_a_disk_that_gives_back_something_else",
-        "    if problem := verify(folder):\n        text = ",
-        "    if problem := None:\n        text = ",
+        "    if problem := verify(folder):\n        raise ",
+        "    if problem := None:\n        raise ",
     ),
     mutant(
         "files-not-flushed",
@@ -287,8 +287,8 @@ MUTANTS = [
         "stopped-is-a-success",
         CLI,
         f"{SIGNALS}::test_one_signal[loading]",
-        '{redact(stop.advice())}", file=sys.stderr)\n    return 128 + stop.received\n',
-        '{redact(stop.advice())}", file=sys.stderr)\n    return 0\n',
+        '{stop.advice()}", file=sys.stderr)\n    return 128 + stop.received\n',
+        '{stop.advice()}", file=sys.stderr)\n    return 0\n',
     ),
     # -- numbers that are none
     mutant(
@@ -875,7 +875,7 @@ MUTANTS = [
         "own-compute-dtype-kept",
         MODEL_LOAD,
         "model/test_load.py::test_a_checkpoint_that_is_quantized_already_computes_in_bf16",
-        "            module.compute_dtype, module.compute_type_is_set = torch.bfloat16, True\n",
+        "    module.compute_dtype, module.compute_type_is_set = torch.bfloat16, True\n",
         "",
     ),
     mutant(

@@ -21,7 +21,7 @@ from qlora.commands.adapter import open_adapter
 from qlora.config import BUNDLED_TRAIN, parse
 from qlora.data.formats import Message
 from qlora.data.template import encode_prompt, load_template
-from qlora.errors import ExitCode, UserError
+from qlora.errors import CheckpointError, EnvironmentProblem, ExitCode, NonFiniteError, UserError
 from qlora.eval import generate
 from qlora.eval.generate import Completion
 from qlora.eval.loss import EvalResult
@@ -208,7 +208,7 @@ def test_a_run_is_complete_though_its_data_is_gone_or_the_disk_is_full_by_then(t
         rows.unlink()
 
     def full(*_):
-        raise UserError(ExitCode.CHECKPOINT, "samples.jsonl cannot be written: No space left on device.")
+        raise CheckpointError("samples.jsonl cannot be written: No space left on device.")
 
     if what == "data":
         monkeypatch.setattr(RunFolder, "finish", finish)
@@ -362,7 +362,7 @@ def stop_in_step(patch, number: int) -> None:
     def step(*arguments):
         calls.append(1)
         if len(calls) == number:
-            raise UserError(ExitCode.NUMERICS, "as asked")
+            raise NonFiniteError("as asked")
         return original(*arguments)
 
     patch.setattr(train_loop, "train_step", step)
@@ -375,7 +375,7 @@ def test_what_is_refused_late_leaves_a_finished_run_as_it_was(straight, tmp_path
     usage = shutil.disk_usage(tmp_path)
 
     def fails(*_, **__):
-        raise UserError(ExitCode.ENVIRONMENT, "as asked")
+        raise EnvironmentProblem("as asked")
 
     assert run(folder, "--max-steps", "7", "--override", "max_steps") == ExitCode.CONFIGURATION
     assert "is at step 8, beyond the 7 asked for" in capsys.readouterr().err
