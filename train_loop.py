@@ -27,7 +27,7 @@ from rich.console import Console
 
 from qlora import terminal
 from qlora.config import TrainConfig
-from qlora.data.batch import Batch, batched, count_steps, epoch_rows, micro_batches, training_batches
+from qlora.data.batch import Batch, batched, count_steps, epoch_rows, iter_batches, training_batches
 from qlora.data.dataset import first_examples
 from qlora.eval.generate import try_samples
 from qlora.eval.loss import EvalResult, evaluate_loss, has_stalled
@@ -171,7 +171,7 @@ def train(
             return
         # Everything is saved, so a signal may end the process on the spot.
         with stop.immediate():
-            batches = micro_batches(prep.eval_set, range(len(prep.eval_set)), config.per_device_train_batch_size, pin)
+            batches = iter_batches(prep.eval_set, range(len(prep.eval_set)), config.per_device_train_batch_size, pin)
             evaluations[step] = evaluate_loss(model, batches, loss_sum)
         tracker.evaluation(step, epoch, evaluations[step])
 
@@ -193,18 +193,18 @@ def train(
             # Batches are collated as they are asked for; the data may be larger than memory.
             batches = training_batches(prep.train_set, rows_left, config, pin)
             steps = batched(batches, config.gradient_accumulation_steps)
-            for step_batches in itertools.islice(steps, total_steps - step):
+            for micro_batches in itertools.islice(steps, total_steps - step):
                 # -- step --
                 learning_rate = prep.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
-                loss, grad_norm = train_step(decoder, optimizer, step_batches, loss_sum, learning_rate, config.max_grad_norm)
+                loss, grad_norm = train_step(decoder, optimizer, micro_batches, loss_sum, learning_rate, config.max_grad_norm)
                 step += 1
-                seen += sum(len(micro_batch.input_ids) for micro_batch in step_batches)
+                seen += sum(len(micro_batch.input_ids) for micro_batch in micro_batches)
                 # A target that gets no gradient would train nothing, in silence.
                 if step == 1:
                     check_first_gradients(adapters, grad_norm)
                 # -- log --
                 # Reading a loss waits for the GPU, so rows are read every few steps. The first step is read at once.
-                step_log.add(step, epoch, learning_rate, loss, grad_norm, step_batches)
+                step_log.add(step, epoch, learning_rate, loss, grad_norm, micro_batches)
                 # Due after a signal, every save_steps, at the end of an epoch, and at the end.
                 save = stop.received is not None or step % save_steps == 0 or step in (epoch * steps_per_epoch, total_steps)
                 if save or step == 1 or step % config.logging_steps == 0:
@@ -296,9 +296,9 @@ def main(options: TrainConfig, stop: Signals) -> None:
             trainee = Trainee(model, decoder, loss_sum, optimizer)
             if device.type == "cuda":
                 # What does not fit should fail now, not in hour three.
-                step = functools.partial(train_step, decoder, loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
+                probe_step = functools.partial(train_step, decoder, loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
                 with attention.for_training(model.train(), config):
-                    say(memory.probe_memory(step, optimizer, prep.train_set, config, prep.predicted_gb))
+                    say(memory.probe_memory(probe_step, optimizer, prep.train_set, config, prep.predicted_gb))
             # Adapters, moments and generators, each tensor in its dtype; or step 0.
             state = run.restore(model, optimizer, base)
             # Only from here on does the run folder change.

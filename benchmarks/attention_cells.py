@@ -23,8 +23,7 @@ import transformers
 from benchmarks.attention_kernels import LEAST_STEPS, Unavailable, matmul_tflops, milliseconds, verified
 from benchmarks.train_step import spread, write_random_model
 from qlora.config import AttnImplementation, TrainConfig
-from qlora.data.batch import Batch, collate, collate_packed, pack
-from qlora.data.batch import micro_batches as collated
+from qlora.data.batch import Batch, collate, collate_packed, iter_batches, pack
 from qlora.data.template import IGNORED, TokenizedExample
 from qlora.model import attention
 from qlora.model.load import load_meta_model, load_nf4_model
@@ -103,18 +102,18 @@ def random_rows(lengths: list[int], vocabulary: int) -> list[TokenizedExample]:
     return [TokenizedExample(ids, ids, line) for line, ids in enumerate(rows)]
 
 
-def micro_batches(cell: dict[str, Any], count: int, vocabulary: int, pin: bool) -> list[Batch]:
+def cell_batches(cell: dict[str, Any], count: int, vocabulary: int, pin: bool) -> list[Batch]:
     """The micro-batches of a step: one micro-batch of full rows, or lognormal lengths, padded or packed."""
     length, rows = cell["length"], cell["rows"]
     if cell["layout"] == "full":
         samples, order = random_rows([length] * rows, vocabulary), list(range(rows))
-        return list(collated(samples, order, rows, pin))
+        return list(iter_batches(samples, order, rows, pin))
     draw, median = random.Random(1), MEDIAN_LENGTH * length
     lengths = [min(length, max(8, round(draw.lognormvariate(0, 0.6) * median))) for _ in range(count)]
     samples = random_rows(lengths, vocabulary)
     order = list(range(count))
     packed: Any = pack(lengths, order, length) if cell["layout"] == "packed" else order
-    return list(collated(samples, packed, rows, pin))
+    return list(iter_batches(samples, packed, rows, pin))
 
 
 def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torch.device) -> dict[str, Any]:
@@ -125,24 +124,24 @@ def step(cell: dict[str, Any], grid: dict[str, Any], scratch: Path, device: torc
     config = dataclasses.replace(config, gradient_checkpointing=cell["checkpointing"], compile="none")
     decoder = accelerate(model, config)
     head = read_head(model)
-    step_batches = micro_batches(cell, grid["samples"], len(head.weight), pin=device.type == "cuda")
+    micro_batches = cell_batches(cell, grid["samples"], len(head.weight), pin=device.type == "cuda")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     loss_sum = functools.partial(token_loss_sum, head=head)
-    take = functools.partial(train_step, decoder, optimizer, step_batches, loss_sum, 5e-5, 1.0)
+    take = functools.partial(train_step, decoder, optimizer, micro_batches, loss_sum, 5e-5, 1.0)
     ours = cell["window"] == "as trained"
     with attention.for_training(model, config) if ours else contextlib.nullcontext():
-        ran = verified(cell["backend"], lambda: hidden_states(decoder, step_batches[0].to(device)), device)
+        ran = verified(cell["backend"], lambda: hidden_states(decoder, micro_batches[0].to(device)), device)
         first_loss = take()[0].item()
         step_ms = milliseconds(take, device, grid["timed_s"], LEAST_STEPS, grid["steps"], warm_up=0)
         loss, norm = take()
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         raise Unavailable(f"loss {loss.item()}, norm {norm.item()}")
-    tokens = sum(batch.num_input_tokens for batch in step_batches)
+    tokens = sum(batch.num_input_tokens for batch in micro_batches)
     return {
         **spread("step_ms", step_ms),
         "tokens": tokens,  # without padding
-        "positions": sum(batch.input_ids.numel() for batch in step_batches),
-        "micro_batches": len(step_batches),
+        "positions": sum(batch.input_ids.numel() for batch in micro_batches),
+        "micro_batches": len(micro_batches),
         "tokens_per_s": round(1000 * tokens / statistics.median(step_ms), 1),
         "peak_gb": round(peak_memory_gb(device), 3),
         "first_loss": first_loss,

@@ -2,7 +2,7 @@
 
     python benchmarks/demo.py            # about 3 min a rate on 2 cores; writes benchmarks/results/demo_cpu_YYYYMM.json
 
-Each run is `python train_loop.py` in a process of its own. Afterwards the adapter it left is loaded on the NF4 base it was
+Each run is `python train_loop.py` in a process of its own. Afterward the adapter it left is loaded on the NF4 base it was
 trained against, and answers all eight eval prompts; an answer is right if it parses as an AVRO schema (fastavro) with
 TRAINED, name and exactly the fields and types asked for.
 """

@@ -375,9 +375,9 @@ def steps(source: Source) -> Figures:
         trainer.train()
     total = trainer.state.global_step
     micro_batches = toy.sizes[: len(toy.sizes) // 20]
-    steps = [sum(micro_batches[start : start + 2]) for start in range(0, len(micro_batches), 2)]
+    examples_of_steps = [sum(micro_batches[start : start + 2]) for start in range(0, len(micro_batches), 2)]
     return {"examples": examples, "per_epoch": total // 20, "total": total, "warmup": arguments.get_warmup_steps(total),
-            "windows": steps}  # fmt: skip
+            "windows": examples_of_steps}  # fmt: skip
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------

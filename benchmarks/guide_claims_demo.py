@@ -197,11 +197,11 @@ def accumulation(source: Source) -> Figures:
     prompt = sum(label == IGNORED for label in whole[0].labels)
     short = TokenizedExample(*(part[: prompt + 12] for part in whole[0][:2]), 1)
     steps = {"bundled": step_of(source, template), "unlike": [collate([short]), collate([whole[1]])]}
-    for name, step_batches in steps.items():
-        sums = [gradient_of(model, decoder, batch, head) for batch in step_batches]
-        counts = [batch.num_tokens for batch in step_batches]
+    for name, micro_batches in steps.items():
+        sums = [gradient_of(model, decoder, batch, head) for batch in micro_batches]
+        counts = [batch.num_tokens for batch in micro_batches]
         right = sum(sums) / sum(counts)  # [parameters]
-        means = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(step_batches)  # [parameters]
+        means = sum(total / count for total, count in zip(sums, counts, strict=True)) / len(micro_batches)  # [parameters]
         found[name] = {"tokens": counts, "error": float((means - right).norm() / right.norm())}
     return {"windows": found}
 
@@ -326,9 +326,9 @@ def rank_cost(source: Source, chosen: tuple[int, ...] = (2, 8, 32, 128), rounds:
         decoder = accelerate(model.train(), config)
         trained = [p for p in model.parameters() if p.requires_grad]
         loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-        optimizer, step_batches = build_optimizer(trained, config), step_of(source, template)
+        optimizer, micro_batches = build_optimizer(trained, config), step_of(source, template)
         steps[rank] = functools.partial(
-            train_loop.train_step, decoder, optimizer, step_batches, loss_sum, 1e-4, 1.0
+            train_loop.train_step, decoder, optimizer, micro_batches, loss_sum, 1e-4, 1.0
         )  # () -> loss, norm
         kept[rank] = optimizer
         frozen_mb = sum(p.nbytes for p in model.parameters() if not p.requires_grad) / 1e6

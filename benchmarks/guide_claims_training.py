@@ -15,7 +15,7 @@ import torch
 
 import train_loop
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN, TrainConfig
-from qlora.data.batch import batched, count_steps, epoch_rows, micro_batches
+from qlora.data.batch import batched, count_steps, epoch_rows, iter_batches
 from qlora.data.dataset import encode_all
 from qlora.data.formats import read_examples
 from qlora.data.template import PromptTemplate, load_template
@@ -116,11 +116,11 @@ def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
     with attention.for_training(adapted, config):
         for epoch in range(1, epochs + 1):
             rows = epoch_rows(samples, config, epoch)
-            batches = micro_batches(samples, rows, config.per_device_train_batch_size)
-            for step_batches in batched(batches, config.gradient_accumulation_steps):
+            batches = iter_batches(samples, rows, config.per_device_train_batch_size)
+            for micro_batches in batched(batches, config.gradient_accumulation_steps):
                 since = time.perf_counter()
                 rate = config.learning_rate * train_loop.lr_multiplier(step, warmup, total)
-                step_loss, norm = train_loop.train_step(decoder, optimizer, step_batches, loss_sum, rate, config.max_grad_norm)
+                step_loss, norm = train_loop.train_step(decoder, optimizer, micro_batches, loss_sum, rate, config.max_grad_norm)
                 losses.append(step_loss.item())
                 norms.append(norm.item())
                 seconds.append(time.perf_counter() - since)
@@ -144,7 +144,7 @@ def run(model: str, flags: Flags, epochs: int = EPOCHS) -> Trained:
 
 def eval_loss(model: Any, samples: Sequence[Any], loss_sum: Any, config: TrainConfig) -> float:
     """Token-weighted loss in evaluation mode."""
-    batches = micro_batches(samples, range(len(samples)), config.per_device_train_batch_size)
+    batches = iter_batches(samples, range(len(samples)), config.per_device_train_batch_size)
     return evaluate_loss(model, batches, loss_sum).loss
 
 

@@ -277,9 +277,9 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
     with attention.for_training(model.train(), config):
         clock.attention = attn.implementation
         clock.loaded()
-        for step_batches in steps_of(work, clock.on_gpu, config.length_multiple):
+        for micro_batches in steps_of(work, clock.on_gpu, config.length_multiple):
             clock.begin()
-            loss, _ = step(micro_batches=step_batches, learning_rate=RATE, max_grad_norm=CLIP)
+            loss, _ = step(micro_batches=micro_batches, learning_rate=RATE, max_grad_norm=CLIP)
             clock.end()
             clock.losses += [] if clock.losses else [loss.item()]
     return model
@@ -288,7 +288,7 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
 def steps_of(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
     """The micro-batches of each step, collated when they are asked for, as the loop does."""
     from qlora.data.batch import batched as grouped
-    from qlora.data.batch import micro_batches, pack
+    from qlora.data.batch import iter_batches, pack
     from qlora.data.template import TokenizedExample
 
     lines = enumerate(zip(work.input_ids, work.labels, strict=True), start=1)
@@ -297,7 +297,7 @@ def steps_of(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
     rows: list[Any] = []
     for step in work.samples_of_steps:
         rows += pack(lengths, step, work.max_length) if work.packing else step
-    yield from grouped(micro_batches(samples, rows, work.batch, pin, multiple), work.accumulation)
+    yield from grouped(iter_batches(samples, rows, work.batch, pin, multiple), work.accumulation)
 
 
 def naive(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
@@ -314,15 +314,16 @@ def naive(contender: str, work: Work, folder: Path, dropout: float, clock: Clock
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adamw = torch.optim.AdamW(parameters, lr=RATE, fused=True)
     clock.loaded()
-    for step_batches in steps_of(work, pin=clock.on_gpu):
+    for micro_batches in steps_of(work, pin=clock.on_gpu):
         clock.begin()
         total = 0.0
-        for micro_batch in step_batches:
+        for micro_batch in micro_batches:
             batch = micro_batch.to(clock.device)
             lengths = torch.tensor([len(work.input_ids[line - 1]) for line in batch.lines])[:, None]  # [B, 1]
             mask = (torch.arange(batch.input_ids.shape[1]) < lengths).to(clock.device)  # [B, T]
             with torch.autocast(clock.device.type, torch.bfloat16):
-                loss = model(input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels).loss / len(step_batches)  # []
+                output = model(input_ids=batch.input_ids, attention_mask=mask, labels=batch.labels)
+                loss = output.loss / len(micro_batches)  # []
             loss.backward()
             total += loss.item()  # such loops do wait
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)

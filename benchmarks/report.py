@@ -123,7 +123,7 @@ def train_step(pattern: str) -> str:
         f"tokens, LoRA dropout {flags['dropout']}, median of {flags['steps']} steps. "
     )
     headers = ["attention", "gradient checkpointing", "layers"]
-    text = table([*headers, "ms a step", "tokens/s", "peak GB allocated"], rows) + "\n\n" + what + source(name, record)
+    text = table([*headers, "ms per step", "tokens/s", "peak GB allocated"], rows) + "\n\n" + what + source(name, record)
     return text + ("\n\nWhere the step went, in ms:\n\n" + table([*headers, *kinds], profiles) if profiles else "")
 
 
@@ -145,7 +145,7 @@ def tokens(pattern: str) -> str:
             shares = (f"{taken:.0f} ({taken / sum(profile.values()):.0%})" for taken in profile.values())
             profiles.append([f"{count:,}", *shares])
             kinds = list(profile)
-    headers = ["tokens", "ms", "us a token", "tokens/s", "peak GB", "KB per additional token"]
+    headers = ["tokens", "ms", "us per token", "tokens/s", "peak GB", "KB per additional token"]
     chosen = f"`--gradient-checkpointing {cells[0]['gradient_checkpointing']} --compile {cells[0]['compile']}`"
     what = f"A step of one micro-batch of rows of {flags['length']:,} tokens, {chosen}, no dropout, sdpa. "
     if missing := [f"{size * flags['length']:,}" for size in flags["batch"] if size not in [cell["batch"] for cell in cells]]:
@@ -193,7 +193,7 @@ def ladder(pattern: str) -> str:
                 f"{cell['first_step_s']:.0f}",
             ]
         )
-    headers = ["layers", "gradient checkpointing", "dropout", "tokens in a step", "ms a step", "tokens/s", "peak GB",
+    headers = ["layers", "gradient checkpointing", "dropout", "tokens in a step", "ms per step", "tokens/s", "peak GB",
                "first step, s"]  # fmt: skip
     return table(headers, rows) + f"\n\n{record['what'][0].upper()}{record['what'][1:]}. {source(name, record)}"
 
@@ -232,7 +232,7 @@ def peers(pattern: str, card: str) -> str:
     if not any(RESULTS.glob(pattern)):
         return "Not measured yet."
     name, record = load(pattern)
-    headers = ["contender", "version", "adapters", "tokens/s", "ms a step", "x TRL", "peak GB", "MFU", "first loss"]
+    headers = ["contender", "version", "adapters", "tokens/s", "ms per step", "x TRL", "peak GB", "MFU", "first loss"]
     parts = []
     usual = record["cells"][0]["dropout"]
     for shape, dropout in dict.fromkeys((cell["shape"], cell["dropout"]) for cell in record["cells"]):
@@ -243,7 +243,7 @@ def peers(pattern: str, card: str) -> str:
     runs = [record["runs"][number] for number in sorted({cell["run"] for cell in record["cells"]})]
     steps, warm_up = (counts([run[name] for run in runs]) for name in ("steps", "warm_up"))
     if (RESULTS / f"peers_{card}.png").exists():
-        parts.append(f"![Tokens a second over peak memory, one point a contender](results/peers_{card}.png)")
+        parts.append(f"![Tokens per second over peak memory, one point per contender](results/peers_{card}.png)")
     counted = "allocated on the GPU" if record["cells"][0].get("reserved_gb") else "of the process"
     dropout = " and ".join(sorted({f"{cell['dropout']:g}" for cell in record["cells"]}))
     parts.append(
@@ -359,7 +359,7 @@ def plan_measured(pattern: str) -> str:
             result = [f"{cell['peak_gb']:.2f}", f"{cell['predicted_gb'] / cell['peak_gb'] - 1:+.1%}"]
         rows.append([*shown, f"{cell['predicted_gb']:.2f}", *result])
     card = pattern.split("_")[1]
-    plot = f"![Measured over predicted peak, one point a setting](results/plan_{card}.png)\n\n"
+    plot = f"![Measured over predicted peak, one point per setting](results/plan_{card}.png)\n\n"
     return f"{table(headers, rows)}\n\n{plot if (RESULTS / f'plan_{card}.png').exists() else ''}{source(name, record)}"
 
 
@@ -472,7 +472,7 @@ def attention_findings(pattern: str) -> str:
             f"`flash_attention_2`, and {of('varlen', 'full', longest) / of('flash_attention_2', 'full', longest):.2f} times "
             "with `varlen`.",
             f"- `eager` runs out of memory at {lost:,} tokens.",
-            f"- Packed rows are worth, in tokens a second: {', '.join(packing)}.",
+            f"- Packed rows are worth, in tokens per second: {', '.join(packing)}.",
             f"- Attention passes half of the step: {passes_half(attention_shares(pattern))}.",
         )
     )
@@ -564,7 +564,7 @@ def attention_masks(pattern: str) -> str:
         for cell in cells
         if cell["length"] in lengths and "step_ms" in cell
     ]
-    headers = ["attention", "tokens", "window", "gradient checkpointing", "ms a step", "kernel that ran"]
+    headers = ["attention", "tokens", "window", "gradient checkpointing", "ms per step", "kernel that ran"]
     return table(headers, sorted(rows)) + f"\n\n{source(name, record)}"
 
 
@@ -860,7 +860,7 @@ def plot_attention(card: str) -> None:
 
 
 def plot_peers(card: str) -> None:
-    """Tokens a second over peak memory, a panel for each shape; what no other beats in both is joined by a line."""
+    """Tokens per second over peak memory, a panel for each shape; what no other beats in both is joined by a line."""
     import matplotlib.pyplot as plt
     import matplotlib.ticker
 

@@ -112,7 +112,7 @@ def time_cell(options: Options) -> dict:
     """Load, adapt and step one model; the row of its cell."""
     import torch
 
-    from qlora.data.batch import micro_batches
+    from qlora.data.batch import iter_batches
     from qlora.data.template import TokenizedExample
     from qlora.model import attention
     from qlora.model.load import load_meta_model, load_nf4_model
@@ -137,10 +137,10 @@ def time_cell(options: Options) -> dict:
     batch = config.per_device_train_batch_size
     rows = torch.randint(3, vocabulary, (options.accumulation * batch, options.length)).tolist()
     samples = [TokenizedExample(ids, ids, line) for line, ids in enumerate(rows, start=1)]
-    step_batches = list(micro_batches(samples, range(len(samples)), batch, device.type == "cuda", config.length_multiple))
+    micro_batches = list(iter_batches(samples, range(len(samples)), batch, device.type == "cuda", config.length_multiple))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     step = functools.partial(
-        train_step, decoder, optimizer, step_batches, functools.partial(token_loss_sum, head=head), 5e-5, 1.0
+        train_step, decoder, optimizer, micro_batches, functools.partial(token_loss_sum, head=head), 5e-5, 1.0
     )
     clock = (lambda: torch.cuda.Event(enable_timing=True)) if device.type == "cuda" else None
     milliseconds, losses = [], []

@@ -101,10 +101,10 @@ class TrainingOptions:
     max_steps: int | None = None
     """Optimizer steps in all; replaces num_train_epochs."""
     early_stopping_patience: int | None = None
-    """End the run when this many evaluations in a row, one an epoch, brought no lower eval loss. Unset: never."""
+    """Stop after this many consecutive evaluations (one per epoch) without a lower eval loss. Unset: never."""
     optimizer: Optimizer = "adamw"
-    """adamw_8bit: moments in 8 bits, block by block (arXiv 2110.02861): 6 bytes less a trained parameter, and other numbers.
-    paged_adamw_8bit: these in pages that move to host memory when the GPU is full; needs a CUDA GPU."""
+    """adamw_8bit: moments in 8 bits, quantized blockwise (arXiv 2110.02861). Saves 6 bytes per trained parameter; results
+    differ slightly. paged_adamw_8bit: the same in pages that move to host memory when the GPU is full; needs a CUDA GPU."""
     weight_decay: float = 0.01
     """AdamW's decoupled decay, on adapters only."""
     max_grad_norm: float | None = 1.0
@@ -117,19 +117,20 @@ class TrainingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SpeedOptions:
-    """Speed against memory. None of these changes a result but by rounding, and compile other draws of dropout."""
+    """Trade speed for memory. These options change results only by rounding; --compile also draws other dropout masks."""
 
     gradient_checkpointing: GradientCheckpointing = "auto"
-    """Products computed again in backward. none; selective: those behind attention; full: all; auto: the fewest that fit."""
+    """Matrix products that backward recomputes: none; selective, those after attention; full, all; auto, the fewest that
+    fit."""
     compile: Compile = "auto"
     """layers: each decoder layer is compiled by torch.compile. graphs: and all of them are replayed as CUDA graphs, rows padded
     to a multiple of 128. none: they run as written. auto: graphs on a CUDA GPU."""
     offload_checkpoints: bool = False
     """Keep the inputs of layers in host memory until the backward pass; needs a CUDA GPU and compiled layers."""
     cache_dequantized: bool = False
-    """Keep the base's weights in bf16 beside NF4, dequantized once: faster where memory is plenty, 2 bytes a parameter more."""
+    """Also keep the base weights dequantized in bf16. Faster, but needs 2 more bytes per parameter."""
     deterministic: bool = False
-    """The same bits again on a GPU, at some cost in speed; on a CPU they are the same anyway."""
+    """Reproduce results bit for bit on a GPU, at some cost in speed. CPU runs always do."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ from qlora.data.template import IGNORED
 from qlora.model.load import load_nf4_model
 from qlora.model.lora import add_lora, audit_targets, with_init_adapter
 from qlora.model.loss import Head, token_loss_sum
+from qlora.run import checkpoint
 from qlora.run.environment import environment
 from qlora.speed.accelerate import accelerate
 
@@ -214,3 +216,9 @@ def of_peft(tiny, folder, tied: bool = False, save_embedding_layers=False, **set
                 parameter += parameter.requires_grad * 0.05 * torch.randn_like(parameter)
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=save_embedding_layers)
     return folder / "adapter"
+
+
+def tensors(folder: Path) -> list[str]:
+    """Digests of what a checkpoint holds in tensors: adapter, moments, generators."""
+    names = (checkpoint.ADAPTER, checkpoint.TRAINER_STATE)
+    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]

@@ -195,3 +195,29 @@ def test_every_test_asserts_something():
                 assert re.search(r"\bassert\b|pytest\.raises|assert_close|check_first_gradients", ast.unparse(function)), (
                     f"{path.name}: {function.name}"
                 )
+
+
+OLD_NAMES = re.compile(
+    r"\b(held_out|skeleton|explained|out_of_memory_told|count_not_finite|obstacle|fitted|begin_state|step_batches|"
+    r"MOST|HOW|OURS_|LEFTOVER|COLDEST|TURNED|RECITED|peak_memory_gib|gpu_gib)\b"
+)
+BRITISH = re.compile(
+    r"\w*(?:quantis|tokenis|initialis|optimis|normalis|memoris|utilis|summaris|colour|behaviour|neighbour|favour|licence|"
+    r"labelled|modelling|afterwards|per cent\b|\bgrey\b|\bcentre\b)\w*",
+    re.IGNORECASE,
+)
+
+
+def test_names_and_spelling_are_those_of_the_design():
+    own = ROOT / "tests" / "test_conventions.py"
+    for path in [*ROOMS, LOOP]:
+        if path.name != "schema.py":  # it reads the old keys
+            assert not (found := OLD_NAMES.findall(path.read_text())), f"{path.relative_to(ROOT)}: {found}"
+    for path in [*TREES, *ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.rglob("templates/*.jinja")]:
+        if path != own:
+            assert not (found := BRITISH.findall(path.read_text())), f"{path.relative_to(ROOT)}: {found}"
+
+
+def test_train_loop_imports_no_command():
+    assert not {name for name in imported_modules(LOOP) if name.startswith(("qlora.commands", "benchmarks", "tests"))}
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for tree in TREES.values() for node in ast.walk(tree))

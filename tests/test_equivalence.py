@@ -24,7 +24,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import train_loop
-from qlora.data.batch import Batch, batched, collate, epoch_order, epoch_rows, micro_batches
+from qlora.data.batch import Batch, batched, collate, epoch_order, epoch_rows, iter_batches
 from qlora.data.dataset import TokenizedDataset
 from qlora.data.formats import Example, Message, read_examples
 from qlora.data.template import IGNORED, TokenizedExample, encode
@@ -62,7 +62,7 @@ def trainers_loss_sum(hidden: torch.Tensor, batch: Batch, head: Head) -> torch.T
 
 
 def trl_loss_sum(hidden: torch.Tensor, batch: Batch, head: Head) -> torch.Tensor:
-    """TRL's own head, a chunk of the vocabulary at a time, over all positions, those without a label zeroed afterwards."""
+    """TRL's own head, a chunk of the vocabulary at a time, over all positions, those without a label zeroed afterward."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -345,8 +345,8 @@ def fp32_run(config, samples, monkeypatch, batch_size: int, accumulation: int, b
         patch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
         for epoch in (1, 2):
             order = epoch_order(len(samples), config.seed, epoch)
-            for step_batches in batched(micro_batches(samples, order, batch_size), accumulation):
-                losses.append(train_step(decoder_of(model), optimizer, step_batches, loss_sum, 1e-3, 1.0)[0].item())
+            for micro_batches in batched(iter_batches(samples, order, batch_size), accumulation):
+                losses.append(train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 1e-3, 1.0)[0].item())
     return losses, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -18,12 +18,13 @@ import pytest
 import torch
 import transformers
 
+from benchmarks.kill_resume import metrics
 from qlora.cli import main as any_command
 from qlora.cli import train as command_line
 from qlora.commands import doctor, merge
 from qlora.commands.adapter import open_adapter
 from qlora.config import TrainConfig
-from qlora.data.batch import collate, collate_packed, micro_batches, training_batches
+from qlora.data.batch import collate, collate_packed, iter_batches, training_batches
 from qlora.data.template import TokenizedExample
 from qlora.errors import ExitCode
 from qlora.eval import generate
@@ -36,9 +37,16 @@ from qlora.run import checkpoint
 from qlora.run.files import verify, write_folder
 from qlora.speed import layers, nf4
 from qlora.speed.accelerate import accelerate
-from tests.faults.harness import rows as metrics
-from tests.faults.harness import tensors
-from tests.helpers import adapted_model, adapter_gradients, decoder_of, fp32_twin, gradients, relative_error, wake_adapters
+from tests.helpers import (
+    adapted_model,
+    adapter_gradients,
+    decoder_of,
+    fp32_twin,
+    gradients,
+    relative_error,
+    tensors,
+    wake_adapters,
+)
 from train_loop import train_step
 
 pytestmark = [
@@ -105,7 +113,7 @@ def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backen
     head = read_head(model)
     config = dataclasses.replace(config, per_device_train_batch_size=len(ROWS) if packing else 6, compile=compile)
     run_layers(model, config, policy, compile)
-    moved = next(micro_batches(samples, ROWS if packing else range(6), 6, multiple=config.length_multiple)).to(GPU)
+    moved = next(iter_batches(samples, ROWS if packing else range(6), 6, multiple=config.length_multiple)).to(GPU)
     trained = dataclasses.replace(config, attn_implementation=backend)
     with attention.for_training(model, trained), torch.autocast("cuda", torch.bfloat16):
         assert (model.config._attn_implementation, model.config.sliding_window) == (f"training_{backend}", window)
@@ -126,11 +134,11 @@ def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, 
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     changed = dataclasses.replace(config, compile=compile, per_device_train_batch_size=2)
-    step_batches = list(training_batches(samples, [*ROWS, [6]] if packing else range(4), changed, pin=True))
-    assert step_batches[0].input_ids.is_pinned() and (not packing or step_batches[0].cu_seqlens.is_pinned())
+    micro_batches = list(training_batches(samples, [*ROWS, [6]] if packing else range(4), changed, pin=True))
+    assert micro_batches[0].input_ids.is_pinned() and (not packing or micro_batches[0].cu_seqlens.is_pinned())
     trained = dataclasses.replace(config, attn_implementation=backend)
     with attention.for_training(model, trained), warnings.catch_warnings(record=True) as waits:
-        step = functools.partial(train_step, decoder_of(model), optimizer, step_batches, loss_sum, 1e-3, 1.0)
+        step = functools.partial(train_step, decoder_of(model), optimizer, micro_batches, loss_sum, 1e-3, 1.0)
         step()
         warnings.simplefilter("always")
         waits.clear()
@@ -190,9 +198,9 @@ def test_each_replay_of_a_graph_draws_dropout_of_its_own(config, samples):
     run_layers(model, config, "selective", "graphs")
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    step_batches = [next(micro_batches(samples, [0, 1], 2, multiple=128))]
+    micro_batches = [next(iter_batches(samples, [0, 1], 2, multiple=128))]
     with attention.for_training(model.train(), config):
-        losses = [train_step(decoder_of(model), optimizer, step_batches, loss_sum, 0.0, None)[0].item() for _ in range(3)]
+        losses = [train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 0.0, None)[0].item() for _ in range(3)]
     assert len(decoder_of(model).graphs.recordings) == 1 and len(set(losses)) == 3
 
 
@@ -226,8 +234,8 @@ def test_graphs_of_rows_with_any_number_of_samples_compile_nothing_while_capturi
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
         with attention.for_training(model.train(), config):
-            for step_batches in (batches[:1], batches[1:3], batches[3:], batches[::-1]):
-                loss, norm = train_step(decoder_of(model), optimizer, step_batches, loss_sum, 1e-3, 1.0)
+            for micro_batches in (batches[:1], batches[1:3], batches[3:], batches[::-1]):
+                loss, norm = train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 1e-3, 1.0)
                 run.append([loss.clone(), norm.clone(), *(p.detach().clone() for p in parameters)])
     assert len(decoder_of(model).graphs.recordings) == len(batches)
     losses = [[float(step[0]) for step in run] for run in found]
@@ -246,8 +254,8 @@ def test_a_later_recording_needs_no_memory_beside_the_pool(config):
     reserved = []
     with attention.for_training(model.train(), config):
         for length in (2048, 1920, 1792, 1664):
-            step_batches = [collate(short_samples(16, length))]
-            train_step(decoder_of(model), optimizer, step_batches, loss_sum, 0.0, None)
+            micro_batches = [collate(short_samples(16, length))]
+            train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 0.0, None)
             torch.cuda.empty_cache()
             reserved.append(torch.cuda.memory_reserved() / 1e6)
     growth = [later - reserved[0] for later in reserved[1:]]

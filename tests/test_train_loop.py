@@ -15,7 +15,7 @@ import transformers
 import train_loop
 from qlora.cli import train as command_line
 from qlora.config import BUNDLED_TRAIN, parse
-from qlora.data.batch import batched, collate, epoch_rows, micro_batches
+from qlora.data.batch import batched, collate, epoch_rows, iter_batches
 from qlora.data.template import IGNORED, TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.model.loss import read_head, token_loss_sum
@@ -60,14 +60,14 @@ def one_step(config, steps, loss_sum=None, **changes):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     arguments = {"learning_rate": 1.0, "max_grad_norm": None} | changes
     loss_sum = functools.partial(loss_sum or token_loss_sum, head=head)
-    results = [train_step(model.get_decoder(), optimizer, step_batches, loss_sum, **arguments) for step_batches in steps]
+    results = [train_step(model.get_decoder(), optimizer, micro_batches, loss_sum, **arguments) for micro_batches in steps]
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, results
 
 
-def updates(config, step_batches, **changes):
+def updates(config, micro_batches, **changes):
     """What SGD at rate 1 subtracted: the gradient of the step."""
     start, _ = one_step(config, [])
-    end, results = one_step(config, [step_batches], **changes)
+    end, results = one_step(config, [micro_batches], **changes)
     return {name: start[name] - end[name] for name in start}, results[0]
 
 
@@ -82,19 +82,19 @@ def test_a_step_counts_as_one_batch_however_it_is_cut(config):
         rows.append(TokenizedExample(ids, [IGNORED] * 3 + ids[3:], index))
     whole, (loss, norm) = updates(config, [collate(rows)])
     for size in (1, 2, 3):
-        step_batches = list(micro_batches(rows, range(8), size))
-        parts, (other_loss, other_norm) = updates(config, step_batches)
+        micro_batches = list(iter_batches(rows, range(8), size))
+        parts, (other_loss, other_norm) = updates(config, micro_batches)
         assert other_loss.item() == pytest.approx(loss.item(), rel=1e-4)
         assert other_norm.item() == pytest.approx(norm.item(), rel=1e-2)
         assert relative_error(parts, whole) < 0.03  # what bf16 rounds
-    means = [updates(config, [batch])[0] for batch in micro_batches(rows, range(8), 1)]
+    means = [updates(config, [batch])[0] for batch in iter_batches(rows, range(8), 1)]
     mean_of_means = {name: sum(mean[name] for mean in means) / 8 for name in whole}
     assert relative_error(mean_of_means, whole) > 0.3  # the test would see it
 
 
 def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
     """Against the same thing written down without any of our code in it: logits, cross_entropy, AdamW, three steps."""
-    batches = list(micro_batches(samples[:11], range(11), 2))  # six micro-batches, the last of one sample
+    batches = list(iter_batches(samples[:11], range(11), 2))  # six micro-batches, the last of one sample
     grouped = list(batched(batches, 2))
     model = adapted_model(config)
     head = read_head(model)
@@ -108,10 +108,10 @@ def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
     plain = adapted_model(config)
     parameters = [p for p in plain.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
-    for step_batches, lr, (loss, norm) in zip(grouped, (1e-3, 2e-3, 5e-4), ours, strict=True):
-        tokens = sum((batch.labels[:, 1:] != IGNORED).sum().item() for batch in step_batches)
+    for micro_batches, lr, (loss, norm) in zip(grouped, (1e-3, 2e-3, 5e-4), ours, strict=True):
+        tokens = sum((batch.labels[:, 1:] != IGNORED).sum().item() for batch in micro_batches)
         total = 0.0
-        for batch in step_batches:
+        for batch in micro_batches:
             with torch.autocast("cpu", torch.bfloat16):
                 logits = plain(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
                 part = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum") / tokens
@@ -128,9 +128,9 @@ def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):
 
 
 def test_the_norm_returned_is_that_before_clipping_and_the_step_obeys_the_limit(config, samples):
-    step_batches = [collate(samples[:2])]
-    free, (_, norm) = updates(config, step_batches)
-    clipped, (_, same) = updates(config, step_batches, max_grad_norm=0.01)
+    micro_batches = [collate(samples[:2])]
+    free, (_, norm) = updates(config, micro_batches)
+    clipped, (_, same) = updates(config, micro_batches, max_grad_norm=0.01)
     assert norm.item() == same.item() > 0.01
     total = torch.stack([g.norm() for g in clipped.values()]).norm().item()
     assert total == pytest.approx(0.01, rel=1e-2)
@@ -212,10 +212,10 @@ def break_steps(monkeypatch, *numbers: int) -> list[list[int]]:
     """Make the loss of these steps NaN; returns the lines of each step, as they come."""
     original, lines_of_steps = train_loop.train_step, []
 
-    def step(decoder, optimizer, step_batches, loss_sum, *rest):
-        lines_of_steps.append([line for batch in step_batches for line in batch.lines])
+    def step(decoder, optimizer, micro_batches, loss_sum, *rest):
+        lines_of_steps.append([line for batch in micro_batches for line in batch.lines])
         factor = math.nan if len(lines_of_steps) in numbers else 1.0
-        return original(decoder, optimizer, step_batches, lambda hidden, batch: factor * loss_sum(hidden, batch), *rest)
+        return original(decoder, optimizer, micro_batches, lambda hidden, batch: factor * loss_sum(hidden, batch), *rest)
 
     monkeypatch.setattr(train_loop, "train_step", step)
     return lines_of_steps
@@ -272,10 +272,10 @@ def test_an_adapter_without_a_gradient_ends_the_run(config, model, head, samples
     """As when the graph is cut: checkpointing over frozen embeddings, a layer never called."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([p for _, p in named], lr=0.0, fused=True)
-    step_batches = [collate(samples[:2])]
+    micro_batches = [collate(samples[:2])]
     loss_sum = functools.partial(token_loss_sum, head=head)
     model.get_decoder().layers[1].mlp.down_proj.forward = model.get_decoder().layers[1].mlp.down_proj.base_layer.forward
-    _, norm = train_step(model.get_decoder(), optimizer, step_batches, loss_sum, 1e-3, 1.0)
+    _, norm = train_step(model.get_decoder(), optimizer, micro_batches, loss_sum, 1e-3, 1.0)
     with pytest.raises(UserError, match=r"2 of 16 adapter tensors got none, .*layers.1.mlp.down_proj.lora_A") as caught:
         train_loop.check_first_gradients(named, norm)
     assert caught.value.exit_code == ExitCode.NUMERICS

@@ -126,7 +126,7 @@ def open_adapter(
     format_name = prompt_format or kept.get("prompt_format")
     if format_name is None:
         raise ConfigError(
-            f"{folder} does not tell in which prompt format it was trained.",
+            f"{folder} does not record its prompt format.",
             hint="Pass --prompt-format chat (the model's own template) or --prompt-format plain.",
         )
     changed = {"model": base, "revision": revision, "prompt_format": format_name, "trust_remote_code": trust_remote_code}
@@ -140,9 +140,8 @@ def open_adapter(
     config = dataclasses.replace(config, attn_implementation=attn.implementation)
     own_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder) if own_tokenizer else source, meta_model, config)
-    template = load_template(
-        tokenizer, config.prompt_format, run_info.get("date") if run_info else None
-    )  # prompts as in training
+    date = run_info.get("date") if run_info else None  # prompts are those of training
+    template = load_template(tokenizer, config.prompt_format, date)
     return Adapter(folder, lora, config, source, meta_model, template, place, run_info, tuple(notes))
 
 
@@ -253,7 +252,7 @@ def _find(path: Path) -> tuple[Path, dict[str, Any] | None]:
         )
     if (folder / MANIFEST).exists() and (problem := verify(folder)):
         raise CheckpointError(f"{folder} is damaged: {problem}.", hint="Take another checkpoint, or get it again.")
-    return folder, _facts(folder / checkpoint.STATE if is_checkpoint else run / RUN)
+    return folder, _read_run_info(folder / checkpoint.STATE if is_checkpoint else run / RUN)
 
 
 def _check_complete(run: Path) -> None:
@@ -267,7 +266,7 @@ def _check_complete(run: Path) -> None:
     )
 
 
-def _facts(path: Path) -> dict[str, Any] | None:
+def _read_run_info(path: Path) -> dict[str, Any] | None:
     """run.json or a checkpoint's state.json; None where the folder is of no run of this program."""
     if not path.is_file():
         return None

@@ -62,7 +62,7 @@ def _package(requirement: str) -> Iterator[Row]:
 def _loop() -> Iterator[Row]:
     """All that a run imports, together."""
     importlib.import_module("train_loop")
-    yield Row("train_loop", True, "can be imported, with all that it needs", needed=True)
+    yield Row("train_loop", True, "imports, with all dependencies", needed=True)
 
 
 def _device() -> "torch.device":
@@ -81,7 +81,7 @@ def _gpu() -> Iterator[Row]:
             card = torch.cuda.get_device_properties(index)
             free, total = (size / 1e9 for size in torch.cuda.mem_get_info(index))
             detail = f"{card.name}, compute capability {card.major}.{card.minor}, {free:.1f} of {total:.1f} GB free"
-            yield Row(f"GPU {index}" + (" (a run takes this one)" if index == 0 else ""), True, detail)
+            yield Row(f"GPU {index}" + (" (used by runs)" if index == 0 else ""), True, detail)
     else:
         yield Row("GPU", False, _no_gpu())
     yield Row("CUDA", torch.version.cuda is not None, f"torch {torch.__version__} " +
@@ -196,7 +196,7 @@ def _memory() -> Iterator[Row]:
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         bound = int(limit.read_text())
         if bound < total:
-            free, total, where = min(free, bound - int(used.read_text())), bound, ", as this container is bounded"
+            free, total, where = min(free, bound - int(used.read_text())), bound, " (container limit)"
     yield Row("host memory", True, f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free{where}")
 
 
@@ -280,7 +280,7 @@ def _run_child(names: list[str]) -> tuple[list[Any], str]:
         done = subprocess.run(command, capture_output=True, env=environment, timeout=CHILD_S, check=False)
         output, reason = done.stdout, _reason(done)
     except subprocess.TimeoutExpired as late:
-        output, reason = late.stdout or b"", f"it was not through after {CHILD_S} s"
+        output, reason = late.stdout or b"", f"timed out after {CHILD_S} s"
     lines = output.decode(errors="replace").splitlines()
     return [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)], reason
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from qlora import terminal
 from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, positions_of, prompt_ids
 from qlora.commands.options import EvalDataOptions, EvaluateOptions, refuse_below, refuse_seed, require_packages
-from qlora.data.batch import Batch, micro_batches
+from qlora.data.batch import Batch, iter_batches
 from qlora.data.dataset import TokenizedDataset, encode_all
 from qlora.data.formats import Example, Prompt, check_source, read_examples
 from qlora.data.template import TokenizedExample, encode_prompt
@@ -114,7 +114,7 @@ def read_eval_data(options: EvalDataOptions, adapter: Adapter) -> tuple[str, Tok
     """
     file = options.eval_file or adapter.config.eval_file
     if file is None:
-        raise ConfigError(f"{adapter.folder} tells of no eval data.", hint="Name some with --eval-file.")
+        raise ConfigError(f"{adapter.folder} does not record any eval data.", hint="Pass --eval-file.")
     flags = {name: getattr(options, name) for name in ("max_length", "on_long", "allow_drop")}
     config = dataclasses.replace(adapter.config, **{name: value for name, value in flags.items() if value})
     columns = check_source(file, "test")
@@ -137,7 +137,7 @@ def both_sides(
     """Losses and greedy answers of the base alone, and with the adapter: in the order of SIDES.
 
     Args:
-        model: from load_adapted; afterwards it can no longer be trained.
+        model: from load_adapted; afterward it can no longer be trained.
         adapter: its format and attention.
         samples: to take the loss of.
         prompts: token ids, to be answered.
@@ -176,7 +176,7 @@ def score_tokens(model: Any, samples: Sequence[TokenizedExample], batch_size: in
         rows.append(sums.index_add_(0, sample, each).cpu())
         return losses.sum()
 
-    batches = micro_batches(samples, range(len(samples)), batch_size, pin=model.device.type == "cuda")
+    batches = iter_batches(samples, range(len(samples)), batch_size, pin=model.device.type == "cuda")
     result = evaluate_loss(model, batches, loss_sum)
     return result, torch.cat(rows).double().numpy()  # [n, 3]
 
@@ -223,6 +223,6 @@ def results_table(compared: dict[str, scores.Comparison], num_examples: int, num
         table.add_row(scores.SHOWN[name][0], *(Text(" ".join(scores.shown(each, name))) for each in found))
     intervals = "[low, high]: 95 % by bootstrap over examples."
     if num_examples < scores.FEWEST:
-        intervals = f"[-]: no interval, as fewer than {scores.FEWEST} examples do not tell how much they vary."
-    table.caption = Text(f"{intervals} Loss in nats a token; from accuracy on in %.")
+        intervals = f"[-]: no intervals; at least {scores.FEWEST} examples are needed."
+    table.caption = Text(f"{intervals} Loss in nats per token; accuracy and the rows below in %.")
     return table

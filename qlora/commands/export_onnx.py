@@ -39,7 +39,7 @@ def export(model: Any, folder: Path, rows: list[list[int]]) -> float:
     """Write model.onnx, in fp32 as onnxruntime has no bf16 on a CPU, and compare it with torch.
 
     Args:
-        model: a transformers model; it is in fp32 and on the CPU afterwards.
+        model: a transformers model; it is in fp32 and on the CPU afterward.
         folder: that is there.
         rows: token ids to compare on, one and all together, padded on the left.
 

@@ -343,7 +343,7 @@ def _show(inspection: dict[str, Any], config: TrainConfig, console: Console) -> 
             lines = ", ".join(map(str, itertools.islice(found.dropped_lines, SHOWN)))
             say(console, f"Dropped of {name}: lines {lines}{', ...' if found.dropped > SHOWN else ''}")
         if why := refusal(found, config):
-            say(console, f"Training would refuse {name}: {why}. A larger --max-length would do.")
+            say(console, f"Training would refuse {name}: {why}. Raise --max-length.")
     for what, repeats in inspection["repeats"].items():
         total = contents["train" if what.endswith("s in train") else "eval"].examples
         say(console, repeats_line(what, repeats.exact, total))

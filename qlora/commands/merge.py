@@ -28,7 +28,7 @@ from qlora.commands import export_onnx
 from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, put_on
 from qlora.commands.evaluate import read_eval_data
 from qlora.commands.options import MergeOptions, refuse_below, require_packages
-from qlora.data.batch import Batch, micro_batches
+from qlora.data.batch import Batch, iter_batches
 from qlora.data.dataset import TokenizedDataset
 from qlora.errors import CheckpointError, ConfigError, NonFiniteError
 from qlora.eval.generate import stop_ids
@@ -107,7 +107,7 @@ def difference(reference: Any, other: Any, samples: TokenizedDataset, alone: boo
         heads = head, read_head(other)
     sums = torch.zeros(3, dtype=torch.float64)  # [3]
     num_tokens = 0
-    for cpu_batch in micro_batches(samples, range(len(samples)), 1):
+    for cpu_batch in iter_batches(samples, range(len(samples)), 1):
         batch = cpu_batch.to(reference.device)
         wanted = batch.labels.flatten()[batch.positions + 1]  # [N]
         rows = [_hidden(reference, batch)]  # [N, D] each
@@ -175,8 +175,8 @@ def check_merges(found: dict[str, Difference], route: Route) -> None:
         seen = found["dequantized"] if lost else merged
         raise NonFiniteError(
             f"Merged, the model is off by KL {seen.kl:.2g} from the unmerged adapter, and without any adapter by "
-            f"{base.kl:.2g}; eval losses are {seen.loss:.4f} and {base.loss:.4f}. That is no merge of this adapter, so that "
-            "nothing is saved.",
+            f"{base.kl:.2g}; eval losses are {seen.loss:.4f} and {base.loss:.4f}. The merged model does not reproduce the "
+            "adapter, so nothing was saved.",
             hint="Use it unmerged: python -m qlora generate, or PEFT.",
         )
 
@@ -188,7 +188,7 @@ def save(model: Any, adapter: Adapter, folder: Path, summary: dict[str, Any], ro
     """Write a merged model, its tokenizer and `merge.json` into a folder that is there whole or not at all.
 
     Args:
-        model: from merged_model; with `rows` it is in fp32 afterwards.
+        model: from merged_model; with `rows` it is in fp32 afterward.
         adapter: its tokenizer is saved too.
         folder: to be made.
         summary: for merge.json.
@@ -250,7 +250,7 @@ def run(options: MergeOptions) -> int:
         0.
 
     Raises:
-        UserError: exit 2, 3, 4 or 7 before the weights are loaded; 5 or 6 afterwards.
+        UserError: exit 2, 3, 4 or 7 before the weights are loaded; 5 or 6 afterward.
     """
     console = Console()
     say = functools.partial(terminal.say, console)
@@ -273,7 +273,7 @@ def run(options: MergeOptions) -> int:
         _check_place(place, adapter, options.onnx)
     file, samples, _, notes = read_eval_data(options, adapter)
     say(f"{notes}; {file}")
-    with oom_as_user_error_with("Merging needs the base in bf16 and in NF4 at once, about 3 bytes a parameter."):
+    with oom_as_user_error_with("Merging needs the base in bf16 and in NF4 at once, about 3 bytes per parameter."):
         found = measured(adapter, routes, samples)
         console.print(differences_table(found))
         best, line = recommendation(found)
@@ -337,7 +337,7 @@ def differences_table(found: dict[str, Difference]) -> Table:
     for name, row in found.items():
         kl, agreement = ("", "") if name == "unmerged" else (f"{row.kl:.2e}", f"{100 * row.agreement:.1f} %")
         table.add_row(labels[name], kl, agreement, f"{row.loss:.4f}", f"{row.perplexity:.3f}")
-    table.caption = "KL in nats a token; same choice: of the likeliest token. No adapter: what the adapter does."
+    table.caption = "KL in nats per token; same choice: of the likeliest token. No adapter: what the adapter does."
     return table
 
 
@@ -350,9 +350,8 @@ vLLM:          vllm serve {quoted}
 GGUF:          git clone {LLAMA_CPP}
                pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt
                python llama.cpp/convert_hf_to_gguf.py {quoted} --outfile {gguf} --outtype bf16"""
-    is_gpt2 = type(adapter.template.tokenizer).__name__.startswith(
-        "GPT2Tokenizer"
-    )  # Phi-4's, which the converter takes as it is
+    # Phi-4's tokenizer, which the converter reads without a tokenizer.model.
+    is_gpt2 = type(adapter.template.tokenizer).__name__.startswith("GPT2Tokenizer")
     if adapter.meta_model.config.model_type == "phi3" and not is_gpt2 and not (folder / "tokenizer.model").exists():
         text += """
                It will refuse this folder: for Phi-3 it needs tokenizer.model, which was not found with the base."""

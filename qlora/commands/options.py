@@ -107,7 +107,7 @@ class GenerateOptions(AdapterOptions):
     prompt: str | None = None
     """To be answered; the answer is shown while it grows."""
     prompts_file: Path | None = None
-    """Text with a prompt a line, or JSONL or Parquet with the columns of training (answers may be missing)."""
+    """Text with one prompt per line, or JSONL or Parquet with the columns of training (answers may be missing)."""
     compare: bool = False
     """The base's answer beside the adapter's."""
     temperature: float = 0.0
@@ -125,7 +125,7 @@ class GenerateOptions(AdapterOptions):
     int8: bool = False
     """Base in 8 bits (LLM.int8) instead of NF4, which training saw."""
     json: Path | None = None
-    """Also write prompts and answers to this file, one JSON object a line."""
+    """Also write prompts and answers to this file, one JSON object per line."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,7 +97,7 @@ def run(options: PlanOptions) -> int:
             console.print(ways_table(steps, free_gb))
             if not steps or not steps[-1][1].fits(free_gb):
                 least = f"down to {LEAST_LENGTH} tokens and rank {LEAST_RANK}"
-                console.print(f"Nothing that can be set, {least}, makes it fit: take a smaller model or a larger card.")
+                console.print(f"No setting, {least}, makes it fit; use a smaller model or a larger card.")
     if options.json is not None:
         write_file(options.json, json.dumps(_record(what, free_gb, plans, steps), indent=1).encode() + b"\n")
     return 0
@@ -162,7 +162,7 @@ def flags(config: TrainConfig) -> str:
 
 def terms_table(title: str, plans: list[Plan]) -> Table:
     """A row for each term, a column for each policy, in GB; terms that are nothing everywhere are left out."""
-    table = Table(title=title, caption="GB, predicted; CUDA's own context, about 0.5 GB, comes on top")
+    table = Table(title=title, caption="Predicted, in GB. The CUDA context needs about 0.5 GB more.")
     table.add_column(f"--compile {plans[0].config.compile}")
     for plan in plans:
         table.add_column(plan.config.gradient_checkpointing, justify="right")
@@ -187,8 +187,8 @@ def ways_table(steps: list[tuple[str, Plan]], free_gb: float) -> Table:
 
 
 def card_free_gb(gpu_memory: float) -> float:
-    """Memory that a run may use, in GB, of a card sold as one of `gpu_memory` GB, which has `gpu_memory` x 2**30 bytes."""
-    return max(gpu_memory * 2**30 / 1e9 - CONTEXT_GB, 0.0)
+    """Memory that a run may use, in GB, of a card sold as one of `gpu_memory` GB; it has at least as many times 1e9 bytes."""
+    return max(gpu_memory - CONTEXT_GB, 0.0)
 
 
 def _free(gpu_memory: float | None) -> tuple[float | None, str]:

@@ -168,7 +168,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(num_samples, generator=generator).tolist()
 
 
-def micro_batches(
+def iter_batches(
     samples: Sequence[TokenizedExample],
     rows: Iterable[Row],
     batch_size: int,
@@ -193,7 +193,7 @@ def training_batches(
     memory, is that of all: rows of padding fill up the last of an epoch."""
     size = config.per_device_train_batch_size
     least = 1 if config.compile == "none" else size
-    return micro_batches(samples, rows, size, pin, config.length_multiple, least)
+    return iter_batches(samples, rows, size, pin, config.length_multiple, least)
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

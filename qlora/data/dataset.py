@@ -220,7 +220,7 @@ def encode_files(
     samples, eval_set = sets[0], sets[1] if len(sets) > 1 else None
     if eval_set and (shared := count_shared(samples, eval_set)):
         eval_set.counts["shared"] = shared
-        say(f"Warning: {shared} of {len(eval_set)} eval samples stand in the training data too.")
+        say(f"Warning: {shared} of {len(eval_set)} eval examples also occur in the training data.")
     return samples, eval_set
 
 

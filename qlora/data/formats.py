@@ -92,13 +92,13 @@ def _checked_rows(source: str | Path, default_split: str) -> Iterator[tuple[dict
     for line, row in file_rows(path) if is_file else hub_rows(source, default_split):
         where = f"{source}:{line}"
         if not isinstance(row, dict):
-            hint = " The file looks like one JSON array; JSONL has one object a line." if isinstance(row, list) else ""
+            hint = " The file looks like one JSON array; JSONL has one object per line." if isinstance(row, list) else ""
             raise DataError(f"{where}: each line must be a JSON object, not {type(row).__name__}.{hint}")
         _refuse_ambiguous(row, where)
         columns = columns or _detect_columns(row, where)
         yield row, columns, Example(_messages(row, columns, where), line)
     if columns is None:
-        raise DataError(f"{source} holds no example.", hint="Give a file with one JSON object a line.")
+        raise DataError(f"{source} holds no example.", hint="Give a file with one JSON object per line.")
 
 
 def read_prompts(source: str | Path) -> list[Prompt]:
@@ -111,7 +111,7 @@ def read_prompts(source: str | Path) -> list[Prompt]:
     is_text = path.suffix not in {".jsonl", ".json", ".parquet"}
     prompts = [as_prompt(row, f"{source}:{line}") for line, row in file_rows(path, is_text)]
     if not prompts:
-        raise DataError(f"{source} holds no prompt.", hint="Give a text file with one a line, or JSONL.")
+        raise DataError(f"{source} holds no prompt.", hint="Give a text file with one per line, or JSONL.")
     return prompts
 
 

@@ -90,7 +90,7 @@ def _decode(raw: bytes, where: str, is_first: bool) -> str:
             raise DataError(f"{where}: the file {what}.")
     if len(raw) > LINE_LIMIT:
         raise DataError(
-            f"{where}: the line is longer than {LINE_LIMIT:,} bytes. JSONL has one object a line; shorten this one.",
+            f"{where}: the line is longer than {LINE_LIMIT:,} bytes. JSONL has one object per line; shorten this one.",
         )
     try:
         text = raw.decode("utf-8")
@@ -107,7 +107,7 @@ def _parse(text: str, where: str) -> object:
     except json.JSONDecodeError as error:
         seen = text[max(0, error.pos - 20) : error.pos + 20]
         spread = text == "{" or text.startswith("[")
-        hint = " The file looks like one JSON value spread over lines; JSONL has one object a line." if spread else ""
+        hint = " The file looks like one JSON value spread over lines; JSONL has one object per line." if spread else ""
         raise DataError(f"{where}:{error.colno}: not JSON: {error.msg}, near {seen!r}.{hint}") from None
     except RecursionError:
         raise DataError(f"{where}: the JSON is nested too deeply to be read.", hint="Remove the row.") from None
@@ -119,7 +119,7 @@ def _unique_keys(where: str, pairs: list[tuple[str, object]]) -> dict[str, objec
     row = dict(pairs)
     if len(row) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise DataError(f"{where}: key {reprlib.repr(twice)} stands twice in one object.", hint="Keep one of the two.")
+        raise DataError(f"{where}: duplicate key {reprlib.repr(twice)}.", hint="Keep one of the two.")
     return row
 
 
@@ -142,5 +142,5 @@ def hub_rows(source: str, default_split: str) -> Iterator[tuple[int, object]]:
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"{source} is no file here, and as hub data set {name!r}, split {split!r}, it cannot be loaded: {reason}",
+            f"{source} is not a local file, and loading it as hub data set {name!r}, split {split!r} failed: {reason}",
         ) from None

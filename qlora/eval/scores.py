@@ -14,7 +14,7 @@ LOW, HIGH = 2.5, 97.5  # percentiles of an interval of 95 %
 SHOWN = {  # name in the JSON -> label in the table, factor for people, decimals
     "loss": ("eval loss", 1, 3),  # in nats a token
     "perplexity": ("perplexity", 1, 3),
-    "token_accuracy": ("token accuracy", 100, 1),  # this and what follows in per cent
+    "token_accuracy": ("token accuracy", 100, 1),  # this and what follows in percent
     "exact_match": ("exact match", 100, 1),
     "valid_json": ("valid JSON", 100, 1),
     "valid_avro": ("valid AVRO", 100, 1),

@@ -55,7 +55,7 @@ def choose_attention(config: TrainConfig, device: torch.device, meta_model: Any 
         if against[requested]:
             raise EnvironmentProblem(
                 f"--attn-implementation {requested} cannot run here: {against[requested]}.",
-                hint="Use auto to take what can.",
+                hint="Use auto to pick a backend that runs here.",
             )
         return Attention(requested, "as asked")
     window = None if meta_model is None else training_window(meta_model.config.get_text_config(), config.max_length)

@@ -126,7 +126,7 @@ def load_base_model(
             device_map={"": device},
         )
     if missing := sorted(loaded["missing_keys"]):  # transformers would make them up
-        raise EnvironmentProblem(f"Model {source} lacks {len(missing)} tensors, {missing[0]} first.", hint="Get it again.")
+        raise EnvironmentProblem(f"Model {source} lacks {len(missing)} tensors, {missing[0]} first.", hint="Download it again.")
     if surplus := sorted(name for name in loaded["unexpected_keys"] if ".layers." in name):  # and leave these out
         raise EnvironmentProblem(
             f"Model {source} has {len(surplus)} tensors that its config.json does not know, {surplus[0]} first. The two do "
@@ -181,7 +181,7 @@ def quantization_of(precision: Precision) -> transformers.BitsAndBytesConfig | N
 def prepare_inference(model: Any) -> None:
     """Let bitsandbytes repack NF4 weights for a CPU with AVX512-BF16 at their first forward: several times as fast.
 
-    Only for a model that is neither trained nor dequantized afterwards: whoever else reads the repacked bytes reads garbage.
+    Only for a model that is neither trained nor dequantized afterward: whoever else reads the repacked bytes reads garbage.
     """
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):

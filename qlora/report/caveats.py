@@ -30,7 +30,7 @@ def _of_the_course(record: Record) -> list[Caveat]:
     if record.config["model"] == "tiny-random":
         found.append(Caveat("Anything about language", "The base model has random weights; it is there to try the program."))
     if record.status == "going":
-        found.append(Caveat("The end of the run", f"It is still going, at {so_far}. Numbers and curves end there."))
+        found.append(Caveat("The end of the run", f"It is still running, at {so_far}. Numbers and curves end there."))
     elif record.status == "stopped":
         found.append(Caveat("The end of the run", f"It stopped after {so_far}. The same command resumes from its checkpoint."))
     elif total and last < total:
@@ -41,7 +41,7 @@ def _of_the_course(record: Record) -> list[Caveat]:
     for event in record.run_info.get("history", []):
         changes = [f"{name} from {_known(old)} to {_known(new)}" for name, (old, new) in event["overrides"].items()]
         if changes:
-            fact = f"After step {event['step']:,} the run went on with other settings: {', '.join(changes)}."
+            fact = f"After step {event['step']:,} the run continued with changed settings: {', '.join(changes)}."
             found.append(Caveat("The effect of one set of settings", fact))
     return found
 
@@ -56,19 +56,19 @@ def _of_the_data(record: Record) -> list[Caveat]:
     found = []
     train, eval_counts = record.counts
     if not record.run_info.get("eval_data") and not record.evaluations:
-        fact = "There was no eval data. The loss is that of the data trained on, which falls by learning it by heart, too."
+        fact = "There was no eval data. The training loss also falls when the model memorizes."
         found.append(Caveat("How it answers prompts it has not seen", fact))
     elif (examples := eval_counts.get("examples")) and examples < FEW_EVAL_EXAMPLES:
         fact = f"The eval data has only {examples} examples, {eval_counts['tokens']:,} tokens. Others could give another loss."
         found.append(Caveat("A precise eval loss", fact))
     if shared := eval_counts.get("shared"):
-        fact = f"{shared} of {eval_counts['examples']:,} eval examples stand in the training data too: the loss is too low."
+        fact = f"{shared} of {eval_counts['examples']:,} eval examples also occur in the training data, so the loss is too low."
         found.append(Caveat("A clean eval loss", fact))
     num_examples = train.get("examples") or len(record.times_seen)
     if 0 < num_examples < FEW_EXAMPLES:
         seen = max(record.times_seen.values(), default=0)
         times = f", each seen up to {seen} times" if seen > 1 else ""
-        fact = f"It was trained on {num_examples:,} examples{times}: enough for a form of answer, not for knowledge."
+        fact = f"It was trained on {num_examples:,} examples{times}: enough to learn a format, not knowledge."
         found.append(Caveat("What it does beyond prompts like these", fact))
     if dropped := train.get("dropped"):
         limit = record.config["max_length"]
@@ -84,7 +84,7 @@ def _of_what_is_measured(record: Record) -> list[Caveat]:
     found = []
     evaluations, steps = record.evaluations, record.steps
     if patience := record.config["early_stopping_patience"]:
-        fact = f"The run was to end once {patience} evaluations brought no lower eval loss, so that data had a say in it."
+        fact = f"Early stopping (patience {patience}) chose the adapter by the eval loss, so this loss is optimistic."
         found.append(Caveat("An eval loss on data that decided nothing", fact))
     if len(evaluations) > 1:
         best, last = min(evaluations, key=lambda row: row["eval_loss"]), evaluations[-1]
@@ -98,7 +98,7 @@ def _of_what_is_measured(record: Record) -> list[Caveat]:
         training = statistics.fmean(recent) if recent else last["eval_loss"]
         if last["eval_loss"] > MEMORIZED_RATIO * training:
             fact = f"In the last epoch the training loss was {training:.4f}, the eval loss {last['eval_loss']:.4f}: "
-            found.append(Caveat("Learning without learning by heart", fact + "some of the fit is to the examples themselves."))
+            found.append(Caveat("Generalization versus memorization", fact + "some of the fit is to the examples themselves."))
     if record.samples and not record.evaluation:
         of = "eval" if record.run_info.get("eval_data") else "training"
         fact = f"Answers are to {len(record.samples)} {of} prompts, greedy. A loss has the right answer so far in view."

@@ -116,7 +116,7 @@ def save(
     checkpoints: Path,
     model: Any,
     optimizer: torch.optim.Optimizer,
-    progress: TrainState,
+    train_state: TrainState,
     info: dict[str, Any],
 ) -> Path:
     """Write `checkpoints`/step-000012.
@@ -125,15 +125,15 @@ def save(
         checkpoints: folder of all checkpoints of the run.
         model: with adapters; all that requires a gradient is saved, in the dtype it has.
         optimizer: over those parameters; its state is saved by their names.
-        progress: after a whole step.
+        train_state: after a whole step.
         info: JSON values that a resumed run is compared with.
 
     Raises:
         CheckpointError: if the disk is full, or what is read back is not what was written.
     """
-    folder = checkpoints / f"step-{progress.step:06d}"
+    folder = checkpoints / f"step-{train_state.step:06d}"
     tensors, plain = trainer_state(model, optimizer)
-    state = {**progress._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain, **info}
+    state = {**train_state._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain, **info}
     files = dict(adapter_files(model))
     files |= {TRAINER_STATE: safetensors.torch.save(tensors), STATE: json.dumps(state, indent=1).encode()}
     require_space(checkpoints, sum(map(len, files.values())))

@@ -132,14 +132,14 @@ class RunFolder:
             self._damaged = list(skipped)
         return found
 
-    def _begun(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    def _before(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """The state of the checkpoint, and the run.json of the folder; None where there is none."""
         there = checkpoint.read_state(self.checkpoint) if self.checkpoint else None
         return there, self._known if self._known and (there or self._finished) else there
 
     def as_before(self, config: TrainConfig) -> TrainConfig:
         """The configuration with what this run resolved `auto` to, if it has begun."""
-        _, before = self._begun()
+        _, before = self._before()
         if before is None:
             return config
         known = EARLIER | before["config"]
@@ -152,7 +152,7 @@ class RunFolder:
 
         Runs of older versions did not store it. Theirs is read from the name of TensorBoard's first file.
         """
-        _, before = self._begun()
+        _, before = self._before()
         if before is None or before.get("date"):
             return before["date"] if before else None
         run_folder = self.checkpoint.parent.parent if self.checkpoint else self.folder
@@ -173,7 +173,7 @@ class RunFolder:
             ConfigError: with a table of what differs and was not named in `--override`.
         """
         self.info = info
-        there, before = self._begun()
+        there, before = self._before()
         if before is None and not self._finished:
             return True
         overrides = _differences(before, dataclasses.asdict(info), config, there or self._finished) if before else {}
@@ -272,13 +272,13 @@ class RunFolder:
         self,
         model: Any,
         optimizer: torch.optim.Optimizer,
-        progress: checkpoint.TrainState,
+        state: checkpoint.TrainState,
         keep: int,
         evaluations: dict[int, EvalResult],
     ) -> None:
         """Write a checkpoint, verify it, and only then remove old ones; see checkpoint.save and checkpoint.prune."""
         assert self.info is not None  # as accepted
-        self.checkpoint = checkpoint.save(self.checkpoints, model, optimizer, progress, dataclasses.asdict(self.info))
+        self.checkpoint = checkpoint.save(self.checkpoints, model, optimizer, state, dataclasses.asdict(self.info))
         self.prune(keep, evaluations)
 
     def prune(self, keep: int, evaluations: dict[int, EvalResult]) -> None:

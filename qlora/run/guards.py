@@ -60,7 +60,7 @@ def check_finite(steps: StepLog, skipped: int, permitted: int, advice: Callable[
             losses = ", ".join(f"{earlier['loss']:.4g}" for earlier in [*steps.before, *steps.rows[:index]][-5:])
             way_out = "Lower --learning-rate, look at those lines, or allow some such steps with --skip-nonfinite."
             raise NonFiniteError(
-                f"{seen} The weights were kept from it. Losses before it: {losses or 'none'}. {way_out} {advice()}",
+                f"{seen} No weight was changed. Losses before it: {losses or 'none'}.", hint=f"{way_out} {advice()}"
             )
-        steps.tracker.say(f"{seen} It was skipped, {skipped} of {permitted} that may be.")
+        steps.tracker.say(f"{seen} The step was skipped ({skipped} of {permitted} allowed).")
     return skipped

@@ -42,22 +42,27 @@ RENAMED = {"held_out": "eval_data", "held_out_sha256": "eval_data_sha256"}  # ol
 
 def in_gb(values: dict[str, Any]) -> dict[str, Any]:
     """A JSON object with what older versions stored in GiB (`..._gib`) in GB (`..._gb`); an `object_hook` of `json.loads`."""
-    current = {}
-    for key, value in values.items():
-        in_gib = key.endswith("_gib")
-        current[key.removesuffix("_gib") + "_gb" if in_gib else key] = _scaled(value, 2**30 / 1e9) if in_gib else value
+    current = {key: value for key, value in values.items() if not key.endswith("_gib")}
+    for key in values.keys() - current.keys():
+        current.setdefault(key.removesuffix("_gib") + "_gb", _scaled(values[key], 2**30 / 1e9))
     return current
 
 
 def with_current_keys(values: dict[str, Any]) -> dict[str, Any]:
     """A JSON object of a run folder under the keys of this version; an `object_hook` of `json.loads`."""
-    return {RENAMED.get(key, key): value for key, value in in_gb(values).items()}
+    current = in_gb(values)
+    for old, new in RENAMED.items():
+        if old in current:
+            current.setdefault(new, current.pop(old))
+    return current
 
 
 def _scaled(value: Any, factor: float) -> Any:
-    """A number, or all numbers in an object, times a factor; other values as they are."""
+    """A number, or all numbers in an object or array, times a factor; other values as they are."""
     if isinstance(value, dict):
         return {key: _scaled(item, factor) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_scaled(item, factor) for item in value]
     return value * factor if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 

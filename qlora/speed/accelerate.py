@@ -15,17 +15,16 @@ from qlora.speed.layers import training_layers
 def accelerate(model: Any, config: TrainConfig, backend: str = "inductor") -> "AcceleratedDecoder":
     """The callable that training steps run instead of `model.get_decoder()`. Evaluation and generation use the model itself.
 
-    The model's `forward` methods stay as they are. Its adapted layers become LoRALinear, a subclass of PEFT's with the same
+    No `forward` of the model is replaced. Its adapted layers become LoRALinear, a subclass of PEFT's layer with the same
     weights and names, which behaves as PEFT's does except in training. Hooks on the decoder and its layers do not run in
-    training steps. What runs when `decoder(input_ids=...)` is called, from
-    the outside in:
+    training steps. What runs when `decoder(input_ids=...)` is called, from the outside in:
 
         AcceleratedDecoder.__call__   ids [B, T] -> last hidden states [B, T, D]
-          Graphs.__call__             with --compile graphs: what follows, replayed as one launch
-            copy_adapters             all A and B in bf16, and a dropout seed for each layer
-            type(decoder).forward     transformers' own code, with training layers in the place of its layers
-              TrainingLayer.forward   one layer, compiled, its activations kept or recomputed (layers.py)
-                LoRALinear.forward    one linear layer: NF4 base and adapter as one operator (lora_linear.py)
+          Graphs.__call__             with --compile graphs only: replays what follows as one launch
+            AcceleratedDecoder._run   A and B of all adapters in bf16; then transformers' decoder, over training layers
+              TrainingLayer.forward   one layer, compiled; its activations are kept or recomputed (layers.py)
+                the layer's forward   transformers' own code: norms, attention, MLP
+                  LoRALinear.forward  one linear layer: NF4 base and adapter as one operator (lora_linear.py)
 
     Args:
         model: NF4 base with adapters.
@@ -86,7 +85,7 @@ class AcceleratedDecoder:
 
     @contextlib.contextmanager
     def _training_layers(self) -> Iterator[None]:
-        """A block in which training layers stand in the place of the decoder's layers."""
+        """A block in which training layers replace the decoder's layers."""
         plain = [parent._modules[name] for parent, name, _ in self.layers]
         try:
             for parent, name, layer in self.layers:

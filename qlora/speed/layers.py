@@ -148,8 +148,11 @@ def _policies(config: TrainConfig, meta_model: Any) -> tuple[GradientCheckpointi
         asked = config.gradient_checkpointing
         return ("none", "selective", "full") if asked == "auto" else (asked,)
     if config.gradient_checkpointing in ("selective", "full"):
-        text = f"--gradient-checkpointing {config.gradient_checkpointing} cannot be used: transformers marks no layer of"
-        raise ConfigError(f"{text} {meta_model.config.model_type} as one that can be computed again.", hint="Leave it out.")
+        raise ConfigError(
+            f"--gradient-checkpointing {config.gradient_checkpointing} cannot be used: transformers does not support "
+            f"checkpointing the layers of {meta_model.config.model_type}.",
+            hint="Leave it out.",
+        )
     return ("none",)
 
 

@@ -11,7 +11,7 @@ from qlora.cli import main
 from qlora.commands import evaluate
 from qlora.commands.adapter import load_adapted, open_adapter
 from qlora.config import BUNDLED_EVAL
-from qlora.data.batch import collate, micro_batches
+from qlora.data.batch import collate, iter_batches
 from qlora.data.dataset import encode_all
 from qlora.data.formats import read_examples
 from qlora.data.template import IGNORED, encode_prompt
@@ -54,7 +54,7 @@ def test_every_number_is_in_the_file_and_the_table(run, rows, tmp_path, capsys):
     samples, _ = encode_all(read_examples(rows, "test"), rows, opened.template, opened.config)
     assert record["eval_data_sha256"] == samples.sha256
     with attention.for_training(model, opened.config):
-        batches = micro_batches(samples, range(3), 1)
+        batches = iter_batches(samples, range(3), 1)
         wanted = evaluate_loss(model, batches, lambda hidden, batch: token_loss_sum(hidden, batch, head))
     assert record["metrics"]["loss"]["adapter"]["value"] == pytest.approx(wanted.loss, rel=2e-3)
     assert record["num_tokens"] == wanted.num_tokens

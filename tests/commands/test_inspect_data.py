@@ -12,7 +12,7 @@ from qlora.cli import main
 from qlora.commands import inspect_data
 from qlora.commands.inspect_data import Repeats
 from qlora.config import TrainConfig
-from qlora.data.batch import epoch_rows, micro_batches, training_batches
+from qlora.data.batch import epoch_rows, iter_batches, training_batches
 from qlora.data.dataset import TokenizedDataset
 from qlora.data.formats import Example, Message
 from qlora.data.template import IGNORED, TokenizedExample
@@ -81,7 +81,7 @@ def test_padding_is_that_of_the_batches_of_an_epoch(packing):
     config = TrainConfig(max_length=200, packing=packing, per_device_train_batch_size=2, seed=3)
     found = inspect_data.padding(samples, config)
     rows = epoch_rows(samples, config, 1)
-    batches = list(micro_batches(samples, rows, 2))
+    batches = list(iter_batches(samples, rows, 2))
     positions, tokens = sum(batch.input_ids.numel() for batch in batches), sum(samples.lengths)
     assert (found.rows, found.micro_batches, found.positions) == (len(rows), len(batches), positions)
     assert found.wasted == pytest.approx(1 - tokens / positions)

@@ -19,7 +19,7 @@ from qlora.commands import export_onnx, merge
 from qlora.commands.adapter import load_adapted, open_adapter
 from qlora.commands.merge import Difference
 from qlora.config import BUNDLED_EVAL
-from qlora.data.batch import micro_batches
+from qlora.data.batch import iter_batches
 from qlora.data.dataset import TokenizedDataset, encode_all
 from qlora.data.formats import read_examples
 from qlora.data.template import IGNORED, load_template
@@ -112,7 +112,7 @@ def test_what_is_measured_is_the_adapter_its_base_and_each_way_to_merge(adapter,
     assert found["unmerged"].kl == 0 and found["unmerged"].agreement == 1
     model = load_adapted(adapter, "nf4")
     head = read_head(model)
-    batches = list(micro_batches(eval_set, range(len(eval_set)), 1))
+    batches = list(iter_batches(eval_set, range(len(eval_set)), 1))
     losses = [evaluate_loss(model, batches, lambda h, b: token_loss_sum(h, b, head)).loss]
     with model.disable_adapter():
         losses.append(evaluate_loss(model, batches, lambda h, b: token_loss_sum(h, b, head)).loss)

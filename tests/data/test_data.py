@@ -30,8 +30,8 @@ from qlora.data.batch import (
     collate_packed,
     epoch_order,
     epoch_rows,
+    iter_batches,
     longest_rows,
-    micro_batches,
     pack,
     row_length,
     training_batches,
@@ -610,7 +610,7 @@ def test_samples_are_a_sequence_of_what_they_were_made_of():
 def test_a_single_sample_and_none(template):
     samples, notes = encode_all([example("q", "a")], "f", template, TrainConfig())
     assert notes.startswith("1 examples, 2 tokens") and samples[-1] == samples[0]
-    (batch,) = micro_batches(samples, epoch_order(len(samples), 42, 1), 4)
+    (batch,) = iter_batches(samples, epoch_order(len(samples), 42, 1), 4)
     assert batch.input_ids.tolist() == [samples[0].input_ids] and batch.num_tokens == 2
     assert not TokenizedDataset([]) and list(TokenizedDataset([])) == []
 
@@ -743,7 +743,7 @@ def test_steps_are_full_but_for_the_last():
 
 def test_micro_batches_follow_the_order_and_lose_none():
     samples = [TokenizedExample([i, i], [i, i], i) for i in range(5)]
-    batches = list(micro_batches(samples, [4, 0, 3, 1, 2], 2))
+    batches = list(iter_batches(samples, [4, 0, 3, 1, 2], 2))
     assert [batch.input_ids[:, 0].tolist() for batch in batches] == [[4, 0], [3, 1], [2]]
 
 
@@ -888,7 +888,7 @@ def test_rows_of_an_epoch_are_a_pure_function_of_seed_and_epoch(samples, config)
 
 def test_micro_batches_of_packed_rows_follow_the_order_and_lose_none():
     samples = [TokenizedExample([i, i], [i, i], i) for i in range(6)]
-    batches = list(micro_batches(samples, [[4, 0], [3], [1, 5, 2]], 2))
+    batches = list(iter_batches(samples, [[4, 0], [3], [1, 5, 2]], 2))
     assert [batch.lines for batch in batches] == [(4, 0, 3), (1, 5, 2)]
     assert [batch.input_ids[:, ::2].tolist() for batch in batches] == [[[4, 0], [3, 0]], [[1, 5, 2]]]
 
@@ -907,7 +907,7 @@ def test_rows_are_padded_to_a_multiple_and_packed_samples_counted_to_one(samples
     assert padded.input_ids.shape == (2, 256) and plain.input_ids.shape[1] < 256
     one, other = (batch.labels.flatten()[batch.positions + 1] for batch in (plain, padded))
     assert torch.equal(one, other) and plain.num_input_tokens == padded.num_input_tokens
-    own, packed = (next(micro_batches(samples, [[0, 1], [2]], 2, multiple=multiple)) for multiple in (1, 128))
+    own, packed = (next(iter_batches(samples, [[0, 1], [2]], 2, multiple=multiple)) for multiple in (1, 128))
     assert packed.input_ids.shape == (2, 384) and packed.cu_seqlens.shape == (128,)
     assert packed.cu_seqlens[:3].equal(own.cu_seqlens[:3]) and set(packed.cu_seqlens[5:].tolist()) == {768}
     assert packed.position_ids[0, : own.position_ids.shape[1]].equal(own.position_ids[0])

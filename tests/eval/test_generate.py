@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from qlora.data.batch import collate, micro_batches
+from qlora.data.batch import collate, iter_batches
 from qlora.data.template import IGNORED
 from qlora.eval import generate as generation
 from qlora.eval.generate import Sampling, generate, generate_all, sample_responses
@@ -19,7 +19,7 @@ from tests.helpers import wake_adapters
 def test_loss_is_weighted_by_tokens_and_equals_transformers_own(model, head, samples):
     rows = [samples[0], samples[1]._replace(labels=[IGNORED] * 110 + samples[1].labels[110:]), samples[2]]
     loss_sum = functools.partial(token_loss_sum, head=head)
-    results = [evaluate_loss(model, micro_batches(rows, range(3), size), loss_sum) for size in (1, 2, 3)]
+    results = [evaluate_loss(model, iter_batches(rows, range(3), size), loss_sum) for size in (1, 2, 3)]
     total = tokens = 0
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for row in rows:
@@ -41,7 +41,7 @@ def test_evaluation_keeps_the_mode_and_turns_dropout_off(config, samples):
     model = adapted_model(dataclasses.replace(config, lora_dropout=0.5))
     wake_adapters(model)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-    batches = list(micro_batches(samples, range(4), 2))
+    batches = list(iter_batches(samples, range(4), 2))
     state = torch.get_rng_state()
     losses = {evaluate_loss(model, batches, loss_sum).loss for _ in range(2)}
     assert len(losses) == 1 and model.training and torch.equal(torch.get_rng_state(), state)
@@ -53,7 +53,7 @@ def test_evaluation_keeps_the_mode_and_turns_dropout_off(config, samples):
 
 def test_an_overflowing_perplexity_is_large_not_an_error(model, samples):
     result = evaluate_loss(
-        model, micro_batches(samples, range(2), 2), lambda hidden, batch: torch.tensor(1e6 * batch.num_tokens)
+        model, iter_batches(samples, range(2), 2), lambda hidden, batch: torch.tensor(1e6 * batch.num_tokens)
     )
     assert result.loss == 1e6 and 1e300 < result.perplexity < math.inf
 

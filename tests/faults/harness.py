@@ -4,7 +4,6 @@ The parent has imported everything and has one thread, so a child starts in mill
 """
 
 import gc
-import hashlib
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from benchmarks.kill_resume import metrics as rows
 from qlora.cli import train as command_line
 from qlora.run import checkpoint
 from qlora.run.files import verify
+from tests.helpers import tensors
 
 LIMIT = 2  # of checkpoints kept
 
@@ -83,7 +83,7 @@ class Case:
     def check_finished(self, folder: Path, was_complete: bool = False) -> None:
         """The run has ended as the one that was never disturbed: tensors, metrics, answers, and no trace of the rest.
 
-        If it was complete before, its answers may be missing: they are generated afterwards, and not again.
+        If it was complete before, its answers may be missing: they are generated afterward, and not again.
         """
         ours, theirs = self.check_what_is_there(folder), checkpoint.by_step(self.straight / "checkpoints")
         assert ours == list(theirs) and len(ours) == LIMIT and 12 in ours
@@ -109,14 +109,21 @@ def log(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def tensors(folder: Path) -> list[str]:
-    """Digests of what a checkpoint holds in tensors: adapter, moments, generators."""
-    names = (checkpoint.ADAPTER, checkpoint.TRAINER_STATE)
-    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
-
-
 def killed_after(child: int, seconds: float) -> bool:
     """Kill a process after a while; whether it was still there."""
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     return wait(child) == -signal.SIGKILL
+
+
+def stop_at(step: int) -> None:
+    """Make the run that follows send itself SIGTERM in the given step."""
+    train_step, calls = train_loop.train_step, []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*args, **kwargs)
+
+    train_loop.train_step = counted

@@ -24,8 +24,7 @@ from qlora.run import checkpoint, files
 from qlora.run.files import MANIFEST, _write, remove_leftovers, write_file, write_folder
 from qlora.run.folder import RunFolder
 from tests.faults.conftest import SEED
-from tests.faults.harness import Case, all_pass, log, rows, wait
-from tests.faults.test_kills import stop_at
+from tests.faults.harness import Case, all_pass, log, rows, stop_at, wait
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 ADAPTER, TRAINER_STATE, STATE, MANIFEST = checkpoint.ADAPTER, checkpoint.TRAINER_STATE, checkpoint.STATE, MANIFEST
@@ -56,7 +55,7 @@ def checkpoints(case: Case, tmp_path) -> Path:
 
 @contextlib.contextmanager
 def damaged(folder: Path, *names: str) -> Iterator[list[Path]]:
-    """Files of the checkpoint to damage; afterwards they are as they were."""
+    """Files of the checkpoint to damage; afterward they are as they were."""
     kept = {folder / name: (folder / name).read_bytes() for name in names}
     yield list(kept)
     for path, content in kept.items():
@@ -592,12 +591,12 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_over_a_resume(case: C
         def before() -> None:
             original, calls = train_loop.train_step, []
 
-            def watched(decoder, optimizer, step_batches, loss_sum, *rest):
+            def watched(decoder, optimizer, micro_batches, loss_sum, *rest):
                 calls.append(1)
                 if len(calls) == stop:
                     os.kill(os.getpid(), signal.SIGTERM)
                 factor = math.nan if len(calls) in spoil else 1.0
-                return original(decoder, optimizer, step_batches, lambda *args: loss_sum(*args) * factor, *rest)
+                return original(decoder, optimizer, micro_batches, lambda *args: loss_sum(*args) * factor, *rest)
 
             train_loop.train_step = watched
 

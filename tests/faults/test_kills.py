@@ -18,7 +18,7 @@ from qlora.errors import ExitCode
 from qlora.run import files
 from qlora.run.folder import RunFolder
 from tests.faults.conftest import SEED
-from tests.faults.harness import Case, all_pass, killed_after, log, wait
+from tests.faults.harness import Case, all_pass, killed_after, log, stop_at, wait
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
@@ -103,21 +103,6 @@ def test_killed_before_every_file_system_call_of_two_saves_and_their_prunes(case
 
     all_pass({f"call-{number}": trial(number) for number in range(1, len(calls) + 1)}, tmp_path)
     record("SIGKILL before each file-system call of two saves", len(calls), start)
-
-
-def stop_at(step: int) -> None:
-    """Make the run that follows send itself SIGTERM in the given step."""
-    import train_loop
-
-    train_step, calls = train_loop.train_step, []
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*args, **kwargs)
-
-    train_loop.train_step = counted
 
 
 @pytest.mark.parametrize("deadly", [True, False], ids=["killed", "disk full"])

@@ -19,7 +19,8 @@ from qlora.cli import train as command_line
 from qlora.data import dataset
 from qlora.eval import generate
 from qlora.run import checkpoint, files
-from tests.faults.harness import Case, all_pass, fork, log, tensors, wait
+from tests.faults.harness import Case, all_pass, fork, log, wait
+from tests.helpers import tensors
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from qlora.config import AttnImplementation, TrainConfig
-from qlora.data.batch import Batch, collate, collate_packed, micro_batches, training_batches
+from qlora.data.batch import Batch, collate, collate_packed, iter_batches, training_batches
 from qlora.data.template import IGNORED, TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.model import attention
@@ -364,7 +364,7 @@ def test_a_packed_sample_sees_neither_the_one_before_nor_the_one_behind(config, 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_a_step_over_packed_rows_is_the_step_over_their_samples(config, monkeypatch, backend):
-    """Through train_step with its windows and clipping, in fp32: only the order of additions differs."""
+    """Through train_step with accumulation and clipping, in fp32: only the order of additions differs."""
     monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
     samples = random_samples(*LENGTHS)
     ends, losses = [], []
@@ -372,10 +372,10 @@ def test_a_step_over_packed_rows_is_the_step_over_their_samples(config, monkeypa
         model = awake(config)
         loss_sum = functools.partial(token_loss_sum, head=read_head(model))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        window = list(micro_batches(samples, rows, size))
-        assert len(window) == 2
+        micro_batches = list(iter_batches(samples, rows, size))
+        assert len(micro_batches) == 2
         with attend(model, backend, None):
-            losses.append([train_step(decoder_of(model), optimizer, window, loss_sum, 0.5, 0.7) for _ in range(2)])
+            losses.append([train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 0.5, 0.7) for _ in range(2)])
         ends.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
     start = {name: p.detach() for name, p in awake(config).named_parameters() if p.requires_grad}
     padded, ours = ({name: end[name] - start[name] for name in end} for end in ends)
@@ -396,10 +396,10 @@ def test_rows_of_padding_that_fill_up_a_batch_train_nothing(config, monkeypatch,
         loss_sum = functools.partial(token_loss_sum, head=read_head(model))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         changed = dataclasses.replace(config, compile=compile, packing=packing, per_device_train_batch_size=3)
-        window = list(training_batches(samples, rows, changed))
-        assert [len(batch.input_ids) for batch in window] == [1 if compile == "none" else 3]
+        micro_batches = list(training_batches(samples, rows, changed))
+        assert [len(batch.input_ids) for batch in micro_batches] == [1 if compile == "none" else 3]
         with attend(model, backend, None):
-            loss, norm = train_step(decoder_of(model), optimizer, window, loss_sum, 0.0, None)
+            loss, norm = train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 0.0, None)
         found.append((loss.item(), norm.item(), gradients(model)))
     one, other = found
     assert one[:2] == pytest.approx(other[:2], rel=1e-5) and relative_error(other[2], one[2]) < 1e-5

@@ -346,7 +346,7 @@ def test_importing_downloads_nothing_where_the_package_kernels_is_installed(tmp_
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "DOWNLOAD" not in done.stdout and str(tmp_path) in done.stdout  # and it is there again afterwards
+    assert "DOWNLOAD" not in done.stdout and str(tmp_path) in done.stdout  # and it is there again afterward
     assert "gemm_4bit_forward" not in done.stderr
 
 

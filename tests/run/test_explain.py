@@ -12,7 +12,7 @@ from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qlora.cli import train as command_line
-from qlora.data.batch import collate, collate_packed, micro_batches
+from qlora.data.batch import collate, collate_packed, iter_batches
 from qlora.data.formats import Example, Message
 from qlora.data.template import IGNORED, TokenizedExample, encode
 from qlora.model.coverage import linear_layers
@@ -110,8 +110,8 @@ def test_tokens_say_what_is_trained(template):
 
 def test_counts_of_a_step_add_up():
     rows = [TokenizedExample([1] * length, [IGNORED] * 2 + [1] * (length - 2), length) for length in (9, 4, 7)]
-    step_batches = list(micro_batches(rows, range(3), 2))
-    assert explain.token_counts(step_batches) == [Count(2, 9, 5, 4, 9), Count(1, 7, 0, 2, 5)]
+    micro_batches = list(iter_batches(rows, range(3), 2))
+    assert explain.token_counts(micro_batches) == [Count(2, 9, 5, 4, 9), Count(1, 7, 0, 2, 5)]
     packed = [collate_packed([rows[:2], rows[2:]])]
     assert explain.token_counts(packed) == [Count(3, 13, 6, 6, 14)]
 

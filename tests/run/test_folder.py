@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_loop
+from benchmarks.kill_resume import metrics as rows
 from qlora.cli import train as command_line
 from qlora.commands.adapter import open_adapter
 from qlora.config import BUNDLED_TRAIN, parse
@@ -31,7 +32,7 @@ from qlora.report.html import _evaluations
 from qlora.run import checkpoint, prepare
 from qlora.run.files import verify, write_folder
 from qlora.run.folder import RunFolder, _exactness
-from tests.faults.harness import rows, tensors
+from tests.helpers import tensors
 
 FLAGS = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "--max-length", "300"]
 

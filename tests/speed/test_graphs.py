@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora.data.batch import collate, collate_packed, micro_batches
+from qlora.data.batch import collate, collate_packed, iter_batches
 from qlora.data.template import TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.model import attention
@@ -66,8 +66,8 @@ def run(config, samples, compile):
     found = []
     with attention.for_training(model.train(), config):
         for number, rows in enumerate(([0, 1, 2, 3, 5], [5, 0, 1], [16, 17, 2, 3], [1, 2, 16, 17])):
-            step_batches = list(micro_batches(samples, rows, 2, multiple=64, least=2))
-            loss, norm = train_step(decoder_of(model), optimizer, step_batches, loss_sum, 1e-3, 1.0)
+            micro_batches = list(iter_batches(samples, rows, 2, multiple=64, least=2))
+            loss, norm = train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 1e-3, 1.0)
             found.append([loss, norm, *(p.detach().clone() for p in parameters)])
             if number == 1:
                 optimizer.zero_grad(set_to_none=False)
@@ -158,7 +158,7 @@ def test_a_gradient_from_outside_the_graphs_is_carried_into_them(config, samples
     """One recording is allowed: in a step whose first micro-batch has another shape, the graph must add to its gradient."""
     rows = ([0, 1], [16, 17], [0, 1], [16, 17])  # shapes A, B, A, B
     config = dataclasses.replace(config, attn_implementation="sdpa")
-    batches = [next(micro_batches(samples, pair, 2, multiple=64)) for pair in rows]
+    batches = [next(iter_batches(samples, pair, 2, multiple=64)) for pair in rows]
     assert batches[0].input_ids.shape == batches[2].input_ids.shape != batches[1].input_ids.shape
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
     found = []

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.config import TrainConfig
-from qlora.data.batch import collate_packed, micro_batches, training_batches
+from qlora.data.batch import collate_packed, iter_batches, training_batches
 from qlora.data.template import TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.eval.loss import evaluate_loss
@@ -39,13 +39,13 @@ GPU = torch.device("cuda", 0)
 OLD_GPU = torch.device("cuda", 1)
 
 
-def step(model, config, step_batches, dropout_seed: int | None = None) -> tuple[float, float, dict[str, torch.Tensor]]:
+def step(model, config, micro_batches, dropout_seed: int | None = None) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Loss, norm and gradients of one train_step at rate 0, as the loop takes it."""
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     torch.manual_seed(dropout_seed or 0)
     with attention.for_training(model.train(), config):
-        loss, norm = train_step(decoder_of(model), optimizer, step_batches, loss_sum, 0.0, None)
+        loss, norm = train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 0.0, None)
     return loss.item(), norm.item(), gradients(model)
 
 
@@ -65,57 +65,57 @@ def awake(config):
 
 
 @pytest.fixture
-def step_batches(samples):
+def micro_batches(samples):
     """Three micro-batches of different lengths, the last of one row."""
-    return list(micro_batches(samples, range(5), 2))
+    return list(iter_batches(samples, range(5), 2))
 
 
 @pytest.mark.parametrize("compile", ["none", "layers"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_no_policy_changes_a_bit_and_peft_s_model_is_near(awake, step_batches, counted, policy, compile):
+def test_no_policy_changes_a_bit_and_peft_s_model_is_near(awake, micro_batches, counted, policy, compile):
     model, config = awake()
-    theirs = step(model, config, step_batches)
+    theirs = step(model, config, micro_batches)
     assert not counted  # PEFT's layers; ours dequantize by a function of their own
-    plain = step(prepared(awake()[0], config, "none"), config, step_batches)
-    ours = step(prepared(awake()[0], config, policy, compile), config, step_batches)
+    plain = step(prepared(awake()[0], config, "none"), config, micro_batches)
+    ours = step(prepared(awake()[0], config, policy, compile), config, micro_batches)
     assert same(ours, plain) and counted
     assert ours[0] == pytest.approx(theirs[0], rel=1e-3) and relative_error(ours[2], theirs[2]) < 0.02
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])
-def test_dropout_is_drawn_again_as_it_was(awake, step_batches, policy):
+def test_dropout_is_drawn_again_as_it_was(awake, micro_batches, policy):
     model, config = awake(lora_dropout=0.3)
-    plain = step(prepared(model, config, "none"), config, step_batches, dropout_seed=7)
-    ours = step(prepared(awake(lora_dropout=0.3)[0], config, policy), config, step_batches, dropout_seed=7)
-    other = step(prepared(awake(lora_dropout=0.3)[0], config, policy), config, step_batches, dropout_seed=8)
+    plain = step(prepared(model, config, "none"), config, micro_batches, dropout_seed=7)
+    ours = step(prepared(awake(lora_dropout=0.3)[0], config, policy), config, micro_batches, dropout_seed=7)
+    other = step(prepared(awake(lora_dropout=0.3)[0], config, policy), config, micro_batches, dropout_seed=8)
     assert same(ours, plain) and not same(other, plain)
 
 
-def test_dropout_is_drawn_again_as_it_was_in_compiled_layers(awake, step_batches):
+def test_dropout_is_drawn_again_as_it_was_in_compiled_layers(awake, micro_batches):
     found = []
     for policy in POLICIES:
         model, config = awake(lora_dropout=0.3)
-        found.append(step(prepared(model, config, policy, "layers"), config, step_batches, dropout_seed=7))
+        found.append(step(prepared(model, config, policy, "layers"), config, micro_batches, dropout_seed=7))
     drawn = torch.get_rng_state()  # [bytes]
     torch.manual_seed(7)
-    for _ in step_batches:  # seeds of all layers, and nothing else
+    for _ in micro_batches:  # seeds of all layers, and nothing else
         torch.randint(2**31 - 1, (sum(isinstance(m, lora_linear.LoRALinear) for m in model.modules()),), dtype=torch.int32)
     assert torch.equal(drawn, torch.get_rng_state())
     assert same(found[0], found[1]) and same(found[0], found[2])
-    assert found[0][0] != step(prepared(awake()[0], config, "none"), config, step_batches)[0]
+    assert found[0][0] != step(prepared(awake()[0], config, "none"), config, micro_batches)[0]
 
 
 @pytest.mark.parametrize("compile", ["none", "layers"])
-def test_dropout_is_another_in_each_pass_and_in_each_layer(awake, step_batches, compile):
+def test_dropout_is_another_in_each_pass_and_in_each_layer(awake, micro_batches, compile):
     """Passes of one model over the same micro-batch, at rate 0."""
     model, config = awake(lora_dropout=0.3)
     prepared(model, config, "none", compile)
-    one, other, again = (step(model, config, step_batches[:1], dropout_seed=seed) for seed in (7, 8, 7))
+    one, other, again = (step(model, config, micro_batches[:1], dropout_seed=seed) for seed in (7, 8, 7))
     assert one[0] != other[0] and same(one, again)
     passes = []
     for _ in range(2):
         with attention.for_training(model.train(), config):
-            decoder_of(model)(input_ids=step_batches[0].input_ids, use_cache=False)
+            decoder_of(model)(input_ids=micro_batches[0].input_ids, use_cache=False)
         passes.append([module.seed for module in model.modules() if isinstance(module, lora_linear.LoRALinear)])
     if compile == "none":
         assert passes[0] == passes[1] == [None] * len(passes[0])  # torch's generator, which no layer begins again
@@ -144,12 +144,12 @@ def counted(monkeypatch):
      ("none", "layers", ()), ("selective", "layers", ("o_proj", "gate_up_proj")),
      ("full", "layers", ("qkv_proj", "o_proj", "gate_up_proj"))],
 )  # fmt: skip
-def test_what_is_multiplied_again_is_what_the_policy_says(awake, step_batches, counted, policy, compile, again):
+def test_what_is_multiplied_again_is_what_the_policy_says(awake, micro_batches, counted, policy, compile, again):
     """Forward and backward of each layer, and what is computed again; compiled, the last product of a layer never is."""
     model, config = awake()
     prepared(model, config, policy, compile)
     shapes = {m.name: (m.out_features, m.in_features) for m in model.modules() if isinstance(m, lora_linear.LoRALinear)}
-    step(model, config, step_batches[:1])
+    step(model, config, micro_batches[:1])
     depth = len(model.get_decoder().layers)
     expected = {name: depth * (2 + (name in again)) for name in shapes}
     if compile == "none" and policy == "selective":  # without a compiler a layer is followed to its last kept tensor
@@ -169,15 +169,15 @@ class Counter(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def executed(model, config, step_batches, compile: str) -> collections.Counter:
+def executed(model, config, micro_batches, compile: str) -> collections.Counter:
     """How often a step ran each operator, once all is compiled."""
     if compile == "none":
         with Counter() as counter:
-            step(model, config, step_batches)
+            step(model, config, micro_batches)
         return counter.counts
-    step(model, config, step_batches)
+    step(model, config, micro_batches)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step(model, config, step_batches)
+        step(model, config, micro_batches)
     counts = collections.Counter({event.key: event.count for event in profile.key_averages()})
     counts["aten::mm"] -= counts["qlora::nf4_linear"] + 3 * counts["qlora::nf4_linear_backward"]  # within them
     return counts
@@ -188,13 +188,13 @@ def executed(model, config, step_batches, compile: str) -> collections.Counter:
     [("none", "none", 0, 0, 0), ("selective", "none", 0, 3, 0), ("full", "none", 1, 4, 4),
      ("none", "layers", 0, 0, 0), ("selective", "layers", 0, 2, 0), ("full", "layers", 1, 3, 4)],
 )  # fmt: skip
-def test_what_else_is_computed_again_is_what_the_policy_says(awake, step_batches, policy, compile, attends, adapted, reduced):
+def test_what_else_is_computed_again_is_what_the_policy_says(awake, micro_batches, policy, compile, attends, adapted, reduced):
     """In a decoder layer: attention, the operator of adapted layers, and the products by A, which are small and always kept
     but by full."""
     model, config = awake()
-    plain = executed(prepared(model, config, "none"), config, step_batches[:1], compile)
+    plain = executed(prepared(model, config, "none"), config, micro_batches[:1], compile)
     model, config = awake()
-    again = executed(prepared(model, config, policy, compile), config, step_batches[:1], compile)
+    again = executed(prepared(model, config, policy, compile), config, micro_batches[:1], compile)
     again.subtract(plain)
     depth = len(model.get_decoder().layers)
     attention_of_a_cpu = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -204,7 +204,7 @@ def test_what_else_is_computed_again_is_what_the_policy_says(awake, step_batches
 
 
 @pytest.mark.parametrize("compile", ["none", "layers"])
-def test_what_is_kept_falls_from_policy_to_policy(awake, step_batches, compile):
+def test_what_is_kept_falls_from_policy_to_policy(awake, micro_batches, compile):
     kept = []
     for policy in POLICIES:
         model, config = awake()
@@ -224,7 +224,7 @@ def test_what_is_kept_falls_from_policy_to_policy(awake, step_batches, compile):
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16),
         ):
-            decoder_of(model)(input_ids=step_batches[0].input_ids, use_cache=False)
+            decoder_of(model)(input_ids=micro_batches[0].input_ids, use_cache=False)
         kept.append(sum(sizes.values()))
     if compile == "layers":  # without, what selective keeps is not in autograd's hands
         assert kept[1] < 0.75 * kept[0] and kept[2] < 0.5 * kept[1]
@@ -256,7 +256,7 @@ def test_packed_rows_share_one_compilation_whatever_their_longest_sample(awake, 
     prepared(model, config, "full", "layers")
     packed = dataclasses.replace(config, packing=True)
     torch._dynamo.utils.counters.clear()
-    steps = [list(micro_batches(samples, rows, 2)) for rows in ([[0, 1], [2]], [[3], [4]], [[5, 6], [7, 8, 9]])]
+    steps = [list(iter_batches(samples, rows, 2)) for rows in ([[0, 1], [2]], [[3], [4]], [[5, 6], [7, 8, 9]])]
     assert len({batch.max_seqlen for (batch,) in steps}) == 3
     for one in steps:
         assert math.isfinite(step(model, packed, one)[0])
@@ -279,12 +279,12 @@ def test_packed_rows_of_any_number_of_samples_share_one_compilation(awake):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_compiled_for_real_it_stays_near(awake, step_batches):
+def test_compiled_for_real_it_stays_near(awake, micro_batches):
     model, config = awake()
-    plain = step(prepared(model, config, "none"), config, step_batches)
+    plain = step(prepared(model, config, "none"), config, micro_batches)
     real, config = awake(gradient_checkpointing="selective", compile="layers")
     real.accelerated = accelerate(real, config)
-    ours = step(real, config, step_batches)
+    ours = step(real, config, micro_batches)
     assert ours[0] == pytest.approx(plain[0], rel=1e-3) and relative_error(ours[2], plain[2]) < 0.02
 
 
@@ -301,35 +301,35 @@ def test_fifty_steps_follow_the_slow_path_s_curve(awake, samples):
         with attention.for_training(model.train(), config):
             for at in range(50):
                 rows = [(4 * at + k) % 20 for k in range(4)]
-                step_batches = list(micro_batches(samples, rows, 2))
-                curve.append(train_step(decoder_of(model), optimizer, step_batches, loss_sum, 2e-3, 1.0)[0].item())
+                micro_batches = list(iter_batches(samples, rows, 2))
+                curve.append(train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 2e-3, 1.0)[0].item())
         curves.append(curve)
     assert curves[0][-1] < curves[0][0] - 1.0  # it learns
     assert max(abs(one - other) for one, other in zip(*curves, strict=True)) < 0.02
 
 
-def test_gradients_are_added_to_what_is_there_and_made_where_there_is_none(awake, step_batches):
+def test_gradients_are_added_to_what_is_there_and_made_where_there_is_none(awake, micro_batches):
     """Copies of the adapters are what autograd sees; the parameters' own gradients are theirs, for B times the scale."""
     model, config = awake(lora_alpha=3)  # r is 4: a scale that bf16 cannot divide out
-    theirs = step(model, config, step_batches)
+    theirs = step(model, config, micro_batches)
     model = prepared(awake(lora_alpha=3)[0], config, "none")
-    once = step(model, config, step_batches)
+    once = step(model, config, micro_batches)
     assert relative_error(once[2], theirs[2]) < 0.02
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     kept = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     head = read_head(model)
     with attention.for_training(model.train(), config), torch.autocast("cpu", torch.bfloat16):
-        for batch in step_batches:
+        for batch in micro_batches:
             hidden = decoder_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-            (token_loss_sum(hidden, batch, head) / sum(one.num_tokens for one in step_batches)).backward()
+            (token_loss_sum(hidden, batch, head) / sum(one.num_tokens for one in micro_batches)).backward()
     assert all(parameter.grad is kept[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
     assert relative_error({name: gradient - 1 for name, gradient in kept.items()}, once[2]) < 1e-4
 
 
-def test_a_prepared_model_is_freed(awake, step_batches):
+def test_a_prepared_model_is_freed(awake, micro_batches):
     model, config = awake()
-    step(prepared(model, config, "none", "layers"), config, step_batches[:1])
+    step(prepared(model, config, "none", "layers"), config, micro_batches[:1])
     layer = weakref.ref(model.get_decoder().layers[0])
     del model
     torch._dynamo.reset()  # it holds what it has compiled
@@ -337,34 +337,34 @@ def test_a_prepared_model_is_freed(awake, step_batches):
     assert layer() is None
 
 
-def test_a_cache_of_dequantized_weights_changes_no_bit(awake, step_batches, counted):
+def test_a_cache_of_dequantized_weights_changes_no_bit(awake, micro_batches, counted):
     model, config = awake()
-    plain = step(prepared(model, config, "full"), config, step_batches)
+    plain = step(prepared(model, config, "full"), config, micro_batches)
     assert counted
     model, cached = awake(cache_dequantized=True)
     prepared(model, cached, "full")
     counted.clear()
-    assert same(step(model, cached, step_batches), plain) and not counted
+    assert same(step(model, cached, micro_batches), plain) and not counted
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-    assert evaluate_loss(model, step_batches, loss_sum) == evaluate_loss(
-        prepared(awake()[0], config, "full"), step_batches, loss_sum
+    assert evaluate_loss(model, micro_batches, loss_sum) == evaluate_loss(
+        prepared(awake()[0], config, "full"), micro_batches, loss_sum
     )
 
 
-def test_evaluation_runs_the_layer_as_it_is_written(awake, step_batches, monkeypatch):
+def test_evaluation_runs_the_layer_as_it_is_written(awake, micro_batches, monkeypatch):
     model, config = awake()
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-    before = evaluate_loss(model, step_batches, loss_sum)
+    before = evaluate_loss(model, micro_batches, loss_sum)
     names = {name: type(module) for name, module in model.get_decoder().named_modules()}
-    step(prepared(model, config, "full"), config, step_batches[:1])
+    step(prepared(model, config, "full"), config, micro_batches[:1])
     after = {name: type(module) for name, module in model.get_decoder().named_modules()}
     changed = {(names[name], kind) for name, kind in after.items() if names[name] != kind}
     assert after.keys() == names.keys() and changed == {(Linear4bit, lora_linear.LoRALinear)}
     monkeypatch.setattr(layers, "checkpoint", None)  # calling it would fail
-    assert evaluate_loss(model, step_batches, loss_sum) == before
+    assert evaluate_loss(model, micro_batches, loss_sum) == before
 
 
-def test_what_cannot_be_compiled_says_how_to_do_without(awake, step_batches):
+def test_what_cannot_be_compiled_says_how_to_do_without(awake, micro_batches):
     def broken(graph, inputs):
         raise RuntimeError("no such instruction")
 
@@ -372,7 +372,7 @@ def test_what_cannot_be_compiled_says_how_to_do_without(awake, step_batches):
     torch._dynamo.reset()
     model.accelerated = accelerate(model, config, backend=broken)
     with pytest.raises(UserError, match=r"could not be compiled\. Pass --compile none") as refused:
-        step(model, config, step_batches)
+        step(model, config, micro_batches)
     assert refused.value.exit_code == ExitCode.ENVIRONMENT and isinstance(refused.value.__cause__, TorchDynamoException)
 
 
@@ -458,10 +458,10 @@ def test_where_nobody_tried_it_layers_run_as_written(card, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])
-def test_offloaded_checkpoints_are_the_inputs_of_layers_and_come_back(awake, step_batches, policy, monkeypatch):
+def test_offloaded_checkpoints_are_the_inputs_of_layers_and_come_back(awake, micro_batches, policy, monkeypatch):
     """On a CPU the host's memory is the device's, but what is packed and unpacked is the same."""
     model, config = awake()
-    plain = step(prepared(model, config, policy, "layers"), config, step_batches[:2])
+    plain = step(prepared(model, config, policy, "layers"), config, micro_batches[:2])
     packed = []
     original = layers.offloaded
 
@@ -481,7 +481,7 @@ def test_offloaded_checkpoints_are_the_inputs_of_layers_and_come_back(awake, ste
 
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "copy_", counted_copy)
-        ours = step(prepared(model, config, policy, "layers"), config, step_batches[:2])
+        ours = step(prepared(model, config, policy, "layers"), config, micro_batches[:2])
     depth = len(model.get_decoder().layers)
     assert same(ours, plain) and len(packed) == len(copies) == 2 * depth and packed == copies
 
@@ -519,7 +519,7 @@ def test_what_was_asked_for_and_cannot_be_had_is_refused_before_the_model_loads(
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])
-def test_dropout_of_the_model_itself_is_drawn_again_as_it_was(awake, step_batches, policy):
+def test_dropout_of_the_model_itself_is_drawn_again_as_it_was(awake, micro_batches, policy):
     """Without any in the adapters."""
     found = []
     for name in ("none", policy):
@@ -527,8 +527,8 @@ def test_dropout_of_the_model_itself_is_drawn_again_as_it_was(awake, step_batche
         for module in model.get_decoder().modules():
             if hasattr(module, "resid_attn_dropout"):
                 module.resid_attn_dropout = module.resid_mlp_dropout = torch.nn.Dropout(0.5)
-        found.append(step(prepared(model, config, name), config, step_batches, dropout_seed=3))
-    assert same(*found) and found[0][0] != step(prepared(awake()[0], config, "none"), config, step_batches)[0]
+        found.append(step(prepared(model, config, name), config, micro_batches, dropout_seed=3))
+    assert same(*found) and found[0][0] != step(prepared(awake()[0], config, "none"), config, micro_batches)[0]
 
 
 # What CPUs lack: attention in one operator that draws its own dropout. sdpa with dropout takes small operators there.
@@ -564,7 +564,7 @@ dropping_attention.register_autograd(
     ("attention_dropout", "lora_dropout", "again"), [(0.0, 0.3, 0), (0.3, 0.0, 1), (0.3, 0.3, 1)]
 )  # what draws is computed again; what does not is kept
 def test_attention_that_draws_is_computed_again(
-    awake, step_batches, monkeypatch, attention_dropout, lora_dropout, by_name, again
+    awake, micro_batches, monkeypatch, attention_dropout, lora_dropout, by_name, again
 ):
     monkeypatch.setattr(layers, "ATTENTION", {*layers.ATTENTION, "qlora_test::attention"})
 
@@ -581,11 +581,11 @@ def test_attention_that_draws_is_computed_again(
     for policy in ("none", "selective"):
         model, config = awake(lora_dropout=lora_dropout)
         with Counter() as counter:
-            found.append((step(prepared(model, config, policy), config, step_batches, dropout_seed=3), counter.counts))
+            found.append((step(prepared(model, config, policy), config, micro_batches, dropout_seed=3), counter.counts))
     (plain, once), (ours, twice) = found
     assert same(ours, plain)
     depth, name = len(model.get_decoder().layers), "qlora_test::attention"
-    assert twice[name] - once[name] == again * depth * len(step_batches)
+    assert twice[name] - once[name] == again * depth * len(micro_batches)
 
 
 @pytest.mark.parametrize("changes", [{"attention_dropout": 0.1}, {"resid_pdrop": 0.1}])
@@ -607,10 +607,10 @@ def test_layers_with_dropout_of_their_own_are_not_compiled(config, tiny, changes
 
 
 @pytest.mark.parametrize("with_gradients", [True, False])
-def test_the_plain_decoder_sees_the_adapters_as_they_are(awake, step_batches, with_gradients):
+def test_the_plain_decoder_sees_the_adapters_as_they_are(awake, micro_batches, with_gradients):
     """Copies of A and B belong to one pass: after an update, a forward that makes none must not find them."""
     model, config = awake()
-    decoder, plain, ids = decoder_of(prepared(model, config, "none")), model.get_decoder(), step_batches[0].input_ids
+    decoder, plain, ids = decoder_of(prepared(model, config, "none")), model.get_decoder(), micro_batches[0].input_ids
     with attention.for_training(model.train(), config), torch.autocast("cpu", torch.bfloat16):
         with torch.set_grad_enabled(with_gradients):
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
