@@ -135,6 +135,8 @@ LONG_WORD = "an_identifier_without_a_place_to_break_it" * 6
 def write_run(folder: Path, finished: bool = True, steps: int = 60, **changes) -> Path:
     """A run folder as training leaves it, made up: 60 steps, 10 an epoch. `changes` replace options or keys of run.json."""
     run_info = {
+        "config": {},
+        "device": "cpu",
         "data": "a" * 64,
         "eval_data": "b" * 64,
         "targets": ["qkv_proj x 2"],

@@ -116,7 +116,21 @@ def test_every_wait_for_the_device_in_the_loop_says_so():
 
 
 # A module may import from its own folder and from those before it; cli.py and __main__.py import lazily and are exempt.
-ORDER = ("terminal", "errors", "config", "distributed", "data", "model", "speed", "eval", "run", "report", "labs", "commands")
+ORDER = (
+    "terminal",
+    "errors",
+    "validation",
+    "config",
+    "distributed",
+    "data",
+    "model",
+    "speed",
+    "eval",
+    "run",
+    "report",
+    "labs",
+    "commands",
+)
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -8,15 +8,13 @@ import contextlib
 import copy
 import dataclasses
 import json
-import math
 import re
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired, get_type_hints
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from typing_extensions import TypedDict
 
 from qlora.config import EMBEDDED, PromptFormat, TrainConfig
 from qlora.data.formats import Prompt
@@ -25,56 +23,17 @@ from qlora.errors import CheckpointError, ConfigError, DataError, EnvironmentPro
 from qlora.model import attention
 from qlora.model.demo import model_source
 from qlora.model.load import Precision, fingerprint, load_base_model, load_meta_model, load_tokenizer
+from qlora.model.lora import ADAPTER_CONFIG, read_adapter_config
 from qlora.model.third_party import peft
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, verify
 from qlora.run.folder import FINISHED, LOCK, RUN, is_going
-from qlora.run.schema import UNREADABLE, check_types, reason, with_current_keys
+from qlora.run.schema import RunInfo, with_current_keys
+from qlora.validation import UNREADABLE, reason, validated
 
-SETTINGS = "adapter_config.json"
 OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop", "train_file",
               "eval_file")  # fmt: skip
-# Starts that leave the base as it is. The others (PiSSA, OLoRA, ...) change it, and the adapter fits what they left.
-HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
-UNREAD = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "eva_config")  # of no effect here
-# The options of the run, and their types in TrainConfig.
-OfTheRun = TypedDict("OfTheRun", {name: get_type_hints(TrainConfig)[name] for name in OF_THE_RUN})  # type: ignore[misc]
-
-
-class Settings(TypedDict, total=False):
-    """What adapter_config.json may set, as PEFT's LoraConfig; what else it sets is refused."""
-
-    r: int
-    lora_alpha: int | float
-    lora_dropout: int | float
-    target_modules: list[str] | str | None
-    exclude_modules: list[str] | str | None
-    layers_to_transform: list[int] | int | None
-    layers_pattern: list[str] | str | None
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, int | float]
-    modules_to_save: list[str] | None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None
-    bias: Literal["none", "all", "lora_only"]
-    lora_bias: bool
-    use_dora: bool
-    use_rslora: bool
-    fan_in_fan_out: bool
-    ensure_weight_tying: bool
-    init_lora_weights: bool | str
-    task_type: str | None
-    base_model_name_or_path: str | None
-    revision: str | None
-
-
-class RecordedRun(TypedDict):
-    """What run.json and a checkpoint's state.json tell that is used here."""
-
-    config: OfTheRun
-    device: str
-    weights: str
-    date: NotRequired[str]
 
 
 class Adapter(NamedTuple):
@@ -87,7 +46,7 @@ class Adapter(NamedTuple):
     meta_model: Any  # the base on the meta device
     template: PromptTemplate
     device: torch.device
-    run_info: dict[str, Any] | None  # run.json of the run, or the state of the checkpoint
+    run_info: RunInfo | None  # of the run or of the checkpoint
     notes: tuple[str, ...]  # lines for the log
 
     @property
@@ -119,8 +78,9 @@ def open_adapter(
     """
     place = _device(device)
     folder, run_info = _find(path)
-    lora = _read_settings(folder)
-    kept = {name: run_info["config"][name] for name in OF_THE_RUN if name in run_info["config"]} if run_info else {}
+    lora = read_adapter_config(folder)
+    known: dict[str, Any] = {**run_info.config} if run_info else {}
+    kept = {name: known[name] for name in OF_THE_RUN if name in known}
     notes: list[str] = []
     base, revision = _base(folder, lora, kept.get("model"), model, notes)
     format_name = prompt_format or kept.get("prompt_format")
@@ -140,7 +100,7 @@ def open_adapter(
     config = dataclasses.replace(config, attn_implementation=attn.implementation)
     own_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(folder) if own_tokenizer else source, meta_model, config)
-    date = run_info.get("date") if run_info else None  # prompts are those of training
+    date = run_info.date if run_info else None  # prompts are those of training
     template = load_template(tokenizer, config.prompt_format, date)
     return Adapter(folder, lora, config, source, meta_model, template, place, run_info, tuple(notes))
 
@@ -164,9 +124,9 @@ def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
     attn = attention.choose_attention(adapter.config, adapter.device, adapter.meta_model)
     base = load_base_model(adapter.source, adapter.config, attn.loaded_as, adapter.device, precision)
     model = put_on(base, adapter)
-    run_info = adapter.run_info or {}
-    comparable = precision == "nf4" and run_info.get("weights") and run_info.get("device") == adapter.device.type
-    if comparable and fingerprint(model) != run_info["weights"]:
+    info = adapter.run_info
+    comparable = info is not None and precision == "nf4" and info.weights and info.device == adapter.device.type
+    if comparable and info is not None and fingerprint(model) != info.weights:
         raise ConfigError(
             f"{adapter.source} is not the base that {adapter.folder} was trained against: weights or config.json differ.",
             hint="Name that base with --model.",
@@ -225,11 +185,11 @@ def _device(name: str) -> torch.device:
 # -- where it is -----------------------------------------------------------------------------------------------------
 
 
-def _find(path: Path) -> tuple[Path, dict[str, Any] | None]:
+def _find(path: Path) -> tuple[Path, RunInfo | None]:
     """The folder with the adapter, and what its run or checkpoint tells, if it is of one."""
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        text = f"{path} {what}. Give a run folder, its adapter/, one of its checkpoints, or a folder with {SETTINGS}."
+        text = f"{path} {what}. Give a run folder, its adapter/, one of its checkpoints, or a folder with {ADAPTER_CONFIG}."
         if re.fullmatch(HUB_ID, str(path)) and not path.parent.exists():
             text += f" If it is an adapter on the hub, download it first: hf download {path} --local-dir {path.name}"
         raise CheckpointError(text)
@@ -244,10 +204,10 @@ def _find(path: Path) -> tuple[Path, dict[str, Any] | None]:
         )
     if is_run:
         _check_complete(path)
-    if not (folder / SETTINGS).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         whole = "It holds a whole model: merged already?" if (path / "config.json").exists() else "Is it another folder?"
         raise CheckpointError(
-            f"{path} holds no adapter: there is no {SETTINGS} in it. {whole} A run folder, its adapter/, or one of its "
+            f"{path} holds no adapter: there is no {ADAPTER_CONFIG} in it. {whole} A run folder, its adapter/, or one of its "
             "checkpoints will do, or any LoRA adapter in PEFT's format.",
         )
     if (folder / MANIFEST).exists() and (problem := verify(folder)):
@@ -266,14 +226,15 @@ def _check_complete(run: Path) -> None:
     )
 
 
-def _read_run_info(path: Path) -> dict[str, Any] | None:
+def _read_run_info(path: Path) -> RunInfo | None:
     """run.json or a checkpoint's state.json; None where the folder is of no run of this program."""
     if not path.is_file():
         return None
     try:
-        run_info: dict[str, Any] = json.loads(path.read_bytes(), object_hook=with_current_keys)
-        check_types(RecordedRun, run_info)
-        TrainConfig(max_length=run_info["config"]["max_length"]).check()
+        run_info = validated(RunInfo, json.loads(path.read_bytes(), object_hook=with_current_keys))
+        if missing := [*(set(OF_THE_RUN) - run_info.config.keys()), *(() if run_info.weights else ("weights",))]:
+            raise KeyError(min(missing))
+        TrainConfig(max_length=run_info.config["max_length"]).check()
     except (*UNREADABLE, UserError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({reason(error)}).",
@@ -285,50 +246,6 @@ def _read_run_info(path: Path) -> dict[str, Any] | None:
 # -- what it is ------------------------------------------------------------------------------------------------------
 
 
-def _read_settings(folder: Path) -> Any:
-    """The adapter's peft.LoraConfig, of known settings alone, each of its type and in its range."""
-    path = folder / SETTINGS
-    try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values["peft_type"], str):
-            raise TypeError(f"peft_type is {values['peft_type']!r}")
-        if values["peft_type"] != "LORA":
-            raise ConfigError(f"{folder} is an adapter of PEFT's kind {values['peft_type']}. Only LoRA is known here.")
-        _check_settings(folder, values)
-        with warnings.catch_warnings(action="ignore"):  # of starts, which are over
-            return peft.PeftConfig.from_pretrained(str(folder))
-    except UNREADABLE as error:
-        raise CheckpointError(f"{path} cannot be read ({reason(error)}).", hint="Get the adapter again.") from None
-
-
-def _check_settings(folder: Path, values: dict[str, Any]) -> None:
-    """Refuse what is damaged (exit 4), and what is sound and not supported (exit 2)."""
-    usual = vars(peft.LoraConfig())
-    if unknown := [name for name in values if name not in usual and values[name]]:
-        raise CheckpointError(
-            f"{folder / SETTINGS} sets {', '.join(unknown)}, which the installed PEFT does not know. Is the file damaged, or "
-            f"of a newer PEFT ({values.get('peft_version')})? Then upgrade it.",
-        )
-    check_types(Settings, values)
-    Path(values.get("base_model_name_or_path") or "").is_dir()  # raises OSError on what is too long for a path
-    ranks = [values["r"], *values.get("rank_pattern", {}).values()]
-    scales = [values["lora_alpha"], *values.get("alpha_pattern", {}).values()]
-    if min(ranks) < 1 or not all(map(math.isfinite, scales)) or not 0 <= values.get("lora_dropout", 0) < 1:
-        raise ValueError(f"ranks {ranks}, alphas {scales}, dropout {values.get('lora_dropout', 0)}")
-    if (start := values.get("init_lora_weights", True)) not in HARMLESS_STARTS:
-        text = f"{folder} was begun with init_lora_weights {start!r}, which changes the base."
-        advice = "Convert it first, by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)."
-        raise ConfigError(text, hint=advice)
-    if values.get("task_type") not in (None, "CAUSAL_LM"):
-        raise ConfigError(f"{folder} was trained for the task {values['task_type']}. Only CAUSAL_LM is known here.")
-    others = [name for name in values if name in usual and name not in (*Settings.__annotations__, *UNREAD)]
-    if odd := [name for name in others if values[name] and values[name] != usual[name]]:
-        raise ConfigError(
-            f"{folder} is LoRA of a kind that is not known here: it sets {', '.join(odd)}.",
-            hint="Use PEFT itself for it.",
-        )
-
-
 def _base(folder: Path, lora: Any, of_the_run: str | None, asked: str | None, notes: list[str]) -> tuple[str, str | None]:
     """Name and revision of the base: the one asked for, the run's embedded one, or adapter_config.json's."""
     named = of_the_run if of_the_run in EMBEDDED else lora.base_model_name_or_path
@@ -337,10 +254,10 @@ def _base(folder: Path, lora: Any, of_the_run: str | None, asked: str | None, no
             notes.append(f"The adapter names the base {named}; {asked} is used, as asked.")
         return asked, lora.revision if asked == named else None
     if not named:
-        raise ConfigError(f"{folder / SETTINGS} names no base model.", hint="Name it with --model.")
+        raise ConfigError(f"{folder / ADAPTER_CONFIG} names no base model.", hint="Name it with --model.")
     if Path(named).is_absolute() and not Path(named).is_dir():
         raise ConfigError(
-            f"{folder / SETTINGS} names the base {named}, and there is no such folder here.",
+            f"{folder / ADAPTER_CONFIG} names the base {named}, and there is no such folder here.",
             hint="Say with --model where it is.",
         )
     return named, None if Path(named).is_dir() or named in EMBEDDED else lora.revision
@@ -382,7 +299,7 @@ def _check_fit(folder: Path, lora: Any, source: str, meta_model: Any) -> None:
         why = " ".join(str(error).split())[:300]
         raise ConfigError(f"{folder} does not fit {source}: {why} Is that its base?", hint="--model names another.") from None
     except (re.error, TypeError, KeyError, AttributeError, RuntimeError) as error:  # a pattern, for the most part
-        raise CheckpointError(f"{folder / SETTINGS} cannot be read ({reason(error)}).") from None
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} cannot be read ({reason(error)}).") from None
     _check_ends(folder, adapted)
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differing = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))

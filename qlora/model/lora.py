@@ -2,18 +2,27 @@
 
 import copy
 import dataclasses
+import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import pydantic
 import torch
 from safetensors import SafetensorError, safe_open
 
 from qlora.config import TrainConfig
-from qlora.errors import ConfigError
+from qlora.errors import CheckpointError, ConfigError
 from qlora.model.coverage import ROUTER, UNCOVERED_LIMIT, linear_classes, linear_layers, nf4_layers, uncovered
 from qlora.model.third_party import peft
+from qlora.validation import STRICT, UNREADABLE, reason, validated
+
+ADAPTER_CONFIG = "adapter_config.json"
+# Starts that leave the base as it is. The others (PiSSA, OLoRA, ...) change it, and the adapter fits what they left.
+HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+UNREAD = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "eva_config")  # of no effect here
 
 # -- adapters --------------------------------------------------------------------------------------------------------
 
@@ -173,6 +182,84 @@ def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) 
     return adapted
 
 
+class AdapterSettings(pydantic.BaseModel):
+    """adapter_config.json: the settings of peft.LoraConfig that are supported; an adapter that sets others is refused."""
+
+    model_config = STRICT
+
+    r: int
+    lora_alpha: int | float
+    lora_dropout: int | float = 0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, int | float] = {}
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    use_dora: bool = False
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    ensure_weight_tying: bool = False
+    init_lora_weights: bool | str = True
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+
+def read_adapter_config(folder: Path) -> Any:
+    """The peft.LoraConfig of an adapter: supported settings only, each of its type and in its range.
+
+    Raises:
+        CheckpointError: if adapter_config.json is missing or damaged.
+        ConfigError: if it is sound and of a kind that is not supported.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values["peft_type"], str):
+            raise TypeError(f"peft_type is {values['peft_type']!r}")
+        if values["peft_type"] != "LORA":
+            raise ConfigError(f"{folder} is an adapter of PEFT's kind {values['peft_type']}. Only LoRA is known here.")
+        _check_settings(folder, values)
+        with warnings.catch_warnings(action="ignore"):  # of starts, which are over
+            return peft.PeftConfig.from_pretrained(str(folder))
+    except UNREADABLE as error:
+        raise CheckpointError(f"{path} cannot be read ({reason(error)}).", hint="Get the adapter again.") from None
+
+
+def _check_settings(folder: Path, values: dict[str, Any]) -> None:
+    """Refuse what is damaged (exit 4), and what is sound and not supported (exit 2)."""
+    usual = vars(peft.LoraConfig())
+    if unknown := [name for name in values if name not in usual and values[name]]:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG} sets {', '.join(unknown)}, which the installed PEFT does not know. Is the file "
+            f"damaged, or of a newer PEFT ({values.get('peft_version')})? Then upgrade it.",
+        )
+    settings = validated(AdapterSettings, values)
+    Path(settings.base_model_name_or_path or "").is_dir()  # raises OSError on what is too long for a path
+    ranks = [settings.r, *settings.rank_pattern.values()]
+    scales = [settings.lora_alpha, *settings.alpha_pattern.values()]
+    if min(ranks) < 1 or not all(map(math.isfinite, scales)) or not 0 <= settings.lora_dropout < 1:
+        raise ValueError(f"ranks {ranks}, alphas {scales}, dropout {settings.lora_dropout}")
+    if settings.init_lora_weights not in HARMLESS_STARTS:
+        raise ConfigError(
+            f"{folder} was begun with init_lora_weights {settings.init_lora_weights!r}, which changes the base.",
+            hint="Convert it first, by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+        )
+    if settings.task_type not in (None, "CAUSAL_LM"):
+        raise ConfigError(f"{folder} was trained for the task {settings.task_type}. Only CAUSAL_LM is known here.")
+    others = [name for name in values if name in usual and name not in (*AdapterSettings.model_fields, *UNREAD)]
+    if odd := [name for name in others if values[name] and values[name] != usual[name]]:
+        raise ConfigError(
+            f"{folder} is LoRA of a kind that is not known here: it sets {', '.join(odd)}.",
+            hint="Use PEFT itself for it.",
+        )
+
+
 def with_init_adapter(config: TrainConfig) -> TrainConfig:
     """The configuration with rank, alpha, dropout and targets of the adapter that it starts from, if it does.
 
@@ -181,7 +268,7 @@ def with_init_adapter(config: TrainConfig) -> TrainConfig:
     """
     if config.init_adapter is None:
         return config
-    lora = _read_adapter_config(config.init_adapter)
+    lora = _read_plain_adapter(config.init_adapter)
     return dataclasses.replace(
         config,
         lora_r=lora.r,
@@ -191,13 +278,12 @@ def with_init_adapter(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _read_adapter_config(folder: Path) -> Any:
+def _read_plain_adapter(folder: Path) -> Any:
+    """The peft.LoraConfig of an adapter that this loop can continue to train."""
     try:
-        lora = peft.PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ConfigError(
-            f"--init-adapter {folder}: adapter_config.json cannot be read ({type(error).__name__}: {error})."
-        ) from None
+        lora = read_adapter_config(folder)
+    except CheckpointError as error:
+        raise ConfigError(f"--init-adapter: {error}") from None
     usual = peft.LoraConfig()
     # What may differ from PEFT's own defaults; anything else (DoRA, biases, other starts, ...) is not ours to continue.
     free = {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
@@ -207,7 +293,7 @@ def _read_adapter_config(folder: Path) -> Any:
         harmless = name in free or (name == "init_lora_weights" and value in (True, False, "gaussian"))
         if not harmless and (value or None) != (getattr(usual, name, value) or None):
             odd.append(name)
-    if not isinstance(lora, peft.LoraConfig) or odd or isinstance(lora.target_modules, str | None):
+    if odd or isinstance(lora.target_modules, str | None):
         seen = f"it sets {', '.join(odd)}" if odd else "its targets are no list"
         raise ConfigError(f"--init-adapter {folder} is not a plain LoRA adapter with a list of target modules: {seen}.")
     return lora

@@ -38,10 +38,10 @@ def _of_the_course(record: Record) -> list[Caveat]:
     if lost := sum(row.get("loss") is None or row.get("grad_norm") is None for row in record.steps):
         fact = f"{lost} of {last:,} steps had a loss or gradient that was not finite, and changed nothing."
         found.append(Caveat("What all of the data would have done", fact))
-    for event in record.run_info.get("history", []):
-        changes = [f"{name} from {_known(old)} to {_known(new)}" for name, (old, new) in event["overrides"].items()]
+    for event in record.run_info.history if record.run_info else []:
+        changes = [f"{name} from {_known(old)} to {_known(new)}" for name, (old, new) in event.overrides.items()]
         if changes:
-            fact = f"After step {event['step']:,} the run continued with changed settings: {', '.join(changes)}."
+            fact = f"After step {event.step:,} the run continued with changed settings: {', '.join(changes)}."
             found.append(Caveat("The effect of one set of settings", fact))
     return found
 
@@ -55,7 +55,7 @@ def _known(value: Any) -> Any:
 def _of_the_data(record: Record) -> list[Caveat]:
     found = []
     train, eval_counts = record.counts
-    if not record.run_info.get("eval_data") and not record.evaluations:
+    if not record.eval_data and not record.evaluations:
         fact = "There was no eval data. The training loss also falls when the model memorizes."
         found.append(Caveat("How it answers prompts it has not seen", fact))
     elif (examples := eval_counts.get("examples")) and examples < FEW_EVAL_EXAMPLES:
@@ -100,14 +100,14 @@ def _of_what_is_measured(record: Record) -> list[Caveat]:
             fact = f"In the last epoch the training loss was {training:.4f}, the eval loss {last['eval_loss']:.4f}: "
             found.append(Caveat("Generalization versus memorization", fact + "some of the fit is to the examples themselves."))
     if record.samples and not record.evaluation:
-        of = "eval" if record.run_info.get("eval_data") else "training"
+        of = "eval" if record.eval_data else "training"
         fact = f"Answers are to {len(record.samples)} {of} prompts, greedy. A loss has the right answer so far in view."
         found.append(Caveat("How often a whole answer is right", fact))
     fact = "Only data of this kind were evaluated, so nothing says what the model has lost elsewhere."
     found.append(Caveat("What it did before and may do no longer", fact))
     fact = f"There is one run, with seed {record.config['seed']}. How far another seed would end from it is not known."
     found.append(Caveat("How much of it is chance", fact))
-    where = record.environment.get("device", "one machine")
+    where = record.environment.device if record.environment else "one machine"
     fact = f"All of it was computed against the base in NF4 on {where}. Merged, or in bf16, the model computes other numbers."
     found.append(Caveat("Other precisions", fact))
     if not record.on_gpu():

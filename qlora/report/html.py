@@ -14,6 +14,7 @@ from qlora.report.record import Record, read
 from qlora.report.rendering import render
 from qlora.run.files import cannot_write, write_file
 from qlora.run.folder import FINISHED
+from qlora.run.schema import Environment, Evaluation
 
 STATUS = {
     "finished": "",
@@ -105,12 +106,12 @@ def html(record: Record, curves: list[plots.Curve]) -> str:
             "smoothing": raw,
             "samples": record.samples,
             "longest_heading": LONGEST_HEADING,
-            "of": "eval" if record.run_info.get("eval_data") else "training",
+            "of": "eval" if record.eval_data else "training",
             "evaluations": _evaluations(record),
             "eval_tokens": f"{record.evaluations[-1]['num_tokens']:,}" if record.evaluations else "",
             "compared": _compared(record.evaluation),
             "compared_on": _compared_on(record),
-            "compared_few": record.evaluation.get("num_examples", scores.FEWEST) < scores.FEWEST,
+            "compared_few": record.evaluation is not None and record.evaluation.num_examples < scores.FEWEST,
             "compared_another": record.evaluation_of_another,
             "fewest": scores.FEWEST,
             "caveats": caveats(record),
@@ -121,7 +122,7 @@ def html(record: Record, curves: list[plots.Curve]) -> str:
             "environment": _environment(record.environment),
             "changed": [(name, value) for name, value, marked in rows if marked],
             "config": [(name, value) for name, value, _ in rows],
-            "history": record.run_info.get("history", []),
+            "history": record.run_info.history if record.run_info else [],
             "colors": plots.COLORS,
         },
     )
@@ -157,7 +158,7 @@ def _headline(record: Record) -> list[tuple[str, str, str]]:
     if (peak := record.peak_memory_gb()) is not None:
         found.append(("Peak memory", f"{peak:.2f} GB", "of the GPU" if record.on_gpu() else "of the process"))
     if trained := record.trained_parameters:
-        total_parameters = record.run_info.get("parameters")
+        total_parameters = record.run_info.parameters if record.run_info else None
         share = f"{100 * trained / (total_parameters + trained):.2f} % of the model" if total_parameters else "the adapter"
         found.append(("Trained parameters", f"{trained:,}", share))
     return found
@@ -177,24 +178,24 @@ def _evaluations(record: Record) -> list[tuple[str, ...]]:
     return [(name, f"{row['step']:,}", f"{row['eval_loss']:.4f}", f"{row['perplexity']:.3f}") for name, row in rows]
 
 
-def _compared(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _compared(evaluation: Evaluation | None) -> list[tuple[str, list[tuple[str, str]]]]:
     """Metric, and value and interval of base, adapter and their difference, as python -m qlora evaluate has them."""
     rows = []
-    found = evaluation.get("metrics", {})
     for name, (label, _, _) in scores.SHOWN.items():
-        if name in found:
-            sides = [found[name][side] for side in scores.Comparison._fields]
-            estimates = [scores.Estimate(*map(side.get, scores.Estimate._fields)) for side in sides]
+        if evaluation is not None and (found := evaluation.metrics.get(name)):
+            sides = (found.base, found.adapter, found.difference)
+            estimates = [scores.Estimate(side.value, side.low, side.high) for side in sides]
             rows.append((label, [scores.shown(estimate, name) for estimate in estimates]))
     return rows
 
 
 def _compared_on(record: Record) -> str:
     """What that comparison was made on."""
-    found = record.evaluation
-    same = found.get("eval_data_sha256") == record.run_info.get("eval_data")
+    if record.evaluation is None:
+        return ""
+    same = record.evaluation.eval_data_sha256 == record.eval_data
     which = "eval examples" if same else "examples that are not this run's eval data, or not all of it"
-    return f"{found['num_examples']:,} {which}" if found else ""
+    return f"{record.evaluation.num_examples:,} {which}"
 
 
 def _data(record: Record, train: dict[str, int], eval_counts: dict[str, int]) -> list[tuple[str, str, str]]:
@@ -220,31 +221,33 @@ def _data(record: Record, train: dict[str, int], eval_counts: dict[str, int]) ->
         least, most = min(seen.values()), max(seen.values())
         rows.append(("examples trained on", f"{len(seen):,}", ""))
         rows.append(("times each was seen", f"{least:,}" if least == most else f"{least:,} to {most:,}", ""))
-    digests = [str(record.run_info.get(name) or "")[:8] for name in ("data", "eval_data")]
+    digests = [str(digest or "")[:8] for digest in (record.run_info and record.run_info.data, record.eval_data)]
     return [*rows, ("SHA-256 of the encoded data", *digests)] if any(digests) else rows  # type: ignore[list-item]
 
 
 def _memory(record: Record) -> list[tuple[str, str]]:
     """Name and value of peaks, predicted and measured."""
-    predicted, measured = record.run_info.get("predicted_gb"), record.peak_memory_gb()
+    predicted, measured = record.predicted_gb, record.peak_memory_gb()
     rows = [("predicted for a GPU", f"{predicted:.2f} GB")] if predicted else []
     rows += [("measured", f"{measured:.2f} GB")] if measured is not None else []
-    if record.on_gpu():
+    if record.environment and record.environment.device_memory_gb is not None:
         if predicted and measured:
             rows.append(("predicted over measured", f"{100 * (predicted / measured - 1):+.1f} %"))
-        rows.append(("the GPU has", f"{record.environment['device_memory_gb']:.2f} GB"))
+        rows.append(("the GPU has", f"{record.environment.device_memory_gb:.2f} GB"))
     return rows
 
 
 def _memory_terms(record: Record) -> list[tuple[str, str]]:
     """Name and size of each nonzero term of the predicted memory; older runs did not keep them."""
-    terms_gb = record.run_info.get("predicted_terms_gb") or {}
+    terms_gb = (record.run_info and record.run_info.predicted_terms_gb) or {}
     return [(name, f"{size:.3f} GB") for name, size in terms_gb.items() if size]
 
 
-def _environment(environment: dict[str, Any]) -> list[tuple[str, str]]:
+def _environment(environment: Environment | None) -> list[tuple[str, str]]:
     """Name and value; packages each in a row, as they are what one compares."""
+    if environment is None:
+        return []
     names = {"device": "hardware", "cuda": "CUDA", "python": "Python", "platform": "platform", "commit": "commit of the code"}
-    rows = [(name, str(environment[key])) for key, name in names.items() if environment.get(key)]
-    rows += [(name, version or "not installed") for name, version in environment.get("packages", {}).items()]
-    return [*rows, ("command", " ".join(environment["command"]))] if environment.get("command") else rows
+    rows = [(name, str(value)) for key, name in names.items() if (value := getattr(environment, key))]
+    rows += [(name, version or "not installed") for name, version in environment.packages.items()]
+    return [*rows, ("command", " ".join(environment.command))] if environment.command else rows

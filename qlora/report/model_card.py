@@ -9,6 +9,7 @@ from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN
 from qlora.report.caveats import caveats
 from qlora.report.record import Record
 from qlora.report.rendering import render
+from qlora.run.schema import Environment
 from qlora.terminal import redact
 
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$")  # a model in the hub's cache
@@ -48,8 +49,9 @@ def base_of(record: Record) -> Base:
     if model in EMBEDDED:
         origin, license, description = EMBEDDED[model]
         return Base(None, None, origin.rpartition("/")[2] if origin else model, origin, license, description)
-    source = str(record.settings.get("base_model_name_or_path") or model)
-    hub_id, revision = model, record.settings.get("revision") or record.config["revision"]
+    settings = record.settings
+    source = str((settings and settings.base_model_name_or_path) or model)
+    hub_id, revision = model, (settings and settings.revision) or record.config["revision"]
     if cached := SNAPSHOT.search(source):
         hub_id, revision = f"{cached[1]}/{cached[2]}", cached[3]
     elif Path(source).is_absolute():
@@ -95,7 +97,7 @@ def model_card(record: Record) -> str:
         "eval_data": data_name(config["eval_file"]),
         "train": train,
         "eval": eval_counts,
-        "digest": record.run_info.get("data"),
+        "digest": record.run_info.data if record.run_info else None,
         "settings": _settings(record),
         "evaluations": _results(record),
         "sample": {name: _fenced(sample[name]) for name in ("prompt", "base", "tuned", "reference")} if sample else None,
@@ -131,7 +133,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     config = record.config
     batch = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
     micro_batches = f"{config['per_device_train_batch_size']} x {config['gradient_accumulation_steps']} accumulated"
-    trained, total = record.trained_parameters, record.run_info.get("parameters")
+    trained, total = record.trained_parameters, record.run_info.parameters if record.run_info else None
     share = f" of {total:,} ({100 * trained / (total + trained):.2f} %)" if trained and total else ""
     clip = config["max_grad_norm"]
     tokens = sum(row.get("num_tokens", 0) for row in record.steps)
@@ -140,7 +142,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     return [
         ("Method", "LoRA in fp32 on a base frozen in NF4 with double quantization; bf16 autocast"),
         ("Rank, alpha, dropout", f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}"),
-        ("Adapted layers", ", ".join(record.run_info.get("targets", [])) or "all linear layers but the head"),
+        ("Adapted layers", ", ".join(record.run_info.targets if record.run_info else []) or "all linear layers but the head"),
         ("Trained parameters", f"{trained:,}{share}" if trained else "not recorded"),
         ("Steps, tokens trained on", f"{record.last_step:,}, {tokens:,}"),
         *([("Adapter taken after step", f"{chosen:,}{lowest}")] if chosen not in (None, record.last_step) else []),
@@ -202,11 +204,13 @@ def _load(record: Record, prompt: str) -> dict[str, Any]:
     return {"imports": imports, "bf16": model.format(nf4=""), "nf4": model.format(nf4=nf4), "prompt": prompted, "stop": stop}
 
 
-def _versions(environment: dict[str, Any]) -> str:
-    """Packages, Python, hardware and commit of a run."""
-    packages = [f"{name} {version}" for name, version in environment.get("packages", {}).items() if version]
-    others = [f"Python {environment['python']}", environment["device"]] if environment else []
-    commit = [f"commit {environment['commit']} of the code"] if environment.get("commit") else []
+def _versions(environment: Environment | None) -> str:
+    """What it was trained with, on one line."""
+    if environment is None:
+        return ""
+    packages = [f"{name} {version}" for name, version in environment.packages.items() if version]
+    others = [f"Python {environment.python}", environment.device]
+    commit = [f"commit {environment.commit} of the code"] if environment.commit else []
     return "; ".join([", ".join(packages), *others, *commit]) or "not recorded"
 
 

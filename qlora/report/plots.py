@@ -76,7 +76,7 @@ def _small(record: Record, steps: list[int]) -> dict[str, tuple[str, str, list[L
         values = record.curve(name)
         label = "" if name == "learning_rate" else short(_last(values))
         lines = [Line(steps, values, label, BLUE, width=1.4)]
-        predicted = record.run_info.get("predicted_gb")
+        predicted = record.predicted_gb
         if name == "peak_memory_gb" and predicted and record.on_gpu():
             lines.append(Line([steps[0], steps[-1]], [predicted] * 2, f"predicted {predicted:.2f}", MUTED, 1.0, dashed=True))
         if name == "grad_norm" and (limit := record.config["max_grad_norm"]) and limit <= 2 * _most(values):

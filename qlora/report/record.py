@@ -5,25 +5,18 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from qlora.errors import CheckpointError, UserError
+from qlora.model.lora import ADAPTER_CONFIG, AdapterSettings
 from qlora.run import checkpoint
 from qlora.run.files import size_and_sha256, whole_rows
 from qlora.run.folder import EARLIER, FINISHED, METRICS, RUN, SAMPLES, is_going
-from qlora.run.schema import (
-    CompletionRow,
-    Config,
-    Evaluation,
-    Finished,
-    RecordedEnvironment,
-    RecordedRun,
-    Row,
-    Settings,
-    check_types,
-    with_current_keys,
-)
+from qlora.run.schema import CompletionRow, Environment, Evaluation, Finished, Row, RunConfig, RunInfo, with_current_keys
 from qlora.terminal import redact
+from qlora.validation import validated
+
+T = TypeVar("T")
 
 EVALUATION = "evaluation.json"
 
@@ -38,12 +31,12 @@ class Record:
     folder: Path
     status: Literal["finished", "going", "stopped"]
     config: dict[str, Any]  # resolved, as in config.yaml
-    environment: dict[str, Any]  # env.json
-    run_info: dict[str, Any]  # run.json
-    settings: dict[str, Any]  # adapter_config.json of its adapter, once it has ended
+    environment: Environment | None  # env.json
+    run_info: RunInfo | None  # run.json
+    settings: AdapterSettings | None  # adapter_config.json of its adapter, once it has ended
     rows: list[dict[str, Any]]  # metrics.jsonl
     samples: list[dict[str, Any]]  # samples.jsonl, of a run that has ended
-    evaluation: dict[str, Any]  # evaluation.json by python -m qlora evaluate, where it is of the adapter the run ended with
+    evaluation: Evaluation | None  # evaluation.json by python -m qlora evaluate, where it is of the adapter the run ended with
     evaluation_of_another: bool  # whether there is one that is not
     trained_parameters: int | None  # of the adapter, or of the newest checkpoint
     adapter_step: int | None = None  # whose adapter is in adapter/, once the run has ended; early stopping takes the best
@@ -58,7 +51,7 @@ class Record:
         """The rows of evaluations on the eval data of the end of the run, oldest first; loss is finite in each."""
         rows = [row for row in self.rows if row["event"] == "eval"]
         rows = [row for row in rows if None not in (row.get("eval_loss"), row.get("perplexity"))]
-        return [row for row in rows if row.get("eval_data") == self.run_info.get("eval_data", row.get("eval_data"))]
+        return [row for row in rows if self.run_info is None or row.get("eval_data") == self.run_info.eval_data]
 
     @property
     def of_the_adapter(self) -> dict[str, Any] | None:
@@ -74,13 +67,23 @@ class Record:
     @property
     def total_steps(self) -> int | None:
         """Steps that the run was to take."""
-        return self.run_info.get("total_steps")
+        return self.run_info.total_steps if self.run_info else None
 
     @property
     def counts(self) -> tuple[dict[str, int], dict[str, int]]:
         """What was counted of the training data and of the eval data; empty where there is none."""
-        train, eval_counts = self.run_info.get("counts") or (None, None)
-        return train or {}, eval_counts or {}
+        train, eval_counts = (self.run_info and self.run_info.counts) or (None, None)
+        return dict(train or {}), dict(eval_counts or {})  # type: ignore[arg-type]  # `shared` is left out where it is None
+
+    @property
+    def eval_data(self) -> str | None:
+        """SHA-256 of the eval data; None without any."""
+        return self.run_info.eval_data if self.run_info else None
+
+    @property
+    def predicted_gb(self) -> float | None:
+        """Peak memory in training, as predicted for a GPU."""
+        return self.run_info.predicted_gb if self.run_info else None
 
     @property
     def times_seen(self) -> Counter[int]:
@@ -97,7 +100,7 @@ class Record:
 
     def on_gpu(self) -> bool:
         """Whether the run was on a GPU."""
-        return self.environment.get("device_memory_gb") is not None
+        return self.environment is not None and self.environment.device_memory_gb is not None
 
 
 def read(folder: Path) -> Record:
@@ -117,20 +120,21 @@ def read(folder: Path) -> Record:
             hint="Give a folder that --output-dir named.",
         )
     status, evaluation = _status(folder), _json(folder / EVALUATION, Evaluation)
-    is_own = bool(evaluation) and status == "finished" and evaluation.get("adapter_sha256") == sha256_of(folder / "adapter")
+    finished = _json(folder / FINISHED, Finished)
+    is_own = evaluation is not None and status == "finished" and evaluation.adapter_sha256 == sha256_of(folder / "adapter")
     return Record(
         folder=folder,
         status=status,
         config=_config(folder / "config.yaml"),
-        environment=_json(folder / "env.json", RecordedEnvironment),
-        run_info=_json(folder / RUN, RecordedRun),
-        settings=_json(folder / "adapter" / "adapter_config.json", Settings),
+        environment=_json(folder / "env.json", Environment),
+        run_info=_json(folder / RUN, RunInfo),
+        settings=_json(folder / "adapter" / ADAPTER_CONFIG, AdapterSettings),
         rows=_rows(folder / METRICS, Row),
         samples=_rows(folder / SAMPLES, CompletionRow),
-        evaluation=evaluation if is_own else {},
-        evaluation_of_another=bool(evaluation) and not is_own,
+        evaluation=evaluation if is_own else None,
+        evaluation_of_another=evaluation is not None and not is_own,
         trained_parameters=_trained_parameters(folder),
-        adapter_step=_json(folder / FINISHED, Finished).get("adapter_step"),
+        adapter_step=finished.adapter_step if finished else None,
     )
 
 
@@ -150,7 +154,7 @@ def _rows(path: Path, schema: Any) -> list[dict[str, Any]]:
     if len(rows) < written:
         raise _unreadable(path, f"its line {len(rows) + 1} is not whole")
     for line, row in enumerate(rows, start=1):
-        _check(path, schema, row, f"in line {line} ")
+        _checked(path, schema, row, f"in line {line} ")
     return rows
 
 
@@ -169,25 +173,23 @@ def _config(path: Path) -> dict[str, Any]:
         raise _unreadable(path, error) from None
     if not isinstance(values, dict) or "model" not in values:
         raise _unreadable(path, "it has no `model:` line")
-    values = EARLIER | values
-    _check(path, Config, values)
-    return values
+    return dict(_checked(path, RunConfig, EARLIER | values))
 
 
-def _json(path: Path, schema: Any) -> dict[str, Any]:
+def _json(path: Path, kind: type[T]) -> T | None:
+    """A JSON file of the run folder; None where there is none."""
     if not path.exists():
-        return {}
+        return None
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes(), object_hook=with_current_keys)
+        values = json.loads(path.read_bytes(), object_hook=with_current_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
-    _check(path, schema, values)
-    return values
+    return _checked(path, kind, values)
 
 
-def _check(path: Path, schema: Any, values: object, where: str = "") -> None:
+def _checked(path: Path, kind: type[T], values: object, where: str = "") -> T:
     try:
-        check_types(schema, values)
+        return validated(kind, values)
     except ValueError as error:
         raise _unreadable(path, f"{where}{error}") from None
 

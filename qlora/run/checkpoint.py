@@ -22,7 +22,8 @@ from qlora.errors import CheckpointError, ConfigError
 from qlora.model.optimizer import init_optimizer_state
 from qlora.model.random_state import random_state, set_random_state
 from qlora.run.files import MANIFEST, require_space, verify, write_folder
-from qlora.run.schema import UNREADABLE, State, check_types, reason, with_current_keys
+from qlora.run.schema import RunInfo, State, with_current_keys
+from qlora.validation import UNREADABLE, reason, validated
 
 ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{6,})")
@@ -46,16 +47,14 @@ def problem_of(folder: Path) -> str | None:
         return f"{MANIFEST} does not list {missing[0]}"
     try:
         state = read_state(folder)
-        check_types(State, state)
     except UNREADABLE as error:
         return f"{STATE} is damaged ({reason(error)})"
-    return None if folder.name == f"step-{state['step']:06d}" else f"{STATE} is that of step {state['step']}"
+    return None if folder.name == f"step-{state.step:06d}" else f"{STATE} is that of step {state.step}"
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
-    state: dict[str, Any] = json.loads((folder / STATE).read_bytes(), object_hook=with_current_keys)
-    return state
+def read_state(folder: Path) -> State:
+    """The JSON part of a checkpoint; any of UNREADABLE if it is damaged."""
+    return validated(State, json.loads((folder / STATE).read_bytes(), object_hook=with_current_keys))
 
 
 def by_step(checkpoints: Path) -> dict[int, Path]:
@@ -117,7 +116,7 @@ def save(
     model: Any,
     optimizer: torch.optim.Optimizer,
     train_state: TrainState,
-    info: dict[str, Any],
+    info: RunInfo,
 ) -> Path:
     """Write `checkpoints`/step-000012.
 
@@ -126,16 +125,16 @@ def save(
         model: with adapters; all that requires a gradient is saved, in the dtype it has.
         optimizer: over those parameters; its state is saved by their names.
         train_state: after a whole step.
-        info: JSON values that a resumed run is compared with.
+        info: what a resumed run is compared with.
 
     Raises:
         CheckpointError: if the disk is full, or what is read back is not what was written.
     """
     folder = checkpoints / f"step-{train_state.step:06d}"
     tensors, plain = trainer_state(model, optimizer)
-    state = {**train_state._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain, **info}
+    state = {**train_state._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain}
     files = dict(adapter_files(model))
-    files |= {TRAINER_STATE: safetensors.torch.save(tensors), STATE: json.dumps(state, indent=1).encode()}
+    files |= {TRAINER_STATE: safetensors.torch.save(tensors), STATE: json.dumps(info.model_dump() | state, indent=1).encode()}
     require_space(checkpoints, sum(map(len, files.values())))
     write_folder(folder, files)
     return folder
@@ -190,16 +189,16 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Train
         UserError: exit 4 if a tensor is missing, surplus, or of another shape or dtype; 2 if the optimizer is another.
     """
     state = read_state(folder)
-    if state["optimizer_class"] != type(optimizer).__name__:
+    if state.optimizer_class != type(optimizer).__name__:
         raise ConfigError(
-            f"{folder} was saved with {state['optimizer_class']}, this loop has {type(optimizer).__name__}. Their states "
+            f"{folder} was saved with {state.optimizer_class}, this loop has {type(optimizer).__name__}. Their states "
             "differ: start a new run, with --init-adapter.",
         )
     tensors = _tensors(folder / TRAINER_STATE)
     load_adapter(folder, model)
     set_random_state({name[4:]: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")})
-    _restore_optimizer(folder, optimizer, _trained(model), {**tensors, **state["optimizer"]})
-    return TrainState(*(state[field] for field in TrainState._fields))
+    _restore_optimizer(folder, optimizer, _trained(model), {**tensors, **state.optimizer})
+    return TrainState(state.step, state.epoch, state.samples, state.skipped)
 
 
 def load_adapter(folder: Path, model: Any) -> None:

@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from rich.console import Console
@@ -23,8 +23,11 @@ from qlora.errors import CheckpointError, ConfigError
 from qlora.eval.loss import EvalResult
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, whole_rows, write_file, write_folder
-from qlora.run.schema import UNREADABLE, ResumeInfo, RunInfo, check_types, reason, with_current_keys
+from qlora.run.schema import Environment, Finished, Resume, RunInfo, State, with_current_keys
 from qlora.terminal import redact
+from qlora.validation import UNREADABLE, reason, validated
+
+T = TypeVar("T")
 
 LOCK, RUN, FINISHED, METRICS, SAMPLES = "run.lock", "run.json", "finished.json", "metrics.jsonl", "samples.jsonl"
 # Options that may differ without a word: they change no number of the training, or are compared by what they give.
@@ -66,7 +69,7 @@ class RunFolder:
         try:
             for place in (folder, self.checkpoints, folder / "adapter"):
                 remove_leftovers(place)
-            self._known, self._finished = _read(folder / RUN), _read(folder / FINISHED)
+            self._known, self._finished = _read(folder / RUN, RunInfo), _read(folder / FINISHED, Finished)
             self.checkpoint = self._find(resume)
         except BaseException:
             self._lock.close()
@@ -107,7 +110,7 @@ class RunFolder:
                 f"--resume {resume} is damaged: {problem}.",
                 hint="--resume auto looks for an older one that is sound.",
             )
-        if own and self._known and self._known["origin"] == str(chosen.resolve()):  # the branch is there already
+        if own and self._known and self._known.origin == str(chosen.resolve()):  # the branch is there already
             return self._newest(self.checkpoints, of=self.folder)
         sound = [step for step, folder in own.items() if folder not in self._damaged]
         if any(step > int(match[1]) for step in sound) or (own and not self._is_own(chosen)):
@@ -132,7 +135,7 @@ class RunFolder:
             self._damaged = list(skipped)
         return found
 
-    def _before(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    def _before(self) -> tuple[State | None, RunInfo | None]:
         """The state of the checkpoint, and the run.json of the folder; None where there is none."""
         there = checkpoint.read_state(self.checkpoint) if self.checkpoint else None
         return there, self._known if self._known and (there or self._finished) else there
@@ -142,7 +145,7 @@ class RunFolder:
         _, before = self._before()
         if before is None:
             return config
-        known = EARLIER | before["config"]
+        known = {**EARLIER, **before.config}
         resolved: dict[str, Any] = {name: known[name] for name in RESOLVED if getattr(config, name) == "auto"}
         return dataclasses.replace(config, **resolved)
 
@@ -153,8 +156,8 @@ class RunFolder:
         Runs of older versions did not store it. Theirs is read from the name of TensorBoard's first file.
         """
         _, before = self._before()
-        if before is None or before.get("date"):
-            return before["date"] if before else None
+        if before is None or before.date:
+            return before.date if before else None
         run_folder = self.checkpoint.parent.parent if self.checkpoint else self.folder
         starts = [match[1] for path in run_folder.glob("tensorboard/events.*") if (match := EVENTS.match(path.name))]
         return datetime.datetime.fromtimestamp(min(map(int, starts))).isoformat() if starts else None
@@ -176,7 +179,8 @@ class RunFolder:
         there, before = self._before()
         if before is None and not self._finished:
             return True
-        overrides = _differences(before, dataclasses.asdict(info), config, there or self._finished) if before else {}
+        at_step = there.step if there else self._finished.step if self._finished else 0
+        overrides = _differences(before, info, config, at_step) if before else {}
         if self._finished and not overrides:
             return False
         if before is None or there is None:
@@ -184,16 +188,17 @@ class RunFolder:
                 f"{self.folder} holds a finished run whose checkpoints are gone, so that it cannot be extended.",
                 hint=f"--init-adapter {self.folder / 'adapter'} starts from its adapter.",
             )
+        assert info.total_steps is not None and info.environment is not None  # as prepare made it
         if self.step > info.total_steps:
             raise ConfigError(
                 f"{self.folder} is at step {self.step}, beyond the {info.total_steps} asked for.",
                 hint="Ask for more, or choose another --output-dir.",
             )
-        event = {"step": self.step, "overrides": overrides, "environment": there["environment"]}
-        self.info = dataclasses.replace(info, history=[*before["history"], event], origin=before["origin"])
+        event = Resume(step=self.step, overrides=overrides, environment=there.environment)
+        self.info = info.model_copy(update={"history": [*before.history, event], "origin": before.origin})
         changed = "".join(f"; {name}: {old} -> {new}" for name, (old, new) in overrides.items())
         on_gpu = info.device == "cuda"
-        close = _exactness(there["environment"], info.environment, config.deterministic, on_gpu, bool(overrides))
+        close = _exactness(there.environment, info.environment, config.deterministic, on_gpu, bool(overrides))
         self.notes.append(f"Resuming after step-{self.step:06d}{changed}. {close}")
         return True
 
@@ -209,10 +214,11 @@ class RunFolder:
         # A later process resumes without flags, and what was permitted once need not be permitted again.
         kept = dataclasses.replace(config, resume="auto", override=())
         assert self.info is not None  # as accepted
-        environment = {**self.info.environment, "command": [redact(word) for word in sys.argv]}
+        assert self.info.environment is not None  # as prepare made it
+        environment = self.info.environment.model_copy(update={"command": [redact(word) for word in sys.argv]})
         write_file(self.folder / "config.yaml", kept.to_yaml().encode())
-        write_file(self.folder / "env.json", json.dumps(environment, indent=1).encode())
-        write_file(self.folder / RUN, json.dumps(dataclasses.asdict(self.info), indent=1).encode())
+        write_file(self.folder / "env.json", json.dumps(environment.model_dump(), indent=1).encode())
+        write_file(self.folder / RUN, json.dumps(self.info.model_dump(), indent=1).encode())
         for folder in self._damaged:  # out of the way of the checkpoints to come, and kept
             folder.rename(_free_name(folder.with_name(f"{folder.name}.damaged")))
         for made_at_the_end in (FINISHED, SAMPLES):
@@ -229,7 +235,7 @@ class RunFolder:
         rows = [row for row in whole_rows(metrics) if row["event"] == "eval" and row.get("eval_data") == self.info.eval_data]
         losses = {row["step"]: row["eval_loss"] for row in rows if row["step"] <= self.step and row["eval_loss"] is not None}
         self.checkpoint = self.checkpoints / source.name
-        self.info = dataclasses.replace(self.info, origin=str(source.resolve()))
+        self.info = self.info.model_copy(update={"origin": str(source.resolve())})
         found = checkpoint.by_step(source.parent)
         # The best one before the branch is copied too, as early stopping may choose it. `source` is written last.
         for folder in dict.fromkeys([*(found[step] for step in checkpoint.lowest(losses, found)), source]):
@@ -258,10 +264,10 @@ class RunFolder:
             UserError: exit 2 if the base is another, 4 if the checkpoint does not fit.
         """
         assert self.info is not None  # as accepted
-        self.info = dataclasses.replace(self.info, weights=weights)
+        self.info = self.info.model_copy(update={"weights": weights})
         if self.checkpoint is None:
             return checkpoint.TrainState()
-        if checkpoint.read_state(self.checkpoint)["weights"] != weights:
+        if checkpoint.read_state(self.checkpoint).weights != weights:
             raise ConfigError(
                 f"The base model is not the one of {self.checkpoint}: its weights or its config.json differ.",
                 hint="Use that model, or start a new run with --init-adapter.",
@@ -278,7 +284,7 @@ class RunFolder:
     ) -> None:
         """Write a checkpoint, verify it, and only then remove old ones; see checkpoint.save and checkpoint.prune."""
         assert self.info is not None  # as accepted
-        self.checkpoint = checkpoint.save(self.checkpoints, model, optimizer, state, dataclasses.asdict(self.info))
+        self.checkpoint = checkpoint.save(self.checkpoints, model, optimizer, state, self.info)
         self.prune(keep, evaluations)
 
     def prune(self, keep: int, evaluations: dict[int, EvalResult]) -> None:
@@ -314,8 +320,8 @@ class RunFolder:
         Args:
             adapter_step: step whose adapter is in adapter/; an earlier one after early stopping.
         """
-        self._finished = {"step": self.step, "adapter_step": adapter_step}
-        write_file(self.folder / FINISHED, json.dumps(self._finished).encode())
+        self._finished = Finished(step=self.step, adapter_step=adapter_step)
+        write_file(self.folder / FINISHED, json.dumps(self._finished.model_dump()).encode())
 
     @property
     def step(self) -> int:
@@ -383,14 +389,12 @@ def is_going(folder: Path) -> bool:
     return False
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, kind: type[T]) -> T | None:
+    """A JSON file of the run folder; None where there is none."""
     if not path.exists():
         return None
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes(), object_hook=with_current_keys)
-        if path.name == RUN:
-            check_types(ResumeInfo, values)
-        return values
+        return validated(kind, json.loads(path.read_bytes(), object_hook=with_current_keys))
     except UNREADABLE as error:
         raise CheckpointError(
             f"{path} cannot be read ({reason(error)}).",
@@ -398,10 +402,11 @@ def _read(path: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], config: TrainConfig, at: Any) -> dict[str, list[Any]]:
+def _differences(before: RunInfo, now: RunInfo, config: TrainConfig, at_step: int) -> dict[str, list[Any]]:
     """Option -> [old, new] of what differs and was permitted to."""
-    old, new = EARLIER | before["config"], now["config"]
-    unused = FREE | (OF_THE_DATA if before["data"] == now["data"] else set())
+    old: dict[str, Any] = {**EARLIER, **before.config}
+    new: dict[str, Any] = {**now.config}
+    unused = FREE | (OF_THE_DATA if before.data == now.data else set())
     if new["packing"]:
         unused -= {"max_length"}  # the budget of a row
     if old["max_steps"] and new["max_steps"]:
@@ -409,14 +414,14 @@ def _differences(before: dict[str, Any], now: dict[str, Any], config: TrainConfi
     if not new["init_adapter"] or Path(str(old["init_adapter"])).resolve() == Path(new["init_adapter"]).resolve():
         unused |= {"init_adapter"}  # it gave the start, and the checkpoint is beyond that
     pairs = {name: [old[name], new[name]] for name in new if name not in unused}
-    pairs |= {name: [before[name], now[name]] for name in ("data", "targets", "device")}
-    pairs["eval_file"] = [before["eval_data"], now["eval_data"]]  # by content, under the name that --override knows
+    pairs |= {"data": [before.data, now.data], "targets": [before.targets, now.targets], "device": [before.device, now.device]}
+    pairs["eval_file"] = [before.eval_data, now.eval_data]  # by content, under the name that --override knows
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     same_product = old[OF_A_STEP[0]] * old[OF_A_STEP[1]] == new[OF_A_STEP[0]] * new[OF_A_STEP[1]]
     fixed = () if same_product else OF_A_STEP
     refused = {name: pair for name, pair in changed.items() if name not in config.override or name in fixed}
     if refused:
-        text = f"{config.output_dir} holds another run, at step {at['step']}. It differs in\n{_table(refused)}"
+        text = f"{config.output_dir} holds another run, at step {at_step}. It differs in\n{_table(refused)}"
         advice = "Pass the old values to resume it, or choose another --output-dir (--init-adapter starts from its adapter)."
         raise ConfigError(f"{text}\n{advice}")
     return changed
@@ -441,10 +446,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"
 
 
-def _exactness(before: dict[str, Any], now: dict[str, Any], deterministic: bool, on_gpu: bool, overridden: bool) -> str:
+def _exactness(before: Environment, now: Environment, deterministic: bool, on_gpu: bool, overridden: bool) -> str:
     """How close the rest of the run will be to what it would have been."""
-    packages = {name: (version, now["packages"].get(name)) for name, version in before["packages"].items()}
-    pairs = packages | {name: (before[name], now[name]) for name in ("python", "device", "cuda", "commit")}
+    pairs = {name: (version, now.packages.get(name)) for name, version in before.packages.items()}
+    pairs |= {name: (getattr(before, name), getattr(now, name)) for name in ("python", "device", "cuda", "commit")}
     changed = [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
     if changed:
         return f"State is restored bit for bit; later losses are only close, since {', '.join(changed)}."

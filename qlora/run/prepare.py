@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -20,7 +21,7 @@ from qlora.model.lora import Target, checked_targets, with_init_adapter
 from qlora.run import log
 from qlora.run.environment import environment
 from qlora.run.folder import RunFolder
-from qlora.run.schema import RunInfo
+from qlora.run.schema import DataCounts, Environment, RunConfig, RunInfo
 from qlora.speed.layers import choose_layers
 from qlora.speed.memory import leave_no_gaps, memory_terms
 
@@ -100,16 +101,17 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
     config, line = choose_layers(config, meta_model, targets, longest, device)
     terms_gb = memory_terms(meta_model, targets, config, longest)
     info = RunInfo(
-        config=config.plain(),
+        config=cast(RunConfig, config.plain()),
         data=train_set.sha256,
         eval_data=eval_set.sha256 if eval_set else None,
         targets=sorted(f"{target.name} x {len(target.layers)}" for target in targets),
         device=device.type,
-        environment=environment(device),
+        environment=Environment(**environment(device)),
         parameters=meta_model.num_parameters(),
         date=template.date,
-        counts=[train_set.counts, eval_set.counts if eval_set else None],
+        counts=cast(list[DataCounts | None], [train_set.counts, eval_set.counts if eval_set else None]),
         total_steps=count_steps(config, len(epoch_rows(train_set, config, 1)))[1],
+        history=[],
         predicted_gb=sum(terms_gb.values()),
         predicted_terms_gb=terms_gb,
     )
@@ -119,4 +121,4 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
     run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
     for note in run.notes:
         say(note)
-    return Prepared(config, device, source, attention, targets, template, train_set, eval_set, longest, info.predicted_gb)
+    return Prepared(config, device, source, attention, targets, template, train_set, eval_set, longest, sum(terms_gb.values()))

@@ -1,42 +1,21 @@
-"""Types of the JSON and YAML files in a run folder; keys that no type names are ignored."""
+"""One pydantic model per file of a run folder; those of older versions are read under the keys of this one."""
 
-import dataclasses
-import functools
-from typing import Annotated, Any, NotRequired
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # pydantic needs this TypedDict before Python 3.12
+)
 
 import pydantic
-from pydantic import Field
-from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on alone
+from pydantic import BaseModel, Field
+from typing_extensions import TypedDict
 
-from qlora.config import AttnImplementation, Compile, GradientCheckpointing
+from qlora.config import AttnImplementation, Compile, GradientCheckpointing, PromptFormat
+from qlora.validation import STRICT
 
-# What an unreadable file raises when it is read: not there, no text, no JSON, of wrong types, out of range, nested without end.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
-
-
-class Environment(TypedDict):
-    """Of env.json, what a resumed run is compared with."""
-
-    packages: dict[str, str | None]
-    python: str
-    device: str
-    cuda: str | None
-    commit: str | None
-
-
-class State(TypedDict):
-    """What state.json tells that going on from a checkpoint needs."""
-
-    step: int
-    epoch: int
-    samples: int
-    skipped: int
-    optimizer_class: str
-    optimizer: dict[str, Any]
-    environment: Environment
-    weights: str
-
-
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Number = Annotated[int | float, Field(gt=-1e300, lt=1e300)]  # which NaN is not
 RENAMED = {"held_out": "eval_data", "held_out_sha256": "eval_data_sha256"}  # old key -> key
 
 
@@ -66,80 +45,57 @@ def _scaled(value: Any, factor: float) -> Any:
     return value * factor if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-checker = functools.cache(pydantic.TypeAdapter)
+# -- config.yaml, env.json, run.json -----------------------------------------------------------------------------------
 
 
-def check_types(schema: Any, values: object) -> None:
-    """Refuse values, as JSON has them, of other types than a TypedDict names, or that lack one; the rest may be anything.
+class RunConfig(TypedDict, total=False):
+    """config.yaml, and `config` of run.json: options of TrainConfig, those that are used after the run with their types."""
 
-    Raises:
-        ValueError: naming the first that is wrong, and its value.
-    """
-    try:
-        checker(schema).validate_python(values, strict=True)
-    except pydantic.ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in wrong["loc"]) or "the whole"
-        value = "" if wrong["type"] == "missing" else f" ({place}: {repr(wrong['input'])[:60]})"
-        raise ValueError(f"{place}: {wrong['msg']}{value}") from None
+    __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="allow")  # type: ignore[misc]  # as pydantic documents it
 
-
-def reason(error: BaseException) -> str:
-    """An error in some words, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-class Options(TypedDict, total=False):
-    """Those of a run's options that are computed with, or taken over."""
-
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
+    model: str
+    revision: str | None
+    train_file: str
+    eval_file: str | None
+    prompt_format: PromptFormat
+    loss_on: Literal["response", "all"]
+    max_length: Count
+    on_long: Literal["drop", "truncate", "error"]
+    allow_drop: bool
+    init_adapter: str | None
+    per_device_train_batch_size: Count
+    gradient_accumulation_steps: Count
     attn_implementation: AttnImplementation
     compile: Compile
     gradient_checkpointing: GradientCheckpointing
+    optimizer: str
+    lora_r: Count
+    lora_alpha: Number
+    lora_dropout: Number
+    learning_rate: Number | None
+    warmup_ratio: Number
+    weight_decay: Number
+    max_grad_norm: Number | None
+    early_stopping_patience: Count | None
+    seed: Count
 
 
-class ResumeInfo(TypedDict):
-    """What run.json tells that going on needs."""
+class Environment(BaseModel):
+    """env.json: versions and hardware of a process."""
 
-    config: Options
-    data: str
-    eval_data: str | None
-    targets: list[str]
+    model_config = STRICT
+
+    python: str
     device: str
-    history: list[dict[str, Any]]
-    origin: str | None
-    date: NotRequired[str]
+    packages: dict[str, str | None]
+    cuda: str | None = None
+    commit: str | None = None
+    platform: str | None = None
+    device_memory_gb: Number | None = None
+    command: list[str] | None = None
 
 
-# -- the types of what is read; the rest of a file is free --------------------------------------------------------------
-
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Number = Annotated[float, Field(gt=-1e300, lt=1e300)]  # which NaN is not
-
-
-@dataclasses.dataclass(frozen=True)
-class RunInfo:
-    """What run.json and each checkpoint keep of a run: what a later process is compared with, and what the report shows."""
-
-    config: dict[str, Any]  # as in config.yaml
-    data: str  # SHA-256 of the ids and labels of the training data
-    eval_data: str | None  # the same of the eval data
-    targets: list[str]  # "qkv_proj x 32"
-    device: str  # cpu or cuda
-    environment: dict[str, Any]  # versions, commit, hardware
-    parameters: int  # of the base model
-    date: str  # ISO 8601, for chat templates that print the date
-    counts: list[dict[str, int] | None]  # of the training data and the eval data
-    total_steps: int
-    predicted_gb: float  # peak memory in training
-    predicted_terms_gb: dict[str, float]  # what it is made of
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of resumes: step, overrides, environment
-    origin: str | None = None  # checkpoint that this run branched off from
-    weights: str | None = None  # fingerprint of the frozen base
-
-
-class OfData(TypedDict):
+class DataCounts(TypedDict):
     """What was counted of a data set."""
 
     read: Count
@@ -154,42 +110,65 @@ class OfData(TypedDict):
     shared: NotRequired[Count | None]
 
 
-class Change(TypedDict):
-    """Options that a resumed run changed: name -> [old, new]."""
+class Resume(BaseModel):
+    """A resume of a run: the step it resumed from, and the options that it changed."""
+
+    model_config = STRICT
 
     step: Count
-    overrides: dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]
+    overrides: dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]  # name -> [old, new]
+    environment: Environment | None = None  # of the process before
 
 
-class RecordedRun(TypedDict):
-    """run.json."""
+class RunInfo(BaseModel):
+    """run.json, and part of each checkpoint: what a later process is compared with, and what the report shows."""
 
-    data: NotRequired[str | None]
-    eval_data: NotRequired[str | None]
-    targets: list[str]
-    parameters: NotRequired[Count | None]
-    predicted_gb: NotRequired[Number | None]
-    predicted_terms_gb: NotRequired[dict[str, Number] | None]
-    total_steps: NotRequired[Count | None]
-    counts: NotRequired[Annotated[list[OfData | None], Field(min_length=2, max_length=2)] | None]
-    history: list[Change]
+    model_config = STRICT
+
+    config: RunConfig
+    data: str  # SHA-256 of the ids and labels of the training data
+    eval_data: str | None  # the same of the eval data
+    targets: list[str]  # "qkv_proj x 32"
+    device: str  # cpu or cuda
+    history: list[Resume]
+    environment: Environment | None = None
+    parameters: Count | None = None  # of the base model
+    date: str | None = None  # ISO 8601, for chat templates that print the date
+    counts: Annotated[list[DataCounts | None], Field(min_length=2, max_length=2)] | None = None  # training and eval data
+    total_steps: Count | None = None
+    predicted_gb: Number | None = None  # peak memory in training
+    predicted_terms_gb: dict[str, Number] | None = None  # what it is made of
+    origin: str | None = None  # checkpoint that this run branched off from
+    weights: str | None = None  # fingerprint of the frozen base
 
 
-class RecordedEnvironment(TypedDict):
-    """env.json."""
+# -- the other files ---------------------------------------------------------------------------------------------------
 
-    python: str
-    device: str
-    device_memory_gb: NotRequired[Number | None]
-    packages: dict[str, str | None]
-    command: NotRequired[list[str] | None]
-    cuda: NotRequired[str | None]
-    platform: NotRequired[str | None]
-    commit: NotRequired[str | None]
+
+class State(RunInfo):
+    """state.json of a checkpoint: the run, and where it is."""
+
+    step: Count
+    epoch: Count
+    samples: Count
+    skipped: Count
+    optimizer_class: str
+    optimizer: dict[str, Any]
+    environment: Environment
+    weights: str
+
+
+class Finished(BaseModel):
+    """finished.json."""
+
+    model_config = STRICT
+
+    step: Count
+    adapter_step: Count | None = None  # whose adapter is in adapter/; older versions did not store it
 
 
 class Row(TypedDict):
-    """A line of metrics.jsonl."""
+    """A line of metrics.jsonl: a step or an evaluation."""
 
     event: str
     step: Count
@@ -206,12 +185,6 @@ class Row(TypedDict):
     perplexity: NotRequired[Number | None]
 
 
-class Finished(TypedDict):
-    """finished.json."""
-
-    adapter_step: NotRequired[int]
-
-
 class CompletionRow(TypedDict):
     """A line of samples.jsonl."""
 
@@ -221,58 +194,32 @@ class CompletionRow(TypedDict):
     reference: str
 
 
-class Estimate(TypedDict):
-    """scores.Estimate."""
+class Estimate(BaseModel):
+    """A metric with its interval."""
 
-    value: NotRequired[Number | None]
-    low: NotRequired[Number | None]
-    high: NotRequired[Number | None]
+    model_config = STRICT
+
+    value: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
 
 
-class Comparison(TypedDict):
-    """scores.Comparison."""
+class Comparison(BaseModel):
+    """A metric of base and adapter, and of their difference."""
+
+    model_config = STRICT
 
     base: Estimate
     adapter: Estimate
     difference: Estimate
 
 
-class Evaluation(TypedDict):
-    """evaluation.json."""
+class Evaluation(BaseModel):
+    """evaluation.json, as far as the report reads it."""
+
+    model_config = STRICT
 
     adapter_sha256: str
     eval_data_sha256: str
     num_examples: Count
     metrics: dict[str, Comparison]
-
-
-class Config(TypedDict):
-    """config.yaml."""
-
-    model: str
-    train_file: str
-    prompt_format: str
-    loss_on: str
-    optimizer: str
-    eval_file: NotRequired[str | None]
-    revision: NotRequired[str | None]
-    init_adapter: NotRequired[str | None]
-    per_device_train_batch_size: Count
-    gradient_accumulation_steps: Count
-    lora_r: Count
-    max_length: Count
-    learning_rate: Number
-    lora_alpha: Number
-    lora_dropout: Number
-    warmup_ratio: Number
-    weight_decay: Number
-    seed: Number
-    max_grad_norm: NotRequired[Number | None]
-    early_stopping_patience: NotRequired[Count | None]
-
-
-class Settings(TypedDict):
-    """adapter/adapter_config.json."""
-
-    base_model_name_or_path: NotRequired[str | None]
-    revision: NotRequired[str | None]

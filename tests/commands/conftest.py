@@ -13,6 +13,7 @@ from qlora.model.load import fingerprint, load_meta_model
 from qlora.run import checkpoint
 from qlora.run.files import write_folder
 from qlora.run.folder import FINISHED, LOCK, RUN
+from qlora.run.schema import Environment, RunInfo
 from tests.helpers import adapted_model, wake_adapters
 
 
@@ -25,11 +26,13 @@ def finished(tiny, tmp_path_factory) -> Path:
     model = adapted_model(config)
     wake_adapters(model)
     tokenizer = adapter.load_tokenizer(str(tiny), load_meta_model(str(tiny), config), config)
-    run_info = {"config": config.plain(), "device": "cpu", "weights": fingerprint(model)}
+    options, environment = config.plain(), Environment(python="3", device="cpu", packages={})
+    run_info = RunInfo(config=options, data="d", eval_data=None, targets=[], device="cpu", history=[],
+                       weights=fingerprint(model), environment=environment)  # fmt: skip
     write_folder(run / "adapter", dict(checkpoint.adapter_files(model, tokenizer)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     checkpoint.save(run / "checkpoints", model, optimizer, checkpoint.TrainState(step=4), run_info)
-    (run / RUN).write_text(json.dumps(run_info))
+    (run / RUN).write_text(json.dumps(run_info.model_dump()))
     (run / LOCK).touch()
     (run / FINISHED).write_text('{"step": 4}')
     return run

@@ -393,14 +393,14 @@ def test_what_is_refused_late_leaves_a_finished_run_as_it_was(straight, tmp_path
 
 def test_what_differs_in_the_environment_withdraws_the_promise(stopped, capsys):
     path = stopped / "checkpoints" / "step-000004"
-    state = checkpoint.read_state(path)
+    state = json.loads((path / "state.json").read_bytes())
     state["environment"]["packages"]["torch"] = "2.9.0"
     files = {n: (path / n).read_bytes() for n in json.loads((path / "MANIFEST.json").read_text())["files"]}
     write_folder(path, files | {"state.json": json.dumps(state).encode()})
     assert run(stopped, "--max-steps", "8") == 0
     assert f"later losses are only close, since torch 2.9.0 -> {torch.__version__}" in capsys.readouterr().out
-    history = checkpoint.read_state(stopped / "checkpoints" / "step-000008")["history"]
-    assert [event["step"] for event in history] == [4] and history[0]["environment"]["packages"]["torch"] == "2.9.0"
+    history = checkpoint.read_state(stopped / "checkpoints" / "step-000008").history
+    assert [event.step for event in history] == [4] and history[0].environment.packages["torch"] == "2.9.0"
 
 
 def test_on_a_gpu_only_the_deterministic_flag_promises_bits():
@@ -489,7 +489,7 @@ def test_a_run_from_before_there_was_an_option_goes_on(stopped, straight, name, 
         (stopped / name).write_text(json.dumps(run_info))
     else:
         (stopped / "run.json").unlink()  # as it was before there was that file, or when it was removed
-        state = checkpoint.read_state(path)
+        state = json.loads((path / "state.json").read_bytes())
         assert state["config"].pop(option) == default
         files = {n: (path / n).read_bytes() for n in json.loads((path / "MANIFEST.json").read_text())["files"]}
         write_folder(path, files | {"state.json": json.dumps(state).encode()})
@@ -538,8 +538,8 @@ def test_what_is_named_may_change_and_is_recorded(stopped, capsys):
     flags = "--learning-rate 2e-2 --max-steps 9 --override learning_rate max_steps"
     assert run(stopped, *flags.split()) == 0
     assert "Resuming after step-000004; learning_rate: 0.01 -> 0.02; max_steps: 8 -> 9." in capsys.readouterr().out
-    history = checkpoint.read_state(stopped / "checkpoints" / "step-000009")["history"]
-    assert history[0]["overrides"] == {"learning_rate": [0.01, 0.02], "max_steps": [8, 9]}
+    history = checkpoint.read_state(stopped / "checkpoints" / "step-000009").history
+    assert history[0].overrides == {"learning_rate": [0.01, 0.02], "max_steps": [8, 9]}
     assert [row["step"] for row in rows(stopped) if row["event"] == "step"] == list(range(1, 10))
     assert max(row["learning_rate"] for row in rows(stopped) if row.get("learning_rate")) > 1e-2
 
