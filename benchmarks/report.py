@@ -16,10 +16,15 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]  # run as a script, Python has only this file's folder there
 
+import cogapp  # noqa: E402
+import tabulate  # noqa: E402
+
 from qlora.run.schema import in_gb  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "GUIDE_CLAIMS.md")
+# What is between `[[[cog` and `[[[end]]]` in them is the output of functions of this file; CI runs `cog --check`.
+COG_FLAGS = ("-I", str(ROOT), "-p", "from benchmarks.report import *")
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by the color-blind
 COLORS = {"eager": "#000000", "sdpa": BLUE, "sdpa_cudnn": "#332288", "sdpa_flash": "#56B4E9", "sdpa_efficient": "#CC79A7",
            "sdpa_math": "#999999", "flash_attention_2": ORANGE, "varlen": "#009E73", "flex_attention": "#E69F00",
@@ -35,8 +40,8 @@ def load(pattern: str) -> tuple[str, dict[str, Any]]:
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    plain = {"stralign": None, "numalign": None, "disable_numparse": True}
+    return tabulate.tabulate(rows, headers, tablefmt="github", **plain)
 
 
 def source(name: str, record: dict[str, Any]) -> str:
@@ -429,6 +434,11 @@ def attention_kernels(pattern: str, show: Callable[[Cell, float], str], what: st
     return f"{body}\n\n{text}{source(name, record)}"
 
 
+def peak(cell: Cell, _: Any) -> str:
+    """Peak memory of a cell."""
+    return f"{cell['peak_gb']:.2f}"
+
+
 def attention_steps(pattern: str) -> str:
     """The loop's own step over full rows."""
     name, record, cells = attention(pattern, "step", layout="full", window="as trained")
@@ -755,54 +765,6 @@ def code_map() -> str:
     return table(["folder", "what for", "modules"], rows)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "code-map": code_map,
-    "attention-kernel-ms-h100": lambda: attention_kernels(H100, milliseconds, TIME),
-    "attention-kernel-rate-h100": lambda: attention_kernels(H100, rate, RATE),
-    "attention-kernel-memory-h100": lambda: attention_kernels(H100, lambda cell, _: f"{cell['peak_gb']:.2f}", "Peak GB."),
-    "attention-steps-h100": lambda: attention_steps(H100),
-    "attention-findings-h100": lambda: attention_findings(H100),
-    "attention-share-h100": lambda: attention_share(H100),
-    "attention-packing-h100": lambda: attention_packing(H100),
-    "attention-masks-h100": lambda: attention_masks(H100),
-    "attention-parity-h100": lambda: attention_parity(H100),
-    "attention-kernel-ms-cpu": lambda: attention_kernels(CPU, milliseconds, TIME),
-    "attention-steps-cpu": lambda: attention_steps(CPU),
-    "attention-packing-cpu": lambda: attention_packing(CPU),
-    "attention-parity-cpu": lambda: attention_parity(CPU),
-    "peers-h100": lambda: peers("peers_h100_*.json", "h100"),
-    "peers-short": lambda: peers_short("peers_h100_*.json", "2x2048x2"),
-    "peers-targets": lambda: targets("peers_h100_*.json"),
-    "peers-cpu": lambda: peers("peers_cpu_*.json", "cpu"),
-    "plan-fits": plan_fits,
-    "plan-measured": lambda: plan_measured("plan_h100_*.json"),
-    "survival": survival,
-    "guide-claims": claims,
-    "guide-claims-short": claims_short,
-    "demo-summary": demo_summary,
-    "demo-output": demo_output,
-    "demo-sweep": lambda: sweep("demo_cpu_*.json"),
-    "demo-repeated-names": lambda: sweep("demo_repeated_names_*.json"),
-    "inference": inference,
-    "first-ladder": lambda: ladder("first_ladder_*.json"),
-    "second-ladder": lambda: ladder("second_ladder_*.json"),
-    "train-step": lambda: train_step("train_step_*.json"),
-    "tokens-h100": lambda: tokens("tokens_h100_*.json"),
-    "loading-h100": lambda: loading("loading_h100_*.json"),
-    "train-step-first": lambda: train_step("first_train_step_*.json"),
-}
-
-
-def rendered(text: str) -> str:
-    """The document with each `<!-- NAME -->` ... `<!-- /NAME -->` filled anew."""
-    for name, block in BLOCKS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if pattern.search(text):
-            filled = block()
-            text = pattern.sub(lambda match, filled=filled: f"{match[1]}{filled}\n{match[2]}", text)
-    return text
-
-
 def plot_attention(card: str) -> None:
     """Time and memory of a kernel and of a step over the length, with the spread from the 10th to the 90th percentile."""
     import matplotlib.pyplot as plt
@@ -965,8 +927,8 @@ def main() -> None:
     plot_attention("h100")
     plot_peers("h100")
     plot_plan("h100")
-    for document in DOCUMENTS:
-        document.write_text(rendered(document.read_text()))
+    if status := cogapp.Cog().main(["cog", *COG_FLAGS, "-r", *map(str, DOCUMENTS)]):
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":

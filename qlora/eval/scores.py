@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy
-import regex
 
 RESAMPLES = 2000
 FEWEST = 5  # examples that have an interval: of n there are only (2n-1 over n) resamplings, 35 of 4
@@ -23,7 +22,7 @@ SHOWN = {  # name in the JSON -> label in the table, factor for people, decimals
     "chrf": ("chrF", 1, 1),  # mean of the answers
 }
 UNSPACED = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")  # scripts whose words no space parts
-PACKAGES = {"fastavro": "fastavro", "rouge_score": "rouge-score", "sacrebleu": "sacrebleu"}  # import name -> package
+PACKAGES = {"fastavro": "fastavro", "rouge_score": "rouge-score", "sacrebleu": "sacrebleu", "regex": "regex"}  # import name -> package
 
 
 class Estimate(NamedTuple):
@@ -93,6 +92,8 @@ class Words:
     def __init__(self) -> None:
         # Not Unicode's own segmentation (UAX 29), which keeps "can't" and "3.14" whole, where published scores part them.
         unspaced = "".join(rf"\p{{Script={name}}}" for name in UNSPACED)
+        import regex
+
         self.pattern = regex.compile(rf"(?V1)[\p{{L}}\p{{N}}&&[{unspaced}]]\p{{M}}*|[\p{{L}}\p{{M}}\p{{N}}--[{unspaced}]]+")
 
     def tokenize(self, text: str) -> list[str]:
