@@ -117,11 +117,10 @@ class TrainingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SpeedOptions:
-    """Trade speed for memory. These options change results only by rounding; --compile also draws other dropout masks."""
+    """Trade speed for memory. Results change only by rounding; --compile also draws other dropout masks."""
 
     gradient_checkpointing: GradientCheckpointing = "auto"
-    """Matrix products that backward recomputes: none; selective, those after attention; full, all; auto, the fewest that
-    fit."""
+    """Matrix products to recompute in backward: none; selective: those after attention; full: all; auto: as few as fit."""
     compile: Compile = "auto"
     """layers: each decoder layer is compiled by torch.compile. graphs: and all of them are replayed as CUDA graphs, rows padded
     to a multiple of 128. none: they run as written. auto: graphs on a CUDA GPU."""

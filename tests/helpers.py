@@ -24,9 +24,22 @@ from qlora.model.lora import add_lora, audit_targets, with_init_adapter
 from qlora.model.loss import Head, token_loss_sum
 from qlora.run import checkpoint
 from qlora.run.environment import environment
+from qlora.run.schema import Environment, RunInfo
 from qlora.speed.accelerate import accelerate
 
 CPU = torch.device("cpu")
+ENVIRONMENT = {"packages": {"torch": "2", "flash-attn": None}, "python": "3", "device": "cpu", "cuda": None, "commit": None}
+RUN_INFO = RunInfo(
+    config={"seed": 1},
+    data="d",
+    eval_data=None,
+    targets=[],
+    device="cpu",
+    history=[],
+    origin=None,
+    weights="digest",
+    environment=Environment(**ENVIRONMENT),
+)
 
 
 def adapted_model(config: TrainConfig, attn_implementation: str = "sdpa"):
@@ -151,6 +164,7 @@ def write_run(folder: Path, finished: bool = True, steps: int = 60, **changes) -
              "cut": 0, "dropped": 0},
         ],
         "history": [],
+        "origin": None,
     }  # fmt: skip
     options = {name: changes.pop(name) for name in list(changes) if hasattr(TrainConfig(), name)}
     chosen = {"model": "tiny-random", "train_file": "/home/me/my.jsonl", "eval_file": "/home/me/eval.jsonl"}

@@ -216,7 +216,7 @@ OLD_NAMES = re.compile(
     r"MOST|HOW|OURS_|LEFTOVER|COLDEST|TURNED|RECITED|peak_memory_gib|gpu_gib)\b"
 )
 BRITISH = re.compile(
-    r"\w*(?:quantis|tokenis|initialis|optimis|normalis|memoris|utilis|summaris|colour|behaviour|neighbour|favour|licence|"
+    r"\w*(?:quantis|tokenis|initialis|optimis(?!tic)|normalis|memoris|utilis|summaris|colour|behaviour|neighbour|favour|licence|"
     r"labelled|modelling|afterwards|per cent\b|\bgrey\b|\bcentre\b)\w*",
     re.IGNORECASE,
 )

@@ -38,6 +38,7 @@ from qlora.run.files import verify, write_folder
 from qlora.speed import layers, nf4
 from qlora.speed.accelerate import accelerate
 from tests.helpers import (
+    RUN_INFO,
     adapted_model,
     adapter_gradients,
     decoder_of,
@@ -461,7 +462,7 @@ def test_8_bit_moments_come_back_where_they_lay_and_go_on_bit_for_bit(config, tm
 
     optimizer = build_optimizer(parameters, config)
     step(optimizer, 1)
-    folder = checkpoint.save(tmp_path, model, optimizer, checkpoint.TrainState(step=1), {})
+    folder = checkpoint.save(tmp_path, model, optimizer, checkpoint.TrainState(step=1), RUN_INFO)
     saved, paged = state(optimizer)
     assert bool(paged) == (name == "paged_adamw_8bit") and {kind for _, kind in paged} <= {"state1", "state2"}
     step(optimizer, 2)
@@ -518,7 +519,7 @@ def test_out_of_gpu_memory_is_exit_6(tiny, tmp_path, capsys):
 
 def test_the_doctor_finds_the_gpu_and_tries_it():
     rows = {row.check: row for row in doctor.examine()}
-    assert doctor.verdict(list(rows.values())) is None and rows["GPU 0 (a run takes this one)"].ok and rows["bf16"].ok
+    assert doctor.verdict(list(rows.values())) is None and rows["GPU 0 (used by runs)"].ok and rows["bf16"].ok
     assert "on the GPU" in rows["NF4 forward and backward"].detail and "Triton" in rows["NF4 dequantized"].detail
     assert all(rows[name].ok for name in ("compiled layers", "CUDA graphs", "attention sdpa"))
 

@@ -253,7 +253,7 @@ def test_some_steps_may_be_skipped_each_with_a_line_and_the_count_survives_a_res
         break_steps(patch, 2, 4, 9)
         assert run(tmp_path, *flags)[0] == ExitCode.NUMERICS
     text = capsys.readouterr()
-    assert "Step 2 is not finite" in text.out and "It was skipped, 2 of 2 that may be." in text.out and "Step 9" in text.err
+    assert "Step 2 is not finite" in text.out and "The step was skipped (2 of 2 allowed)." in text.out and "Step 9" in text.err
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-000006" / "state.json").read_text())
     assert (state["step"], state["skipped"]) == (6, 2)
     with monkeypatch.context() as patch:

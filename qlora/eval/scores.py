@@ -22,7 +22,8 @@ SHOWN = {  # name in the JSON -> label in the table, factor for people, decimals
     "chrf": ("chrF", 1, 1),  # mean of the answers
 }
 UNSPACED = ("Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar")  # scripts whose words no space parts
-PACKAGES = {"fastavro": "fastavro", "rouge_score": "rouge-score", "sacrebleu": "sacrebleu", "regex": "regex"}  # import name -> package
+# Import name -> package.
+PACKAGES = {"fastavro": "fastavro", "rouge_score": "rouge-score", "sacrebleu": "sacrebleu", "regex": "regex"}
 
 
 class Estimate(NamedTuple):

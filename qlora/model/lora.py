@@ -202,7 +202,7 @@ class AdapterSettings(pydantic.BaseModel):
     lora_bias: bool = False
     use_dora: bool = False
     use_rslora: bool = False
-    fan_in_fan_out: bool = False
+    fan_in_fan_out: bool | None = False
     ensure_weight_tying: bool = False
     init_lora_weights: bool | str = True
     task_type: str | None = None

@@ -112,6 +112,7 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
         counts=cast(list[DataCounts | None], [train_set.counts, eval_set.counts if eval_set else None]),
         total_steps=count_steps(config, len(epoch_rows(train_set, config, 1)))[1],
         history=[],
+        origin=None,
         predicted_gb=sum(terms_gb.values()),
         predicted_terms_gb=terms_gb,
     )

@@ -15,7 +15,7 @@ from qlora.config import AttnImplementation, Compile, GradientCheckpointing, Pro
 from qlora.validation import STRICT
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Number = Annotated[int | float, Field(gt=-1e300, lt=1e300)]  # which NaN is not
+Number = Annotated[float, Field(gt=-1e300, lt=1e300)]  # which NaN is not
 RENAMED = {"held_out": "eval_data", "held_out_sha256": "eval_data_sha256"}  # old key -> key
 
 
@@ -70,9 +70,9 @@ class RunConfig(TypedDict, total=False):
     gradient_checkpointing: GradientCheckpointing
     optimizer: str
     lora_r: Count
-    lora_alpha: Number
+    lora_alpha: int | float
     lora_dropout: Number
-    learning_rate: Number | None
+    learning_rate: Number
     warmup_ratio: Number
     weight_decay: Number
     max_grad_norm: Number | None
@@ -131,6 +131,7 @@ class RunInfo(BaseModel):
     targets: list[str]  # "qkv_proj x 32"
     device: str  # cpu or cuda
     history: list[Resume]
+    origin: str | None  # checkpoint that this run branched off from
     environment: Environment | None = None
     parameters: Count | None = None  # of the base model
     date: str | None = None  # ISO 8601, for chat templates that print the date
@@ -138,7 +139,6 @@ class RunInfo(BaseModel):
     total_steps: Count | None = None
     predicted_gb: Number | None = None  # peak memory in training
     predicted_terms_gb: dict[str, Number] | None = None  # what it is made of
-    origin: str | None = None  # checkpoint that this run branched off from
     weights: str | None = None  # fingerprint of the frozen base
 
 

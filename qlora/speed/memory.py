@@ -48,7 +48,7 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
     """What a step's tensors take on a GPU when they take the most, in GB, term by term, from the shape alone.
 
     The sum is within 5 % of the peaks of Phi-3-mini in benchmarks/results (plan, tokens, train_step, ladders and peers of the
-    H100), which the constants of activations were fitted to; other models are further off. CUDA's context, about 0.5 GB,
+    H100), to which the constants of activations were fit; other models are further off. CUDA's context, about 0.5 GB,
     comes on top.
 
     Args:

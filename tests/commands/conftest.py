@@ -22,12 +22,13 @@ def finished(tiny, tmp_path_factory) -> Path:
     """A run folder as a finished run of the tiny model leaves it, with an adapter that does something, and a checkpoint."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     (run / "checkpoints").mkdir(parents=True)
-    config = TrainConfig(model=str(tiny), lora_r=4, lora_alpha=8, lora_dropout=0.0, max_length=300, eval_file="held.jsonl")
+    config = TrainConfig(model=str(tiny), lora_r=4, lora_alpha=8, lora_dropout=0.0, max_length=300, eval_file="held.jsonl",
+                         train_file="train.jsonl", learning_rate=1e-4)  # fmt: skip
     model = adapted_model(config)
     wake_adapters(model)
     tokenizer = adapter.load_tokenizer(str(tiny), load_meta_model(str(tiny), config), config)
     options, environment = config.plain(), Environment(python="3", device="cpu", packages={})
-    run_info = RunInfo(config=options, data="d", eval_data=None, targets=[], device="cpu", history=[],
+    run_info = RunInfo(config=options, data="d", eval_data=None, targets=[], device="cpu", history=[], origin=None,
                        weights=fingerprint(model), environment=environment)  # fmt: skip
     write_folder(run / "adapter", dict(checkpoint.adapter_files(model, tokenizer)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])

@@ -45,7 +45,7 @@ def test_every_number_is_in_the_file_and_the_table(run, rows, tmp_path, capsys):
         assert set(found) == {"base", "adapter", "difference"}
         assert found["difference"]["value"] == pytest.approx(found["adapter"]["value"] - found["base"]["value"])
         assert {side[end] for side in found.values() for end in ("low", "high")} == {None}  # of three examples
-    assert "[-]: no interval, as fewer than 5 examples" in " ".join(shown.split())
+    assert "[-]: no intervals; at least 5 examples" in " ".join(shown.split())
     assert record["adapter_sha256"] == hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
     # The same numbers from training's own functions, one sample at a time.
     opened = open_adapter(run)

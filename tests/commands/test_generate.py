@@ -99,7 +99,7 @@ def test_a_chat_goes_on_after_an_empty_answer_without_that_line(run, capsys, mon
         (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], 2, "--top-p 1.5"),
         (["--prompt", "a", "--temperature", "1", "--top-k", "0"], 2, "--top-k 0"),
         (["--prompt", "a", "--top-k", "5"], 2, "no effect without --temperature"),
-        (["--json", "x.jsonl"], 2, "a chat is not written down"),
+        (["--json", "x.jsonl"], 2, "a chat is not saved"),
         (["--prompt", "a", "--max-new-tokens", "100000"], 3, "--prompt: "),
     ],
 )

@@ -152,7 +152,7 @@ def test_what_loses_the_adapter_is_no_merge(base, dequantized, bf16, refused):
         found[name] = Difference(kl, 0.9, loss)
     for route in ("bf16", "dequantized"):
         if route in refused:
-            with pytest.raises(UserError, match="nothing is saved") as caught:
+            with pytest.raises(UserError, match="nothing was saved") as caught:
                 merge.check_merges(found, route)
             assert caught.value.exit_code == ExitCode.NUMERICS
         else:
@@ -172,7 +172,7 @@ def test_a_spoiled_merge_is_not_saved(write, monkeypatch, capsys, tmp_path):
         assert main(command(write(), *flags)) == 5
         shown = capsys.readouterr()
         assert "into dequantized" in shown.out and "Recommended" not in shown.out
-        assert "no merge of this adapter" in shown.err and shown.err.count("\n") == 1
+        assert "does not reproduce the adapter" in shown.err and shown.err.count("\n") == 1
         assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 

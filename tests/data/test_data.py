@@ -148,7 +148,7 @@ NOT_ROWS = [
     ("\n \n", ["holds no example"]),
     (GOOD + '{"instruction": "q",}\n', [":2:2", "not JSON"]),
     (GOOD + '  {"instruction" "q"}\n', [":2:18: not JSON", "near"]),
-    ("[\n" + GOOD + "]", [":1:", "not JSON", "spread over lines; JSONL has one object a line"]),
+    ("[\n" + GOOD + "]", [":1:", "not JSON", "spread over lines; JSONL has one object per line"]),
     (json.dumps({"instruction": "q", "response": "a"}, indent=1), [":1:", "not JSON", "spread over lines; JSONL has one"]),
     ("[" + GOOD.strip() + "]\n", [":1:", "list", "JSON array"]),
     (GOOD + "7\n", [":2:", "int"]),
@@ -157,8 +157,8 @@ NOT_ROWS = [
     (GOOD.encode("utf-16"), [":1:", "UTF-16. Save it as UTF-8"]),
     (b"\xfe\xff" + GOOD.encode("utf-16-be"), [":1:", "UTF-16. Save it as UTF-8"]),
     (b"PAR1...", [":1:", "Let its name end in .parquet"]),
-    (GOOD + '{"instruction": "q", "response": "a", "response": "b"}', [":2:", "key 'response' stands twice"]),
-    (GOOD + '{"instruction": "q", "response": "a", "meta": [{"k": 1, "k": 1}]}', [":2:", "key 'k' stands twice"]),
+    (GOOD + '{"instruction": "q", "response": "a", "response": "b"}', [":2:", "duplicate key 'response'"]),
+    (GOOD + '{"instruction": "q", "response": "a", "meta": [{"k": 1, "k": 1}]}', [":2:", "duplicate key 'k'"]),
     (GOOD + '{"instruction": "q", "response": "a", "score": NaN}', [":2:", "NaN is no JSON"]),
     (GOOD + '{"instruction": "q", "response": "a", "score": -Infinity}', [":2:", "-Infinity is no JSON"]),
     (GOOD + "[" * 100_000, [":2:", "nested too deeply"]),
@@ -232,7 +232,7 @@ def test_missing_folder_pipe_and_broken_parquet_are_each_told_apart(tmp_path):
         with pytest.raises(UserError, match=words) as caught:
             check_source(path, "train")
         assert caught.value.exit_code == ExitCode.DATA and str(path) in str(caught.value)
-    with pytest.raises(UserError, match="is no file here, and as hub data set 'no-such-set'"):
+    with pytest.raises(UserError, match="is not a local file, and loading it as hub data set 'no-such-set'"):
         check_source("no-such-set", "train")
 
 

@@ -178,8 +178,8 @@ MUTANTS = [
         "changed-data-accepted",
         RUN_FOLDER,
         f"{DAMAGE}::test_changed_data_is_no_data_to_go_on_with",
-        'for name in ("data", "targets", "device")}',
-        'for name in ("targets", "device")}',
+        '{"data": [before.data, now.data], ',
+        "{",
     ),
     mutant(
         "no-lock",
@@ -228,8 +228,8 @@ MUTANTS = [
         "moments-not-restored",
         RUN_CHECKPOINT,
         f"{SIGNALS}::test_one_signal[step]",
-        '{**tensors, **state["optimizer"]}',
-        'dict(state["optimizer"])',
+        "{**tensors, **state.optimizer}",
+        "dict(state.optimizer)",
     ),
     mutant(
         "epoch-starts-again",
@@ -438,8 +438,8 @@ MUTANTS = [
         "runs-before-packing-refused",
         RUN_FOLDER,
         "run/test_folder.py::test_a_run_from_before_there_was_an_option_goes_on",
-        'old, new = EARLIER | before["config"]',
-        'old, new = {"packing": None} | before["config"]',
+        "old: dict[str, Any] = {**EARLIER, **before.config}",
+        'old: dict[str, Any] = {"packing": None} | {**before.config}',
     ),
     # -- attention
     mutant(

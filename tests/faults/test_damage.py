@@ -604,7 +604,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_over_a_resume(case: C
 
     permitted = ("--skip-nonfinite", "2")
     assert wait(case.start(folder, *permitted, before=spoiled({3, 5}, 6))) == 143, log(folder).read_text()
-    assert "It was skipped, 2 of 2 that may be." in log(folder).read_text()
+    assert "The step was skipped (2 of 2 allowed)." in log(folder).read_text()
     newest = folder / "checkpoints" / "step-000006"
     assert json.loads((newest / STATE).read_text())["skipped"] == 2
     for name in (ADAPTER, TRAINER_STATE):

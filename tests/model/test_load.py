@@ -449,9 +449,9 @@ def test_init_adapter_that_does_not_fit_is_refused(config, model, tmp_path):
         {"rank_pattern": {"o": 2}},
     ):
         peft.LoraConfig(target_modules=["o_proj"], **odd).save_pretrained(tmp_path)
-        with pytest.raises(UserError, match=rf"not a plain LoRA adapter.*it sets {next(iter(odd))}"):
+        with pytest.raises(UserError, match=rf"(not a plain LoRA adapter.*it sets|begun with) {next(iter(odd))}"):
             adapted_model(resumed)
     for text in ("{", "[]", '{"peft_type": "NOVEL"}', "{}"):
         (tmp_path / "adapter_config.json").write_text(text)
-        with pytest.raises(UserError, match=r"adapter_config.json cannot be read|not a plain LoRA adapter"):
+        with pytest.raises(UserError, match=r"cannot be read|not a plain LoRA adapter|Only LoRA is known"):
             adapted_model(resumed)

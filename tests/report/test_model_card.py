@@ -140,7 +140,7 @@ def test_the_base_is_named_as_others_can_find_it(tmp_path, model, source, hub_id
     folder = write_run(tmp_path / "run", model=model)
     revision = COMMIT if hub_id else None
     settings = {"base_model_name_or_path": source, "revision": None if model == "cached" else revision}
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16} | settings))
     run = records.read(folder)
     base, card = base_of(run), model_card(run)
     assert (base.hub_id, base.revision, base.license) == (hub_id, revision, license)

@@ -187,7 +187,7 @@ def test_a_run_is_finished_going_or_stopped(tmp_path):
     with (folder / "run.lock").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert record.read(folder).status == "going"
-    (folder / "finished.json").write_text("{}")
+    (folder / "finished.json").write_text('{"step": 60}')
     assert record.read(folder).status == "finished"
 
 
@@ -250,7 +250,7 @@ def test_scores_of_the_evaluate_command_stand_in_the_page_with_their_intervals(t
     (folder / "evaluation.json").write_text(json.dumps(other))
     words = page_of(folder).words
     assert "on 4 examples that are not this run's eval data, or not all of it: base and adapter." in words
-    assert "BLEU 0.5 [-] 0.6 [0.2, 0.8]" in words and "No intervals, as fewer than 5 examples" in words
+    assert "BLEU 0.5 [-] 0.6 [0.2, 0.8]" in words and "No intervals: at least 5 examples are needed" in words
 
 
 def test_an_evaluation_of_another_adapter_is_left_out_and_that_is_told(tmp_path):
@@ -261,7 +261,7 @@ def test_an_evaluation_of_another_adapter_is_left_out_and_that_is_told(tmp_path)
         (folder / "evaluation.json").write_text(json.dumps(EVALUATED | {"adapter_sha256": digest}))
         (folder / "finished.json").unlink(missing_ok=not ended)
         if ended:
-            (folder / "finished.json").write_text("{}")
+            (folder / "finished.json").write_text('{"step": 60}')
         words = page_of(folder).words
         assert ("eval loss 0.500 [0.250, 0.750]" in words, told in words) == (shown, not shown)
         assert ("How often a whole answer is right" in words) is not shown
@@ -356,7 +356,7 @@ ALWAYS = {"What it did before and may do no longer", "How much of it is chance",
         ({}, "How much of it is chance", "seed 42"),
         ({"seed": 7}, "How much of it is chance", "seed 7."),
         ({}, "Speed and memory on a GPU", "on a CPU"),
-        ({"early_stopping_patience": 3}, "An eval loss on data that decided nothing", "once 3 evaluations"),
+        ({"early_stopping_patience": 3}, "An eval loss on data that decided nothing", "(patience 3) chose"),
         ({"total_steps": 90}, "The whole schedule", "after step 60 of 90"),
         ({"finished": False}, "The end of the run", "stopped after step 60 of 60"),
         ({}, "How often a whole answer is right", "2 eval prompts"),
@@ -364,7 +364,7 @@ ALWAYS = {"What it did before and may do no longer", "How much of it is chance",
         (
             {"history": [{"step": 30, "overrides": {"learning_rate": [1, 2]}}]},
             "The effect of one set of settings",
-            "After step 30 the run went on with other settings: learning_rate from 1 to 2.",
+            "After step 30 the run continued with changed settings: learning_rate from 1 to 2.",
         ),
     ],
 )
@@ -396,7 +396,7 @@ def test_eval_losses_that_turned_or_were_left_behind_are_told(tmp_path):
     add_rows(folder, evaluation(60, 0.5))
     found = dict(caveats(record.read(folder)))
     assert "0.0661 after step 60, and 0.5000 after step 60, whose adapter" in found["The best adapter of the run"]
-    assert "the eval loss 0.5000" in found["Learning without learning by heart"]
+    assert "the eval loss 0.5000" in found["Generalization versus memorization"]
 
 
 def test_a_large_run_on_a_gpu_keeps_only_what_is_true_of_every_run(tmp_path):

@@ -27,8 +27,8 @@ from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.random_state import random_state, seed_generators, set_random_state
 from qlora.run import checkpoint, files
 from qlora.run.files import MANIFEST, _write, remove_leftovers, verify, write_file, write_folder
-from qlora.run.schema import RunInfo, State
-from tests.helpers import adapted_model, wake_adapters
+from qlora.run.schema import State
+from tests.helpers import RUN_INFO, adapted_model, wake_adapters
 from train_loop import train_step
 
 
@@ -42,9 +42,6 @@ def trained(config, samples):
     return model, optimizer
 
 
-ENVIRONMENT = {"packages": {"torch": "2", "flash-attn": None}, "python": "3", "device": "cpu", "cuda": None, "commit": None}
-RUN_INFO = RunInfo(config={"seed": 1}, data="d", eval_data=None, targets=[], device="cpu", history=[], weights="digest",
-                   environment=ENVIRONMENT)  # fmt: skip
 REQUIRED = [name for name, field in State.model_fields.items() if field.is_required()]
 
 
@@ -95,7 +92,7 @@ def test_a_checkpoint_of_damaged_state_is_not_gone_on_from(trained, tmp_path):
     }
     damaged += [{**state, name: value} for name, value in wrong.items()]
     odd = [{"packages": []}, {"python": 3}, {"device": None}, {"cuda": 12}, {"commit": []}]
-    damaged += [{**state, "environment": {**ENVIRONMENT, **each}} for each in odd] + [{**state, "environment": {}}]
+    damaged += [{**state, "environment": {**state["environment"], **each}} for each in odd] + [{**state, "environment": {}}]
     assert len(damaged) > 20
     for content in damaged:
         write_folder(folder, files | {"state.json": json.dumps(content).encode()})

@@ -32,6 +32,7 @@ from qlora.report.html import _evaluations
 from qlora.run import checkpoint, prepare
 from qlora.run.files import verify, write_folder
 from qlora.run.folder import RunFolder, _exactness
+from qlora.run.schema import Environment
 from tests.helpers import tensors
 
 FLAGS = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "--max-length", "300"]
@@ -218,7 +219,7 @@ def test_a_run_is_complete_though_its_data_is_gone_or_the_disk_is_full_by_then(t
         monkeypatch.setattr(train_loop.log.Tracker, "samples", lambda *_, **__: full())
     assert run(folder, "--train-file", str(rows), "--max-steps", "1") == 0
     words = "does not exist" if what == "data" else "No space left"
-    assert re.search(f"Warning: no sample answers were generated: UserError .*{words}", capsys.readouterr().out)
+    assert re.search(f"Warning: no sample answers were generated: (Data|Checkpoint)Error .*{words}", capsys.readouterr().out)
 
 
 def test_answers_of_an_earlier_end_do_not_outlive_it(tiny, tmp_path, monkeypatch):
@@ -404,7 +405,7 @@ def test_what_differs_in_the_environment_withdraws_the_promise(stopped, capsys):
 
 
 def test_on_a_gpu_only_the_deterministic_flag_promises_bits():
-    environment = {"packages": {}, "python": "3", "device": "GPU", "cuda": "13", "commit": None}
+    environment = Environment(packages={}, python="3", device="GPU", cuda="13")
     withdrawn, given = "without --deterministic", "bit for bit as if it had not stopped"
     for flag, on_gpu, words in ((False, True, withdrawn), (True, True, given), (False, False, given)):
         assert words in _exactness(environment, environment, flag, on_gpu, overridden=False)
@@ -525,7 +526,7 @@ def test_a_run_with_the_keys_of_older_versions_goes_on_and_is_reported(stopped, 
     assert "held_out" in metrics and "peak_memory_gib" in metrics and "held_out" in state and "predicted_terms_gib" in state
     found = record.read(stopped)
     assert found.peak_memory_gb() == pytest.approx(max(row["peak_memory_gb"] for row in before if row["event"] == "step"))
-    assert found.run_info["predicted_gb"] == pytest.approx(sum(found.run_info["predicted_terms_gb"].values()))
+    assert found.run_info.predicted_gb == pytest.approx(sum(found.run_info.predicted_terms_gb.values()))
     assert [row["step"] for row in found.evaluations] == [0, 6, 8]
     assert run(stopped, "--max-steps", "8") == 0
     assert tensors(stopped / "checkpoints" / "step-000008") == tensors(straight / "checkpoints" / "step-000008")

@@ -37,8 +37,8 @@ def test_the_report_reads_an_old_run_with_its_evaluation(tmp_path):
     (folder / "evaluation.json").write_text(text)
     assert "held_out_sha256" in text
     found = record.read(folder)
-    assert found.environment["device_memory_gb"] == pytest.approx(85.899345920)
-    assert found.evaluation["eval_data_sha256"] == "b" * 64 and found.on_gpu()
+    assert found.environment.device_memory_gb == pytest.approx(85.899345920)
+    assert found.evaluation.eval_data_sha256 == "b" * 64 and found.on_gpu()
 
 
 def test_old_result_files_are_continued_in_gb(tmp_path):

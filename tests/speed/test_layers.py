@@ -429,7 +429,7 @@ def test_checkpoints_that_a_model_cannot_have_are_refused(card):
     card(80)
     model = torch.nn.Linear(2, 2)
     model.config = SimpleNamespace(model_type="odd", get_text_config=SimpleNamespace)
-    with pytest.raises(UserError, match=r"--gradient-checkpointing full cannot be used: .* no layer of odd") as refused:
+    with pytest.raises(UserError, match=r"--gradient-checkpointing full cannot be used: .* the layers of odd") as refused:
         layers.choose_layers(TrainConfig(gradient_checkpointing="full"), model, [], 9, torch.device("cpu"))
     assert refused.value.exit_code == ExitCode.CONFIGURATION
     chosen, _ = layers.choose_layers(TrainConfig(), model, [], 9, torch.device("cpu"))
