@@ -7,7 +7,6 @@ What evaluates, generates or merges opens it here. `open_adapter` reads small fi
 import contextlib
 import copy
 import dataclasses
-import json
 import re
 import warnings
 from pathlib import Path
@@ -28,8 +27,8 @@ from qlora.model.third_party import peft
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, verify
 from qlora.run.folder import FINISHED, LOCK, RUN, is_going
-from qlora.run.schema import RunInfo, with_current_keys
-from qlora.validation import UNREADABLE, reason, validated
+from qlora.run.schema import RunInfo, read_json
+from qlora.validation import UNREADABLE, reason
 
 OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop", "train_file",
               "eval_file")  # fmt: skip
@@ -231,7 +230,7 @@ def _read_run_info(path: Path) -> RunInfo | None:
     if not path.is_file():
         return None
     try:
-        run_info = validated(RunInfo, json.loads(path.read_bytes(), object_hook=with_current_keys))
+        run_info = read_json(path, RunInfo)
         if missing := [*(set(OF_THE_RUN) - run_info.config.keys()), *(() if run_info.weights else ("weights",))]:
             raise KeyError(min(missing))
         TrainConfig(max_length=run_info.config["max_length"]).check()

@@ -22,8 +22,8 @@ from qlora.errors import CheckpointError, ConfigError
 from qlora.model.optimizer import init_optimizer_state
 from qlora.model.random_state import random_state, set_random_state
 from qlora.run.files import MANIFEST, require_space, verify, write_folder
-from qlora.run.schema import RunInfo, State, with_current_keys
-from qlora.validation import UNREADABLE, reason, validated
+from qlora.run.schema import RunInfo, State, read_json
+from qlora.validation import UNREADABLE, reason
 
 ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{6,})")
@@ -54,7 +54,7 @@ def problem_of(folder: Path) -> str | None:
 
 def read_state(folder: Path) -> State:
     """The JSON part of a checkpoint; any of UNREADABLE if it is damaged."""
-    return validated(State, json.loads((folder / STATE).read_bytes(), object_hook=with_current_keys))
+    return read_json(folder / STATE, State)
 
 
 def by_step(checkpoints: Path) -> dict[int, Path]:

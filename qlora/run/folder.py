@@ -23,9 +23,9 @@ from qlora.errors import CheckpointError, ConfigError
 from qlora.eval.loss import EvalResult
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, whole_rows, write_file, write_folder
-from qlora.run.schema import Environment, Finished, Resume, RunInfo, State, with_current_keys
+from qlora.run.schema import Environment, Finished, Resume, RunInfo, State, read_json
 from qlora.terminal import redact
-from qlora.validation import UNREADABLE, reason, validated
+from qlora.validation import UNREADABLE, reason
 
 T = TypeVar("T")
 
@@ -394,7 +394,7 @@ def _read(path: Path, kind: type[T]) -> T | None:
     if not path.exists():
         return None
     try:
-        return validated(kind, json.loads(path.read_bytes(), object_hook=with_current_keys))
+        return read_json(path, kind)
     except UNREADABLE as error:
         raise CheckpointError(
             f"{path} cannot be read ({reason(error)}).",

@@ -1,18 +1,17 @@
 """One pydantic model per file of a run folder; those of older versions are read under the keys of this one."""
 
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,  # pydantic needs this TypedDict before Python 3.12
-)
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
 
 import pydantic
 from pydantic import BaseModel, Field
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from qlora.config import AttnImplementation, Compile, GradientCheckpointing, PromptFormat
-from qlora.validation import STRICT
+from qlora.validation import STRICT, validated
+
+T = TypeVar("T")
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[float, Field(gt=-1e300, lt=1e300)]  # which NaN is not
@@ -34,6 +33,15 @@ def with_current_keys(values: dict[str, Any]) -> dict[str, Any]:
         if old in current:
             current.setdefault(new, current.pop(old))
     return current
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """A JSON file of a run folder as its model, under the keys of this version.
+
+    Raises:
+        any of UNREADABLE: if it is missing or damaged.
+    """
+    return validated(kind, json.loads(path.read_bytes(), object_hook=with_current_keys))
 
 
 def _scaled(value: Any, factor: float) -> Any:
