@@ -1,0 +1,322 @@
+"""What all benchmarks share: cells in processes of their own, models with random weights, and result files that grow.
+
+A cell is one combination of what is compared. It runs in a new process, so that its peak memory, and running out of it, are
+its own. The process that starts cells never touches the GPU.
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from qlora.run.schema import in_gb
+
+if TYPE_CHECKING:
+    import torch
+
+    from qlora.config import TrainConfig
+    from train_loop import Trainee
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# Imported once, by the process that all cells are forked from. None of these starts CUDA; bitsandbytes would.
+PRELOADED = ["torch", "torch._inductor.compile_fx", "torch.utils.tensorboard", "transformers.models.phi3.modeling_phi3"]
+Shape = Literal["phi3-mini", "demo", "tiny"]
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Options of every benchmark that writes a result file."""
+
+    out: Path | None = None
+    """Where the JSON is, or goes. Unset: benchmarks/results/NAME_CARD_YYYYMM.json."""
+    commit: str | None = None
+    """Commit of the code, where it runs without its repository."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Options of benchmarks that are measured in several runs."""
+
+    missing: bool = False
+    """Only cells that the file lacks."""
+    minutes: float | None = None
+    """Start no further cell after this many minutes. A later run with --missing continues."""
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+class Failed(Exception):
+    """Why a cell has no result."""
+
+
+class Cell:
+    """A function that runs in a process of its own. It starts when its result is asked for; imports start at once.
+
+    Args:
+        function: of a module, so that the process finds it by name.
+        arguments: of the function; they are pickled, as is what it returns.
+        imports: modules that the process imports before it waits, while another cell is measured.
+        site: a folder of packages that come before all others; such a process is a new interpreter.
+        folder: working directory, for libraries that leave files there.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        imports: Iterable[str] = (),
+        site: Path | None = None,
+        folder: Path | None = None,
+    ):
+        # TensorFlow and CUDA would not survive a fork; with this variable torch asks the driver instead.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        context = multiprocessing.get_context("forkserver" if site is None else "spawn")
+        context.set_forkserver_preload(PRELOADED)
+        self._connection, theirs = context.Pipe()
+        self._log = tempfile.NamedTemporaryFile(prefix="cell", suffix=".log")
+        places = (self._log.name, site and str(site.resolve()), str(folder or ROOT))
+        job = (theirs, places, tuple(imports), function, arguments)
+        self.process = context.Process(target=_serve, args=job, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def result(self, timeout_s: float = 600.0) -> Any:
+        """What the function returns.
+
+        Raises:
+            Failed: with the last lines that the process wrote, or its exit code, or after `timeout_s` seconds.
+        """
+        try:
+            self._connection.send("start")
+            if not self._connection.poll(timeout_s):
+                raise Failed(f"not done in {timeout_s:g} s")
+            return self._connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            told = reason(Path(self._log.name).read_text(errors="replace"))
+            raise Failed(told or f"ended with status {self.process.exitcode}") from None
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.join()
+        self._connection.close()
+        self._log.close()  # which removes it
+
+
+def _serve(
+    connection: Connection,
+    places: tuple[str, str | None, str],
+    imports: tuple[str, ...],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    log, site, folder = places
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    os.chdir(folder)
+    sys.path[:0] = [site] if site else []
+    try:
+        for module in imports:
+            importlib.import_module(module)
+        connection.recv()  # the cell before has ended
+        connection.send(function(*arguments))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def reason(output: str) -> str:
+    """The last two lines of what a process wrote, without this machine's folders."""
+    if "OutOfMemoryError" in output:
+        return "out of memory"
+    lines = [line.strip() for line in output.splitlines() if line.strip()][-2:]
+    return re.sub(r"(?<![\w.:/])/(?:[^\s'\"/:]+/)+", "", " / ".join(lines))[-400:]
+
+
+# -- machines and result files ---------------------------------------------------------------------------------------
+
+
+def device() -> "torch.device":
+    """The first GPU, or the CPU where there is none."""
+    import torch
+
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def describe() -> Row:
+    """Versions, commit and hardware. Touches the GPU."""
+    from qlora.run.environment import environment
+
+    return environment(device())
+
+
+class ResultFile:
+    """A JSON file with the machine, its runs and its cells, written after each cell.
+
+    Runs of one machine and one set of versions merge into one file.
+
+    Args:
+        benchmark: the first part of the file's name.
+        options: of the command.
+        fixed: what all runs of a file have in common, beside machine and versions.
+    """
+
+    def __init__(self, benchmark: str, options: Output, fixed: Row | None = None):
+        self.began = time.perf_counter()
+        self.environment = environment = Cell(describe).result()
+        environment["commit"] = options.commit or environment["commit"] or "unknown"
+        self.on_gpu = environment["device_memory_gb"] is not None
+        self.path = options.out or result_path(benchmark, environment["device"])
+        self.fixed = fixed or {}
+        self.record = reopened(self.path, environment, self.fixed)
+
+    def begin_run(self, **settings: Any) -> None:
+        """Note that the cells to come belong to a run of today with these settings."""
+        about = {"date": f"{datetime.date.today()}", "commit": self.environment["commit"]}
+        self.record["runs"].append({**about, **self.fixed, **settings})
+
+    def is_late(self, minutes: float | None) -> bool:
+        """Whether so many minutes have passed."""
+        return minutes is not None and time.perf_counter() - self.began > 60 * minutes
+
+    def write(self, shown: Row | None = None) -> None:
+        """Write the record, and print a row of it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.record, indent=1) + "\n")
+        if shown is not None:
+            print(json.dumps(shown), flush=True)
+
+
+def result_path(benchmark: str, device_name: str) -> Path:
+    """benchmarks/results/BENCHMARK_CARD_YYYYMM.json."""
+    card = re.search(r"[HABLV]\d{2,3}|CPU", device_name)
+    return RESULTS / f"{benchmark}_{card[0].lower() if card else 'gpu'}_{datetime.date.today():%Y%m}.json"
+
+
+def reopened(path: Path, environment: Row, fixed: Row) -> Row:
+    """What the file holds already.
+
+    Raises:
+        SystemExit: if it is of another machine or of other versions, or if its runs differ in `fixed`.
+    """
+    if not path.exists():
+        return {"environment": environment, "runs": [], "cells": []}
+    record: Row = json.loads(path.read_text(), object_hook=in_gb)
+    for name in ("device", "packages"):
+        if record["environment"][name] != environment[name]:
+            raise SystemExit(f"{path} has another {name}: {record['environment'][name]}. Give another --out.")
+    for name, value in fixed.items():
+        if found := [run[name] for run in record["runs"] if run[name] != value]:
+            raise SystemExit(f"{path} has another {name}: {found[0]}. Give another --out.")
+    return record
+
+
+def spread(name: str, times: list[float]) -> dict[str, float]:
+    """Median, and the 10th and 90th percentile, under names with their unit."""
+    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
+    return {name: round(statistics.median(times), 4), f"{name}_p10": round(tenths[0], 4), f"{name}_p90": round(tenths[8], 4)}
+
+
+# -- models with random weights --------------------------------------------------------------------------------------
+
+SHAPES: dict[str, dict[str, Any]] = {  # of Phi3Config, where they differ from its defaults, which are Phi-3-mini's
+    # Longer rows than the 4,096 of Phi-3-mini-4k are measured too.
+    "phi3-mini": {"sliding_window": 2047, "max_position_embeddings": 32768},
+    "demo": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def write_random_model(shape: Shape, folder: Path) -> None:
+    """A checkpoint of exact shape with random weights in bf16, with a tokenizer, so that train_loop.py runs on it.
+
+    Speed and memory do not depend on the values of weights.
+    """
+    import torch
+    import transformers
+
+    from qlora.model.demo import build_tiny_random
+
+    build_tiny_random(folder)
+    if shape == "tiny":
+        return
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = transformers.Phi3Config(**SHAPES[shape], **ids, dtype=torch.bfloat16)
+    with device():
+        torch.set_default_dtype(torch.bfloat16)
+        model = transformers.Phi3ForCausalLM(config)
+    model.save_pretrained(folder)
+
+
+class Built(NamedTuple):
+    """A model that is ready for its first step."""
+
+    config: "TrainConfig"  # resolved: nothing is auto
+    device: "torch.device"
+    attention: str  # the implementation that was chosen
+    trainee: "Trainee"
+
+
+def build(config: "TrainConfig") -> Built:
+    """The model, decoder, loss and optimizer as train_loop.main makes them, in the same five calls.
+
+    Args:
+        config: as from the command line; `model` is a folder.
+    """
+    from qlora.model.attention import choose_attention
+    from qlora.model.load import load_meta_model, load_nf4_model
+    from qlora.model.lora import add_lora, audit_targets
+    from qlora.model.loss import read_head, token_loss_sum
+    from qlora.model.optimizer import build_optimizer
+    from qlora.model.random_state import seed_generators
+    from qlora.run.prepare import resolve, set_up_torch
+    from qlora.speed.accelerate import accelerate
+    from qlora.speed.layers import choose_layers
+    from train_loop import Trainee
+
+    place = set_up_torch(config)
+    config = resolve(config, place, lambda line: None)
+    source = str(config.model)
+    meta_model = load_meta_model(source, config)
+    attention = choose_attention(config, place, meta_model)
+    config = dataclasses.replace(config, attn_implementation=attention.implementation)
+    targets = audit_targets(meta_model, config)
+    config, _ = choose_layers(config, meta_model, targets, config.max_length, place)
+    seed_generators(config.seed)
+    model = load_nf4_model(source, config, attention.loaded_as, place)
+    model = add_lora(model, config, targets, source)
+    decoder = accelerate(model, config)
+    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+    optimizer = build_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
+    return Built(config, place, attention.implementation, Trainee(model, decoder, loss_sum, optimizer))
