@@ -90,7 +90,7 @@ class Cell:
         context = multiprocessing.get_context("forkserver" if site is None else "spawn")
         context.set_forkserver_preload(PRELOADED)
         self._connection, theirs = context.Pipe()
-        self._log = tempfile.NamedTemporaryFile(prefix="cell", suffix=".log")
+        self._log = tempfile.NamedTemporaryFile(prefix="cell", suffix=".log")  # noqa: SIM115  stop() closes it
         places = (self._log.name, site and str(site.resolve()), str(folder or ROOT))
         job = (theirs, places, tuple(imports), function, arguments)
         self.process = context.Process(target=_serve, args=job, daemon=True)

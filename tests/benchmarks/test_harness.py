@@ -72,7 +72,7 @@ def test_an_import_that_fails_and_a_cell_that_takes_too_long_are_failures():
     with pytest.raises(harness.Failed, match="No module named 'no_such'"):
         harness.Cell(os.getpid, imports=["no_such"]).result()
     cell = harness.Cell(time.sleep, 600)
-    with pytest.raises(harness.Failed, match="not done in 0.1 s"):
+    with pytest.raises(harness.Failed, match=r"not done in 0\.1 s"):
         cell.result(0.1)
     assert cell.process.exitcode == -signal.SIGKILL
 
