@@ -66,7 +66,7 @@ class Failed(Exception):
 
 
 class Cell:
-    """A function that runs in a process of its own. It starts when its result is asked for; imports start at once.
+    """A function that runs in a process of its own. Imports start at once, the function with `start` or `result`.
 
     Args:
         function: of a module, so that the process finds it by name.
@@ -74,6 +74,7 @@ class Cell:
         imports: modules that the process imports before it waits, while another cell is measured.
         site: a folder of packages that come before all others; such a process is a new interpreter.
         folder: working directory, for libraries that leave files there.
+        log: file that the process's output is appended to. None: a temporary one.
     """
 
     def __init__(
@@ -83,19 +84,29 @@ class Cell:
         imports: Iterable[str] = (),
         site: Path | None = None,
         folder: Path | None = None,
+        log: Path | None = None,
     ):
-        # TensorFlow and CUDA would not survive a fork; with this variable torch asks the driver instead.
+        # After a fork CUDA starts only where it has not started before; with this variable torch asks the driver instead.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         os.environ["HF_HUB_OFFLINE"] = "1"
         context = multiprocessing.get_context("forkserver" if site is None else "spawn")
         context.set_forkserver_preload(PRELOADED)
         self._connection, theirs = context.Pipe()
         self._log = tempfile.NamedTemporaryFile(prefix="cell", suffix=".log")  # noqa: SIM115  stop() closes it
-        places = (self._log.name, site and str(site.resolve()), str(folder or ROOT))
-        job = (theirs, places, tuple(imports), function, arguments)
+        job = (theirs, log or self._log.name, folder or ROOT, tuple(imports), function, arguments)
         self.process = context.Process(target=_serve, args=job, daemon=True)
-        self.process.start()
+        sys.path[:0] = [str(site.resolve())] if site else []  # a new interpreter gets this list
+        try:
+            self.process.start()
+        finally:
+            del sys.path[: bool(site)]
         theirs.close()
+        self._started = False
+
+    def start(self) -> None:
+        """Let the function begin."""
+        self._connection.send("start")
+        self._started = True
 
     def result(self, timeout_s: float = 600.0) -> Any:
         """What the function returns.
@@ -104,7 +115,8 @@ class Cell:
             Failed: with the last lines that the process wrote, or its exit code, or after `timeout_s` seconds.
         """
         try:
-            self._connection.send("start")
+            if not self._started:
+                self.start()
             if not self._connection.poll(timeout_s):
                 raise Failed(f"not done in {timeout_s:g} s")
             return self._connection.recv()
@@ -125,17 +137,16 @@ class Cell:
 
 def _serve(
     connection: Connection,
-    places: tuple[str, str | None, str],
+    log: str | Path,
+    folder: Path,
     imports: tuple[str, ...],
     function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    arguments: Any,
 ) -> None:
-    log, site, folder = places
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    for number in (1, 2):
-        os.dup2(descriptor, number)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
     os.chdir(folder)
-    sys.path[:0] = [site] if site else []
     try:
         for module in imports:
             importlib.import_module(module)
@@ -175,27 +186,32 @@ def describe() -> Row:
 class ResultFile:
     """A JSON file with the machine, its runs and its cells, written after each cell.
 
-    Runs of one machine and one set of versions merge into one file.
+    Runs on one machine with one set of versions merge into one file.
 
-    Args:
-        benchmark: the first part of the file's name.
-        options: of the command.
-        fixed: what all runs of a file have in common, beside machine and versions.
+    Attributes:
+        environment: versions, commit and hardware.
+        on_gpu: whether there is a GPU.
+        record: what the file holds; `begin_run` reads it.
     """
 
-    def __init__(self, benchmark: str, options: Output, fixed: Row | None = None):
+    def __init__(self, benchmark: str, options: Output):
         self.began = time.perf_counter()
-        self.environment = environment = Cell(describe).result()
-        environment["commit"] = options.commit or environment["commit"] or "unknown"
-        self.on_gpu = environment["device_memory_gb"] is not None
-        self.path = options.out or result_path(benchmark, environment["device"])
-        self.fixed = fixed or {}
-        self.record = reopened(self.path, environment, self.fixed)
+        self.environment: Row = Cell(describe).result()
+        self.environment["commit"] = options.commit or self.environment["commit"] or "unknown"
+        self.on_gpu = self.environment["device_memory_gb"] is not None
+        self.path = options.out or result_path(benchmark, self.environment["device"])
+        self.record: Row = {}
 
-    def begin_run(self, **settings: Any) -> None:
-        """Note that the cells to come belong to a run of today with these settings."""
+    def begin_run(self, fixed: Row, **settings: Any) -> None:
+        """Read what the file holds, and note that the cells to come belong to a run of today.
+
+        Args:
+            fixed: settings that all runs of a file have in common.
+            settings: others.
+        """
+        self.record = reopened(self.path, self.environment, fixed)
         about = {"date": f"{datetime.date.today()}", "commit": self.environment["commit"]}
-        self.record["runs"].append({**about, **self.fixed, **settings})
+        self.record["runs"].append({**about, **fixed, **settings})
 
     def is_late(self, minutes: float | None) -> bool:
         """Whether so many minutes have passed."""
@@ -241,30 +257,16 @@ def spread(name: str, times: list[float]) -> dict[str, float]:
 
 # -- models with random weights --------------------------------------------------------------------------------------
 
-SHAPES: dict[str, dict[str, Any]] = {  # of Phi3Config, where they differ from its defaults, which are Phi-3-mini's
-    # Longer rows than the 4,096 of Phi-3-mini-4k are measured too.
-    "phi3-mini": {"sliding_window": 2047, "max_position_embeddings": 32768},
-    "demo": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
-}
 
-
-def write_random_model(shape: Shape, folder: Path) -> None:
+def write_random_model(shape: Shape, folder: Path, **changes: Any) -> None:
     """A checkpoint of exact shape with random weights in bf16, with a tokenizer, so that train_loop.py runs on it.
 
-    Speed and memory do not depend on the values of weights.
+    Speed and memory do not depend on the values of weights. `changes` are of Phi3Config; the tiny shape has none.
     """
     import torch
     import transformers
 
+    from qlora.commands.plan import SHAPES
     from qlora.model.demo import build_tiny_random
 
     build_tiny_random(folder)
@@ -272,7 +274,7 @@ def write_random_model(shape: Shape, folder: Path) -> None:
         return
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = transformers.Phi3Config(**SHAPES[shape], **ids, dtype=torch.bfloat16)
+    config = transformers.Phi3Config(**{**SHAPES[shape], **ids, **changes}, dtype=torch.bfloat16)
     with device():
         torch.set_default_dtype(torch.bfloat16)
         model = transformers.Phi3ForCausalLM(config)

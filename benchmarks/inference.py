@@ -1,14 +1,13 @@
 """How fast the demo model answers here: our `generate` beside transformers' own, in NF4 and in 8 bits; and `evaluate`.
 
-    python benchmarks/inference.py --run RUN   # of the demo model; minutes on 2 cores; writes results/inference_cpu_YYYYMM.json
+    python -m benchmarks.inference --run RUN   # of the demo model; minutes on 2 cores; writes results/inference_cpu_YYYYMM.json
 
 Both sides answer the same prompts greedily with the same number of tokens, in turns, in one process for each precision:
 - ours: qlora.commands.adapter.load_adapted, prepared for inference, and qlora.eval.generate.generate.
-- theirs: AutoPeftModelForCausalLM.from_pretrained with the same BitsAndBytesConfig, and its `generate`.
+- transformers: AutoPeftModelForCausalLM.from_pretrained with the same BitsAndBytesConfig, and its `generate`.
 """
 
 import dataclasses
-import datetime
 import json
 import os
 import resource
@@ -16,11 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.harness import ROOT, Cell, Output, ResultFile, Row
+from benchmarks.tables import load, source, table
+
+Answer = Callable[[list[list[int]], int], object]  # prompts, and new tokens for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Options:
 
     run: Path
     """A finished run of the demo model."""
+    output: tyro.conf.OmitArgPrefixes[Output] = Output()
     new_tokens: int = 64
     """Tokens of each answer; it does not end earlier."""
     repeats: int = 5
@@ -39,12 +43,47 @@ class Options:
     """Of the base."""
     evaluate: bool = True
     """Whether `python -m qlora evaluate` is timed too, as a process, on the eight eval examples."""
-    out: Path = ROOT / "benchmarks" / "results" / f"inference_cpu_{datetime.date.today():%Y%m}.json"
-    """Where the JSON goes."""
 
 
-def contenders(adapter, precision: str) -> dict:
-    """Name -> function of prompts and tokens that answers them once."""
+def time_generation(options: Options, precision: str) -> list[Row]:
+    """Seconds and processor seconds of both, for each batch size; the two take turns, so that a busy machine meets both."""
+    from qlora.commands.adapter import open_adapter
+    from qlora.config import BUNDLED_EVAL
+    from qlora.data.formats import read_examples
+    from qlora.data.template import encode_prompt
+
+    adapter = open_adapter(options.run, device="cpu")
+    examples = list(read_examples(BUNDLED_EVAL, "test"))[: max(options.batch_sizes)]
+    prompts = [encode_prompt(example.prompt, adapter.template) for example in examples]
+    both = contenders(adapter, precision)
+    rows = []
+    for size in options.batch_sizes:
+        wall: dict[str, list[float]] = {name: [] for name in both}
+        cpu: dict[str, list[float]] = {name: [] for name in both}
+        for round_number in range(options.repeats + 1):
+            for name, answer in both.items():
+                started, worked = time.perf_counter(), time.process_time()
+                answer(prompts[:size], options.new_tokens)
+                if round_number:
+                    wall[name].append(round(time.perf_counter() - started, 3))
+                    cpu[name].append(round(time.process_time() - worked, 3))
+        best = {name: round(size * options.new_tokens / min(values), 3) for name, values in wall.items()}
+        rows.append(
+            {
+                "precision": precision,
+                "batch_size": size,
+                "tokens_per_s": best,  # of the fastest round, the least disturbed
+                "ratio": round(best["ours"] / best["transformers"], 3),
+                "cpu_ratio": round(min(cpu["transformers"]) / min(cpu["ours"]), 3),
+                "seconds": wall,
+                "cpu_seconds": cpu,
+            }
+        )
+    return rows
+
+
+def contenders(adapter, precision: str) -> dict[str, Answer]:
+    """Name -> function that answers prompts once."""
     import torch
 
     from qlora.commands.adapter import load_adapted
@@ -58,52 +97,25 @@ def contenders(adapter, precision: str) -> dict:
         str(adapter.folder), quantization_config=quantization_of(precision), dtype=torch.bfloat16
     ).eval()
     template = adapter.template
-    never = template._replace(stop_id=len(template.tokenizer) - 1)  # a token that the model does not write
+    endless = template._replace(stop_id=len(template.tokenizer) - 1)  # a token that the model does not write
     ours.generation_config.eos_token_id = theirs.generation_config.eos_token_id = None
 
-    def their_answer(prompts: list[list[int]], new_tokens: int) -> None:
+    def their_answer(prompts: list[list[int]], new_tokens: int) -> object:
         template.tokenizer.padding_side = "left"
         batch = template.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")  # [B, T]
-        theirs.generate(**batch, do_sample=False, max_new_tokens=new_tokens)
+        return theirs.generate(**batch, do_sample=False, max_new_tokens=new_tokens)
 
-    return {"ours": lambda prompts, new: generate(ours, prompts, never, new), "transformers": their_answer}
-
-
-def timed(options: Options, adapter, precision: str, prompts: list[list[int]]) -> list[dict]:
-    """Seconds and processor seconds of both, for each batch size; the two take turns, so that a busy machine meets both."""
-    rows = []
-    both = contenders(adapter, precision)
-    for size in options.batch_sizes:
-        wall, cpu = ({name: [] for name in both} for _ in range(2))
-        for round in range(options.repeats + 1):
-            for name, answer in both.items():
-                started, worked = time.perf_counter(), time.process_time()
-                answer(prompts[:size], options.new_tokens)
-                if round:
-                    wall[name].append(round_(time.perf_counter() - started))
-                    cpu[name].append(round_(time.process_time() - worked))
-        best = {name: round_(size * options.new_tokens / min(values)) for name, values in wall.items()}
-        row = {"precision": precision, "batch_size": size, "tokens_per_s": best}  # of the fastest round, the least disturbed
-        row |= {"ratio": round_(best["ours"] / best["transformers"])}
-        row |= {"cpu_ratio": round_(min(cpu["transformers"]) / min(cpu["ours"]))}
-        print(row, flush=True)
-        rows.append({**row, "seconds": wall, "cpu_seconds": cpu})
-    return rows
+    return {"ours": lambda prompts, new: generate(ours, prompts, endless, new), "transformers": their_answer}
 
 
-def round_(value: float) -> float:
-    """Three decimals: more is noise."""
-    return round(value, 3)
-
-
-def timed_evaluation(run: Path, flags: list[str]) -> dict:
+def time_evaluation(run: Path, precision: str) -> Row:
     """Seconds of `python -m qlora evaluate` from the start of the process to its end, and the metrics it gave."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "evaluation.json"
-        command = [sys.executable, "-m", "qlora", "evaluate", str(run), "--json", str(out), *flags]
+        flags = ["--json", str(out), "--device", "cpu", *(["--int8"] if precision == "int8" else [])]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         started = time.perf_counter()
-        subprocess.run(command, cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "qlora", "evaluate", str(run), *flags], cwd=ROOT, check=True)
         total_s = time.perf_counter() - started
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         record = json.loads(out.read_text())
@@ -114,25 +126,33 @@ def timed_evaluation(run: Path, flags: list[str]) -> dict:
 
 def main(options: Options) -> None:
     """Time all, and write the file."""
-    from qlora.commands.adapter import open_adapter
-    from qlora.config import BUNDLED_EVAL
-    from qlora.data.formats import read_examples
-    from qlora.data.template import encode_prompt
-    from qlora.run.environment import environment
+    file = ResultFile("inference", options.output)
+    rows = [row for precision in options.precisions for row in Cell(time_generation, options, precision).result(3600.0)]
+    file.record = {"environment": file.environment, "new_tokens": options.new_tokens, "generate": rows}
+    file.record["load_average"] = os.getloadavg()  # of the last 1, 5 and 15 minutes: 1 is a machine that does nothing else
+    precisions = options.precisions if options.evaluate else ()
+    file.record["evaluate"] = [time_evaluation(options.run, precision) for precision in precisions]
+    file.write(file.record)
 
-    adapter = open_adapter(options.run, device="cpu")
-    examples = list(read_examples(BUNDLED_EVAL, "test"))[: max(options.batch_sizes)]
-    prompts = [encode_prompt(example.prompt, adapter.template) for example in examples]
-    rows = [row for precision in options.precisions for row in timed(options, adapter, precision, prompts)]
-    evaluations = []
-    if options.evaluate:
-        for precision in options.precisions:
-            flags = ["--device", "cpu", *(["--int8"] if precision == "int8" else [])]
-            evaluations.append(timed_evaluation(options.run, flags))
-    record = {"environment": environment(adapter.device), "new_tokens": options.new_tokens, "generate": rows}
-    record["load_average"] = os.getloadavg()  # of the last 1, 5 and 15 minutes: 1 is a machine that does nothing else
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({**record, "evaluate": evaluations}, indent=1) + "\n")
+
+def inference() -> str:
+    """How fast the demo model answers, and how long `evaluate` takes."""
+    name, record = load("inference_cpu_*.json")
+    rows = []
+    for row in record["generate"]:
+        ours, theirs = (f"{row['tokens_per_s'][side]:.1f}" for side in ("ours", "transformers"))
+        rows.append([row["precision"], str(row["batch_size"]), ours, theirs, f"{row['ratio']:.2f}", f"{row['cpu_ratio']:.2f}"])
+    headers = ["base", "prompts at a time", "`generate`, tokens/s", "transformers' own", "ratio", "by processor seconds"]
+    lines = [table(headers, rows), ""]
+    for row in record["evaluate"]:
+        losses = {side: row["metrics"]["loss"][side]["value"] for side in ("base", "adapter")}
+        lines.append(
+            f"`evaluate` with {row['precision']}: {row['num_examples']} prompts in {row['total_s']:.0f} s, start and loading "
+            f"included ({row['cpu_s']:.0f} processor seconds); eval loss {losses['base']:.4f} without the adapter, "
+            f"{losses['adapter']:.4f} with it."
+        )
+    busy = f"Load average of the machine at the end: {record['load_average'][1]:.1f}."
+    return "\n".join([*lines, "", f"{record['new_tokens']} new tokens, greedy, fastest round. {busy} {source(name, record)}"])
 
 
 if __name__ == "__main__":

@@ -1,32 +1,27 @@
 """Kill and resume train_loop.py at full size, and compare bit for bit with a run that was left alone.
 
-    python benchmarks/kill_resume.py                            # a CUDA GPU; writes benchmarks/results/
-    python benchmarks/kill_resume.py --shape tiny --kills 2     # anywhere, a smoke test
+    python -m benchmarks.kill_resume                            # a CUDA GPU; writes benchmarks/results/
+    python -m benchmarks.kill_resume --shape tiny --kills 2     # anywhere, a smoke test
 
 Each process is killed with SIGKILL at a random moment after it has written a checkpoint; the next one resumes.
 The model has the exact shape and random weights. Always with --deterministic.
 """
 
 import dataclasses
-import datetime
 import hashlib
-import io
 import json
-import os
 import random
 import re
-import signal
-import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.harness import Cell, Output, ResultFile, Row, write_random_model
+from benchmarks.tables import load, source, table
+
 TIMES = ("tokens_per_s", "peak_memory_gb")  # of a metrics row: what may differ
 
 
@@ -34,6 +29,7 @@ TIMES = ("tokens_per_s", "peak_memory_gb")  # of a metrics row: what may differ
 class Options:
     """What to kill, and how often."""
 
+    output: tyro.conf.OmitArgPrefixes[Output] = Output()
     shape: Literal["phi3-mini", "tiny"] = "phi3-mini"
     """phi3-mini: 3.8 billion parameters, 7.6 GB on disk while it runs. tiny: the two-layer model of the tests."""
     attn_implementation: str = "sdpa"
@@ -44,10 +40,6 @@ class Options:
     """About the tokens of a row; 2 x 2 rows make a step."""
     seed: int = 0
     """Of the moments."""
-    out: Path | None = None
-    """Where the JSON goes. Unset: benchmarks/results/kill_resume_CARD_YYYYMM.json."""
-    commit: str | None = None
-    """Commit of the code, where it runs without its repository."""
 
 
 def write_rows(path: Path, count: int, length: int) -> None:
@@ -58,57 +50,30 @@ def write_rows(path: Path, count: int, length: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def start(arguments: list[str], log: Path) -> Cell:
+    """train_loop.py with these arguments, begun."""
+    from qlora.cli import train
+
+    cell = Cell(train, arguments, log=log)
+    cell.start()
+    return cell
+
+
 def newest_step(folder: Path) -> int:
     """The last checkpoint in sight, 0 if there is none."""
     return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")), default=0)
 
 
-def fork(function: Callable[[], int], output: Path) -> int:
-    """Process id of a child that runs `function`, ends with the code it returns, and writes to the file `output`."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 70  # of a traceback
-    try:
-        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(descriptor, number)
-            setattr(sys, name, io.TextIOWrapper(os.fdopen(number, "wb", closefd=False), line_buffering=True))
-        code = function()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def start(arguments: list[str], log: Path) -> int:
-    """Process id of train_loop.py in a fork of this process, which has imported what is slow and has not touched the GPU."""
-
-    def run() -> int:
-        from qlora.cli import train
-
-        return train(arguments)
-
-    return fork(run, log)
-
-
-def wait(child: int) -> int:
-    """How it ended: its exit code, or minus the number of the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def kill_after_progress(arguments: list[str], folder: Path, log: Path, pause_s: float) -> dict:
+def kill_after_progress(arguments: list[str], folder: Path, log: Path, pause_s: float) -> Row:
     """Start, wait for a checkpoint that was not there, a little longer, and kill."""
     began, before = time.perf_counter(), newest_step(folder)
-    child = start(arguments, log)
+    cell = start(arguments, log)
     while newest_step(folder) == before:
         time.sleep(0.005)
-        if os.waitpid(child, os.WNOHANG)[0]:
-            raise SystemExit(f"the run ended by itself:\n{log.read_text()[-3000:]}")
+        if not cell.process.is_alive():
+            raise SystemExit(f"the run ended before it was killed:\n{log.read_text()[-3000:]}")
     time.sleep(pause_s)
-    os.kill(child, signal.SIGKILL)
-    assert wait(child) == -signal.SIGKILL
+    cell.stop()
     kill = {"resumed_after_step": before, "newest_checkpoint": newest_step(folder)}
     return {**kill, "pause_s": round(pause_s, 3), "seconds": round(time.perf_counter() - began, 1)}
 
@@ -118,13 +83,13 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
 
 
-def metrics(folder: Path) -> list[dict]:
+def metrics(folder: Path) -> list[Row]:
     """metrics.jsonl without the times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
-def compared(step: int, straight: Path, pieces: Path) -> bool:
+def is_equal(step: int, straight: Path, pieces: Path) -> bool:
     """Whether both runs have the same checkpoint of a step; waits until the straight one has got there."""
     ours, theirs = (folder / "checkpoints" / f"step-{step:06d}" for folder in (pieces, straight))
     while not theirs.exists():
@@ -132,66 +97,65 @@ def compared(step: int, straight: Path, pieces: Path) -> bool:
     return len(digests(ours)) == 2 and digests(ours) == digests(theirs)
 
 
-def write(record: dict, options: Options) -> None:
-    """Write what is known so far, so that a time limit does not take it."""
-    card = re.search(r"[HAB]\d{2,3}|CPU", record["environment"]["device"])
-    name = f"kill_resume_{card[0].lower() if card else 'gpu'}_{datetime.date.today():%Y%m}.json"
-    (options.out or ROOT / "benchmarks" / "results" / name).write_text(json.dumps(record, indent=1) + "\n")
-
-
 def main(options: Options) -> None:
     """Run once straight and once in pieces, compare, and write the file."""
-    import torch
-    from torch.utils.tensorboard import SummaryWriter  # noqa: F401  for the children, as the line above
-
+    file = ResultFile("kill_resume", options.output)
     steps, draw = options.kills + 3, random.Random(options.seed)
+    flags = ["--max-steps", str(steps), "--save-steps", "1", "--save-total-limit", str(steps), "--logging-steps", "1"]
+    flags += ["--deterministic", "--attn-implementation", options.attn_implementation]
+    about = {name: value for name, value in vars(options).items() if name != "output"}
+    kills: list[Row] = []
+    record: Row = {"environment": file.environment, "steps": steps, "kills": kills, "finished": None}
+    file.record = record | {"flags": {**about, "train_loop": " ".join(flags)}}
     with tempfile.TemporaryDirectory() as scratch:
-        model, rows, straight, pieces = (Path(scratch) / name for name in ("model", "rows.jsonl", "straight", "pieces"))
-        described = Path(scratch) / "environment.json"
-        child = os.fork()
-        if not child:  # in a process of its own: it touches the GPU
-            from benchmarks.train_step import write_random_model
-            from qlora.run.environment import environment
-
-            write_random_model(options.shape, model)
-            device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-            described.write_text(json.dumps(environment(device)))
-            os._exit(0)
+        model, rows, straight, pieces, log = (Path(scratch) / name for name in ("m", "rows.jsonl", "straight", "pieces", "log"))
+        Cell(write_random_model, options.shape, model).result()
         write_rows(rows, 4 * steps, options.length)
-        assert wait(child) == 0, "the model could not be written"
-        flags = ["--max-steps", str(steps), "--save-steps", "1", "--save-total-limit", str(steps), "--logging-steps", "1"]
-        flags += ["--deterministic", "--attn-implementation", options.attn_implementation]
         arguments = ["--model", str(model), "--train-file", str(rows), *flags, "--output-dir"]
-        record = {"environment": json.loads(described.read_text()), "steps": steps, "kills": [], "finished": None}
-        record["environment"]["commit"] = options.commit or record["environment"]["commit"]
-        record["flags"] = {**dataclasses.asdict(options), "out": None, "train_loop": " ".join(flags)}
-        began = time.perf_counter()
-        log, pause_s = Path(scratch) / "pieces.log", 2.5 if options.shape == "phi3-mini" else 0.05  # about a step and its save
+        began, longest_s = time.perf_counter(), 2.5 if options.shape == "phi3-mini" else 0.05  # about a step and its save
         alone = start([*arguments, str(straight)], Path(scratch) / "straight.log")  # beside the others: it disturbs no bit
         for _ in range(options.kills):
-            kill = kill_after_progress([*arguments, str(pieces)], pieces, log, draw.uniform(0, pause_s))
-            kill["equal"] = compared(kill["newest_checkpoint"], straight, pieces)
-            record["kills"].append(kill)
-            record["seconds"] = round(time.perf_counter() - began, 1)
-            write(record, options)
-            print(kill, flush=True)
-        assert wait(start([*arguments, str(pieces)], log)) == 0, log.read_text()[-3000:]
-        assert wait(alone) == 0, "the straight run failed"
+            kill = kill_after_progress([*arguments, str(pieces)], pieces, log, draw.uniform(0, longest_s))
+            kill["equal"] = is_equal(kill["newest_checkpoint"], straight, pieces)
+            kills.append(kill)
+            file.record["seconds"] = round(time.perf_counter() - began, 1)
+            file.write(kill)
+        codes = start([*arguments, str(pieces)], log).result(), alone.result()
+        assert codes == (0, 0), log.read_text()[-3000:]
         assert log.read_text().count("It resumes bit for bit") == options.kills
-        record["finished"] = {
-            "last checkpoint": compared(steps, straight, pieces),
+        finished = {
+            "last checkpoint": is_equal(steps, straight, pieces),
             "adapter": digests(pieces / "adapter") == digests(straight / "adapter"),
             "metrics": metrics(pieces) == metrics(straight),
         }
         last = straight / "checkpoints" / f"step-{steps:06d}"
-        record["checkpoint_bytes"] = sum(path.stat().st_size for path in last.iterdir())
-        record["seconds"] = round(time.perf_counter() - began, 1)
-    write(record, options)
-    print(json.dumps({"finished": record["finished"], "kills": len(record["kills"]), "seconds": record["seconds"]}))
-    if not all([*record["finished"].values(), *(kill["equal"] for kill in record["kills"])]):
+        size = sum(path.stat().st_size for path in last.iterdir())
+    file.record |= {"finished": finished, "checkpoint_bytes": size, "seconds": round(time.perf_counter() - began, 1)}
+    file.write({"finished": finished, "kills": len(kills)})
+    if not all([*finished.values(), *(kill["equal"] for kill in kills)]):
         raise SystemExit("the run in pieces differs from the straight one")
 
 
+def survival() -> str:
+    """What was done to runs and checkpoints, how often, and how much of it was survived."""
+    name, record = load("survival_cpu_*.json")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for trial in record["trials"]:  # "kind: detail", or a kind alone
+        groups.setdefault(trial["what"].partition(": ")[0], []).append(trial)
+    rows = []
+    for kind, trials in groups.items():
+        details = [trial["what"].partition(": ")[2] for trial in trials if ": " in trial["what"]]
+        counts = [str(sum(trial[count] for trial in trials)) for count in ("tried", "survived")]
+        files = details and all(re.fullmatch(r"\S+\.\w+", detail) for detail in details)
+        told = f"each of {len(details)} files" if files else ", ".join(details)
+        rows.append([f"{kind} ({told})" if told else kind, *counts, f"{sum(trial['seconds'] for trial in trials):.0f}"])
+    gpu_name, gpu = load("kill_resume_*.json")
+    flags, equal = gpu["flags"], sum(kill["equal"] for kill in gpu["kills"])
+    what = f"SIGKILL of {flags['shape']} in full size on a GPU, `--deterministic`, {flags['attn_implementation']}"
+    rows.append([what, str(len(gpu["kills"])), str(equal), f"{gpu['seconds']:.0f}"])
+    sources = f"{source(name, record)} Last row: {source(gpu_name, gpu)}"
+    return table(["what was done", "times", "survived", "seconds"], rows) + "\n\n" + sources
+
+
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main(tyro.cli(Options))

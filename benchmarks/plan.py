@@ -1,29 +1,21 @@
-"""What `python -m qlora plan` predicts, held against the peaks of steps that run: policies, lengths, batches, ranks, backends.
+"""What `python -m qlora plan` predicts beside the peaks of steps that run: policies, lengths, batches, ranks, backends.
 
-    python benchmarks/plan.py                                 # a CUDA GPU; Phi-3-mini's shape, 16 settings, 8 minutes
-    python benchmarks/plan.py --minutes 4 --missing           # only what the file lacks
-    python benchmarks/report.py                               # the table and the plot
+    python -m benchmarks.plan                          # a CUDA GPU; Phi-3-mini's shape, 16 settings, 8 minutes
+    python -m benchmarks.plan --minutes 4 --missing    # only what the file lacks
 
-Each setting runs in a process of its own (benchmarks/train_step.py), so that its peak is its own. One that runs out of memory
-is a row with the reason.
+Each setting is a cell of benchmarks/train_step.py. One that runs out of memory is a row with the reason.
 """
 
 import dataclasses
-import datetime
-import json
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # run as a script, Python has only this file's folder there
-
-from benchmarks import train_step  # noqa: E402
-from benchmarks.attention import reopened, result_file  # noqa: E402
+from benchmarks import train_step
+from benchmarks.harness import Cell, Failed, Output, Part, ResultFile, write_random_model
+from benchmarks.tables import BLUE, ORANGE, load, save, source, table
 
 Setting = dict[str, Any]
 FIRST: Setting = {"checkpointing": "none", "compile": "graphs", "backend": "sdpa", "batch": 2, "length": 2048, "lora_r": 32}
@@ -54,18 +46,12 @@ SETTINGS: tuple[Setting, ...] = tuple(
 class Options:
     """What to measure."""
 
+    output: tyro.conf.OmitArgPrefixes[Output] = Output()
+    part: tyro.conf.OmitArgPrefixes[Part] = Part()
     shape: Literal["phi3-mini", "tiny"] = "phi3-mini"
     """tiny: the model of the tests, a smoke test anywhere."""
     only: tuple[int, ...] | None = None
     """Numbers of settings, from 0. Unset: all."""
-    missing: bool = False
-    """Only what the file does not have yet."""
-    minutes: float | None = None
-    """Start no further setting after so long."""
-    out: Path | None = None
-    """Where the JSON is, or goes. Unset: benchmarks/results/plan_CARD_YYYYMM.json."""
-    commit: str | None = None
-    """Commit of the code, where it runs without its repository."""
 
 
 def predicted_gb(shape: str, folder: str, setting: Setting) -> float:
@@ -86,43 +72,108 @@ def predicted_gb(shape: str, folder: str, setting: Setting) -> float:
     return plan.planned(plan.shape_meta_model(options, config), config).total_gb
 
 
-def measured(shape: str, folder: str, setting: Setting) -> dict[str, Any]:
+def measured(shape: Literal["phi3-mini", "tiny"], folder: str, setting: Setting) -> Setting:
     """The row of a setting: one that ran has peak_gb, one that did not `unavailable`."""
-    chosen = {"batch": (setting["batch"],), "length": setting["length"], "lora_r": setting["lora_r"]}
-    options = train_step.Options(shape=shape, accumulation=2, dropout=0.0, steps=2, **chosen)  # type: ignore[arg-type]
-    cell = train_step.run_cell(options, folder, setting["backend"], setting["checkpointing"], setting["compile"])
-    kept = {name: cell[name] for name in ("peak_gb", "unavailable") if name in cell}
-    return {**setting, "predicted_gb": round(predicted_gb(shape, folder, setting), 3), **kept}
+    row = {**setting, "predicted_gb": round(predicted_gb(shape, folder, setting), 3)}
+    options = train_step.Options(shape=shape, length=setting["length"], dropout=0.0, lora_r=setting["lora_r"], steps=2)
+    cell = {
+        "batch": setting["batch"],
+        "attn_implementation": setting["backend"],
+        "gradient_checkpointing": setting["checkpointing"],
+        "compile": setting["compile"],
+    }
+    try:
+        return row | {"peak_gb": Cell(train_step.time_cell, folder, cell, options).result()["peak_gb"]}
+    except Failed as failed:
+        return row | {"unavailable": str(failed)[:300]}
 
 
 def main(options: Options) -> None:
     """Measure every setting and write the file after each."""
-    import torch
-
-    from qlora.run.environment import environment
-
-    began = time.perf_counter()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    described = environment(device)
-    described["commit"] = options.commit or described["commit"]
-    path = options.out or result_file("plan", described)
-    record = reopened(path, described, {"shape": options.shape})
-    record["runs"].append({"date": f"{datetime.date.today()}", "shape": options.shape, "commit": described["commit"]})
-    numbers = range(len(SETTINGS)) if options.only is None else options.only
-    known = [{name: row[name] for name in FIRST} for row in record["cells"]] if options.missing else []
+    file = ResultFile("plan", options.output)
+    file.begin_run({"shape": options.shape})
+    cells = file.record["cells"]
+    known = [{name: row[name] for name in FIRST} for row in cells] if options.part.missing else []
     with tempfile.TemporaryDirectory() as folder:
-        train_step.write_random_model(options.shape, Path(folder))
-        for setting in (SETTINGS[number] for number in numbers):
+        Cell(write_random_model, options.shape, Path(folder)).result()
+        for number in range(len(SETTINGS)) if options.only is None else options.only:
+            setting = SETTINGS[number]
             if setting in known:
                 continue
-            if options.minutes is not None and time.perf_counter() - began > 60 * options.minutes:
+            if file.is_late(options.part.minutes):
                 return
-            row = measured(options.shape, folder, setting) | {"commit": described["commit"]}
-            others = [old for old in record["cells"] if any(old[name] != setting[name] for name in FIRST)]
-            record["cells"] = [*others, row]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(record, indent=1) + "\n")
-            print(json.dumps(row), flush=True)
+            row = measured(options.shape, folder, setting) | {"commit": file.environment["commit"]}
+            cells[:] = [old for old in cells if any(old[name] != setting[name] for name in FIRST)] + [row]
+            file.write(row)
+
+
+# -- tables and the plot ---------------------------------------------------------------------------------------------
+
+
+def plan_measured(pattern: str) -> str:
+    """Predicted and measured peak of each setting that ran, and by how much they differ."""
+    name, record = load(pattern)
+    rows = []
+    for cell in record["cells"]:
+        shown = [str(cell[key]) for key in ("checkpointing", "compile", "backend", "batch", "length", "lora_r")]
+        result = [cell.get("unavailable", "").replace("|", "/"), ""]
+        if "peak_gb" in cell:
+            result = [f"{cell['peak_gb']:.2f}", f"{cell['predicted_gb'] / cell['peak_gb'] - 1:+.1%}"]
+        rows.append([*shown, f"{cell['predicted_gb']:.2f}", *result])
+    headers = ["checkpointing", "compile", "attention", "rows", "tokens", "rank", "predicted GB", "measured GB", ""]
+    plot = f"![Measured over predicted peak, one point per setting](results/plan_{pattern.split('_')[1]}.png)"
+    return f"{table(headers, rows)}\n\n{plot}\n\n{source(name, record)}"
+
+
+def plan_fits() -> str:
+    """The fastest settings that are predicted to fit cards of several sizes."""
+    from qlora.commands import plan
+    from qlora.commands.options import PlanOptions
+
+    shape = plan.shape_meta_model(PlanOptions(), plan.configuration(PlanOptions()))
+
+    def fastest(free_gb: float, batch: int) -> str:
+        for policy in plan.POLICIES:
+            for how in ("graphs", "layers"):
+                options = PlanOptions(compile=how, gradient_checkpointing=policy, per_device_train_batch_size=batch)
+                found = plan.planned(shape, plan.configuration(options))
+                if found.fits(free_gb):
+                    return f"`{plan.flags(found.config)}`, {found.total_gb:.2f} GB"
+        return "-"
+
+    rows = [[f"{card} GB", *(fastest(plan.card_free_gb(card), batch) for batch in (2, 1))] for card in (6, 8, 12, 16, 24)]
+    name, record = load("plan_h100_*.json")
+    off = [cell["predicted_gb"] / cell["peak_gb"] - 1 for cell in record["cells"] if "peak_gb" in cell]
+    words = (
+        "Predicted for Phi-3-mini at rank 32; a tenth of the card and 0.5 GB for CUDA stay free. No such card was there to "
+        f"try; {len(off)} settings on an 80 GB H100 peaked within {max(map(abs, off)):.1%} of what is predicted for them "
+        f"([table and plot](benchmarks/README.md#memory-predicted-and-measured)). {source(name, record)}"
+    )
+    return f"{table(['card', '2 x 2,048 tokens', '1 x 2,048 tokens'], rows)}\n\n{words}"
+
+
+def plot_plan(card: str) -> None:
+    """Measured over predicted peak, one point per setting, with the tenth on either side that the prediction promises."""
+    import matplotlib.pyplot as plt
+    import matplotlib.ticker
+
+    name, record = load(f"plan_{card}_*.json")
+    cells = [cell for cell in record["cells"] if "peak_gb" in cell]
+    figure, panel = plt.subplots(figsize=(4.8, 4.4), layout="constrained")
+    ends = [0.9 * min(cell["predicted_gb"] for cell in cells), 1.1 * max(cell["predicted_gb"] for cell in cells)]
+    panel.fill_between(ends, [0.9 * end for end in ends], [1.1 * end for end in ends], color="0.92", zorder=0)
+    panel.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
+    for color, how in zip((BLUE, ORANGE, "#000000"), ("graphs", "layers", "none"), strict=True):
+        points = [(cell["predicted_gb"], cell["peak_gb"]) for cell in cells if cell["compile"] == how]
+        panel.scatter(*zip(*points, strict=True), color=color, s=24, label=f"--compile {how}", zorder=2)
+    panel.set(xscale="log", yscale="log", xlabel="predicted GB", ylabel="measured GB", xlim=ends, ylim=ends)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
+        axis.set_major_formatter("{x:g}")
+    panel.minorticks_off()
+    panel.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{name}: {record['environment']['device']}. Gray: 10 %", x=0.01, ha="left", fontsize=8, color="0.4")
+    save(figure, f"plan_{card}")
 
 
 if __name__ == "__main__":

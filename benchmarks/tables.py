@@ -31,6 +31,11 @@ def table(headers: list[str], rows: list[list[str]]) -> str:
     return tabulate.tabulate(rows, headers, tablefmt="github", **plain)
 
 
+def table_of(columns: dict[str, str], rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of dictionaries: each header with the format of its column, such as `{step_ms:.0f}`."""
+    return table(list(columns), [[text.format(**row) for text in columns.values()] for row in rows])
+
+
 def source(name: str, record: dict[str, Any]) -> str:
     """Where numbers come from: file, machine, versions, commit."""
     environment = record["environment"]

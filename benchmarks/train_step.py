@@ -1,33 +1,29 @@
-"""One optimizer step, timed: the loop's own train_step on a model of exact shape and random weights.
+"""One optimizer step, timed: the loop's own train_step on a model of exact shape with random weights.
 
-    python benchmarks/train_step.py --shape phi3-mini                 # a CUDA GPU; writes benchmarks/results/
-    python benchmarks/train_step.py --shape tiny --length 64 --backends sdpa eager   # anywhere, a smoke test
+    python -m benchmarks.train_step                            # a CUDA GPU, Phi-3-mini's shape; writes benchmarks/results/
+    python -m benchmarks.train_step --shape tiny --length 64   # anywhere, a smoke test
 
-Speed and memory do not depend on the values of weights, so random ones do. Each cell (backend x checkpointing x compile) runs
-in a process of its own, so that its peak memory is its own. All rows are full: every position but the first is a trained token.
-On a GPU one more step is profiled: what of it went to matrix products, attention, dequantization, everything else that is
-computed, and to waiting for the next kernel.
+A cell is a combination of backend, checkpointing, compilation and rows of a micro-batch. All rows are full: every position but
+the first is supervised. On a GPU one more step is profiled: what of it went to matrix products, attention, dequantization, all
+else that is computed, and to waiting for the next kernel.
 """
 
 import dataclasses
 import functools
 import itertools
-import json
+import math
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # run as a script, Python has only this file's folder there
-
-from benchmarks.attention import result_file  # noqa: E402
+from benchmarks.harness import Cell, Failed, Output, ResultFile, Row, build, write_random_model
+from benchmarks.tables import COMPILE_LABELS, load, source, table, table_of
 
 WARM_UP_STEPS = 3
 
@@ -36,6 +32,7 @@ WARM_UP_STEPS = 3
 class Options:
     """What to time."""
 
+    output: tyro.conf.OmitArgPrefixes[Output] = Output()
     shape: Literal["phi3-mini", "tiny"] = "phi3-mini"
     """phi3-mini: 3.8 billion parameters, 7.6 GB on disk while it runs. tiny: the two-layer model of the tests."""
     backends: tuple[str, ...] = ("sdpa", "flash_attention_2", "eager")
@@ -58,137 +55,75 @@ class Options:
     """--lora-r."""
     steps: int = 8
     """Timed steps, after 3 to warm up."""
-    out: Path | None = None
-    """Where the JSON goes. Unset: benchmarks/results/train_step_CARD_YYYYMM.json."""
-    commit: str | None = None
-    """Commit of the code, where it runs without its repository."""
-    cell: tuple[str, str, str, str] | None = None
-    """Internal: folder, backend, checkpointing and compile of one cell, with one --batch; prints its JSON."""
 
 
-def write_random_model(shape: str, folder: Path) -> None:
-    """A checkpoint of exact shape with random weights in bf16, and a tokenizer beside it so that train_loop.py runs on it."""
+def time_cell(folder: str, cell: Row, options: Options) -> Row:
+    """Build one model and time its steps; what is measured of its cell."""
     import torch
-    import transformers
 
-    from qlora.model.demo import build_tiny_random
-
-    build_tiny_random(folder)
-    if shape == "phi3-mini":
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        ids = {
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        config = transformers.Phi3Config(sliding_window=2047, dtype=torch.bfloat16, **ids)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            torch.set_default_dtype(torch.bfloat16)
-            model = transformers.Phi3ForCausalLM(config)
-        model.save_pretrained(folder)
-        del model
-        torch.cuda.empty_cache()  # the cells run in other processes and want the whole card
-
-
-def configuration(options: Options) -> Any:
-    """The TrainConfig of a cell."""
     from qlora.config import TrainConfig
-
-    folder, backend, checkpointing, how = options.cell
-    return TrainConfig(
-        model=folder,
-        lora_r=options.lora_r,
-        lora_dropout=options.dropout,
-        max_length=options.length,
-        per_device_train_batch_size=options.batch[0],
-        attn_implementation=backend,
-        gradient_checkpointing=checkpointing,
-        compile=how,
-        cache_dequantized=options.cache_dequantized,
-    )
-
-
-def time_cell(options: Options) -> dict:
-    """Load, adapt and step one model; the row of its cell."""
-    import torch
-
     from qlora.data.batch import iter_batches
     from qlora.data.template import TokenizedExample
     from qlora.model import attention
-    from qlora.model.load import load_meta_model, load_nf4_model
-    from qlora.model.lora import add_lora, audit_targets
-    from qlora.model.loss import read_head, token_loss_sum
-    from qlora.speed.accelerate import accelerate
-    from qlora.speed.memory import leave_no_gaps, peak_memory_gb
+    from qlora.speed.memory import peak_memory_gb
     from train_loop import train_step
 
-    folder, backend, checkpointing, how = options.cell
-    leave_no_gaps()
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    config = configuration(options)
-    meta_model = load_meta_model(folder, config)
-    chosen = attention.choose_attention(config, device, meta_model)
-    torch.manual_seed(0)
-    model = load_nf4_model(folder, config, chosen.loaded_as, device)
-    model = add_lora(model, config, audit_targets(meta_model, config), folder).train()
-    decoder = accelerate(model, config)
-    head = read_head(model)
-    vocabulary = len(head.weight)
-    batch = config.per_device_train_batch_size
-    rows = torch.randint(3, vocabulary, (options.accumulation * batch, options.length)).tolist()
-    samples = [TokenizedExample(ids, ids, line) for line, ids in enumerate(rows, start=1)]
-    micro_batches = list(iter_batches(samples, range(len(samples)), batch, device.type == "cuda", config.length_multiple))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
-    step = functools.partial(
-        train_step, decoder, optimizer, micro_batches, functools.partial(token_loss_sum, head=head), 5e-5, 1.0
+    names = ("attn_implementation", "gradient_checkpointing", "compile")
+    settings: Any = {name: cell[name] for name in names}
+    config, device, _, trainee = build(
+        TrainConfig(
+            model=folder,
+            lora_r=options.lora_r,
+            lora_dropout=options.dropout,
+            max_length=options.length,
+            per_device_train_batch_size=cell["batch"],
+            cache_dequantized=options.cache_dequantized,
+            **settings,
+        )
     )
-    clock = (lambda: torch.cuda.Event(enable_timing=True)) if device.type == "cuda" else None
-    milliseconds, losses = [], []
-    with attention.for_training(model, config):
-        first_step_s, loss = timed(step, None)
-        losses += [loss, *(step()[0].item() for _ in range(WARM_UP_STEPS - 1))]
-        if clock:
+    count = options.accumulation * cell["batch"]
+    rows = torch.randint(3, trainee.model.config.vocab_size, (count, options.length)).tolist()
+    samples = [TokenizedExample(ids, ids, line) for line, ids in enumerate(rows, start=1)]
+    on_gpu = device.type == "cuda"
+    micro_batches = list(iter_batches(samples, range(count), cell["batch"], on_gpu, config.length_multiple))
+    step = functools.partial(
+        train_step, trainee.decoder, trainee.optimizer, micro_batches, trainee.loss_sum, learning_rate=5e-5, max_grad_norm=1.0
+    )
+    with attention.for_training(trainee.model.train(), config):
+        steps = [timed(step, on_gpu) for _ in range(WARM_UP_STEPS)]
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(options.steps):
-            seconds, loss = timed(step, clock)
-            milliseconds.append(1000 * seconds)
-            losses.append(loss)
-        profile = profiled(step) if clock else None
-    tokens = options.accumulation * batch * options.length
+        steps += [timed(step, on_gpu) for _ in range(options.steps)]
+        profile = profiled(step) if on_gpu else None
+    milliseconds = [taken for taken, _ in steps[WARM_UP_STEPS:]]
     median = statistics.median(milliseconds)
     return {
-        "attn_implementation": backend,
-        "gradient_checkpointing": checkpointing,
-        "compile": how,
-        "batch": batch,
-        "first_step_s": round(first_step_s, 2),
+        "first_step_s": round(steps[0][0] / 1000, 2),
         "step_ms": round(median, 2),
         "step_ms_min_max": [round(min(milliseconds), 2), round(max(milliseconds), 2)],
-        "tokens_per_s": round(1000 * tokens / median, 1),
+        "tokens_per_s": round(1000 * count * options.length / median, 1),
         "peak_gb": round(peak_memory_gb(device), 3),
-        "profile_ms": None if profile is None else {**profile, "idle": round(max(0.0, median - sum(profile.values())), 2)},
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "finite": all(loss == loss and abs(loss) != float("inf") for loss in losses),
+        "profile_ms": profile and {**profile, "idle": round(max(0.0, median - sum(profile.values())), 2)},
+        "first_loss": steps[0][1],
+        "last_loss": steps[-1][1],
+        "finite": all(math.isfinite(loss) for _, loss in steps),
     }
 
 
-def timed(step, clock) -> tuple[float, float]:
-    """Seconds of one step, by CUDA events on a GPU, and its loss."""
-    import time
-
+def timed(step: Callable[[], Any], on_gpu: bool) -> tuple[float, float]:
+    """Milliseconds of one step, by CUDA events on a GPU, and its loss."""
     import torch
 
-    if clock is None:
+    if not on_gpu:
         start = time.perf_counter()
         loss = step()[0].item()
-        return time.perf_counter() - start, loss
-    start, end = clock(), clock()
-    start.record()
+        return 1000 * (time.perf_counter() - start), loss
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
     loss = step()[0]
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000, loss.item()
+    return begin.elapsed_time(end), loss.item()
 
 
 KINDS = {  # of kernels, by what is in their names; the first that matches
@@ -219,62 +154,97 @@ def profiled(step: Callable[[], Any]) -> dict[str, float]:
     return {kind: round(milliseconds, 2) for kind, milliseconds in spent.items()}
 
 
-def spread(name: str, times: list[float]) -> dict[str, float]:
-    """Median, and the 10th and 90th percentile, under names with their unit."""
-    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
-    return {name: round(statistics.median(times), 4), f"{name}_p10": round(tenths[0], 4), f"{name}_p90": round(tenths[8], 4)}
-
-
-def run_cell(options: Options, folder: str, backend: str, checkpointing: str, how: str) -> dict:
-    """The row of a cell from a process of its own; a cell that cannot run is a row with the reason."""
-    arguments = [
-        f"--{name.replace('_', '-')}={getattr(options, name)}"
-        for name in ("shape", "length", "accumulation", "dropout", "lora_r", "steps")
-    ]
-    arguments.append(f"--batch={options.batch[0]}")
-    arguments += ["--cache-dequantized"] if options.cache_dequantized else []
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments, "--cell", folder, backend, checkpointing, how],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
-    return {
-        "attn_implementation": backend,
-        "gradient_checkpointing": checkpointing,
-        "compile": how,
-        "batch": options.batch[0],
-        "unavailable": reason[:300],
-    }
-
-
 def main(options: Options) -> None:
     """Time every cell and write the file after each."""
-    if options.cell:
-        print(json.dumps(time_cell(options)))
-        return
-    import torch
-
-    from qlora.run.environment import environment
-
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    cells: list[dict[str, Any]] = []
-    flags = {name: value for name, value in dataclasses.asdict(options).items() if name not in {"out", "cell", "commit"}}
-    described = environment(device)
-    described["commit"] = options.commit or described["commit"]
-    record = {"environment": described, "flags": flags, "warm_up_steps": WARM_UP_STEPS, "cells": cells}
-    out = options.out or result_file("train_step", described)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    file = ResultFile("train_step", options.output)
+    flags = {name: value for name, value in vars(options).items() if name != "output"}
+    cells: list[Row] = []
+    file.record = {"environment": file.environment, "flags": flags, "warm_up_steps": WARM_UP_STEPS, "cells": cells}
+    hows = options.compile or (("graphs", "none") if file.on_gpu else ("none",))
+    names = ("batch", "attn_implementation", "gradient_checkpointing", "compile")
     with tempfile.TemporaryDirectory() as folder:
-        write_random_model(options.shape, Path(folder))
-        hows = options.compile or (("graphs", "none") if device.type == "cuda" else ("none",))
-        for batch, *cell in itertools.product(options.batch, options.backends, options.checkpointing, hows):
-            cells.append(run_cell(dataclasses.replace(options, batch=(batch,)), folder, *cell))
-            print(json.dumps(cells[-1]), flush=True)
-            out.write_text(json.dumps(record, indent=1) + "\n")
+        Cell(write_random_model, options.shape, Path(folder)).result()
+        for values in itertools.product(options.batch, options.backends, options.checkpointing, hows):
+            cell = dict(zip(names, values, strict=True))
+            try:
+                cells.append(cell | Cell(time_cell, folder, cell, options).result())
+            except Failed as failed:
+                cells.append(cell | {"unavailable": str(failed)[:300]})
+            file.write(cells[-1])
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def train_step(pattern: str) -> str:
+    """One step by backend, checkpointing and how layers run; where it went, if it was profiled."""
+    name, record = load(pattern)
+    flags, rows, profiles = record["flags"], [], []
+    [batch] = flags["batch"] if isinstance(flags["batch"], list) else [flags["batch"]]
+    for cell in record["cells"]:
+        layers = COMPILE_LABELS[cell.get("compile", "none")]
+        which = [f"`{cell['attn_implementation']}`", cell["gradient_checkpointing"], layers]
+        if "unavailable" in cell:
+            rows.append([*which, cell["unavailable"].split(". ")[0], "", ""])
+        else:
+            rows.append([*which, f"{cell['step_ms']:.0f}", f"{cell['tokens_per_s']:,.0f}", f"{cell['peak_gb']:.2f}"])
+        if profile := cell.get("profile_ms"):
+            profiles.append([*which, *(f"{milliseconds:.0f}" for milliseconds in profile.values())])
+            kinds = list(profile)
+    what = (
+        f"{flags['shape']}, random weights, {flags['accumulation']} micro-batches of {batch} x {flags['length']} "
+        f"tokens, LoRA dropout {flags['dropout']}, median of {flags['steps']} steps. "
+    )
+    headers = ["attention", "gradient checkpointing", "layers"]
+    text = table([*headers, "ms per step", "tokens/s", "peak GB allocated"], rows) + "\n\n" + what + source(name, record)
+    return text + ("\n\nWhere the step went, in ms:\n\n" + table([*headers, *kinds], profiles) if profiles else "")
+
+
+def tokens(pattern: str) -> str:
+    """Time and memory of a micro-batch from few tokens to many, in rows of one length."""
+    name, record = load(pattern)
+    length, cells = record["flags"]["length"], [cell for cell in record["cells"] if "step_ms" in cell]
+    rows, profiles, before = [], [], None
+    for cell in cells:
+        count = cell["batch"] * length
+        grown = "" if before is None else f"{(cell['peak_gb'] - before[1]) * 1e6 / (count - before[0]):.0f}"
+        rows.append([f"{count:,}", f"{cell['step_ms']:,.0f}", f"{1000 * cell['step_ms'] / count:.1f}",
+                     f"{cell['tokens_per_s']:,.0f}", f"{cell['peak_gb']:.2f}", grown])  # fmt: skip
+        before = (count, cell["peak_gb"])
+        profile = cell["profile_ms"]
+        profiles.append([f"{count:,}", *(f"{taken:.0f} ({taken / sum(profile.values()):.0%})" for taken in profile.values())])
+    headers = ["tokens", "ms", "us per token", "tokens/s", "peak GB", "KB per additional token"]
+    chosen = f"`--gradient-checkpointing {cells[0]['gradient_checkpointing']} --compile {cells[0]['compile']}`"
+    what = f"A step of one micro-batch of rows of {length:,} tokens, {chosen}, no dropout, sdpa. "
+    measured = [cell["batch"] for cell in cells]
+    if missing := [f"{size * length:,}" for size in record["flags"]["batch"] if size not in measured]:
+        what += f"Not measured yet: {', '.join(missing)} tokens. "
+    where = f"Where that time goes, in ms:\n\n{table(['tokens', *profile], profiles)}"
+    return f"{table(headers, rows)}\n\n{where}\n\n{what}{source(name, record)}"
+
+
+def ladder(pattern: str) -> str:
+    """The means of speed, tried one by one."""
+    name, record = load(pattern)
+
+    def layers(cell: Row) -> str:
+        parts = [cell["linear"], COMPILE_LABELS[cell["compile"]]]
+        if cell.get("dynamic"):
+            parts.append(f"T dynamic ({cell['step_ms_min_max'][0]:.0f} ms at best)")
+        return ", ".join(parts + [f"{word} {cell[word]}" for word in ("kept", "weights") if word in cell])
+
+    columns = {
+        "layers": "{layers}",
+        "gradient checkpointing": "{gradient_checkpointing}",
+        "dropout": "{lora_dropout:g}",
+        "tokens in a step": "{gradient_accumulation_steps} x {per_device_train_batch_size} x {length:,}",
+        "ms per step": "{step_ms:.0f}",
+        "tokens/s": "{tokens_per_s:,.0f}",
+        "peak GB": "{peak_gb:.2f}",
+        "first step, s": "{first_step_s:.0f}",
+    }
+    rows = table_of(columns, [{**cell, "layers": layers(cell)} for cell in record["cells"]])
+    return f"{rows}\n\n{record['what'][0].upper()}{record['what'][1:]}. {source(name, record)}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; a test that reaches out fails at once
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start; see below
 
 from pathlib import Path
 

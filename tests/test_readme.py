@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tokenize
 from pathlib import Path
@@ -174,18 +173,6 @@ def test_the_smoothed_loss_is_torchs_of_each_next_token(fixed, tmp_path, monkeyp
     ]
     assert len(smoothed) == batch.num_tokens
     torch.testing.assert_close(found, torch.stack(smoothed).sum(), rtol=1e-5, atol=0)
-
-
-def test_a_killed_run_is_compared_with_a_straight_one(tmp_path):
-    """A smoke test of benchmarks/kill_resume.py, on the tiny model."""
-    command = [sys.executable, "benchmarks/kill_resume.py", "--shape", "tiny", "--kills", "1", "--length", "150"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "out.json")], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((tmp_path / "out.json").read_text())
-    assert [kill["equal"] for kill in record["kills"]] == [True] and set(record["finished"].values()) == {True}
 
 
 # -- what the Trainer did ----------------------------------------------------------------------------------------------
@@ -519,42 +506,3 @@ def test_exercise_5_a_run_is_extended_and_branches_off(tiny, tmp_path, monkeypat
 
 def test_there_are_four_edits():
     assert [name for name, _ in DIFFS] == ["loss", "schedule", "metric", "optimizer"]
-
-
-def test_benchmarks_run_on_a_cpu(tiny, tmp_path):
-    """A smoke test of each script, on the tiny model; numbers go to a temporary file."""
-    step = [
-        sys.executable,
-        "benchmarks/train_step.py",
-        "--shape",
-        "tiny",
-        "--length",
-        "32",
-        "--steps",
-        "2",
-        "--checkpointing",
-        "full",
-    ]
-    demo = [sys.executable, "benchmarks/demo.py", "--model", "tiny-random", "--max-steps", "2", "--learning-rates", "1e-3"]
-    for command in (step, demo):
-        done = subprocess.run(
-            [*command, "--out", str(tmp_path / "out.json")],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        record = json.loads((tmp_path / "out.json").read_text())
-        rows = record.get("cells") or record["runs"]
-        assert len(rows) >= 2 and record["environment"]["packages"]["torch"]
-        if command is step:
-            assert [row["attn_implementation"] for row in rows] == ["sdpa", "flash_attention_2", "eager"]
-            assert rows[0]["finite"] and rows[0]["step_ms"] > 0 and "needs a CUDA GPU" in rows[1]["unavailable"]
-        else:
-            assert (
-                rows[0]["default"]
-                and rows[0]["first_loss_s"] < rows[0]["total_s"]
-                and rows[0]["output"]
-                and rows[0]["held_out"] == 8
-            )

@@ -100,8 +100,8 @@ def test_a_file_of_another_machine_is_not_merged_into(tmp_path):
 def test_a_result_file_grows_by_runs_and_cells(tmp_path, capsys):
     output = harness.Output(out=tmp_path / "new" / "x.json", commit="c" * 40)
     for number in range(2):
-        file = harness.ResultFile("x", output, {"shape": "tiny"})
-        file.begin_run(steps=number)
+        file = harness.ResultFile("x", output)
+        file.begin_run({"shape": "tiny"}, steps=number)
         file.record["cells"].append({"cell": number})
         file.write(file.record["cells"][-1])
     record = json.loads((tmp_path / "new" / "x.json").read_text())

@@ -1,11 +1,8 @@
 """The benchmark of peers: what a token costs, the same mathematics for all, and ratios within one run alone."""
 
 import json
-import os
 import re
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,49 +11,44 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import peers as benchmark
-from benchmarks import peers_cells, peers_work, report
+from benchmarks import tables
+from benchmarks.harness import Failed, Output
+from benchmarks.peers import __main__ as benchmark
+from benchmarks.peers import contenders, work
+from benchmarks.peers.tables import peers
 from qlora.model.coverage import linear_layers
 from qlora.model.demo import build_tiny_random
 from qlora.model.load import load_meta_model
-from qlora.model.lora import audit_targets
 
-ROOT = Path(__file__).parents[2]
 PHI3_MINI = {"num_hidden_layers": 32, "hidden_size": 3072, "num_attention_heads": 32, "num_key_value_heads": 32,
              "intermediate_size": 8192, "vocab_size": 32064, "sliding_window": 2047}  # fmt: skip
 
 
-def run(out: Path, *arguments: str) -> dict:
-    command = [sys.executable, "benchmarks/peers.py", "--shape-of-model", "tiny", "--warm-up", "1", "--steps", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--dropout", "0", "--out", str(out), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def run(out: Path, *shapes: str, contenders: tuple[str, ...]) -> dict:
+    options = {"shape_of_model": "tiny", "warm_up": 1, "steps": 2, "dropout": 0.0}
+    benchmark.main(benchmark.Options(output=Output(out), shapes=shapes, contenders=contenders, **options))
     return json.loads(out.read_text())
 
 
 def test_a_token_of_phi_3_mini_takes_16_6_gflop_at_2048():
-    adapters = peers_work.adapter_parameters(PHI3_MINI)
-    assert peers_work.quantized_parameters(PHI3_MINI) == 3_623_878_656 and adapters == 50_331_648
-    assert peers_work.flops_per_token(PHI3_MINI, [2048, 2048], adapters) == pytest.approx(16.6e9, rel=1e-3)
-    assert peers_work.flops_per_token(PHI3_MINI, [4096], adapters) == pytest.approx(17.31e9, rel=1e-3)  # the window acts
-    mixed = peers_work.flops_per_token(PHI3_MINI, [500, 1500], adapters)  # sums of squares: as one of 1250
-    assert mixed == peers_work.flops_per_token(PHI3_MINI, [1250], adapters)
+    adapters = 50_331_648
+    assert work.quantized_parameters(PHI3_MINI) == 3_623_878_656
+    assert work.flops_per_token(PHI3_MINI, [2048, 2048], adapters) == pytest.approx(16.6e9, rel=1e-3)
+    assert work.flops_per_token(PHI3_MINI, [4096], adapters) == pytest.approx(17.31e9, rel=1e-3)  # the window acts
+    mixed = work.flops_per_token(PHI3_MINI, [500, 1500], adapters)  # sums of squares: as one of 1250
+    assert mixed == work.flops_per_token(PHI3_MINI, [1250], adapters)
 
 
 def test_what_is_counted_is_in_the_model(config):
     meta_model = load_meta_model(config.model, config)
     shape = meta_model.config.to_dict()
     weights = sum(layer.weight.numel() for layer in linear_layers(meta_model).values())
-    assert weights == peers_work.quantized_parameters(shape)
-    adapters = sum(target.adapter_parameters for target in audit_targets(meta_model, config))
-    assert adapters == peers_work.adapter_parameters(shape, rank=config.lora_r)
+    assert weights == work.quantized_parameters(shape)
 
 
 def test_the_split_checkpoint_computes_the_same_logits(tmp_path):
     build_tiny_random(tmp_path / "fused")
-    peers_work.write_split(tmp_path / "fused", tmp_path / "split")
+    work.write_split(tmp_path / "fused", tmp_path / "split")
     fused, split = (
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
         for name in ("fused", "split")
@@ -71,11 +63,11 @@ def test_the_split_checkpoint_computes_the_same_logits(tmp_path):
 
 def test_the_samples_are_the_same_each_time_and_packed_rows_are_even(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PHI3_MINI))
-    full = peers_work.draw("2x32x3", tmp_path, 0, 1, 2)
-    assert full == peers_work.draw("2x32x3", tmp_path, 0, 1, 2) != peers_work.draw("2x32x3", tmp_path, 1, 1, 2)
+    full = work.draw("2x32x3", tmp_path, 0, 1, 2)
+    assert full == work.draw("2x32x3", tmp_path, 0, 1, 2) != work.draw("2x32x3", tmp_path, 1, 1, 2)
     assert full.samples_of_steps == [list(range(6)), list(range(6, 12)), list(range(12, 18))]
     assert full.tokens_of_steps == [192] * 3
-    padded, packed = (peers_work.draw(shape, tmp_path, 0, 1, 2) for shape in ("mixed", "mixed_packed"))
+    padded, packed = (work.draw(shape, tmp_path, 0, 1, 2) for shape in ("mixed", "mixed_packed"))
     assert padded.input_ids == packed.input_ids and padded.tokens_of_steps == packed.tokens_of_steps
     lengths = [len(ids) for ids in padded.input_ids]
     assert len(lengths) == 64 and max(lengths) <= 2048 and 500 < sum(lengths) / 64 < 700
@@ -84,29 +76,26 @@ def test_the_samples_are_the_same_each_time_and_packed_rows_are_even(tmp_path):
 
 def test_contenders_train_the_same_and_one_that_fails_is_a_row(tmp_path):
     wanted = ("ours_none", "ours_full", "trl_liger")
-    record = run(tmp_path / "peers.json", "--shapes", "2x32x2", "--contenders", *wanted)
+    record = run(tmp_path / "peers.json", "2x32x2", contenders=wanted)
     rows = {row["contender"]: row for row in record["cells"]}
     assert set(rows) == {"trl", "ours_none", "ours_full", "trl_liger"}  # the baseline is there unasked
     assert re.search("No module named|liger-kernel", rows["trl_liger"]["failed"])  # trl, liger or, for the CPU, triton
-    none, full = rows["ours_none"], rows["ours_full"]
-    assert none["first_loss"] == pytest.approx(full["first_loss"], abs=1e-2)
-    assert none["tokens"] == full["tokens"] == 2 * 4 * 32 and none["adapter_dtype"] == "float32"
+    none, full, trl = rows["ours_none"], rows["ours_full"], rows["trl"]
+    assert none["first_loss"] == pytest.approx(full["first_loss"], abs=1e-2) == pytest.approx(trl["first_loss"], abs=1e-2)
+    assert none["tokens"] == full["tokens"] == trl["tokens"] == 2 * 4 * 32
+    assert none["adapter_dtype"] == "float32" and trl["adapter_dtype"] == "bfloat16"
+    assert none["ratio_to_trl"] == pytest.approx(none["tokens_per_s"] / trl["tokens_per_s"], abs=1e-3)
     assert none["step_ms_p10"] <= none["step_ms"] <= none["step_ms_p90"] and none["peak_gb"] > 0
     assert none["mfu"] is None and none["version"] == f"commit {record['environment']['commit'][:9]}"
     assert "/tmp" not in json.dumps(record["cells"])
+    assert [run["run"] for run in record["runs"]] == [0] and record["runs"][0]["shape_of_model"] == "tiny"
 
 
-def test_trl_trains_the_same_packed_or_not(tmp_path):
-    pytest.importorskip("trl")
-    arguments = ("--shapes", "2x32x2", "mixed_packed", "--contenders", "ours_none")
-    record = run(tmp_path / "peers.json", *arguments)
-    for shape in ("2x32x2", "mixed_packed"):
-        theirs, ours = (row for row in record["cells"] if row["shape"] == shape)
-        assert (theirs["contender"], ours["contender"]) == ("trl", "ours_none")
-        assert theirs["first_loss"] == pytest.approx(ours["first_loss"], abs=1e-2)
-        assert theirs["tokens"] == ours["tokens"] and theirs["adapter_dtype"] == "bfloat16"
-        assert theirs["ratio_to_trl"] == 1.0
-        assert ours["ratio_to_trl"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"], abs=1e-3)
+def test_trl_trains_the_same_packed_rows(tmp_path):
+    record = run(tmp_path / "peers.json", "mixed_packed", contenders=("ours_none",))
+    theirs, ours = record["cells"]
+    assert (theirs["contender"], ours["contender"], theirs["ratio_to_trl"]) == ("trl", "ours_none", 1.0)
+    assert theirs["first_loss"] == pytest.approx(ours["first_loss"], abs=1e-2) and theirs["tokens"] == ours["tokens"]
 
 
 @pytest.fixture
@@ -137,14 +126,14 @@ def hand(monkeypatch):
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_a_cell_tells_the_median_of_the_timed_steps_alone(monkeypatch, tmp_path, hand, on_gpu):
     """The two steps of the warm-up take longest; what lies between steps is in the window, and in no step."""
-    work = peers_work.Work([[1] * 50] * 6, [[1] * 50] * 6, 1, 2, 64, packing=False, warm_up=2, steps=4)
+    given = work.Work([[1] * 50] * 6, [[1] * 50] * 6, 1, 2, 64, packing=False, warm_up=2, steps=4)
     (tmp_path / "fused").mkdir()
     (tmp_path / "fused" / "config.json").write_text(json.dumps(PHI3_MINI))
     model = torch.nn.Linear(3, 5)
     model.config = SimpleNamespace(_attn_implementation="sdpa")
 
-    def contender(name, given, folder, dropout, clock):
-        assert (name, given, folder, dropout) == ("ours_none", work, tmp_path, 0.1)
+    def contender(name, samples, folder, dropout, clock):
+        assert (name, samples, folder, dropout) == ("ours_none", given, tmp_path, 0.1)
         hand.seconds += 7.0
         clock.loaded()
         for taken in (60.0, 30.0, 0.001, 0.004, 0.002, 0.008):
@@ -155,15 +144,15 @@ def test_a_cell_tells_the_median_of_the_timed_steps_alone(monkeypatch, tmp_path,
         clock.losses.append(1.5)
         return model
 
-    monkeypatch.setattr(peers_cells, "run_of", lambda _: contender)
+    monkeypatch.setattr(contenders, "run_of", lambda _: contender)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-    told = peers_cells.measure("ours_none", work, tmp_path, 0.1)
+    told = contenders.measure("ours_none", given, tmp_path, 0.1)
     rate = statistics.median(100 / taken for taken in (0.001, 0.004, 0.002, 0.008))
     assert (told["step_ms"], told["tokens"], told["first_loss"]) == (3, 400, 1.5)
     assert told["tokens_per_s"] == pytest.approx(rate, abs=0.1)
     assert told["tokens_per_s_of_window"] == pytest.approx(400 / 1.015, abs=0.1)
     assert (told["load_s"], told["first_step_s"], told["adapter_parameters"]) == (7.0, 60.0, 20)
-    flops = peers_work.flops_per_token(PHI3_MINI, [50], 20)
+    flops = work.flops_per_token(PHI3_MINI, [50], 20)
     assert told["gflop_per_token"] == pytest.approx(flops / 1e9, abs=1e-3)
     assert told["mfu"] == (pytest.approx(flops * rate / 790e12, abs=1e-4) if on_gpu else None)
     assert told["reserved_gb"] == (5 if on_gpu else None) and (told["peak_gb"] == 3) == on_gpu
@@ -207,24 +196,17 @@ def test_what_is_not_there_is_refused_and_unset_options_follow_the_machine():
     assert gpu.contenders == tuple(name for name in benchmark.CONTENDERS if not name.startswith("unsloth"))
     assert (gpu.shapes, gpu.shape_of_model, gpu.dropout) == (benchmark.SHAPES, "phi3-mini", 0.0)
     assert (cpu.contenders, cpu.shapes, cpu.shape_of_model, cpu.dropout) == (benchmark.ON_A_CPU, ("avro",), "demo", 0.1)
-    with_unsloth = benchmark.resolved(benchmark.Options(unsloth_site=ROOT), on_gpu=True)
+    with_unsloth = benchmark.resolved(benchmark.Options(unsloth_site=Path()), on_gpu=True)
     assert with_unsloth.contenders == benchmark.CONTENDERS
     for options in (benchmark.Options(contenders=("axolotl",)), benchmark.Options(shapes=("2x2048",))):
         with pytest.raises(SystemExit, match="There is no"):
             benchmark.resolved(options, on_gpu=True)
 
 
-def test_a_reason_names_no_folder_of_this_machine():
-    assert benchmark.reason('one\ntwo\n  File "/home/me/site/trl/x.py", line 3\nValueError: no /home/me/model\n\n') == (
-        'File "x.py", line 3 / ValueError: no model'
-    )
-    assert benchmark.reason("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate\nbye") == "out of memory"
-    assert benchmark.reason("\n") == ""
-
-
 def test_the_table_shows_the_newest_and_says_why_a_cell_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert report.peers("peers_h100_*.json", "h100") == "Not measured yet."
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match=r"There is no peers_h100_\*.json"):
+        peers("peers_h100_*.json", "h100")
     measured = {"version": "trl 1.16.0", "adapter_dtype": "bfloat16", "step_ms": 5.0, "step_ms_p10": 4.0, "step_ms_p90": 6.0,
                 "peak_gb": 4.0, "mfu": 0.25, "first_loss": 10.5, "commit": "0123456789"}  # fmt: skip
     rows: list[dict] = []
@@ -234,7 +216,7 @@ def test_the_table_shows_the_newest_and_says_why_a_cell_is_missing(tmp_path, mon
     environment = {"device": "NVIDIA H100", "packages": packages, "commit": "x"}
     runs = [{"shape_of_model": "phi3-mini", "steps": steps, "warm_up": 3} for steps in (8, 5)]
     (tmp_path / "peers_h100_202601.json").write_text(json.dumps({"environment": environment, "runs": runs, "cells": rows}))
-    text = report.peers("peers_h100_*.json", "h100")
+    text = peers("peers_h100_*.json", "h100")
     assert "| `ours_none` | trl 1.16.0 | bfloat16 | 200 | 5 (4-6) | 2.00 | 4.00 | 25.0% | 10.500 |" in text
     assert text.count("| `trl` |") == 1 and "| 50 | 5 (4-6) | 1.00 |" in text
     assert (
@@ -243,37 +225,35 @@ def test_the_table_shows_the_newest_and_says_why_a_cell_is_missing(tmp_path, mon
     )
     rows.append({**measured, **row("trl", 1, 25.0), "dropout": 0.5, "ratio_to_trl": 1.0})
     (tmp_path / "peers_h100_202601.json").write_text(json.dumps({"environment": environment, "runs": runs, "cells": rows}))
-    without, _, dropped = report.peers("peers_h100_*.json", "h100").partition("`, dropout ")
+    without, _, dropped = peers("peers_h100_*.json", "h100").partition("`, dropout ")
     assert "| 50 | 5" in without and "| 25 | 5" not in without and "| 25 | 5" in dropped and "| 50 | 5" not in dropped
 
 
 @pytest.mark.parametrize(("ahead", "order"), [(0, "a A b B c C"), (1, "a b A c B C")])
 def test_a_cell_imports_while_the_one_before_it_runs_on_a_gpu_alone(monkeypatch, tmp_path, ahead, order):
-    seen, killed = [], []
+    seen, stopped = [], []
 
-    class Process:
-        def kill(self):
-            killed.append(self)
+    class Cell:
+        def __init__(self, function, contender, shape, *rest, imports, **places):
+            assert function is contenders.measure and imports == contenders.IMPORTS["trl"]
+            self.shape = shape
+            seen.append(shape)
 
-        def communicate(self):
-            return "", ""
+        def result(self, timeout_s):
+            seen.append(self.shape.upper())
+            if self.shape == "b":
+                raise Failed("out of memory")
+            return {"tokens_per_s": 1.0}
 
-    def start(scratch, site, task, contender, shape, dropout):
-        seen.append(shape)
-        return shape, Process()
+        def stop(self):
+            stopped.append(self.shape)
 
-    def wait(job, timeout_s):
-        seen.append(job[0].upper())
-        if job[0] == "b":
-            raise benchmark.Failed("out of memory")
-        return {"tokens_per_s": 1.0}
-
-    monkeypatch.setattr(benchmark, "start", start)
-    monkeypatch.setattr(benchmark, "wait", wait)
-    rows = benchmark.measured([("trl", shape) for shape in "abc"], tmp_path, benchmark.Options(), ahead)
+    monkeypatch.setattr(benchmark, "Cell", Cell)
+    job = ([("trl", shape) for shape in "abc"], dict(zip("abc", "abc", strict=True)), tmp_path, benchmark.Options(), ahead)
+    rows = list(benchmark.measured(*job))
     assert [(row["shape"], row.get("failed")) for row in rows] == [("a", None), ("b", "out of memory"), ("c", None)]
-    assert seen == order.split() and not killed
-    rows = benchmark.measured([("trl", shape) for shape in "abc"], tmp_path, benchmark.Options(), ahead)
+    assert seen == order.split() and not stopped
+    rows = benchmark.measured(*job)
     next(rows)
     rows.close()  # as when the time is up
-    assert len(killed) == ahead
+    assert len(stopped) == ahead

@@ -1,16 +1,14 @@
 """The profile of a step: kernels by kind, and the table that is made of it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from benchmarks import plan, report, train_step
+from benchmarks import plan, tables, train_step
+from benchmarks.harness import Output, Part
 
-ROOT = Path(__file__).parents[2]
+PACKAGES = dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1")
+ENVIRONMENT = {"device": "a card", "packages": PACKAGES, "commit": "0123456789"}
 
 
 @pytest.mark.parametrize(
@@ -51,12 +49,10 @@ def test_the_table_has_a_row_for_each_cell_and_a_profile_where_there_is_one(tmp_
         "unavailable": "no room. At all",
     }
     flags = {"shape": "phi3-mini", "accumulation": 2, "batch": 2, "length": 2048, "dropout": 0.0, "steps": 8}
-    packages = dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1")
-    environment = {"device": "a card", "packages": packages, "commit": "0123456789"}
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    record = {"environment": environment, "flags": flags, "cells": [cell, old, missing]}
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    record = {"environment": ENVIRONMENT, "flags": flags, "cells": [cell, old, missing]}
     (tmp_path / "train_step_x_202611.json").write_text(json.dumps(record))
-    text = report.train_step("train_step_*.json")
+    text = train_step.train_step("train_step_*.json")
     assert "| `sdpa` | none | compiled, CUDA graphs | 313 | 26,206 | 12.75 |" in text
     assert (
         "| `sdpa` | none | as written | 313 | 26,206 | 12.75 |" in text and "| `eager` | none | as written | no room |" in text
@@ -64,27 +60,49 @@ def test_the_table_has_a_row_for_each_cell_and_a_profile_where_there_is_one(tmp_
     assert text.count("| `sdpa` | none | compiled, CUDA graphs | 14 | 41 | 199 | 47 | 13 |") == 1
 
 
-def test_a_setting_s_prediction_stands_beside_its_peak(tmp_path):
-    command = [sys.executable, "benchmarks/plan.py", "--shape", "tiny", "--only", "6", "--out", str(tmp_path / "plan.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for more in ([], ["--missing"]):  # the second has nothing to do
-        done = subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        record = json.loads((tmp_path / "plan.json").read_text())
-        assert [cell["compile"] for cell in record["cells"]] == ["none"] and bool(more) == (not done.stdout)
-    cell = record["cells"][0]
-    assert 0.01 < cell["predicted_gb"] < 0.1 < cell["peak_gb"]  # on a CPU that of the process
+def test_each_backend_is_a_cell_and_one_that_cannot_run_says_why(tmp_path):
+    out = tmp_path / "out.json"
+    options = {"shape": "tiny", "length": 32, "steps": 2, "checkpointing": ("full",)}
+    train_step.main(train_step.Options(output=Output(out), backends=("sdpa", "flash_attention_2"), **options))
+    record = json.loads(out.read_text())
+    sdpa, flash = record["cells"]
+    assert (sdpa["attn_implementation"], sdpa["compile"], sdpa["batch"]) == ("sdpa", "none", 2)
+    assert sdpa["finite"] and sdpa["step_ms"] > 0 and sdpa["profile_ms"] is None and sdpa["last_loss"] < sdpa["first_loss"]
+    assert flash["attn_implementation"] == "flash_attention_2" and "needs a CUDA GPU" in flash["unavailable"]
+    assert record["environment"]["packages"]["torch"] and record["flags"]["length"] == 32
+
+
+def test_a_prediction_is_recorded_beside_its_peak(tmp_path, monkeypatch, capsys):
     assert len(plan.SETTINGS) >= 12 and len({tuple(setting.items()) for setting in plan.SETTINGS}) == len(plan.SETTINGS)
+    monkeypatch.setattr(plan, "SETTINGS", (plan.FIRST, plan.FIRST | {"compile": "none", "batch": 1, "length": 64}))
+    for missing in (False, True):  # the second run has nothing to do
+        options = plan.Options(output=Output(tmp_path / "plan.json"), part=Part(missing), shape="tiny", only=(1,))
+        plan.main(options)
+        record = json.loads((tmp_path / "plan.json").read_text())
+        assert [cell["compile"] for cell in record["cells"]] == ["none"] and missing == (not capsys.readouterr().out)
+    cell = record["cells"][0]
+    assert 0.001 < cell["predicted_gb"] < 0.1 < cell["peak_gb"]  # on a CPU that of the process
 
 
 def test_the_table_of_predictions_says_how_far_off_each_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert report.plan_measured("plan_h100_*.json") == "Not measured yet."
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     cells = [plan.FIRST | {"predicted_gb": 11.0, "peak_gb": 10.0}]
     cells.append(plan.FIRST | {"predicted_gb": 99.0, "unavailable": "out of memory"})
-    packages = dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1")
-    environment = {"device": "NVIDIA H100", "packages": packages, "commit": "x"}
-    (tmp_path / "plan_h100_202601.json").write_text(json.dumps({"environment": environment, "runs": [], "cells": cells}))
-    text = report.plan_measured("plan_h100_*.json")
+    (tmp_path / "plan_h100_202601.json").write_text(json.dumps({"environment": ENVIRONMENT, "runs": [], "cells": cells}))
+    text = plan.plan_measured("plan_h100_*.json")
     assert "| none | graphs | sdpa | 2 | 2048 | 32 | 11.00 | 10.00 | +10.0% |" in text
     assert "| 99.00 | out of memory |  |" in text
+
+
+def test_the_table_of_tokens_says_what_each_costs(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    cell: dict = {"gradient_checkpointing": "full", "compile": "graphs", "tokens_per_s": 1000.0}
+    cell["profile_ms"] = {"matrix products": 75.0, "idle": 25.0}
+    cells = [cell | {"batch": 1, "step_ms": 100.0, "peak_gb": 3.0}, cell | {"batch": 2, "step_ms": 150.0, "peak_gb": 4.0}]
+    flags = {"length": 1024, "batch": [1, 2, 4]}
+    record = {"environment": ENVIRONMENT, "flags": flags, "cells": [*cells, {"unavailable": "no room"}]}
+    (tmp_path / "tokens_h100_1.json").write_text(json.dumps(record))
+    text = train_step.tokens("tokens_h100_*.json")
+    assert "| 1,024 | 100 | 97.7 | 1,000 | 3.00 |  |" in text and "| 2,048 | 150 | 73.2 | 1,000 | 4.00 | 977 |" in text
+    assert "| tokens | matrix products | idle |" in text and text.count("| 75 (75%) | 25 (25%) |") == 2
+    assert "Not measured yet: 4,096 tokens." in text

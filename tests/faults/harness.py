@@ -4,15 +4,17 @@ The parent has imported everything and has one thread, so a child starts in mill
 """
 
 import gc
+import io
 import json
 import os
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import train_loop  # imported once, here, for all children
-from benchmarks.kill_resume import fork, wait
 from benchmarks.kill_resume import metrics as rows
 from qlora.cli import train as command_line
 from qlora.run import checkpoint
@@ -20,6 +22,30 @@ from qlora.run.files import verify
 from tests.helpers import tensors
 
 LIMIT = 2  # of checkpoints kept
+
+
+def fork(function: Callable[[], int], output: Path) -> int:
+    """Process id of a child that runs `function`, ends with the code it returns, and writes to the file `output`."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 70  # of a traceback
+    try:
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(descriptor, number)
+            setattr(sys, name, io.TextIOWrapper(os.fdopen(number, "wb", closefd=False), line_buffering=True))
+        code = function()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """How it ended: its exit code, or minus the number of the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def all_pass(trials: dict[str, Callable[[], None]], scratch: Path) -> None:

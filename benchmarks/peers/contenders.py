@@ -1,29 +1,22 @@
-"""One cell of peers.py: a contender trains a shape for a few steps, in a process of its own.
+"""The contenders: each trains the same samples for a few steps and tells a clock when its steps begin and end.
 
-    python benchmarks/peers_cells.py JOB.json          # as peers.py starts it
-
-All contenders read the same model, adapters on all linear layers, samples in the same order, fused AdamW, clipping at 1. What
-they do with them is their own. unsloth has to be imported before transformers, so imports stand where they are needed.
+All read the same model, adapters on all linear layers, samples in the same order, fused AdamW, clipping at 1. The rest is their
+own. unsloth has to be imported before transformers, so imports stand where they are needed.
 """
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # run as a script, Python has only this file's folder there
-
-from benchmarks.peers_work import RANK, Work, draw, flops_per_token, write_models  # noqa: E402
-from benchmarks.train_step import spread  # noqa: E402
+from benchmarks.harness import build, device, spread
+from benchmarks.peers.work import RANK, Work, flops_per_token
 
 PEAK_FLOPS = 790e12  # bf16 on an H100, as large products reach there
 ALPHA, RATE, CLIP = 64, 5e-5, 1.0
@@ -49,6 +42,17 @@ OURS: dict[str, dict[str, Any]] = {  # flags
     "ours_smallest": {"gradient_checkpointing": "full", "offload_checkpoints": True, "optimizer": "adamw_8bit"},
 }
 CONTENDERS = (*TRL, *UNSLOTH, *OURS, "naive")
+IMPORTS = {  # what takes long, and none of the GPU's time
+    "trl": ("trl.trainer.sft_trainer", "peft"),
+    "unsloth": ("unsloth", "trl.trainer.sft_trainer"),
+    "ours": ("train_loop",),
+    "naive": ("peft",),
+}
+
+
+def family(contender: str) -> str:
+    """trl, unsloth, ours or naive."""
+    return contender.partition("_")[0]
 
 
 class Clock:
@@ -57,48 +61,48 @@ class Clock:
     def __init__(self, warm_up: int):
         import torch
 
-        self.torch, self.on_gpu, self.warm_up = torch, torch.cuda.is_available(), warm_up
-        self.device = torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
+        self.device = device()
+        self.on_gpu, self.warm_up, self.cuda = self.device.type == "cuda", warm_up, torch.cuda
         self.created = time.perf_counter()
         self.load_s = self.first_step_s = self.cold_peak_gb = self.timed_since = math.nan
         self.steps: list[tuple[Any, Any]] = []  # begin and end of each
         self.losses: list[float] = []  # the first step's alone
         self.attention: str | None = None  # where the model's configuration does not tell
 
-    def now(self, wait: bool = False) -> float:
-        """Seconds; with `wait` when the device has done all that it was given."""
-        if wait and self.on_gpu:
-            self.torch.cuda.synchronize()
+    def now(self) -> float:
+        """Seconds, when the device has done all that it was given."""
+        if self.on_gpu:
+            self.cuda.synchronize()
         return time.perf_counter()
 
     def mark(self) -> Any:
         """Now, on the device."""
         if not self.on_gpu:
             return time.perf_counter()
-        event = self.torch.cuda.Event(enable_timing=True)
+        event = self.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def loaded(self) -> None:
         """All that comes before the first step is done."""
-        self.load_s = self.now(wait=True) - self.created
+        self.load_s = self.now() - self.created
 
     def begin(self) -> None:
         """A step begins."""
         if len(self.steps) == self.warm_up:
-            self.timed_since = self.now(wait=True)
+            self.timed_since = self.now()
             self.cold_peak_gb = self.peak_gb()
             if self.on_gpu:
-                self.torch.cuda.reset_peak_memory_stats()
+                self.cuda.reset_peak_memory_stats()
         began = self.mark()
         self.steps.append((began, began))
 
     def end(self) -> None:
-        """It has ended."""
+        """The step has ended."""
         self.steps[-1] = (self.steps[-1][0], self.mark())
         if len(self.steps) == 1:
-            self.now(wait=True)
-            self.first_step_s = self.milliseconds(self.steps)[0] / 1000
+            self.now()
+            self.first_step_s = self.milliseconds()[0] / 1000
 
     def peak_gb(self) -> float:
         """Allocated on the GPU, or resident in the process where there is none."""
@@ -106,9 +110,9 @@ class Clock:
 
         return peak_memory_gb(self.device)
 
-    def milliseconds(self, steps: list[tuple[Any, Any]]) -> list[float]:
-        """How long each took."""
-        return [began.elapsed_time(ended) if self.on_gpu else 1000 * (ended - began) for began, ended in steps]
+    def milliseconds(self) -> list[float]:
+        """How long each step took."""
+        return [began.elapsed_time(ended) if self.on_gpu else 1000 * (ended - began) for began, ended in self.steps]
 
 
 # -- contenders: each trains, tells the clock, and gives back the model ------------------------------------------------
@@ -238,51 +242,31 @@ def unsloth(contender: str, work: Work, folder: Path, dropout: float, clock: Clo
 
 def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
     """What train_loop.main and train do, from the model to the step."""
-    import train_loop
     from qlora.config import TrainConfig
     from qlora.model import attention
-    from qlora.model.load import load_meta_model, load_nf4_model
-    from qlora.model.lora import add_lora, audit_targets
-    from qlora.model.loss import read_head, token_loss_sum
-    from qlora.model.optimizer import build_optimizer
-    from qlora.model.random_state import seed_generators
-    from qlora.speed.accelerate import accelerate
-    from qlora.speed.layers import choose_layers
-    from qlora.speed.memory import leave_no_gaps
+    from train_loop import train_step
 
-    leave_no_gaps()
-    source = str((folder / "fused").resolve())
     config = TrainConfig(
-        model=source,
+        model=str((folder / "fused").resolve()),
         lora_r=RANK,
         lora_alpha=ALPHA,
         lora_dropout=dropout,
         max_length=work.max_length,
         packing=work.packing,
         per_device_train_batch_size=work.batch,
+        gradient_accumulation_steps=work.accumulation,
         **OURS[contender],
     )
-    meta_model = load_meta_model(source, config)
-    attn = attention.choose_attention(config, clock.device, meta_model)
-    config = dataclasses.replace(config, attn_implementation=attn.implementation)
-    config, _ = choose_layers(config, meta_model, audit_targets(meta_model, config), work.max_length, clock.device)
-    seed_generators(config.seed)
-    model = load_nf4_model(source, config, attn.loaded_as, clock.device)
-    model = add_lora(model, config, audit_targets(meta_model, config), source)
-    decoder = accelerate(model, config)
-    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(parameters, config)
-    step = functools.partial(train_loop.train_step, decoder, optimizer, loss_sum=loss_sum)
-    with attention.for_training(model.train(), config):
-        clock.attention = attn.implementation
+    config, _, clock.attention, trainee = build(config)
+    step = functools.partial(train_step, trainee.decoder, trainee.optimizer, loss_sum=trainee.loss_sum)
+    with attention.for_training(trainee.model.train(), config):
         clock.loaded()
         for micro_batches in steps_of(work, clock.on_gpu, config.length_multiple):
             clock.begin()
             loss, _ = step(micro_batches=micro_batches, learning_rate=RATE, max_grad_norm=CLIP)
             clock.end()
             clock.losses += [] if clock.losses else [loss.item()]
-    return model
+    return trainee.model
 
 
 def steps_of(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
@@ -339,34 +323,33 @@ def naive(contender: str, work: Work, folder: Path, dropout: float, clock: Clock
 
 def run_of(contender: str) -> Callable[..., Any]:
     """The function that trains it."""
-    return {"trl": trl, "unsloth": unsloth, "ours": ours, "naive": naive}[contender.partition("_")[0]]
+    return {"trl": trl, "unsloth": unsloth, "ours": ours, "naive": naive}[family(contender)]
 
 
 def measure(contender: str, work: Work, folder: Path, dropout: float) -> dict[str, Any]:
     """Train, and say how long it took, what it needed, and what was trained."""
-    import torch
-
     clock = Clock(work.warm_up)
     model = run_of(contender)(contender, work, folder, dropout, clock)
-    timed_s = clock.now(wait=True) - clock.timed_since
-    step_ms = clock.milliseconds(clock.steps)[work.warm_up :]
+    timed_s = clock.now() - clock.timed_since
+    step_ms = clock.milliseconds()[work.warm_up :]
     tokens = work.tokens_of_steps[work.warm_up :]
     assert len(step_ms) == work.steps, f"{len(step_ms)} steps"
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adapters = sum(parameter.numel() for parameter in trained)
     shape = json.loads((folder / "fused" / "config.json").read_text())
     rate = statistics.median(1000 * count / taken for count, taken in zip(tokens, step_ms, strict=True))
-    flops = flops_per_token(shape, map(len, work.input_ids), sum(parameter.numel() for parameter in trained))
+    flops = flops_per_token(shape, map(len, work.input_ids), adapters)
     return {
         "tokens_per_s": round(rate, 1),
         "tokens_per_s_of_window": round(sum(tokens) / timed_s, 1),
         **spread("step_ms", step_ms),
         "peak_gb": round(clock.peak_gb(), 3),
-        "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 3) if clock.on_gpu else None,
+        "reserved_gb": round(clock.cuda.max_memory_reserved() / 1e9, 3) if clock.on_gpu else None,
         "cold_peak_gb": round(clock.cold_peak_gb, 3),
         "mfu": round(flops * rate / PEAK_FLOPS, 4) if clock.on_gpu else None,
         "gflop_per_token": round(flops / 1e9, 3),
         "adapter_dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})),
-        "adapter_parameters": sum(parameter.numel() for parameter in trained),
+        "adapter_parameters": adapters,
         "attention": clock.attention or getattr(model.config, "_attn_implementation", None),
         "first_loss": clock.losses[0] if clock.losses else None,
         "first_step_s": round(clock.first_step_s, 2),
@@ -376,50 +359,8 @@ def measure(contender: str, work: Work, folder: Path, dropout: float) -> dict[st
     }
 
 
-def imports(contender: str) -> None:
-    """What takes long, and nothing of the GPU's time."""
-    if contender in UNSLOTH:
-        import unsloth  # noqa: F401
-    if contender in (*TRL, *UNSLOTH):
-        import trl
-
-        trl.SFTTrainer  # noqa: B018  it is imported when it is asked for
-    if contender in OURS:
-        import train_loop  # noqa: F401
-    import peft  # noqa: F401
-
-
 def version_of(package: str) -> str | None:
     """As installed; None if it is not."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
-
-
-def main(job: dict[str, Any]) -> dict[str, Any]:
-    """What peers.py asks for: a description of the machine, the models and the samples of shapes, or a cell."""
-    folder = Path(job["folder"])
-    match job["task"]:
-        case "environment":
-            import torch
-
-            from qlora.run.environment import environment
-
-            device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-            return {"environment": environment(device), "on_gpu": device.type == "cuda"}
-        case "models":
-            write_models(job["shape_of_model"], folder, job["split"])
-            for shape in job["shapes"]:
-                work = draw(shape, folder / "fused", job["seed"], job["warm_up"], job["steps"])
-                (folder / f"{shape}.json").write_text(json.dumps(dataclasses.asdict(work)))
-        case "cell":
-            work = Work(**json.loads((folder / f"{job['shape']}.json").read_text()))
-            imports(job["contender"])
-            sys.stdin.readline()  # "go": the cell before has ended
-            return measure(job["contender"], work, folder, job["dropout"])
-    return {}
-
-
-if __name__ == "__main__":
-    asked = json.loads(Path(sys.argv[1]).read_text())
-    Path(asked["result"]).write_text(json.dumps(main(asked)))

@@ -1,4 +1,4 @@
-"""What the contenders of peers.py train, and what it costs to compute: samples, the models, operations.
+"""What the contenders train, and what it costs to compute: samples, the models, operations.
 
 Model FLOP/s utilization divides what a step has to compute by what it took: for each token
 
@@ -20,6 +20,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness import write_random_model
 
 RANK = 32
 SAMPLES = 64  # of mixed lengths
@@ -108,11 +110,6 @@ def quantized_parameters(shape: dict[str, Any]) -> int:
     return shape["num_hidden_layers"] * sum(rows * columns for rows, columns in linear_shapes(shape))
 
 
-def adapter_parameters(shape: dict[str, Any], rank: int = RANK) -> int:
-    """p, with one adapter on each linear layer of Phi-3, whose projections are fused."""
-    return shape["num_hidden_layers"] * sum(rank * (rows + columns) for rows, columns in linear_shapes(shape))
-
-
 def linear_shapes(shape: dict[str, Any]) -> list[tuple[int, int]]:
     """(out, in) of the four linear layers of a block."""
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
@@ -122,7 +119,7 @@ def linear_shapes(shape: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def flops_per_token(shape: dict[str, Any], lengths: Iterable[int], adapters: int) -> float:
-    """F of the module's first lines, for samples of these lengths."""
+    """F of the module's first lines, for samples of these lengths and so many parameters of adapters."""
     lengths, window = list(lengths), shape.get("sliding_window")
     pairs = sum(n * n - max(0, n - (window or n)) ** 2 for n in lengths)  # twice those that causal attention looks at
     attention = 7 * pairs / sum(lengths) * shape["hidden_size"] * shape["num_hidden_layers"]
@@ -133,18 +130,22 @@ def flops_per_token(shape: dict[str, Any], lengths: Iterable[int], adapters: int
 # -- models ----------------------------------------------------------------------------------------------------------
 
 
-def write_models(shape: str, folder: Path, split: bool) -> None:
-    """The model that all contenders load; and, beside it, with split projections for unsloth, which knows no Phi-3 in one."""
-    from benchmarks.train_step import write_random_model
+def prepare(
+    shape_of_model: str, folder: Path, split: bool, shapes: list[str], seed: int, warm_up: int, steps: int
+) -> dict[str, Work]:
+    """Write the model that all contenders load, and draw the samples of each shape.
+
+    With `split` there is one more beside it, with split projections, as unsloth knows no Phi-3 with fused ones.
+    """
     from qlora.model.demo import demo_model
 
-    if shape == "demo":
+    if shape_of_model == "demo":
         (folder / "fused").symlink_to(demo_model())
     else:
-        (folder / "fused").mkdir()
-        write_random_model(shape, folder / "fused")
+        write_random_model(shape_of_model, folder / "fused")
     if split:
         write_split(folder / "fused", folder / "split")
+    return {shape: draw(shape, folder / "fused", seed, warm_up, steps) for shape in shapes}
 
 
 def write_split(fused: Path, folder: Path) -> None:
