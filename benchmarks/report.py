@@ -10,6 +10,8 @@ import re
 
 import cogapp
 
+from benchmarks.attention.tables import *  # noqa: F403  for the documents
+from benchmarks.attention.tables import plot_attention
 from benchmarks.demo import plot_demo
 from benchmarks.harness import ROOT
 from benchmarks.peers.tables import plot_peers
@@ -40,6 +42,7 @@ def main() -> None:
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "qlora"  # the same ids each time it is drawn
     plot_demo()
+    plot_attention("h100")
     plot_peers("h100")
     plot_plan("h100")
     if status := cogapp.Cog().main(["cog", *COG_FLAGS, "-r", *map(str, DOCUMENTS)]):
