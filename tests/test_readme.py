@@ -19,7 +19,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks import report
+from benchmarks import report, tables
 from qlora.cli import train as command_line
 from qlora.config import DEMO_LEARNING_RATE, TrainConfig
 from qlora.data.batch import Batch, collate
@@ -56,7 +56,7 @@ def test_results_name_their_machine_versions_and_commit():
 
 
 def test_the_measured_default_run_keeps_what_is_promised_of_it():
-    _, record = report.load("demo_cpu_*.json")
+    _, record = tables.load("demo_cpu_*.json")
     run = record["runs"][0]
     assert run["default"] and run["steps"] == 120
     assert run["first_loss_s"] < 30 and run["total_s"] < 240 and run["peak_rss_gb"] < 3

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import train_loop
-from benchmarks import report
-from benchmarks.peers_cells import OURS
+from benchmarks.peers.contenders import OURS
+from benchmarks.tables import load
 from qlora.cli import train as command_line
 from qlora.config import TrainConfig, parse
 from qlora.data.batch import epoch_rows, row_length
@@ -41,25 +41,25 @@ LADDERS = {
 
 def measured() -> list[tuple[TrainConfig, int, float]]:
     """Settings, tokens of a row and peak in GB of what ran on an H100 with Phi-3-mini's shape."""
-    record = report.load("train_step_h100_202611.json")[1]
+    record = load("train_step_h100_202611.json")[1]
     batch, length = record["flags"]["batch"], record["flags"]["length"]
     found = [(c, c["attn_implementation"], "none", batch, length, {"lora_dropout": 0.1}) for c in record["cells"]]
     for name, kept in LADDERS.items():
-        for c in report.load(f"{name}_ladder_h100_202611.json")[1]["cells"]:
+        for c in load(f"{name}_ladder_h100_202611.json")[1]["cells"]:
             if c["name"] in kept:
                 more = {"lora_dropout": c["lora_dropout"]}
                 found.append((c, "sdpa", c["compile"], c["per_device_train_batch_size"], c["length"], more))
-    for c in report.load("peers_h100_202611.json")[1]["cells"]:
+    for c in load("peers_h100_202611.json")[1]["cells"]:
         if c["contender"] in OURS and c["shape"][0].isdigit():
             more = OURS[c["contender"]] | {"lora_dropout": c["dropout"]}
             row = {"gradient_checkpointing": more.pop("gradient_checkpointing"), "peak_gb": c["peak_gb"]}
             how = more.pop("compile", "layers" if "offload_checkpoints" in more else "graphs")
             batch, length, _ = map(int, c["shape"].split("x"))
             found.append((row, "sdpa", how, batch, length, more))
-    for c in report.load("plan_h100_202611.json")[1]["cells"]:
+    for c in load("plan_h100_202611.json")[1]["cells"]:
         row = {"gradient_checkpointing": c["checkpointing"], "peak_gb": c["peak_gb"]}
         found.append((row, c["backend"], c["compile"], c["batch"], c["length"], {"lora_r": c["lora_r"], "lora_dropout": 0.0}))
-    record = report.load("tokens_h100_202611.json")[1]
+    record = load("tokens_h100_202611.json")[1]
     found += [(c, "sdpa", c["compile"], c["batch"], record["flags"]["length"], {"lora_dropout": 0.0}) for c in record["cells"]]
     return [
         (TrainConfig(attn_implementation=backend, compile=how, gradient_checkpointing=c["gradient_checkpointing"],
