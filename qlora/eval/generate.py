@@ -1,18 +1,24 @@
 """Answers to prompts, and greedy completions of base and adapter side by side."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from transformers import GenerationConfig
 
 from qlora.data.batch import batched
 from qlora.data.formats import Example
 from qlora.data.template import PromptTemplate, encode_prompt
 from qlora.errors import UserError, is_out_of_memory
+from qlora.speed.decode import TokenGraph, adapters_by_row, decode, decode_unavailable_reason
 
 # What may go wrong with sample answers: libraries, the disk, the data.
 FAILURES = (RuntimeError, MemoryError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, AssertionError,
             ImportError, OSError, UserError)  # fmt: skip
+
+
+MAX_SAMPLE_TOKENS, MAX_SAMPLE_S = 256, 5.0  # of a run's sample answers; the time is for all of them
 
 
 class Completion(NamedTuple):
@@ -38,7 +44,6 @@ def stop_ids(model: Any, template: PromptTemplate) -> list[int]:
     return sorted({template.stop_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     prompts: list[list[int]],
@@ -58,33 +63,7 @@ def generate(
         sampling: None is greedy; else tokens are drawn with torch's generator.
         streamer: of transformers, to show the answer to a single prompt while it grows.
     """
-    from transformers import GenerationConfig
-
-    # What is left unset here would come from the model's own generation_config, as Qwen's penalty on repetition.
-    settings = GenerationConfig(
-        do_sample=sampling is not None,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stop_ids(model, template),
-        pad_token_id=template.stop_id,
-    )
-    if sampling is not None:
-        settings.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or 0)
-    longest = max(map(len, prompts))
-    padded = [[template.stop_id] * (longest - len(ids)) + ids for ids in prompts]
-    seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-    input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
-    training = model.training
-    model.eval()
-    # Mixtures of experts may compute a loss of their routers, which fails here, as the mask is longer than the ids.
-    routers = {"output_router_logits": False} if getattr(model.config, "output_router_logits", False) else {}
-    output = model.generate(  # [B, T + new]
-        input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, streamer=streamer, **routers
-    )
-    model.train(training)
-    return template.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return _answer(model, [prompts], template, _settings(model, template, max_new_tokens, sampling), streamer)[0]
 
 
 def generate_all(
@@ -97,10 +76,60 @@ def generate_all(
 ) -> list[str]:
     """Answers to any number of prompts, in their order; prompts of like length share a batch, for less padding."""
     answers = [""] * len(prompts)
-    for rows in batched(sorted(range(len(prompts)), key=lambda row: len(prompts[row])), batch_size):
-        found = generate(model, [prompts[row] for row in rows], template, max_new_tokens, sampling)
-        for row, answer in zip(rows, found, strict=True):
+    batches = list(batched(sorted(range(len(prompts)), key=lambda row: len(prompts[row])), batch_size))
+    settings = _settings(model, template, max_new_tokens, sampling)
+    found = _answer(model, [[prompts[row] for row in rows] for rows in batches], template, settings)
+    for rows, texts in zip(batches, found, strict=True):
+        for row, answer in zip(rows, texts, strict=True):
             answers[row] = answer
+    return answers
+
+
+def _settings(model: Any, template: PromptTemplate, max_new_tokens: int, sampling: Sampling | None) -> GenerationConfig:
+    # What is left unset here would come from the model's own generation_config, as Qwen's penalty on repetition.
+    settings = GenerationConfig(
+        do_sample=sampling is not None,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_ids(model, template),
+        pad_token_id=template.stop_id,
+    )
+    if sampling is not None:
+        settings.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or 0)
+    return settings
+
+
+@torch.no_grad()
+def _answer(
+    model: Any, batches: list[list[list[int]]], template: PromptTemplate, settings: GenerationConfig, streamer: Any = None
+) -> list[list[str]]:
+    """Answers to each batch of prompts. On a GPU one recorded forward serves all of them, where it can be recorded."""
+    training = model.training
+    model.eval()
+    more: dict[str, Any] = {"streamer": streamer}
+    # Mixtures of experts may compute a loss of their routers, which fails here, as the mask is longer than the ids.
+    if getattr(model.config, "output_router_logits", False):
+        more["output_router_logits"] = False
+    rows = max(map(len, batches))
+    if decode_unavailable_reason(model) is None:
+        longest = max(len(prompt) for prompts in batches for prompt in prompts)
+        graph = TokenGraph(model, rows, longest + settings.max_new_tokens)
+        more["custom_generate"] = functools.partial(decode, graph=graph, show=streamer)
+    answers = []
+    for prompts in batches:
+        full = prompts + prompts[-1:] * (rows - len(prompts)) if "custom_generate" in more else prompts
+        longest = max(map(len, prompts))
+        padded = [[template.stop_id] * (longest - len(ids)) + ids for ids in full]
+        seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in full]
+        input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
+        output = model.generate(  # [B, T + new]
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **more
+        )
+        new = output[: len(prompts), longest:]  # [B, new]
+        answers.append(template.tokenizer.batch_decode(new, skip_special_tokens=True))
+    model.train(training)
     return answers
 
 
@@ -110,13 +139,22 @@ def answer_limit(examples: list[Example], template: PromptTemplate) -> int:
 
 
 def sample_responses(model: Any, examples: list[Example], template: PromptTemplate) -> list[Completion]:
-    """Greedy answers to the prompts of `examples`, without and with the adapter, up to answer_limit."""
+    """Greedy answers to the prompts of `examples`, without and with the adapter, of at most 256 tokens.
+
+    On a GPU both are one batch, and generation ends after 5 s, however long an answer is by then.
+    """
     prompts = [encode_prompt(example.prompt, template) for example in examples]
-    limit = answer_limit(examples, template)
+    settings = _settings(model, template, min(answer_limit(examples, template), MAX_SAMPLE_TOKENS), sampling=None)
     with torch.autocast(model.device.type, torch.bfloat16):  # as training runs
-        tuned = generate(model, prompts, template, limit)
-        with model.disable_adapter():
-            base = generate(model, prompts, template, limit)
+        if decode_unavailable_reason(model) is None:
+            settings.max_time = MAX_SAMPLE_S
+            with adapters_by_row(model, torch.arange(2 * len(prompts), device=model.device) < len(prompts)):
+                (answers,) = _answer(model, [prompts + prompts], template, settings)
+            tuned, base = answers[: len(prompts)], answers[len(prompts) :]
+        else:
+            (tuned,) = _answer(model, [prompts], template, settings)
+            with model.disable_adapter():
+                (base,) = _answer(model, [prompts], template, settings)
     rows = zip(examples, base, tuned, strict=True)
     return [Completion(example.prompt[-1].content, base, tuned, example.response) for example, base, tuned in rows]
 

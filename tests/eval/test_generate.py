@@ -105,10 +105,11 @@ def test_many_prompts_keep_their_order_in_batches_by_length(model, tokenizer, te
     wake_adapters(model)
     prompts = [tokenizer(text).input_ids for text in ("Create an AVRO schema for it", "a", '"name": "id"', "Create", "an AVRO")]
     seen = []
-    original = generation.generate
-    monkeypatch.setattr(generation, "generate", lambda *a: seen.append([len(ids) for ids in a[1]]) or original(*a))
+    answer = generation._answer
+    monkeypatch.setattr(generation, "_answer", lambda *a: seen.extend([*map(len, batch)] for batch in a[1]) or answer(*a))
     together = generate_all(model, prompts, template, 6, batch_size=2)
     lengths = sorted(map(len, prompts))
+    monkeypatch.undo()
     assert seen == [lengths[:2], lengths[2:4], lengths[4:]]
     assert together == [generate(model, [prompt], template, 6)[0] for prompt in prompts]
 
