@@ -35,7 +35,7 @@ from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
 from qlora.run import checkpoint
 from qlora.run.files import verify, write_folder
-from qlora.speed import layers, nf4
+from qlora.speed import decode, layers, nf4
 from qlora.speed.accelerate import accelerate
 from tests.helpers import (
     RUN_INFO,
@@ -46,6 +46,7 @@ from tests.helpers import (
     gradients,
     relative_error,
     tensors,
+    to_fp32,
     wake_adapters,
 )
 from train_loop import train_step
@@ -340,7 +341,7 @@ def test_running_out_of_memory_in_the_answers_leaves_a_complete_run(tiny, tmp_pa
         torch.cuda.set_per_process_memory_fraction(held[0][0] / torch.cuda.get_device_properties(GPU).total_memory)
         return torch.empty(2**33, dtype=torch.uint8, device=GPU)  # a KV cache that does not fit
 
-    monkeypatch.setattr(generate, "generate", cramped)
+    monkeypatch.setattr(generate, "_answer", cramped)
     flags = ["--model", "tiny-random", "--max-steps", "2", "--output-dir", str(tmp_path / "run")]
     try:
         assert command_line(flags) == 0
@@ -549,6 +550,36 @@ def test_a_run_is_evaluated_and_answers_on_the_gpu(tiny, tmp_path, capsys):
     capsys.readouterr()
     assert any_command(["generate", str(tmp_path / "run"), "--prompt", "Create", "--max-new-tokens", "8", "--compare"]) == 0
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("sampling", [None, generate.Sampling(0.9, top_p=0.8, top_k=20)])
+def test_answers_by_a_recorded_forward_are_transformers_own(config, tokenizer, template, monkeypatch, sampling):
+    """In fp32, so that no tie turns: in one batch, and in batches that share a recording."""
+    model = to_fp32(gpu_model(config, "sdpa"))
+    wake_adapters(model, scale=0.5)
+    assert decode.decode_unavailable_reason(model) is None
+    prompts = [tokenizer(text).input_ids for text in ("Create an AVRO schema for it", "a", '"name": "id"', "Create", "an AVRO")]
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    answers = []
+    for reason in ("not now", None):
+        monkeypatch.setattr(generate, "decode_unavailable_reason", lambda _, reason=reason: reason)
+        torch.manual_seed(7)
+        answers.append(generate.generate(model, prompts, template, 12, sampling))
+        answers[-1] += generate.generate_all(model, prompts, template, 12, 2)
+        assert len(set(replays)) == (0 if reason else 2)
+    assert answers[0] == answers[1] and len(set(answers[0])) >= 5
+
+
+def test_base_and_adapter_answer_in_one_recorded_batch(config, template, examples, monkeypatch):
+    model = gpu_model(config, "sdpa")
+    monkeypatch.setattr(generate, "MAX_SAMPLE_TOKENS", 3)  # later a tie may turn, in bf16
+    answers = []
+    for reason in ("not now", None):
+        monkeypatch.setattr(generate, "decode_unavailable_reason", lambda _, reason=reason: reason)
+        answers.append(generate.sample_responses(model, examples[:3], template))
+    assert answers[0] == answers[1] and any(sample.base != sample.tuned for sample in answers[0])
 
 
 def test_plan_knows_the_memory_of_this_gpu(capsys):

@@ -22,7 +22,12 @@ def decode_unavailable_reason(model: Any) -> str | None:
         return "no CUDA GPU"
     if any(isinstance(module, bitsandbytes.nn.Linear8bitLt) for module in model.modules()):
         return "layers in 8 bits wait for the device"
-    return graphs_unavailable_reason(model)
+    return graphs_unavailable_reason(_base(model))
+
+
+def _base(model: Any) -> Any:
+    """The causal LM itself, with or without adapters in it."""
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
 class TokenGraph:
@@ -37,7 +42,7 @@ class TokenGraph:
     """
 
     def __init__(self, model: Any, rows: int, length: int):
-        base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        base = _base(model)
         self._forward = base.forward
         # The argument has another name from transformers 5.24 on.
         self._cache_name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
