@@ -19,6 +19,7 @@ sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]  # run as a script, 
 import cogapp  # noqa: E402
 import tabulate  # noqa: E402
 
+from benchmarks.guide_claims.tables import claims, claims_short  # noqa: E402, F401
 from qlora.run.schema import in_gb  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -628,104 +629,6 @@ def rate(cell: Cell, peak: float) -> str:
     operations = cell["forward_tflops"] * cell["forward_ms"] + cell["backward_tflops"] * cell["backward_ms"]
     tflops = operations / (cell["forward_ms"] + cell["backward_ms"])
     return f"{tflops:.3g} ({tflops / peak:.0%})"
-
-
-CLAIMS_FILE = "guide_claims_*.json"
-
-
-def is_measured(row: Cell) -> bool:
-    """Whether a row of guide_claims.py has figures that were measured, by itself or in a file that it names."""
-    return row["how"] == "measured" or row["how"].startswith("from ")
-
-
-def claims_in_numbers(rows: list[Cell]) -> str:
-    """How many claims there are, how they came out, and how that was found."""
-    verdicts = ", ".join(f"{sum(row['verdict'] == verdict for row in rows if row['how'] != 'not measured')} {told}"
-                         for verdict, told in (("right", "right"), ("wrong", "wrong"), ("depends", "depend")))  # fmt: skip
-    others = [
-        f"{sum(row['how'] == how for row in rows)} {how}" for how in ("computed", "read from the library", "not measured")
-    ]
-    return f"{len(rows)} claims: {verdicts}. {sum(map(is_measured, rows))} are measured, {', '.join(others)}."
-
-
-def claims_record() -> tuple[str, dict[str, Any]]:
-    """Name and contents of the newest file of claims.
-
-    Raises:
-        SystemExit: it has not a row for each claim.
-    """
-    from benchmarks.guide_claims_list import CLAIMS
-
-    name, record = load(CLAIMS_FILE)
-    if lacking := sorted(CLAIMS.keys() - {row["id"] for row in record["rows"]}):
-        told = f"{name} lacks {len(lacking)} of {len(CLAIMS)} claims ({', '.join(lacking[:5])})"
-        raise SystemExit(f"{told}; measure them: python benchmarks/guide_claims.py --missing")
-    return name, record
-
-
-def how_known(row: Cell) -> str:
-    """How a row's figures came about; of a file, also the command that made it."""
-    return f"{row['how']}, `{row['command']}`" if row["how"].startswith("from ") else str(row["how"])
-
-
-def claims_short() -> str:
-    """The claims that matter most."""
-    name, record = claims_record()
-    rows = [[row["claim"], row["verdict"], row["fact"]] for row in record["rows"] if row["short"]]
-    told = f"{claims_in_numbers(record['rows'])} {source(name, {**record, 'cells': record['rows']})}"
-    return f"{table(['a guide says', 'verdict', 'what is so'], rows)}\n\n{told}"
-
-
-def claims() -> str:
-    """All claims, a table for each group, and under that of memory its terms."""
-    name, record = claims_record()
-    parts = [claims_in_numbers(record["rows"])]
-    for group in dict.fromkeys(row["group"] for row in record["rows"]):
-        rows = [row for row in record["rows"] if row["group"] == group]
-        cells = [[f"`{row['id']}`", row["claim"], row["verdict"], row["fact"], how_known(row)] for row in rows]
-        parts += [f"## {group}", table(["id", "the guide says", "verdict", "what is so", "how it is known"], cells)]
-        figures = {row["id"]: row["figures"] for row in rows}
-        if {"total-2gb", "memory-terms"} <= figures.keys():
-            parts.append(memory_terms(figures["total-2gb"], figures["memory-terms"]))
-    if record["trainings"]:
-        parts += ["## The short runs", claim_runs(record)]
-    parts.append(f"Perplexity: {record['text']}. {source(name, {**record, 'cells': record['rows']})}")
-    return "\n\n".join(parts)
-
-
-def memory_terms(phi3: Cell, demo: Cell) -> str:
-    """The memory of a step term by term: predicted for Phi-3-mini, and predicted and weighed for the demo."""
-    rows = []
-    for term, size in phi3["terms_gb"].items():
-        weighed = [f"{demo[kind][term]:.2f}" if term in demo[kind] else "" for kind in ("predicted_mb", "measured_mb")]
-        rows.append([term, f"{size:.2f}", *weighed])
-    rows.append(["all, predicted", f"{phi3['predicted_gb']:.2f}", "", ""])
-    rows.append(["all, measured on an H100", f"{phi3['measured_gb']:.2f}", "", ""])
-    headers = ["term, full checkpointing", "Phi-3-mini, 2 x 2,048 tokens, GB", "demo, predicted, MB", "demo, weighed, MB"]
-    return table(headers, rows)
-
-
-def claim_runs(record: dict[str, Any]) -> str:
-    """The runs of the demo that claims about training read."""
-    rows = []
-    for run in record["trainings"]:
-        flags = " ".join(
-            f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, list) else f'{value:g}'}"
-            for name, value in run["flags"].items()
-        )
-        rows.append(
-            [
-                f"`{flags}`" if flags else "(the demo's defaults)",
-                f"{run['trained_parameters']:,}",
-                f"{run['train_loss_without_dropout']:.4f}",
-                f"{run['eval_loss'][-1]:.4f}",
-                f"{run['text_perplexity']:.2f}",
-            ]
-        )
-    headers = ["python train_loop.py", "trained parameters", "training loss, dropout off", "eval loss", "text perplexity"]
-    epochs = sorted({run["epochs"] for run in record["trainings"]})
-    what = f"`{record['model']}`, `--num-train-epochs {' or '.join(map(str, epochs))}`, one run each; losses in nats per token."
-    return f"{table(headers, rows)}\n\n{what}"
 
 
 def inference() -> str:

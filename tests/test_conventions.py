@@ -12,7 +12,7 @@ LOOP = ROOT / "train_loop.py"
 PRODUCT = [LOOP, *ROOMS]
 TREES = {
     path: ast.parse(path.read_text())
-    for path in [*PRODUCT, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    for path in [*PRODUCT, *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
 }
 
 
