@@ -24,6 +24,7 @@ from benchmarks.attention.tables import (
     plot_attention,
 )
 from benchmarks.demo import demo_output, demo_summary, plot_demo, sweep
+from benchmarks.guide_claims.tables import claims, claims_short
 from benchmarks.harness import ROOT
 from benchmarks.inference import inference
 from benchmarks.kill_resume import survival

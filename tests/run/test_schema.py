@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import guide_claims, harness
+from benchmarks import harness
 from qlora.report import record
 from qlora.run.schema import in_gb, with_current_keys
 from tests.helpers import EVALUATED, write_run
@@ -48,4 +48,4 @@ def test_old_result_files_are_continued_in_gb(tmp_path):
     assert harness.reopened(path, environment, {})["cells"] == [{"peak_gb": pytest.approx(1.073741824)}]
     row = {"id": "x", "figures": {"peak_gib": 1.0}}
     path.write_text(json.dumps({"environment": environment, "model": "demo", "trainings": [], "rows": [row]}))
-    assert guide_claims.opened(path, "demo", environment)["rows"][0]["figures"] == {"peak_gb": pytest.approx(1.073741824)}
+    assert harness.reopened(path, environment, {})["rows"][0]["figures"] == {"peak_gb": pytest.approx(1.073741824)}
