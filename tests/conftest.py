@@ -5,8 +5,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported; a test that reaches out fails at once
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start; see below
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -15,13 +17,17 @@ from qlora.config import BUNDLED_TRAIN, TrainConfig
 from qlora.data.dataset import encode_all
 from qlora.data.formats import Example, read_examples
 from qlora.data.template import PromptTemplate, TokenizedExample, load_template
+from qlora.eval import generate
 from qlora.model import demo
 from qlora.model.load import load_meta_model, load_tokenizer
 from qlora.model.loss import Head, read_head
 from qlora.report import html
 from qlora.speed import lora_linear
-from tests.helpers import adapted_model
+from tests.helpers import SHORT_TRAIN, adapted_model
 
+hypothesis.settings.register_profile("small", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)  # pytest --hypothesis-profile thorough
+hypothesis.settings.load_profile("small")
 torch.set_num_threads(1)  # 30 times faster than 2 on a model this small
 
 
@@ -50,7 +56,16 @@ def report_left_out(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(html, "after_training", lambda folder: "left out")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session", autouse=True)
+def short_answers() -> Iterator[None]:
+    """At its end a run generates 8 tokens at most for each sample answer; what is generated is not what its tests are about."""
+    original = generate.answer_limit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "answer_limit", lambda *arguments: min(original(*arguments), 8))
+        yield
+
+
+@pytest.fixture(scope="session")
 def config(tiny: Path) -> TrainConfig:
     """A resolved configuration for the tiny model, without dropout, so that two ways to compute agree."""
     config, _ = TrainConfig(model=str(tiny), lora_r=4, lora_alpha=8, lora_dropout=0.0, learning_rate=1e-3).resolved(
@@ -59,14 +74,20 @@ def config(tiny: Path) -> TrainConfig:
     return config
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def examples() -> list[Example]:
-    return list(read_examples(BUNDLED_TRAIN, "train"))
+    return list(read_examples(SHORT_TRAIN, "train"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def samples(examples, template, config) -> list[TokenizedExample]:
-    return encode_all(examples, BUNDLED_TRAIN, template, config)[0]
+    return encode_all(examples, SHORT_TRAIN, template, config)[0]
+
+
+@pytest.fixture(scope="session")
+def bundled(template, config) -> list[TokenizedExample]:
+    """The bundled samples, of 145 to 228 tokens; those of `samples` have 29 to 55."""
+    return encode_all(read_examples(BUNDLED_TRAIN, "train"), BUNDLED_TRAIN, template, config)[0]
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 import train_loop
+from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN
 from qlora.data.batch import Batch, batched, collate, epoch_order, epoch_rows, iter_batches
 from qlora.data.dataset import TokenizedDataset
 from qlora.data.formats import Example, Message, read_examples
@@ -31,10 +32,14 @@ from qlora.data.template import IGNORED, TokenizedExample, encode
 from qlora.model import loss
 from qlora.model.loss import Head, read_head, token_loss_sum
 from qlora.run.signals import Signals
-from tests.helpers import adapted_model, decoder_of, plain_loss_sum, relative_error, to_fp32
+from tests.helpers import SHORT_EVAL, SHORT_TRAIN, adapted_model, decoder_of, plain_loss_sum, relative_error, to_fp32
 from train_loop import train_step
 
 SEEDS = (42, 43, 44)  # of the order of samples, the start of the adapters, dropout
+SHORT, BUNDLED = (
+    {"train_file": str(train), "eval_file": str(evaluation)}
+    for train, evaluation in ((SHORT_TRAIN, SHORT_EVAL), (BUNDLED_TRAIN, BUNDLED_EVAL))
+)  # 22 samples each; tolerances are for the bundled ones, over whose tokens rounding averages out
 EPOCHS, STEPS, WARMUP = 3, 18, 2  # 22 samples: 11 micro-batches, 6 steps per epoch, the last of one micro-batch
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # an old name, still in TRL's
 
@@ -185,14 +190,19 @@ def course(config):
 
     def build(**changes):
         usual = {"attn_implementation": "sdpa", "compile": "none", "gradient_checkpointing": "full"}
-        return dataclasses.replace(config, num_train_epochs=EPOCHS, **(usual | changes))
+        return dataclasses.replace(config, num_train_epochs=EPOCHS, **(SHORT | usual | changes))
 
     return build
 
 
-@pytest.fixture
 def encoded(samples) -> list[dict[str, Any]]:
     return [{"input_ids": sample.input_ids, "labels": sample.labels} for sample in samples]
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[float, Course]:
+    """Runs of the Trainer by their dropout, each made by the first test that reads it."""
+    return {}
 
 
 def largest_difference(one: Course, other: Course) -> dict[str, float]:
@@ -217,9 +227,9 @@ def moved(config, run: Course) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_loop_is_the_trainer_bit_for_bit(course, samples, encoded, tmp_path, monkeypatch, seed):
+def test_the_loop_is_the_trainer_bit_for_bit(course, samples, tmp_path, monkeypatch, seed):
     config = course(seed=seed)
-    reference = theirs(config, samples, tmp_path, encoded, data_collator=without_mask)
+    reference = theirs(config, samples, tmp_path, encoded(samples), data_collator=without_mask)
     assert largest_difference(ours(config, tmp_path, monkeypatch), reference) == SAME
     orders = [epoch_rows(samples, config, epoch) for epoch in (1, 2, 3)]
     assert orders[0] != orders[1] != orders[2] and reference.rates[:3] == [0.0, 5e-4, 1e-3]
@@ -227,11 +237,12 @@ def test_the_loop_is_the_trainer_bit_for_bit(course, samples, encoded, tmp_path,
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_so_it_is_with_a_collator_of_transformers_own(course, samples, encoded, tokenizer, tmp_path, monkeypatch, backend):
+def test_so_it_is_with_a_collator_of_transformers_own(course, samples, bundled, tokenizer, tmp_path, monkeypatch, backend):
     """Its padding mask changes nothing with eager attention; sdpa takes another kernel for it, which rounds otherwise."""
-    config = course(attn_implementation=backend)
+    files, rows = (SHORT, samples) if backend == "eager" else (BUNDLED, bundled)
+    config = course(attn_implementation=backend, **files)
     collator = transformers.DataCollatorForSeq2Seq(tokenizer)
-    reference = theirs(config, samples, tmp_path, encoded, data_collator=collator)
+    reference = theirs(config, rows, tmp_path, encoded(rows), data_collator=collator)
     result = ours(config, tmp_path, monkeypatch)
     if backend == "eager":
         assert largest_difference(result, reference) == SAME
@@ -240,10 +251,10 @@ def test_so_it_is_with_a_collator_of_transformers_own(course, samples, encoded, 
         assert error < 0.01 and result.norms == pytest.approx(reference.norms, rel=0.01), error
 
 
-def test_dropout_is_drawn_in_the_trainers_order(course, samples, encoded, tmp_path, monkeypatch):
+def test_dropout_is_drawn_in_the_trainers_order(course, samples, tmp_path, monkeypatch):
     """Within an epoch, computed again in backward included. Between epochs a DataLoader draws a number for its workers."""
     config = course(lora_dropout=0.1)
-    reference = theirs(config, samples, tmp_path, encoded, data_collator=without_mask)
+    reference = theirs(config, samples, tmp_path, encoded(samples), data_collator=without_mask)
     assert largest_difference(ours(config, tmp_path, monkeypatch), reference) == SAME
     undropped = ours(course(), tmp_path / "undropped", monkeypatch)
     assert relative_error(moved(config, undropped), moved(config, reference)) > 0.05
@@ -259,14 +270,16 @@ def test_dropout_is_drawn_in_the_trainers_order(course, samples, encoded, tmp_pa
         (token_loss_sum, True, 0.1, 0.03),  # with PEFT's own draws
     ],
 )
-def test_our_head_and_layers_are_within_rounding(course, samples, encoded, tmp_path, monkeypatch, operator_calls, loss_sum,
+def test_our_head_and_layers_are_within_rounding(course, bundled, references, tmp_path, monkeypatch, operator_calls, loss_sum,
                                                  own_layers, dropout, tolerance):  # fmt: skip
     """Relative error of what 18 steps added to the adapter, tensor by tensor; about half of the tolerance is seen.
 
     AdamW forgives gradients that are too large throughout, so norms before clipping are compared too.
     """
-    config = course(lora_dropout=dropout)
-    reference = theirs(config, samples, tmp_path, encoded, data_collator=without_mask)
+    config = course(lora_dropout=dropout, **BUNDLED)
+    if dropout not in references:
+        references[dropout] = theirs(config, bundled, tmp_path, encoded(bundled), data_collator=without_mask)
+    reference = references[dropout]
     assert not operator_calls
     losses, original = [], loss._cross_entropy
     monkeypatch.setattr(loss, "_cross_entropy", lambda *arguments: losses.append(1) or original(*arguments))
@@ -280,14 +293,14 @@ def test_our_head_and_layers_are_within_rounding(course, samples, encoded, tmp_p
 EXACT = 1e-5  # relative error of each tensor in fp32, where only the order of additions differs
 
 
-def test_our_head_and_layers_train_as_the_trainer_does_in_fp32(course, samples, encoded, tmp_path, monkeypatch, operator_calls):
+def test_our_head_and_layers_train_as_the_trainer_does_in_fp32(course, samples, tmp_path, monkeypatch, operator_calls):
     """Operator and loss are ours here. In fp32 on a CPU both ways are exact but for the order of additions, so each module must
     agree on its own: 3e-7 is seen after 18 steps."""
     config = course(lora_alpha=3)  # r is 4: a scale that is no power of two
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     result = ours(config, tmp_path / "ours", monkeypatch, token_loss_sum, own_layers=True, exact=True)
     steps = len(operator_calls)
-    reference = theirs(config, samples, tmp_path, encoded, data_collator=without_mask, exact=True)
+    reference = theirs(config, samples, tmp_path, encoded(samples), data_collator=without_mask, exact=True)
     assert steps and len(operator_calls) == steps  # ours in the loop, PEFT's in the Trainer
     assert relative_error(moved(config, result), moved(config, reference)) < EXACT
     assert result.losses == pytest.approx(reference.losses, rel=EXACT)
@@ -317,10 +330,10 @@ def test_from_text_to_adapter_the_loop_is_trl_bit_for_bit(course, samples, templ
     assert largest_difference(result, reference) == SAME
 
 
-def test_as_both_are_shipped_they_differ_by_rounding(course, samples, template, tmp_path, monkeypatch):
+def test_as_both_are_shipped_they_differ_by_rounding(course, bundled, template, tmp_path, monkeypatch):
     """Ours has fp32 adapters, another head and other layers; most of it are updates that bf16 adapters round away."""
-    config = course()
-    reference = sft(config, samples, tmp_path, template)
+    config = course(**BUNDLED)
+    reference = sft(config, bundled, tmp_path, template)
     results = [
         ours(config, tmp_path / str(dtype), monkeypatch, token_loss_sum, True, dtype)
         for dtype in (torch.float32, torch.bfloat16)

@@ -71,6 +71,12 @@ VARLEN = pytest.param(
 BACKENDS = ["sdpa", "eager", FLASH, VARLEN]
 
 
+@pytest.fixture
+def samples(bundled):
+    """A GPU has time for long ones."""
+    return bundled
+
+
 def gpu_model(config, backend: str):
     torch.manual_seed(config.seed)
     model = load_nf4_model(config.model, config, attention.Attention(backend, "").loaded_as, GPU)

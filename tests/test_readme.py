@@ -26,6 +26,7 @@ from qlora.data.batch import Batch, collate
 from qlora.data.template import IGNORED
 from qlora.model.loss import read_head
 from qlora.run.signals import Signals
+from tests.helpers import SHORT_DATA, SHORT_EVAL, SHORT_TRAIN
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -103,7 +104,9 @@ def changed_loop(text: str, folder: Path, monkeypatch, name: str) -> Any:
 
 def short_run(folder: Path, save_steps: int | None = None) -> TrainConfig:
     """Of the tiny model, eight steps."""
-    return TrainConfig(model="tiny-random", output_dir=folder, max_steps=8, learning_rate=1e-2, lora_r=4, save_steps=save_steps)
+    files = {"train_file": str(SHORT_TRAIN), "eval_file": str(SHORT_EVAL)}
+    options = {"max_steps": 8, "learning_rate": 1e-2, "lora_r": 4, "save_steps": save_steps}
+    return TrainConfig(model="tiny-random", output_dir=folder, **files, **options)
 
 
 def run_copy(text: str, folder: Path, monkeypatch, name: str, save_steps: int | None = None) -> list[dict]:
@@ -138,13 +141,19 @@ def fixed(model, samples) -> tuple[Any, Batch, torch.Tensor]:
     return model, batch, hidden.to(torch.bfloat16)
 
 
+@pytest.fixture(scope="module")
+def unchanged(tiny, tmp_path_factory) -> list[dict]:
+    """Metrics of a short run of train_loop.py as it is."""
+    text = (ROOT / "train_loop.py").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        return run_copy(text, tmp_path_factory.mktemp("unchanged"), patch, "original")
+
+
 @pytest.mark.parametrize(("name", "diff"), DIFFS, ids=[name for name, _ in DIFFS])
-def test_each_edit_applies_runs_and_changes_what_it_says(tmp_path, monkeypatch, name, diff, samples):
-    original = (ROOT / "train_loop.py").read_text()
-    before, after = (
-        [row for row in run_copy(text, tmp_path, monkeypatch, label) if row["event"] == "step"]
-        for text, label in ((original, "original"), (applied(diff, original), name))
-    )
+def test_each_edit_applies_runs_and_changes_what_it_says(tmp_path, monkeypatch, name, diff, samples, unchanged):
+    text = applied(diff, (ROOT / "train_loop.py").read_text())
+    after = [row for row in run_copy(text, tmp_path, monkeypatch, name) if row["event"] == "step"]
+    before = [row for row in unchanged if row["event"] == "step"]
     assert len(after) == len(before) == 8
     if name == "metric":
         lengths = {sample.line: len(sample.input_ids) for sample in samples}
@@ -386,7 +395,7 @@ def run_commands(number: int, folder: Path, monkeypatch, capsys) -> str:
         python, script, *flags = command.split()
         assert (python, script) == ("python", "train_loop.py")
         short = [] if "--num-train-epochs" in flags else ["--max-steps", "5"]
-        assert command_line([*flags, "--model", "tiny-random", *short]) == 0
+        assert command_line([*SHORT_DATA, *flags, "--model", "tiny-random", *short]) == 0
     return capsys.readouterr().out
 
 

@@ -14,13 +14,13 @@ import transformers
 
 import train_loop
 from qlora.cli import train as command_line
-from qlora.config import BUNDLED_TRAIN, parse
+from qlora.config import parse
 from qlora.data.batch import batched, collate, epoch_rows, iter_batches
 from qlora.data.template import IGNORED, TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.speed import layers
-from tests.helpers import adapted_model, plain_loss_sum, relative_error, wake_adapters
+from tests.helpers import SHORT_DATA, SHORT_TRAIN, adapted_model, plain_loss_sum, relative_error, wake_adapters
 from train_loop import lr_multiplier, train_step
 
 # -- schedule --------------------------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def run(tmp_path, *flags: str) -> tuple[int, list[dict]]:
     """The command line, in this process, on the tiny model; its exit code and the rows of metrics.jsonl."""
     folder = tmp_path / "run"
     code = command_line(
-        ["--model", "tiny-random", "--output-dir", str(folder), "--lora-r", "4", "--learning-rate", "1e-2", *flags]
+        ["--model", "tiny-random", "--output-dir", str(folder), "--lora-r", "4", "--learning-rate", "1e-2", *SHORT_DATA, *flags]
     )
     metrics = folder / "metrics.jsonl"
     return code, [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
@@ -386,7 +386,7 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_p
 
 def test_a_packed_run_sees_every_sample_once_in_each_epoch(samples, tiny, tmp_path):
     """8 rows: 3 micro-batches, the last of 2 rows; 2 steps, the last of one micro-batch."""
-    packing = ["--packing", "--max-length", "600"]
+    packing = ["--packing", "--max-length", "130"]
     code, rows = run(tmp_path, *packing, "--num-train-epochs", "3", "--per-device-train-batch-size", "3")
     steps = [row for row in rows if row["event"] == "step"]
     assert code == 0 and len(epoch_rows(samples, parse(packing), 1)) == 8
@@ -431,11 +431,16 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny, tmp_pat
 
 def test_evaluation_disturbs_nothing(tiny, tmp_path):
     """With and without eval data: the same losses to the last bit, dropout on."""
-    flags = ["--train-file", str(BUNDLED_TRAIN), "--num-train-epochs", "2"]
-    _, without = run(tmp_path / "a", *flags)
-    _, with_it = run(tmp_path / "b", *flags, "--eval-file", str(BUNDLED_TRAIN))
+    _, without = run(tmp_path / "a", "--num-train-epochs", "2", "--eval-file", "None")
+    _, with_it = run(tmp_path / "b", "--num-train-epochs", "2", "--eval-file", str(SHORT_TRAIN))
     assert [r["loss"] for r in without] == [r["loss"] for r in with_it if r["event"] == "step"]
     assert len(with_it) > len(without)
+
+
+@pytest.fixture(scope="module")
+def usual(tiny, tmp_path_factory) -> list[dict]:
+    """Metrics of a run of 8 steps without any option."""
+    return run(tmp_path_factory.mktemp("usual"), "--max-steps", "8")[1]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +451,7 @@ def test_evaluation_disturbs_nothing(tiny, tmp_path):
         "--gradient-checkpointing full",
         "--attn-implementation eager",
         "--target-modules qkv_proj o_proj",
-        "--max-length 120 --on-long truncate",
+        "--max-length 40 --on-long truncate",
         "--save-total-limit 2",
         "--per-device-train-batch-size 3 --gradient-accumulation-steps 1",
         "--max-grad-norm None",
@@ -454,12 +459,11 @@ def test_evaluation_disturbs_nothing(tiny, tmp_path):
         "--weight-decay 0.5",
         "--warmup-ratio 0.5",
         "--seed 5",
-        "--packing --max-length 500",
+        "--packing --max-length 100",
     ],
 )
-def test_every_option_runs_and_changes_the_run(tiny, tmp_path, flags):
+def test_every_option_runs_and_changes_the_run(usual, tmp_path, flags):
     code, rows = run(tmp_path / "with", *flags.split(), "--max-steps", "8")
-    _, usual = run(tmp_path / "without", "--max-steps", "8")
     assert code == 0 and len([row for row in rows if row["event"] == "step"]) == 8
     same = [row["loss"] for row in rows if row["event"] == "step"] == [row["loss"] for row in usual if row["event"] == "step"]
     assert same == (flags in {"--gradient-checkpointing full", "--save-total-limit 2"})
@@ -515,7 +519,8 @@ def test_no_mask_is_made_for_padding(tiny, tmp_path, monkeypatch):
 def test_dropped_samples_are_not_generated_from(tiny, tmp_path, capsys):
     rows = [{"prompt": "long " * 200, "completion": "a"}, *({"prompt": f"q{i}", "completion": "a"} for i in range(5))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert run(tmp_path, "--train-file", str(tmp_path / "rows.jsonl"), "--max-length", "100", "--max-steps", "1")[0] == 0
+    flags = ["--train-file", str(tmp_path / "rows.jsonl"), "--eval-file", "None", "--max-length", "100", "--max-steps", "1"]
+    assert run(tmp_path, *flags)[0] == 0
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert [sample["prompt"] for sample in samples] == ["q0", "q1", "q2"]
     assert "Greedy answers to training prompts" in capsys.readouterr().out
@@ -523,7 +528,7 @@ def test_dropped_samples_are_not_generated_from(tiny, tmp_path, capsys):
 
 def test_one_example_trains(tiny, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"prompt": "q", "completion": "a"}\n')
-    code, rows = run(tmp_path, "--train-file", str(tmp_path / "one.jsonl"), "--num-train-epochs", "2")
+    code, rows = run(tmp_path, "--train-file", str(tmp_path / "one.jsonl"), "--eval-file", "None", "--num-train-epochs", "2")
     assert code == 0 and [row["num_tokens"] for row in rows] == [2, 2]
 
 

@@ -3,6 +3,8 @@
 import json
 from typing import ClassVar
 
+import pytest
+
 from benchmarks import demo, kill_resume
 from benchmarks.harness import Output
 
@@ -49,6 +51,7 @@ def test_a_schema_is_right_if_it_is_what_was_asked_for():
     assert not any(demo.is_asked_schema(asked, answer) for answer in ("", "[1]", "{", "3"))
 
 
+@pytest.mark.faults
 def test_a_killed_run_is_compared_with_a_straight_one(tmp_path):
     out = tmp_path / "out.json"
     kill_resume.main(kill_resume.Options(Output(out), shape="tiny", kills=1, length=150))

@@ -94,7 +94,7 @@ def test_json_knows_no_nan(rows):
 
 def test_tokens_are_scored_as_by_transformers_and_counted_by_sample(model, head, samples):
     wake_adapters(model)
-    rows = [samples[0], samples[1]._replace(labels=[IGNORED] * 110 + samples[1].labels[110:]), samples[2]]
+    rows = [samples[0], samples[1]._replace(labels=[IGNORED] * 44 + samples[1].labels[44:]), samples[2]]
     results = [evaluate.score_tokens(model, rows, size) for size in (1, 3)]
     model.eval()
     for index, row in enumerate(rows):

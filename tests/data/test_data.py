@@ -725,7 +725,6 @@ def test_the_first_token_of_a_row_is_never_a_target():
     assert batch.positions.tolist() == [0] and batch.num_tokens == 1
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=5))
 def test_positions_point_at_the_state_before_each_label(masks):
     rows = [
@@ -806,7 +805,6 @@ encoded = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(encoded, min_size=1, max_size=4), min_size=1, max_size=3))
 def test_packed_rows_hold_what_their_samples_hold(rows):
     """Whatever is trained on, a sample's first id too (`--loss-on all`): the targets are those of one sample a row."""
@@ -851,7 +849,7 @@ def best_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
     return rows
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=max(200, settings.default.max_examples))
 @given(st.data(), st.integers(1, 30))
 def test_packing_is_best_fit_decreasing_in_any_order(draw, budget):
     lengths = draw.draw(st.lists(st.integers(1, budget), max_size=30))
@@ -870,19 +868,19 @@ def test_packing_keeps_the_order_among_equals():
     assert pack([], [], 4) == []
 
 
-def test_rows_of_an_epoch_are_a_pure_function_of_seed_and_epoch(samples, config):
-    assert epoch_rows(samples, config, 3) == epoch_order(len(samples), config.seed, 3)
+def test_rows_of_an_epoch_are_a_pure_function_of_seed_and_epoch(bundled, config):
+    assert epoch_rows(bundled, config, 3) == epoch_order(len(bundled), config.seed, 3)
     packed = dataclasses.replace(config, packing=True, max_length=500)
-    epochs = {epoch: epoch_rows(samples, packed, epoch) for epoch in range(1, 6)}
+    epochs = {epoch: epoch_rows(bundled, packed, epoch) for epoch in range(1, 6)}
     torch.rand(3)
-    fills = {epoch: sorted(row_length(samples, row) for row in rows) for epoch, rows in epochs.items()}
+    fills = {epoch: sorted(row_length(bundled, row) for row in rows) for epoch, rows in epochs.items()}
     for epoch, rows in epochs.items():
-        assert epoch_rows(samples, packed, epoch) == rows
-        assert sorted(itertools.chain(*rows)) == list(range(len(samples))) and len(rows) < len(samples) / 2
+        assert epoch_rows(bundled, packed, epoch) == rows
+        assert sorted(itertools.chain(*rows)) == list(range(len(bundled))) and len(rows) < len(bundled) / 2
         assert fills[epoch] == fills[1] and fills[1][-1] <= 500  # so that the probe of epoch 1 tells for all
     assert len({str(rows) for rows in epochs.values()}) == len({str(sorted(map(sorted, r))) for r in epochs.values()}) == 5
-    assert epoch_rows(samples, dataclasses.replace(packed, seed=1), 1) != epochs[1]
-    first = [[samples.length(row[0]) for row in rows] for rows in epochs.values()]
+    assert epoch_rows(bundled, dataclasses.replace(packed, seed=1), 1) != epochs[1]
+    first = [[bundled.length(row[0]) for row in rows] for rows in epochs.values()]
     assert all(lengths != sorted(lengths, reverse=True) for lengths in first)  # not in the order of packing, longest first
 
 
@@ -901,13 +899,13 @@ def test_the_longest_rows_are_the_fullest(samples, config):
         assert max(lengths) > 400 or not packing
 
 
-def test_rows_are_padded_to_a_multiple_and_packed_samples_counted_to_one(samples):
+def test_rows_are_padded_to_a_multiple_and_packed_samples_counted_to_one(bundled):
     """With samples of no token; what is trained stays the same."""
-    plain, padded = collate(samples[:2]), collate(samples[:2], multiple=128)
+    plain, padded = collate(bundled[:2]), collate(bundled[:2], multiple=128)
     assert padded.input_ids.shape == (2, 256) and plain.input_ids.shape[1] < 256
     one, other = (batch.labels.flatten()[batch.positions + 1] for batch in (plain, padded))
     assert torch.equal(one, other) and plain.num_input_tokens == padded.num_input_tokens
-    own, packed = (next(iter_batches(samples, [[0, 1], [2]], 2, multiple=multiple)) for multiple in (1, 128))
+    own, packed = (next(iter_batches(bundled, [[0, 1], [2]], 2, multiple=multiple)) for multiple in (1, 128))
     assert packed.input_ids.shape == (2, 384) and packed.cu_seqlens.shape == (128,)
     assert packed.cu_seqlens[:3].equal(own.cu_seqlens[:3]) and set(packed.cu_seqlens[5:].tolist()) == {768}
     assert packed.position_ids[0, : own.position_ids.shape[1]].equal(own.position_ids[0])

@@ -17,7 +17,7 @@ from tests.helpers import wake_adapters
 
 
 def test_loss_is_weighted_by_tokens_and_equals_transformers_own(model, head, samples):
-    rows = [samples[0], samples[1]._replace(labels=[IGNORED] * 110 + samples[1].labels[110:]), samples[2]]
+    rows = [samples[0], samples[1]._replace(labels=[IGNORED] * 44 + samples[1].labels[44:]), samples[2]]
     loss_sum = functools.partial(token_loss_sum, head=head)
     results = [evaluate_loss(model, iter_batches(rows, range(3), size), loss_sum) for size in (1, 2, 3)]
     total = tokens = 0

@@ -5,7 +5,7 @@ import math
 import numpy
 import pytest
 import sacrebleu
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.tokenizers import DefaultTokenizer
 
@@ -47,6 +47,7 @@ def test_metrics_are_those_of_the_libraries():
     assert "valid_json" not in found and "valid_avro" not in found  # no reference is
 
 
+@settings(max_examples=max(100, settings.default.max_examples))
 @given(st.text(st.characters(max_codepoint=127)))
 def test_words_of_ascii_are_those_of_rouge_score(text):
     assert scores.Words().tokenize(text) == DefaultTokenizer().tokenize(text)

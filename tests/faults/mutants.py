@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(".git", ".whl", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "runs", ".venv")
-LIMIT = 600  # seconds for one test
+LIMIT = 1800  # seconds for one test, on a slow machine that is busy too
 
 
 class Mutant(NamedTuple):
@@ -423,7 +423,7 @@ MUTANTS = [
     mutant(
         "seen-in-samples",
         LOOP,
-        "run/test_folder.py::test_other_settings_go_on_bit_for_bit_too[--packing --max-length 500]",
+        "run/test_folder.py::test_other_settings_go_on_bit_for_bit_too[--packing --max-length 100]",
         "seen += sum(len(micro_batch.input_ids) for",
         "seen += sum(len(micro_batch.lines) for",
     ),
@@ -593,7 +593,7 @@ MUTANTS = [
     mutant(
         "dropout-of-compiled-layers-anew",
         SPEED_LORA_LINEAR,
-        "speed/test_layers.py::test_dropout_is_drawn_again_as_it_was_in_compiled_layers",
+        "speed/test_layers.py::test_dropout_is_another_in_each_pass_and_in_each_layer",
         "if self.seed is None else seeded_dropout(",
         "if True else seeded_dropout(",
     ),

@@ -26,7 +26,7 @@ from qlora.run.folder import RunFolder
 from tests.faults.conftest import SEED
 from tests.faults.harness import Case, all_pass, log, rows, stop_at, wait
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 ADAPTER, TRAINER_STATE, STATE, MANIFEST = checkpoint.ADAPTER, checkpoint.TRAINER_STATE, checkpoint.STATE, MANIFEST
 FILES = (ADAPTER, "adapter_config.json", TRAINER_STATE, STATE, MANIFEST)
 NEWEST = "step-000012"

@@ -126,19 +126,19 @@ def check_sound(sample: TokenizedExample, example: Example, template: PromptTemp
         assert config.on_long == "truncate" and sample.input_ids == whole.input_ids[: config.max_length]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=max(30, settings.default.max_examples))
 @given(content=st.binary(max_size=60))
 def test_any_bytes_are_refused(path, either_form, content):
     check_refused_or_sound(path, content, either_form, TrainConfig())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=max(30, settings.default.max_examples))
 @given(lines=st.lists(st.one_of(texts, values.map(json.dumps)), max_size=4))
 def test_any_lines_are_refused(path, either_form, lines):
     check_refused_or_sound(path, "\n".join(lines).encode("utf-8", "surrogatepass"), either_form, TrainConfig())
 
 
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=max(70, settings.default.max_examples))
 @given(content=files(), config=configs)
 def test_rows_and_mutated_rows_are_refused_or_sound(path, either_form, content, config):
     check_refused_or_sound(path, content, either_form, config)
@@ -178,7 +178,7 @@ def losses(exact: tuple[torch.nn.Module, Head], batch: Batch) -> list[float]:
     return [token_loss_sum(hidden, batch._replace(positions=positions), head).item() for positions in own]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=max(40, settings.default.max_examples))
 @given(rows=st.lists(samples_of_any_length(), min_size=1, max_size=4), padding=st.integers(0, 383))
 def test_padding_and_mates_change_no_samples_loss(exact, rows, padding):
     batch = collate(rows)

@@ -20,7 +20,7 @@ from qlora.run.folder import RunFolder
 from tests.faults.conftest import SEED
 from tests.faults.harness import Case, all_pass, killed_after, log, stop_at, wait
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 TRIALS = 120 if "SURVIVAL_JSON" in os.environ else 40  # the table of the README is made of all
 CALLS = {"open", "write", "flush", "fsync", "close", "rename", "replace", "mkdir", "rmdir", "unlink"}  # of the file system

@@ -22,7 +22,7 @@ from qlora.run import checkpoint, files
 from tests.faults.harness import Case, all_pass, fork, log, wait
 from tests.helpers import tensors
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 SAME_COMMAND = "the same command"
@@ -285,7 +285,7 @@ def test_programs_of_their_own_and_their_process_groups(case: Case, tmp_path, re
             while not (cwd / "run folder" / "checkpoints" / "step-000004").exists() and process.poll() is None:
                 time.sleep(0.002)
             os.killpg(process.pid, number)
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=600)
             assert process.returncode == 128 + number, errors
             assert re.fullmatch(rf"Stopped by {number.name}\. All up to step \d+ is safe in .*\. Resume with:\n  .*\n", errors)
             case.check_what_is_there(cwd / "run folder")

@@ -30,6 +30,7 @@ from qlora.run.files import write_folder
 from qlora.speed import lora_linear
 from tests.helpers import (
     CPU,
+    SHORT_DATA,
     adapted_model,
     adapter_gradients,
     fp32_twin,
@@ -123,10 +124,11 @@ def test_other_families_train_from_the_command_line_with_their_targets_derived(t
     transformers.AutoModelForCausalLM.from_config(kind).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    assert command_line(["--model", "model", "--max-steps", "6", "--learning-rate", "1e-2", "--lora-r", "2"]) == 0
-    saved = load_file("runs/model-avro/adapter/adapter_model.safetensors")
+    flags = ["--model", "model", "--max-steps", "6", "--learning-rate", "1e-2", "--lora-r", "2", "--output-dir", "run"]
+    assert command_line([*flags, *SHORT_DATA]) == 0
+    saved = load_file("run/adapter/adapter_model.safetensors")
     assert {name.split(".")[-3] for name in saved} == set(LLAMA_NAMES)
-    rows = [json.loads(line) for line in Path("runs/model-avro/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
     assert ("Attention: eager (" if name == "Gemma2" else "Attention: sdpa (") in capsys.readouterr().out
 

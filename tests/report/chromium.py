@@ -101,7 +101,7 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=path.absolute().as_uri())
-        end = time.monotonic() + 30
+        end = time.monotonic() + 300
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._receive(end - time.monotonic())
 

@@ -19,7 +19,7 @@ import train_loop
 from benchmarks.kill_resume import metrics as rows
 from qlora.cli import train as command_line
 from qlora.commands.adapter import open_adapter
-from qlora.config import BUNDLED_TRAIN, parse
+from qlora.config import parse
 from qlora.data.formats import Message
 from qlora.data.template import encode_prompt, load_template
 from qlora.errors import CheckpointError, EnvironmentProblem, ExitCode, NonFiniteError, UserError
@@ -33,9 +33,9 @@ from qlora.run import checkpoint, prepare
 from qlora.run.files import verify, write_folder
 from qlora.run.folder import RunFolder, _exactness
 from qlora.run.schema import Environment
-from tests.helpers import tensors
+from tests.helpers import SHORT_DATA, SHORT_EVAL, SHORT_TRAIN, tensors
 
-FLAGS = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "--max-length", "300"]
+FLAGS = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "--max-length", "300", *SHORT_DATA]
 
 
 def run(folder: Path, *flags: str) -> int:
@@ -217,7 +217,7 @@ def test_a_run_is_complete_though_its_data_is_gone_or_the_disk_is_full_by_then(t
     else:
         monkeypatch.setattr(generate, "sample_responses", lambda *_: [SAMPLE])
         monkeypatch.setattr(train_loop.log.Tracker, "samples", lambda *_, **__: full())
-    assert run(folder, "--train-file", str(rows), "--max-steps", "1") == 0
+    assert run(folder, "--train-file", str(rows), "--eval-file", "None", "--max-steps", "1") == 0
     words = "does not exist" if what == "data" else "No space left"
     assert re.search(f"Warning: no sample answers were generated: (Data|Checkpoint)Error .*{words}", capsys.readouterr().out)
 
@@ -246,7 +246,7 @@ def test_a_complete_run_without_its_report_gets_one(tiny, tmp_path, monkeypatch,
 
 
 def test_early_stopping_needs_eval_data(tiny, tmp_path, capsys):
-    flags = ["--train-file", str(BUNDLED_TRAIN), "--early-stopping-patience", "2"]
+    flags = ["--eval-file", "None", "--early-stopping-patience", "2"]
     assert run(tmp_path / "run", *flags) == ExitCode.CONFIGURATION and "--eval-file" in capsys.readouterr().err
 
 
@@ -341,7 +341,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_step(straight, tmp_path, capsys, ste
     [
         "--gradient-checkpointing full --lora-dropout 0.3",
         "--attn-implementation eager --seed 7",
-        "--packing --max-length 500",  # 3 steps per epoch: it stops and resumes within one
+        "--packing --max-length 100",  # 3 steps per epoch: it stops and resumes within one
         "--optimizer adamw_8bit --lora-r 16",  # moments in 8 bits for some tensors, in fp32 for others
     ],
 )
@@ -426,7 +426,7 @@ def test_on_a_gpu_only_the_deterministic_flag_promises_bits():
         ("--per-device-train-batch-size 4", ["per_device_train_batch_size", "2", "4", "if their product stays"]),
         ("--per-device-train-batch-size 4 --override per_device_train_batch_size", ["per_device_train_batch_size", "2", "4"]),
         ("--train-file other.jsonl", ["train_file", "data", "other.jsonl"]),
-        ("--max-length 200", ["data", "max_length", "300", "200"]),
+        ("--max-length 45", ["data", "max_length", "300", "45"]),
         ("--loss-on all", ["data", "loss_on", "response", "all"]),
         ("--eval-file other.jsonl", ["eval_file", "--override eval_file permits it"]),
         ("--lora-r 8 --override learning_rate", ["lora_r"]),
@@ -437,7 +437,7 @@ def test_on_a_gpu_only_the_deterministic_flag_promises_bits():
 )
 def test_another_run_is_refused_with_a_table_and_nothing_changes(stopped, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(stopped.parent)
-    lines = BUNDLED_TRAIN.read_text().splitlines(keepends=True)
+    lines = SHORT_TRAIN.read_text().splitlines(keepends=True)
     Path("other.jsonl").write_text("".join(lines[:20]))
     before = contents(stopped)
     assert run(stopped, "--max-steps", "8", "--allow-drop", *flags.split()) == ExitCode.CONFIGURATION
@@ -460,12 +460,12 @@ def test_a_step_beyond_the_end_is_refused(stopped, capsys):
 
 def test_with_packing_the_length_of_a_row_is_the_runs_own(tiny, tmp_path, monkeypatch, capsys):
     """Without it a length that changes no sample may change; with it rows would hold other samples."""
-    folder, flags = tmp_path / "run", ("--max-steps", "4", "--save-steps", "1", "--packing")
+    folder, flags = tmp_path / "run", ("--max-steps", "4", "--save-steps", "1", "--max-length", "100", "--packing")
     with monkeypatch.context() as patch:
         stop_in_step(patch, 3)
         assert run(folder, *flags) == ExitCode.NUMERICS
     before = contents(folder)
-    for more, changed in ((True, [*flags, "--max-length", "400"]), (False, flags[:-1])):
+    for more, changed in ((True, [*flags, "--max-length", "120"]), (False, flags[:-1])):
         assert run(folder, *changed) == ExitCode.CONFIGURATION
         err = capsys.readouterr().err
         assert "holds another run, at step 2" in err and ("max_length " in err, "packing " in err) == (more, not more), err
@@ -557,11 +557,10 @@ def test_the_batch_may_be_cut_otherwise_if_the_step_stays_the_same(stopped):
 
 
 def test_what_changes_no_number_may_change(stopped, tmp_path):
-    shutil.copy(BUNDLED_TRAIN, tmp_path / "moved.jsonl")
+    shutil.copy(SHORT_TRAIN, tmp_path / "moved.jsonl")
     names = "qkv_proj o_proj gate_up_proj down_proj"
-    more = "--logging-steps 1 --save-total-limit 5 --save-steps 3 --skip-nonfinite 1 --max-length 400 --eval-file"
-    eval_file = str(BUNDLED_TRAIN.with_name("heldout.jsonl"))
-    assert run(stopped, "--max-steps", "8", *more.split(), eval_file, "--train-file", str(tmp_path / "moved.jsonl")) == 0
+    more = "--logging-steps 1 --save-total-limit 5 --save-steps 3 --skip-nonfinite 1 --max-length 400"
+    assert run(stopped, "--max-steps", "8", *more.split(), "--train-file", str(tmp_path / "moved.jsonl")) == 0
     again = [*FLAGS, "--max-steps", "8", "--target-modules", *sorted(names.split()), "--output-dir", str(stopped)]
     assert command_line(again) == 0  # it is finished, and the same run
 
@@ -654,8 +653,8 @@ def test_never_starts_in_an_empty_folder(tiny, tmp_path):
 def test_other_eval_data_is_evaluated_though_the_step_is_known(straight, tmp_path):
     folder = shutil.copytree(straight, tmp_path / "run")
     other = tmp_path / "other.jsonl"
-    other.write_text(BUNDLED_TRAIN.with_name("heldout.jsonl").read_text().splitlines()[0])
-    flags = ["--max-steps", "8", "--train-file", str(BUNDLED_TRAIN), "--eval-file", str(other), "--override", "eval_file"]
+    other.write_text(SHORT_EVAL.read_text().splitlines()[0])
+    flags = ["--max-steps", "8", "--eval-file", str(other), "--override", "eval_file"]
     assert run(folder, *flags) == 0
     first, second = [row for row in rows(folder) if row["event"] == "eval" and row["step"] == 8]
     assert first["eval_data"] != second["eval_data"] and second["num_tokens"] < first["num_tokens"]

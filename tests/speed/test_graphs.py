@@ -53,34 +53,46 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
 
 
-def run(config, samples, compile):
+def run(model, config, samples):
     """Losses and adapters of steps with two shapes, a new one in the middle, a batch filled up, and gradients that were
     None, zero, or another tensor before the step."""
-    config = dataclasses.replace(config, attn_implementation="sdpa", compile=compile)
-    model = adapted_model(config)
-    wake_adapters(model)
-    prepared(model, config, "none", compile)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
     found = []
     with attention.for_training(model.train(), config):
         for number, rows in enumerate(([0, 1, 2, 3, 5], [5, 0, 1], [16, 17, 2, 3], [1, 2, 16, 17])):
-            micro_batches = list(iter_batches(samples, rows, 2, multiple=64, least=2))
+            micro_batches = list(iter_batches(samples, rows, 2, multiple=16, least=2))
             loss, norm = train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 1e-3, 1.0)
             found.append([loss, norm, *(p.detach().clone() for p in parameters)])
             if number == 1:
                 optimizer.zero_grad(set_to_none=False)
             if number == 2:
                 parameters[0].grad = parameters[0].grad.clone()
-    return model, found
+    return found
+
+
+def with_graphs(model, config):
+    """A prepared model whose forward is replayed. Its layers are not compiled, which takes seconds and is seldom the point."""
+    prepared(model, config, "none")
+    model.accelerated.graphs = graphs.Graphs(model.accelerated._run, model.get_decoder())
+    return model
 
 
 def test_what_surrounds_a_graph_changes_no_bit(config, samples, stand_in):
-    _, plain = run(config, samples, "layers")
-    model, ours = run(config, samples, "graphs")
+    config = dataclasses.replace(config, attn_implementation="sdpa")
+    model = adapted_model(config)
+    wake_adapters(model)
+    decoder = decoder_of(prepared(model, config, "none", "graphs"))
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decoder.graphs, replayed = None, decoder.graphs  # first in the compiled layers alone, which compile once for both
+    plain = run(model, config, samples)
+    model.load_state_dict(start, strict=False)
+    model.zero_grad()
+    decoder.graphs = replayed
+    ours = run(model, config, samples)
     assert all(torch.equal(x, y) for one, other in zip(ours, plain, strict=True) for x, y in zip(one, other, strict=True))
-    recordings = decoder_of(model).graphs.recordings
+    recordings = replayed.recordings
     assert len(recordings) == 2 and sum(recording.replays for recording in recordings.values()) == 9
 
 
@@ -91,8 +103,8 @@ def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_o
     ours, plain = adapted_model(config), adapted_model(config)
     for model in (ours, plain):
         wake_adapters(model)
-        prepared(model, config, "none")  # not compiled, which would take its time
-    ours.accelerated.graphs = graphs.Graphs(ours.accelerated._run, ours.get_decoder())
+    with_graphs(ours, config)
+    prepared(plain, config, "none")
     recordings = ours.accelerated.graphs.recordings
     found = []
     for end in (20, 34, 20):
@@ -118,7 +130,7 @@ def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_o
 def test_only_training_is_recorded_and_only_so_many_shapes(config, samples, stand_in, monkeypatch):
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
     config = dataclasses.replace(config, attn_implementation="sdpa")
-    decoder = decoder_of(prepared(adapted_model(config), config, "none", "graphs"))
+    decoder = decoder_of(with_graphs(adapted_model(config), config))
     recordings = decoder.graphs.recordings
     ids = torch.randint(3, 60, (2, 128))  # [B, T]
     decoder.decoder.eval()
@@ -139,7 +151,7 @@ def test_what_cannot_be_recorded_says_how_to_do_without(config, samples, stand_i
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     config = dataclasses.replace(config, attn_implementation="sdpa")
-    decoder = decoder_of(prepared(adapted_model(config), config, "none", "graphs"))
+    decoder = decoder_of(with_graphs(adapted_model(config), config))
     monkeypatch.setattr(graphs, "_Recording", refuse)
     with pytest.raises(UserError, match=r"could not be recorded as CUDA graphs\. Pass --compile layers") as refused:
         decoder(input_ids=torch.zeros(2, 128, dtype=torch.int64), use_cache=False)
@@ -151,21 +163,21 @@ def decoder_with_graphs(config, **changes):
     config = dataclasses.replace(config, attn_implementation="sdpa", **changes)
     model = adapted_model(config)
     wake_adapters(model)
-    return prepared(model, config, "none", "graphs"), config
+    return with_graphs(model, config), config
 
 
 def test_a_gradient_from_outside_the_graphs_is_carried_into_them(config, samples, stand_in, monkeypatch):
     """One recording is allowed: in a step whose first micro-batch has another shape, the graph must add to its gradient."""
     rows = ([0, 1], [16, 17], [0, 1], [16, 17])  # shapes A, B, A, B
     config = dataclasses.replace(config, attn_implementation="sdpa")
-    batches = [next(iter_batches(samples, pair, 2, multiple=64)) for pair in rows]
+    batches = [next(iter_batches(samples, pair, 2, multiple=16)) for pair in rows]
     assert batches[0].input_ids.shape == batches[2].input_ids.shape != batches[1].input_ids.shape
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 1)
     found = []
-    for compile in ("layers", "graphs"):
+    for replayed in (False, True):
         model = adapted_model(config)
         wake_adapters(model)
-        prepared(model, config, "none", compile)
+        (with_graphs if replayed else functools.partial(prepared, policy="none"))(model, config)
         loss_sum = functools.partial(token_loss_sum, head=read_head(model))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         with attention.for_training(model.train(), config):
@@ -226,8 +238,10 @@ def test_each_recording_warms_up_before_its_capture(monkeypatch):
 
 def test_recordings_for_another_number_of_packed_samples_compile_nothing(config, stand_in):
     """The ends of 128 and of 384 samples: tensors of two lengths, each under two names, copied for each recording."""
-    model, config = decoder_with_graphs(config, packing=True)
-    recordings = decoder_of(model).graphs.recordings
+    config = dataclasses.replace(config, attn_implementation="sdpa", packing=True)
+    model = adapted_model(config)
+    wake_adapters(model)
+    recordings = decoder_of(prepared(model, config, "none", "graphs")).graphs.recordings
     seen = []
     with attention.for_training(model.train(), config), torch.autocast("cpu", torch.bfloat16):
         for count, length in ((3, 64), (150, 1), (300, 1), (5, 30)):
@@ -299,11 +313,12 @@ def test_released_graphs_are_gone_and_the_decoder_still_runs(config, stand_in):
 # -- hooks of autograd -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compile", ["none", "graphs"])
+@pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
-def test_gradient_hooks_are_refused_since_they_would_never_fire(config, stand_in, compile, register):
+def test_gradient_hooks_are_refused_since_they_would_never_fire(config, stand_in, replayed, register):
     config = dataclasses.replace(config, attn_implementation="sdpa")
-    decoder = decoder_of(prepared(adapted_model(config), config, "none", compile))
+    model = adapted_model(config)
+    decoder = decoder_of(with_graphs(model, config) if replayed else prepared(model, config, "none"))
     parameter = next(p for p in decoder.decoder.parameters() if p.requires_grad)
     hook = getattr(parameter, register)(lambda _: None)
     with pytest.raises(RuntimeError, match="1 adapter tensors have gradient hooks, which would never be called"):
