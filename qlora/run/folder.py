@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import fcntl
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +30,7 @@ from qlora.validation import UNREADABLE, reason
 T = TypeVar("T")
 
 LOCK, RUN, FINISHED, METRICS, SAMPLES = "run.lock", "run.json", "finished.json", "metrics.jsonl", "samples.jsonl"
+LOCK_WAIT_S = 0.2  # is_going holds the lock for less than a millisecond
 # Options that may differ without a word: they change no number of the training, or are compared by what they give.
 FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save_total_limit", "skip_nonfinite", "debug",
         "explain", "trust_remote_code", "target_modules", "eval_file"}  # fmt: skip
@@ -72,7 +73,7 @@ class RunFolder:
             self._known, self._finished = _read(folder / RUN, RunInfo), _read(folder / FINISHED, Finished)
             self.checkpoint = self._find(resume)
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
 
     @classmethod
@@ -85,7 +86,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()  # which unlocks it
+        self._lock.release()
 
     def _find(self, resume: str) -> Path | None:
         own = checkpoint.by_step(self.checkpoints)
@@ -204,8 +205,7 @@ class RunFolder:
 
     def take_over(self, config: TrainConfig) -> None:
         """Make the folder that of this run: once all that can be checked has been, and before the first file is changed."""
-        owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
-        os.pwrite(self._lock.fileno(), owner.ljust(128), 0)
+        (self.folder / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         self.checkpoints.mkdir(exist_ok=True)
         for folder in (self.folder, self.folder.parent):
             sync_folder(folder)
@@ -346,47 +346,48 @@ class RunFolder:
         return f"{safe} Resume with:\n  {command}"
 
 
-def _locked(folder: Path) -> Any:
-    """The open lock file of a run folder; closing it unlocks it, as does the death of the process."""
-    path = folder / LOCK
+def _locked(folder: Path) -> FileLock:
+    """The lock of a run folder, acquired; the death of the process releases it."""
+    lock = _lock_of(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists() and any(folder.iterdir()):
+        if not (folder / LOCK).exists() and any(folder.iterdir()):
             raise CheckpointError(
                 f"{folder} is not empty, and holds no run of this program.",
                 hint="Choose another --output-dir.",
             )
-        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+        lock.acquire()
+    except Timeout:
+        owner = (folder / LOCK).read_text(errors="replace").strip()
+        raise CheckpointError(
+            f"{folder} is in use by another process ({owner or 'it is just starting'}).",
+            hint="Wait for it, or choose another --output-dir.",
+        ) from None
     except OSError as error:
         raise CheckpointError(
             f"Run folder {folder} cannot be written: {error.strerror}.",
             hint="Choose another --output-dir.",
         ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = lock.read().decode(errors="replace").strip()
-        lock.close()
-        raise CheckpointError(
-            f"{folder} is in use by another process ({owner or 'it is just starting'}).",
-            hint="Wait for it, or choose another --output-dir.",
-        ) from None
     return lock
 
 
-def is_going(folder: Path) -> bool:
-    """Whether a process is writing to a run folder at this moment.
+def _lock_of(folder: Path) -> FileLock:
+    # The file marks a run folder, so it must stay. The option also rules out filelock's fallback on a file system without
+    # flock: a lock that outlives a killed process.
+    return FileLock(folder / LOCK, timeout=LOCK_WAIT_S, preserve_lock_file=True)
 
-    This shares the lock for some microseconds; a run that starts in them finds the folder in use.
-    """
-    try:
-        with (folder / LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock, no run; or one of another user, who alone can write there
+
+def is_going(folder: Path) -> bool:
+    """Whether a process is writing to a run folder at this moment."""
+    if not (folder / LOCK).exists():  # acquiring the lock would create it
         return False
-    return False
+    try:
+        with _lock_of(folder):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # of another user, who alone can write there
+        return False
 
 
 def _read(path: Path, kind: type[T]) -> T | None:

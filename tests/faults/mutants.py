@@ -185,8 +185,22 @@ MUTANTS = [
         "no-lock",
         RUN_FOLDER,
         f"{DAMAGE}::test_two_processes_in_one_folder",
-        "        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)\n",
+        "        lock.acquire()\n",
         "        pass\n",
+    ),
+    mutant(
+        "lock-file-without-flock",
+        RUN_FOLDER,
+        "run/test_folder.py::test_a_file_system_without_locks_is_refused",
+        ", preserve_lock_file=True)",
+        ")",
+    ),
+    mutant(
+        "run-disturbed-by-a-look",
+        RUN_FOLDER,
+        "run/test_folder.py::test_a_look_at_the_lock_does_not_stop_a_run_that_starts",
+        "timeout=LOCK_WAIT_S",
+        "timeout=0",
     ),
     mutant(
         "finished-run-trained-again",
