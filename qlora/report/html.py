@@ -87,8 +87,6 @@ def html(record: Record, curves: list[plots.Curve]) -> str:
         record: of a run in any state.
         curves: as plots.draw gives them.
     """
-    import markupsafe
-
     config = record.config
     train, eval_counts = record.counts
     defaults = TrainConfig().plain()
@@ -102,7 +100,7 @@ def html(record: Record, curves: list[plots.Curve]) -> str:
             "note": STATUS[record.status],
             "status": record.status,
             "headline": _headline(record),
-            "curves": {curve.name.replace("-", "_"): markupsafe.Markup(curve.svg) for curve in curves},
+            "curves": {curve.name: curve for curve in curves},
             "smoothing": raw,
             "samples": record.samples,
             "longest_heading": LONGEST_HEADING,
