@@ -23,7 +23,7 @@ from qlora.errors import CheckpointError, ConfigError
 from qlora.eval.loss import EvalResult
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, whole_rows, write_file, write_folder
-from qlora.run.schema import Environment, Finished, Resume, RunInfo, State, read_json
+from qlora.run.schema import Environment, Finished, Resume, RunInfo, State, eval_rows, read_json
 from qlora.terminal import redact
 from qlora.validation import UNREADABLE, reason
 
@@ -232,7 +232,7 @@ class RunFolder:
         metrics = source.parent.parent / METRICS
         if metrics.is_file():
             write_file(self.folder / METRICS, metrics.read_bytes())
-        rows = [row for row in whole_rows(metrics) if row["event"] == "eval" and row.get("eval_data") == self.info.eval_data]
+        rows = eval_rows(whole_rows(metrics), self.info.eval_data)
         losses = {row["step"]: row["eval_loss"] for row in rows if row["step"] <= self.step and row["eval_loss"] is not None}
         self.checkpoint = self.checkpoints / source.name
         self.info = self.info.model_copy(update={"origin": str(source.resolve())})
@@ -415,7 +415,7 @@ def _differences(before: RunInfo, now: RunInfo, config: TrainConfig, at_step: in
     if not new["init_adapter"] or Path(str(old["init_adapter"])).resolve() == Path(new["init_adapter"]).resolve():
         unused |= {"init_adapter"}  # it gave the start, and the checkpoint is beyond that
     pairs = {name: [old[name], new[name]] for name in new if name not in unused}
-    pairs |= {"data": [before.data, now.data], "targets": [before.targets, now.targets], "device": [before.device, now.device]}
+    pairs |= {name: [getattr(before, name), getattr(now, name)] for name in ("data", "targets", "device")}
     pairs["eval_file"] = [before.eval_data, now.eval_data]  # by content, under the name that --override knows
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     same_product = old[OF_A_STEP[0]] * old[OF_A_STEP[1]] == new[OF_A_STEP[0]] * new[OF_A_STEP[1]]

@@ -178,8 +178,8 @@ MUTANTS = [
         "changed-data-accepted",
         RUN_FOLDER,
         f"{DAMAGE}::test_changed_data_is_no_data_to_go_on_with",
-        '{"data": [before.data, now.data], ',
-        "{",
+        '("data", "targets", "device")',
+        '("targets", "device")',
     ),
     mutant(
         "no-lock",
