@@ -1,10 +1,8 @@
 """The command line. It parses before it imports torch (1 s) and transformers (3.5 s), so --help and a typo answer at once."""
 
-import contextlib
 import difflib
 import errno
 import importlib
-import io
 import sys
 import traceback
 from types import TracebackType
@@ -22,7 +20,7 @@ from qlora.commands.options import (
 from qlora.config import parse
 from qlora.errors import CheckpointError, ConfigError, EnvironmentProblem, UserError
 from qlora.run.signals import Signals
-from qlora.terminal import echo, redact
+from qlora.terminal import echo, redacted_stderr
 
 
 def train(argv: list[str] | None = None) -> int:
@@ -140,13 +138,9 @@ def parse_command(name: str, argv: list[str]) -> Any:
             f"tyro, which reads the command line, cannot be imported ({error}).",
             hint="Install the project again: pip install -e .",
         ) from None
-    errors = io.StringIO()  # tyro quotes what it does not understand, which may be a secret
-    try:
-        with contextlib.redirect_stderr(errors):
-            required = (tyro.conf.PositionalRequiredArgs,)  # what has no default has no flag either
-            return tyro.cli(COMMANDS[name][0], prog=f"python -m qlora {name}", args=argv, config=required)
-    finally:
-        print(redact(errors.getvalue()), file=sys.stderr, end="")
+    required = (tyro.conf.PositionalRequiredArgs,)  # what has no default has no flag either
+    with redacted_stderr():
+        return tyro.cli(COMMANDS[name][0], prog=f"python -m qlora {name}", args=argv, config=required)
 
 
 def run_command(argv: list[str]) -> int:

@@ -3,17 +3,15 @@
 Each group below is one screen of --help; the docstring under a field is its help text. Names are transformers' and PEFT's.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import io
 import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from qlora.errors import ConfigError, UserError
-from qlora.terminal import echo, redact
+from qlora.terminal import echo, redact, redacted_stderr
 
 AttnImplementation = Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"]
 PromptFormat = Literal["plain", "chat"]
@@ -280,12 +278,8 @@ def parse(argv: list[str]) -> TrainConfig:
     import tyro
 
     def screens(arguments: list[str], default: _Screens) -> _Screens:
-        errors = io.StringIO()  # tyro quotes what it does not understand, which may be a secret
-        try:
-            with contextlib.redirect_stderr(errors):
-                return tyro.cli(_Screens, args=arguments, default=default, config=(tyro.conf.OmitArgPrefixes,))
-        finally:
-            print(redact(errors.getvalue()), file=sys.stderr, end="")
+        with redacted_stderr():
+            return tyro.cli(_Screens, args=arguments, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
     parsed = screens(argv, _Screens())
     if parsed.config is not None:

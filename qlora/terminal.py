@@ -1,8 +1,11 @@
 """Text for the terminal: secrets are masked, and nothing in it drives the terminal. Imports no torch."""
 
+import contextlib
+import io
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
@@ -41,6 +44,17 @@ def echo(text: str, file: TextIO | None = None, end: str = "\n") -> None:
         end: as in `print`.
     """
     print(printable(text), file=sys.stdout if file is None else file, end=end, flush=True)
+
+
+@contextlib.contextmanager
+def redacted_stderr() -> Iterator[None]:
+    """A block whose output to stderr comes when it ends, secrets masked: tyro quotes what it does not understand."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            yield
+    finally:
+        print(redact(errors.getvalue()), file=sys.stderr, end="")
 
 
 def say(console: Any, line: str) -> None:

@@ -123,9 +123,8 @@ def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
     attn = attention.choose_attention(adapter.config, adapter.device, adapter.meta_model)
     base = load_base_model(adapter.source, adapter.config, attn.loaded_as, adapter.device, precision)
     model = put_on(base, adapter)
-    info = adapter.run_info
-    comparable = info is not None and precision == "nf4" and info.weights and info.device == adapter.device.type
-    if comparable and info is not None and fingerprint(model) != info.weights:
+    info = adapter.run_info if precision == "nf4" else None
+    if info and info.weights and info.device == adapter.device.type and fingerprint(model) != info.weights:
         raise ConfigError(
             f"{adapter.source} is not the base that {adapter.folder} was trained against: weights or config.json differ.",
             hint="Name that base with --model.",

@@ -4,11 +4,14 @@ Checks run in a process of their own, which tells of each as it ends. A library 
 costs its own row: the next process continues with the row after it.
 """
 
+import argparse
 import collections
 import configparser
+import contextlib
 import functools
 import importlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -48,6 +51,42 @@ class Row(NamedTuple):
 # -- the checks: each yields its rows; one that raises is a row with the reason ------------------------------------------
 
 
+def _collect_env() -> Iterator[Row]:
+    """torch.utils.collect_env: what torch was built for, and the driver and cards of this machine."""
+    from torch.utils.collect_env import get_env_info
+
+    found = get_env_info()
+    built, driver = found.cuda_compiled_version, found.nvidia_driver_version
+    parts = [f"torch {found.torch_version}, " + (f"built for CUDA {built}" if built else "built without CUDA")]
+    parts += [f"NVIDIA driver {driver}" if driver else "no NVIDIA driver", *(found.nvidia_gpu_models or "").splitlines()]
+    advice = ". Use the GPU by pip install --force-reinstall torch" if driver and not built else ""
+    yield Row("CUDA", built is not None, "; ".join(parts) + advice)
+
+
+def _accelerate_env() -> Iterator[Row]:
+    """`accelerate env`: the accelerator that it finds."""
+    from accelerate.commands.env import env_command
+
+    found = env_command(argparse.Namespace(config_file=None))
+    shown = [f"{name} {found[name]}" for name in ("PyTorch accelerator", "GPU type") if name in found]
+    yield Row("accelerate env", True, ", ".join(shown))
+
+
+def _bitsandbytes() -> Iterator[Row]:
+    """`python -m bitsandbytes`: whether its library loads, and takes a step of its optimizer on a GPU."""
+    from bitsandbytes.diagnostics.main import main
+
+    output = io.StringIO()
+    code: int | str | None = 0
+    try:
+        with contextlib.redirect_stdout(output):
+            main()
+    except SystemExit as end:
+        code = end.code
+    result = " ".join(output.getvalue().rpartition("====\n")[2].split())  # what comes after the versions
+    yield Row("python -m bitsandbytes", not code and "failed to load" not in result, result[:300])
+
+
 def _package(requirement: str) -> Iterator[Row]:
     """The version of a dependency, and whether it is one that we work with and can be imported."""
     from packaging.requirements import Requirement
@@ -84,22 +123,16 @@ def _gpu() -> Iterator[Row]:
             yield Row(f"GPU {index}" + (" (used by runs)" if index == 0 else ""), True, detail)
     else:
         yield Row("GPU", False, _no_gpu())
-    yield Row("CUDA", torch.version.cuda is not None, f"torch {torch.__version__} " +
-              (f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"))  # fmt: skip
 
 
 def _no_gpu() -> str:
     import torch
 
-    driver = shutil.which("nvidia-smi")
-    if torch.version.cuda is None:
-        there = "there is an NVIDIA driver, but torch is built without CUDA: pip install --force-reinstall torch"
-        return there if driver else "torch is built without CUDA, and there is no NVIDIA driver; a run takes the CPU"
     try:
         torch.cuda.init()
-    except RuntimeError as error:
-        return " ".join(str(error).split())
-    return "torch sees none" + ("" if driver else ", and there is no NVIDIA driver") + "; a run takes the CPU"
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA; no driver, or one that is too old
+        return f"{' '.join(str(error).split())}; a run takes the CPU"
+    return "torch sees none; a run takes the CPU"
 
 
 def _bf16() -> Iterator[Row]:
@@ -233,7 +266,11 @@ def _requirements() -> list[str]:
 
 def checks() -> dict[str, tuple[Callable[[], Iterator[Row]], bool]]:
     """Check by name, in their order, and whether a run needs it. A check that dies has this name in its row."""
-    found: dict[str, tuple[Callable[[], Iterator[Row]], bool]] = {}
+    found: dict[str, tuple[Callable[[], Iterator[Row]], bool]] = {
+        "torch.utils.collect_env": (_collect_env, False),
+        "accelerate env": (_accelerate_env, False),
+        "python -m bitsandbytes": (_bitsandbytes, False),
+    }
     for text in _requirements():
         name = re.split(r"[^A-Za-z0-9_-]", text, maxsplit=1)[0]
         found[f"package {name}"] = functools.partial(_package, text), False

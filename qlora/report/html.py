@@ -4,6 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from qlora.config import TrainConfig
 from qlora.errors import UserError
 from qlora.eval import scores
@@ -11,11 +13,12 @@ from qlora.report import plots
 from qlora.report.caveats import caveats
 from qlora.report.model_card import base_of, data_name, model_card
 from qlora.report.record import Record, read
-from qlora.report.rendering import render
 from qlora.run.files import cannot_write, write_file
 from qlora.run.folder import FINISHED
 from qlora.run.schema import Environment, Evaluation
+from qlora.terminal import redact
 
+TEMPLATE = Path(__file__).parent / "templates" / "report.html.jinja"
 STATUS = {
     "finished": "",
     "going": "This run is still going: what follows is its state at the moment this report was made.",
@@ -87,45 +90,48 @@ def html(record: Record, curves: list[plots.Curve]) -> str:
         record: of a run in any state.
         curves: as plots.draw gives them.
     """
-    import markupsafe
-
     config = record.config
     train, eval_counts = record.counts
     defaults = TrainConfig().plain()
     rows = [(name, _plain(value), value != defaults.get(name) and name not in PLACES) for name, value in config.items()]
     raw = 2 * plots.reach(len(record.steps)) + 1
-    return render(
-        "report.html.jinja",
-        {
-            "title": f"{base_of(record).name} fine-tuned on {data_name(config['train_file'])}",
-            "folder": record.folder.name,
-            "note": STATUS[record.status],
-            "status": record.status,
-            "headline": _headline(record),
-            "curves": {curve.name.replace("-", "_"): markupsafe.Markup(curve.svg) for curve in curves},
-            "smoothing": raw,
-            "samples": record.samples,
-            "longest_heading": LONGEST_HEADING,
-            "of": "eval" if record.eval_data else "training",
-            "evaluations": _evaluations(record),
-            "eval_tokens": f"{record.evaluations[-1]['num_tokens']:,}" if record.evaluations else "",
-            "compared": _compared(record.evaluation),
-            "compared_on": _compared_on(record),
-            "compared_few": record.evaluation is not None and record.evaluation.num_examples < scores.FEWEST,
-            "compared_another": record.evaluation_of_another,
-            "fewest": scores.FEWEST,
-            "caveats": caveats(record),
-            "data": _data(record, train, eval_counts),
-            "memory": _memory(record),
-            "memory_terms": _memory_terms(record),
-            "on_gpu": record.on_gpu(),
-            "environment": _environment(record.environment),
-            "changed": [(name, value) for name, value, marked in rows if marked],
-            "config": [(name, value) for name, value, _ in rows],
-            "history": record.run_info.history if record.run_info else [],
-            "colors": plots.COLORS,
-        },
+    values = {
+        "title": f"{base_of(record).name} fine-tuned on {data_name(config['train_file'])}",
+        "folder": record.folder.name,
+        "note": STATUS[record.status],
+        "status": record.status,
+        "headline": _headline(record),
+        "curves": {curve.name: curve for curve in curves},
+        "smoothing": raw,
+        "samples": record.samples,
+        "longest_heading": LONGEST_HEADING,
+        "of": "eval" if record.eval_data else "training",
+        "evaluations": _evaluations(record),
+        "eval_tokens": f"{record.evaluations[-1]['num_tokens']:,}" if record.evaluations else "",
+        "compared": _compared(record.evaluation),
+        "compared_on": _compared_on(record),
+        "compared_few": record.evaluation is not None and record.evaluation.num_examples < scores.FEWEST,
+        "compared_another": record.evaluation_of_another,
+        "fewest": scores.FEWEST,
+        "caveats": caveats(record),
+        "data": _data(record, train, eval_counts),
+        "memory": _memory(record),
+        "memory_terms": _memory_terms(record),
+        "on_gpu": record.on_gpu(),
+        "environment": _environment(record.environment),
+        "changed": [(name, value) for name, value, marked in rows if marked],
+        "config": [(name, value) for name, value, _ in rows],
+        "history": record.run_info.history if record.run_info else [],
+        "colors": plots.COLORS,
+    }
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,  # a value that is missing is an error, never an empty place
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    return redact(environment.from_string(TEMPLATE.read_text()).render(values))
 
 
 def _plain(value: Any) -> str:

@@ -5,13 +5,15 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN
 from qlora.report.caveats import caveats
 from qlora.report.record import Record
-from qlora.report.rendering import render
 from qlora.run.schema import Environment
 from qlora.terminal import redact
 
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$")  # a model in the hub's cache
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that --max-lora-rank takes; its own default is 16
 ANSWER_LINES = 24
@@ -90,7 +92,6 @@ def model_card(record: Record) -> str:
     sample = record.samples[0] if record.samples else None
     rank = next((rank for rank in VLLM_RANKS if rank >= config["lora_r"]), None)
     values = {
-        "head": _head(record, base),
         "base": base,
         "title": f"{base.name} fine-tuned on {data_name(config['train_file'])}",
         "data": data_name(config["train_file"]),
@@ -108,16 +109,15 @@ def model_card(record: Record) -> str:
         "plain": config["prompt_format"] == "plain",
         "versions": _versions(record.environment),
     }
-    return render("model_card.md.jinja", values)
+    card = ModelCard.from_template(_card_data(record, base), template_path=str(TEMPLATE), **values)
+    return redact(f"{card}\n")
 
 
-def _head(record: Record, base: Base) -> str:
-    from huggingface_hub import ModelCardData
-
+def _card_data(record: Record, base: Base) -> ModelCardData:
     source = str(record.config["train_file"])
     on_the_hub = not is_file(source)
     tags = ["lora", "qlora", *([f"base_model:adapter:{base.hub_id}"] if base.hub_id else [])]
-    data = ModelCardData(
+    return ModelCardData(
         base_model=base.origin,
         license=base.license,
         library_name="peft",
@@ -125,7 +125,6 @@ def _head(record: Record, base: Base) -> str:
         tags=tags,
         datasets=[source.partition(":")[0]] if on_the_hub else None,
     )
-    return data.to_yaml()
 
 
 def _settings(record: Record) -> list[tuple[str, str]]:

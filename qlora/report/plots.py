@@ -1,4 +1,4 @@
-"""The curves of a run: as SVG that follows the colors and the font of its page, and as PNG."""
+"""The curves of a run: as SVG, whose colors and font the page may replace, and as PNG."""
 
 import io
 import math
@@ -11,8 +11,8 @@ from qlora.report.record import Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Colors of the PNG, and of the SVG where CSS does not say otherwise; blue and orange differ for color-blind readers too
-# (after Okabe and Ito), and each is dark enough on white for text.
+# Colors of both files; the page replaces them by name in dark mode. Blue and orange differ for color-blind readers too (after
+# Okabe and Ito), and each is dark enough on white for text.
 COLORS = {"ink": "#1f2328", "muted": "#59636e", "rule": "#e1e4e8", "blue": "#0068a8", "orange": "#b34a00"}
 INK, MUTED, RULE, BLUE, ORANGE = COLORS.values()
 MOST_POINTS = 1200  # of a line; more are not visible at its width
@@ -24,7 +24,7 @@ LOG_FROM = 20.0  # ratio of the largest to the smallest value
 
 
 class Curve(NamedTuple):
-    """A figure: its name, what a screen reader says of it, SVG to stand in a page, and the PNG file."""
+    """A figure: its name, what a screen reader says of it, the <svg> element as matplotlib writes it, and the PNG file."""
 
     name: str
     description: str
@@ -165,14 +165,17 @@ def _room(lines: list[Line]) -> float:
 def _curve(name: str, title: str, said: str, lines: list[Line], units: tuple[int, int], room: float) -> Curve:
     import matplotlib
 
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": FONT_UNITS}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "DejaVu Sans", "font.size": FONT_UNITS}
     with matplotlib.rc_context(style):
         figure = _figure(title, lines, units, room)
+        for index, artist in enumerate(figure.findobj()):
+            artist.set_gid(f"{name}-{index}")  # ids that no other figure of the page has
         svg, png = io.StringIO(), io.BytesIO()
         nothing: Any = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(svg, format="svg", metadata=nothing, transparent=True)
         figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
-    return Curve(name, said, _for_a_page(svg.getvalue(), name, said), png.getvalue())
+    element = svg.getvalue()
+    return Curve(name, said, element[element.index("<svg") :], png.getvalue())
 
 
 def _figure(title: str, lines: list[Line], units: tuple[int, int], room: float) -> "Figure":
@@ -228,16 +231,3 @@ def _label_ends(axes: Any, lines: list[Line]) -> None:
         ys[at] = max(ys[at], ys[at - 1] + gap)
     for y, (_, line) in zip(ys, places, strict=True):
         axes.annotate(line.label, (to_units((x, 1.0))[0] + 8, y), xycoords="figure points", color=line.color, va="center")
-
-
-def _for_a_page(svg: str, name: str, said: str) -> str:
-    """The <svg> element alone: colors as CSS variables, the page's font, unique ids, and a description for screen readers."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    for variable, color in COLORS.items():
-        svg = svg.replace(color, f"var(--{variable}, {color})")
-    svg = re.sub(r"font-family: [^;\"]*;", "", svg)
-    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    (view,) = re.findall(r'viewBox="[^"]+"', svg)
-    svg = re.sub(r"^<svg[^>]*>", f'<svg {view} role="img" aria-label="{said}">', svg)
-    return re.sub(r"\s*\n\s*", " ", svg).replace("xlink:href", "href")

@@ -1,7 +1,6 @@
 """What a run folder tells, read without changing anything: for the report and the model card."""
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,7 @@ from qlora.model.lora import ADAPTER_CONFIG, AdapterSettings
 from qlora.run import checkpoint
 from qlora.run.files import size_and_sha256, whole_rows
 from qlora.run.folder import EARLIER, FINISHED, METRICS, RUN, SAMPLES, is_going
-from qlora.run.schema import CompletionRow, Environment, Evaluation, Finished, Row, RunConfig, RunInfo, with_current_keys
+from qlora.run.schema import CompletionRow, Environment, Evaluation, Finished, Row, RunConfig, RunInfo, eval_rows, read_json
 from qlora.terminal import redact
 from qlora.validation import validated
 
@@ -49,9 +48,8 @@ class Record:
     @property
     def evaluations(self) -> list[dict[str, Any]]:
         """The rows of evaluations on the eval data of the end of the run, oldest first; loss is finite in each."""
-        rows = [row for row in self.rows if row["event"] == "eval"]
-        rows = [row for row in rows if None not in (row.get("eval_loss"), row.get("perplexity"))]
-        return [row for row in rows if self.run_info is None or row.get("eval_data") == self.run_info.eval_data]
+        rows = eval_rows(self.rows, self.run_info.eval_data if self.run_info else "any")
+        return [row for row in rows if None not in (row.get("eval_loss"), row.get("perplexity"))]
 
     @property
     def of_the_adapter(self) -> dict[str, Any] | None:
@@ -181,10 +179,9 @@ def _json(path: Path, kind: type[T]) -> T | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_bytes(), object_hook=with_current_keys)
+        return read_json(path, kind)
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from None
-    return _checked(path, kind, values)
 
 
 def _checked(path: Path, kind: type[T], values: object, where: str = "") -> T:

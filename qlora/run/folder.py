@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import fcntl
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,13 +23,14 @@ from qlora.errors import CheckpointError, ConfigError
 from qlora.eval.loss import EvalResult
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, whole_rows, write_file, write_folder
-from qlora.run.schema import Environment, Finished, Resume, RunInfo, State, read_json
+from qlora.run.schema import Environment, Finished, Resume, RunInfo, State, eval_rows, read_json
 from qlora.terminal import redact
 from qlora.validation import UNREADABLE, reason
 
 T = TypeVar("T")
 
 LOCK, RUN, FINISHED, METRICS, SAMPLES = "run.lock", "run.json", "finished.json", "metrics.jsonl", "samples.jsonl"
+LOCK_WAIT_S = 0.2  # is_going holds the lock for less than a millisecond
 # Options that may differ without a word: they change no number of the training, or are compared by what they give.
 FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save_total_limit", "skip_nonfinite", "debug",
         "explain", "trust_remote_code", "target_modules", "eval_file"}  # fmt: skip
@@ -72,7 +73,7 @@ class RunFolder:
             self._known, self._finished = _read(folder / RUN, RunInfo), _read(folder / FINISHED, Finished)
             self.checkpoint = self._find(resume)
         except BaseException:
-            self._lock.close()
+            self._lock.release()
             raise
 
     @classmethod
@@ -85,7 +86,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()  # which unlocks it
+        self._lock.release()
 
     def _find(self, resume: str) -> Path | None:
         own = checkpoint.by_step(self.checkpoints)
@@ -204,8 +205,7 @@ class RunFolder:
 
     def take_over(self, config: TrainConfig) -> None:
         """Make the folder that of this run: once all that can be checked has been, and before the first file is changed."""
-        owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
-        os.pwrite(self._lock.fileno(), owner.ljust(128), 0)
+        (self.folder / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         self.checkpoints.mkdir(exist_ok=True)
         for folder in (self.folder, self.folder.parent):
             sync_folder(folder)
@@ -232,7 +232,7 @@ class RunFolder:
         metrics = source.parent.parent / METRICS
         if metrics.is_file():
             write_file(self.folder / METRICS, metrics.read_bytes())
-        rows = [row for row in whole_rows(metrics) if row["event"] == "eval" and row.get("eval_data") == self.info.eval_data]
+        rows = eval_rows(whole_rows(metrics), self.info.eval_data)
         losses = {row["step"]: row["eval_loss"] for row in rows if row["step"] <= self.step and row["eval_loss"] is not None}
         self.checkpoint = self.checkpoints / source.name
         self.info = self.info.model_copy(update={"origin": str(source.resolve())})
@@ -346,47 +346,48 @@ class RunFolder:
         return f"{safe} Resume with:\n  {command}"
 
 
-def _locked(folder: Path) -> Any:
-    """The open lock file of a run folder; closing it unlocks it, as does the death of the process."""
-    path = folder / LOCK
+def _locked(folder: Path) -> FileLock:
+    """The lock of a run folder, acquired; the death of the process releases it."""
+    lock = _lock_of(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists() and any(folder.iterdir()):
+        if not (folder / LOCK).exists() and any(folder.iterdir()):
             raise CheckpointError(
                 f"{folder} is not empty, and holds no run of this program.",
                 hint="Choose another --output-dir.",
             )
-        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+        lock.acquire()
+    except Timeout:
+        owner = (folder / LOCK).read_text(errors="replace").strip()
+        raise CheckpointError(
+            f"{folder} is in use by another process ({owner or 'it is just starting'}).",
+            hint="Wait for it, or choose another --output-dir.",
+        ) from None
     except OSError as error:
         raise CheckpointError(
             f"Run folder {folder} cannot be written: {error.strerror}.",
             hint="Choose another --output-dir.",
         ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = lock.read().decode(errors="replace").strip()
-        lock.close()
-        raise CheckpointError(
-            f"{folder} is in use by another process ({owner or 'it is just starting'}).",
-            hint="Wait for it, or choose another --output-dir.",
-        ) from None
     return lock
 
 
-def is_going(folder: Path) -> bool:
-    """Whether a process is writing to a run folder at this moment.
+def _lock_of(folder: Path) -> FileLock:
+    # The file marks a run folder, so it must stay. The option also rules out filelock's fallback on a file system without
+    # flock: a lock that outlives a killed process.
+    return FileLock(folder / LOCK, timeout=LOCK_WAIT_S, preserve_lock_file=True)
 
-    This shares the lock for some microseconds; a run that starts in them finds the folder in use.
-    """
-    try:
-        with (folder / LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock, no run; or one of another user, who alone can write there
+
+def is_going(folder: Path) -> bool:
+    """Whether a process is writing to a run folder at this moment."""
+    if not (folder / LOCK).exists():  # acquiring the lock would create it
         return False
-    return False
+    try:
+        with _lock_of(folder):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # of another user, who alone can write there
+        return False
 
 
 def _read(path: Path, kind: type[T]) -> T | None:
@@ -414,7 +415,7 @@ def _differences(before: RunInfo, now: RunInfo, config: TrainConfig, at_step: in
     if not new["init_adapter"] or Path(str(old["init_adapter"])).resolve() == Path(new["init_adapter"]).resolve():
         unused |= {"init_adapter"}  # it gave the start, and the checkpoint is beyond that
     pairs = {name: [old[name], new[name]] for name in new if name not in unused}
-    pairs |= {"data": [before.data, now.data], "targets": [before.targets, now.targets], "device": [before.device, now.device]}
+    pairs |= {name: [getattr(before, name), getattr(now, name)] for name in ("data", "targets", "device")}
     pairs["eval_file"] = [before.eval_data, now.eval_data]  # by content, under the name that --override knows
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     same_product = old[OF_A_STEP[0]] * old[OF_A_STEP[1]] == new[OF_A_STEP[0]] * new[OF_A_STEP[1]]

@@ -22,6 +22,7 @@ from qlora.eval.generate import Completion
 from qlora.eval.loss import EvalResult
 from qlora.model.lora import Target
 from qlora.run.files import cannot_write, whole_rows, write_file
+from qlora.run.schema import eval_rows
 from qlora.speed.memory import peak_memory_gb
 from qlora.terminal import printable, say
 
@@ -76,8 +77,7 @@ class Tracker:
         metrics = run_folder / "metrics.jsonl"
         rows = [row for row in whole_rows(metrics) if row["step"] <= step and step > 0]
         write_file(metrics, b"".join(_line(row) for row in rows))
-        known = [row for row in rows if row["event"] == "eval" and row.get("eval_data") == eval_data]
-        self.known_evaluations = {row["step"]: _eval_result_of(row) for row in known}
+        self.known_evaluations = {row["step"]: _eval_result_of(row) for row in eval_rows(rows, eval_data)}
         self.metrics_file = metrics.open("ab")
         # What an earlier process wrote for this step and later ones is purged from TensorBoard, so the step is written again.
         used = any((run_folder / "tensorboard").glob("events.*"))

@@ -44,6 +44,11 @@ def read_json(path: Path, kind: type[T]) -> T:
     return validated(kind, json.loads(path.read_bytes(), object_hook=with_current_keys))
 
 
+def eval_rows(rows: list[dict[str, Any]], eval_data: str | None) -> list[dict[str, Any]]:
+    """Of the rows of metrics.jsonl, the evaluations on the eval data of this digest; with "any", on whatever data."""
+    return [row for row in rows if row["event"] == "eval" and eval_data in ("any", row.get("eval_data"))]
+
+
 def _scaled(value: Any, factor: float) -> Any:
     """A number, or all numbers in an object or array, times a factor; other values as they are."""
     if isinstance(value, dict):

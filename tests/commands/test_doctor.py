@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import bitsandbytes
+import bitsandbytes.diagnostics.main
 import pytest
 import torch
+import torch.utils.collect_env
 
 from qlora.cli import main
 from qlora.commands import doctor
@@ -46,6 +49,11 @@ def test_this_machine_can_start_a_run(capsys):
     assert needed == {"Python", "train_loop", "NF4 forward and backward", "NF4 dequantized", "temporary files"}
     assert all(rows[name]["ok"] for name in needed)
     assert rows["package torch"]["detail"] == torch.__version__
+    assert f"torch {torch.__version__}, built " in rows["CUDA"]["detail"] and rows["accelerate env"]["ok"]
+    assert rows["python -m bitsandbytes"]["ok"] and re.search(
+        "success", rows["python -m bitsandbytes"]["detail"], re.IGNORECASE
+    )
+    assert list(rows)[:4] == ["Python", "CUDA", "accelerate env", "python -m bitsandbytes"]
     listed = (ROOT / "setup.cfg").read_text().partition("install_requires =")[2].partition("\n\n")[0].split()
     assert [name for name in rows if name.startswith("package ")] == [f"package {text.split('>')[0]}" for text in listed]
     if not torch.cuda.is_available():
@@ -75,6 +83,51 @@ def test_what_raises_dies_or_hangs_costs_its_own_row(broken, monkeypatch):
     details = [row.detail for row in rows]
     assert details[1] == "OSError: libx.so: cannot open shared object file"
     assert "GB free" in details[2] and "SIGSEGV" in details[3] and "1 s" in details[4] and details[5] == "gone"
+
+
+def test_what_torch_finds_is_told_in_a_row(monkeypatch):
+    empty = torch.utils.collect_env.SystemEnv(*[None] * len(torch.utils.collect_env.SystemEnv._fields))
+    built = {"torch_version": "2.13.0", "cuda_compiled_version": "13.0", "nvidia_driver_version": "580.65"}
+    for found, detail in (
+        (
+            built | {"nvidia_gpu_models": "GPU 0: A\nGPU 1: B"},
+            "2.13.0, built for CUDA 13.0; NVIDIA driver 580.65; GPU 0: A; GPU 1: B",
+        ),
+        (built | {"nvidia_driver_version": None}, "2.13.0, built for CUDA 13.0; no NVIDIA driver"),
+        (
+            built | {"cuda_compiled_version": None},
+            "2.13.0, built without CUDA; NVIDIA driver 580.65. Use the GPU by pip install",
+        ),
+    ):
+        monkeypatch.setattr(torch.utils.collect_env, "get_env_info", lambda found=found: empty._replace(**found))
+        (row,) = doctor._collect_env()
+        assert row.check == "CUDA" and row.ok == (found["cuda_compiled_version"] is not None) and not row.needed
+        assert row.detail.startswith(f"torch {detail}")
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "ok"),
+    [("SUCCESS!", None, True), ("CPU library loaded successfully.", None, True), ("CPU library failed to load.", None, False),
+     ("WARNING: bitsandbytes is running as CPU-only!", 1, False)],
+)  # fmt: skip
+def test_what_bitsandbytes_says_of_itself_is_told_in_a_row(monkeypatch, last, code, ok):
+    def diagnose():
+        bitsandbytes.diagnostics.main.print_header("bitsandbytes v0")
+        bitsandbytes.diagnostics.main.print_header("")
+        print(f"Checking that it is\n{last}")
+        if code:
+            sys.exit(code)
+
+    monkeypatch.setattr(bitsandbytes.diagnostics.main, "main", diagnose)
+    assert list(doctor._bitsandbytes()) == [Row("python -m bitsandbytes", ok, f"Checking that it is {last}")]
+
+
+def test_diagnostics_of_others_that_crash_or_hang_cost_their_own_row(broken, monkeypatch):
+    monkeypatch.setattr(doctor, "CHILD_S", 3)
+    modules = {"accelerate": "import os; os.kill(os.getpid(), 11)", "bitsandbytes": "import time; time.sleep(60)"}
+    rows = broken(modules, "accelerate env", "python -m bitsandbytes", "temporary files")
+    assert [row.ok for row in rows] == [True, False, False, True] and not rows[1].needed and not rows[2].needed
+    assert "SIGSEGV" in rows[1].detail and "3 s" in rows[2].detail
 
 
 def test_without_torch_no_run_can_start_and_the_rest_is_told_of(broken, monkeypatch, capsys):

@@ -1,11 +1,13 @@
 """The report in headless Chromium, on a desktop and on a phone, light and dark: `pytest -m browser`."""
 
 import json
+from pathlib import Path
 
+import PIL.Image
 import pytest
 
 from qlora.eval.scores import SHOWN
-from qlora.report import record
+from qlora.report import plots, record
 from qlora.report.html import read, write
 from tests.helpers import EVALUATED, write_run
 from tests.report import chromium
@@ -70,6 +72,15 @@ def path(request, tmp_path_factory):
     return write(read(folder))
 
 
+def colors_in(path: Path) -> set[str]:
+    """The colors of a PNG file's pixels."""
+    image = PIL.Image.open(path).convert("RGB")
+    return {"#{:02x}{:02x}{:02x}".format(*color) for _, color in image.getcolors(2**24)}
+
+
+FONTS = """[...new Set([...document.querySelectorAll("svg text, body")].map((node) => getComputedStyle(node).fontFamily))]"""
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 375], ids=["desktop", "phone"])
 def test_the_report_can_be_read(page, path, width, dark, tmp_path):
@@ -83,6 +94,16 @@ def test_the_report_can_be_read(page, path, width, dark, tmp_path):
     assert page.value(SMALLEST_TEXT) > 9
     light = page.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert light != dark
+
+
+def test_curves_have_the_colors_and_the_font_of_the_page(page, tmp_path):
+    path = write(read(write_run(tmp_path / "run")))
+    for dark in (False, True):
+        page.open(path, 1280, dark)
+        page.screenshot(tmp_path / "report.png")
+        found = {plots.BLUE, plots.ORANGE} & colors_in(tmp_path / "report.png")
+        assert found == (set() if dark else {plots.BLUE, plots.ORANGE})
+        assert len(page.value(FONTS)) == 1
 
 
 def test_what_is_wrong_is_seen(page, path, tmp_path):

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import jinja2
+import jinja2.meta
 import pytest
 import torch
 import transformers
@@ -20,10 +22,16 @@ from qlora.data.formats import Message
 from qlora.data.template import encode_prompt, load_template
 from qlora.model import demo
 from qlora.report import record as records
-from qlora.report.model_card import base_of, data_name, model_card
+from qlora.report.model_card import TEMPLATE, base_of, data_name, model_card
 from tests.helpers import write_run
 
 pytestmark = pytest.mark.draws_report
+
+
+@pytest.fixture(autouse=True)
+def strict(monkeypatch):
+    """ModelCard leaves a place empty whose value is missing, or misspelled in the template; here it is an error."""
+    monkeypatch.setattr(jinja2, "Template", jinja2.Environment(undefined=jinja2.StrictUndefined).from_string)
 
 
 @pytest.fixture(scope="module", params=["plain", "chat"])
@@ -56,6 +64,25 @@ def test_training_leaves_a_card_without_a_blank(folder):
                   "random weights", "| Rank, alpha, dropout | 20, 64, 0.1 |", f"torch {torch.__version__}",
                   "22 bundled AVRO", "**How much of it is chance.**", f"| Prompt format | {folder.name} |"):  # fmt: skip
         assert words in card, words
+
+
+def test_the_template_takes_every_value_that_is_given_and_no_other(tmp_path, monkeypatch):
+    """Those it may leave out are among the values of some run; see `strict` for those that are missing."""
+    given, from_template = {}, huggingface_hub.ModelCard.from_template
+
+    def seen(card_data, template_path, **values):
+        given.update(values)
+        return from_template(card_data, template_path=template_path, **values)
+
+    monkeypatch.setattr(huggingface_hub.ModelCard, "from_template", seen)
+    card = model_card(records.read(write_run(tmp_path / "run")))
+    named = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(TEMPLATE.read_text()))
+    assert named == {*given, "card_data"}
+    assert card.startswith("---\nlibrary_name: peft\n") and card.endswith(".\n") and not card.endswith("\n\n")
+    assert not re.search(r"\n{3,}", card)
+    del given["versions"]
+    with pytest.raises(jinja2.UndefinedError, match="versions"):
+        from_template(huggingface_hub.ModelCardData(), template_path=str(TEMPLATE), **given)
 
 
 def test_training_leaves_a_report_of_what_it_counted_and_predicted(folder):

@@ -212,7 +212,8 @@ def test_the_page_needs_nothing_else_and_takes_no_text_for_markup(tmp_path):
             assert value.startswith(("#", "data:")), (tag, name, value)
         assert "url(" not in value or "url(#" in value
     text = (folder / "report.html").read_text()
-    assert not re.search(r"@import|//[a-z]", re.sub(r"<pre.*?</pre>|<t[dh].*?</t[dh]>", "", text, flags=re.DOTALL))
+    names = r'<pre.*?</pre>|<t[dh].*?</t[dh]>|xmlns(:xlink)?="http://www\.w3\.org/\d+/\w+"'  # no browser asks for a namespace
+    assert not re.search(r"@import|//[a-z]", re.sub(names, "", text, flags=re.DOTALL))
     assert {"script", "b", "iframe", "object", "link"} & set(page.tags) == {"link"}
     assert page.text.count(HOSTILE) >= 3  # a prompt, an answer, the command: as they were written
 
@@ -271,11 +272,13 @@ def test_the_page_can_be_heard_and_walked_through(tmp_path):
     page = page_of(write_run(tmp_path / "run"))
     levels = [int(tag[1]) for tag in page.tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels.count(1) == 1 and all(after <= before + 1 for before, after in itertools.pairwise(levels))
-    described = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    before_svg = [page.attributes[at - 2 : at] for at, (tag, *_) in enumerate(page.attributes) if tag == "svg"]
+    described = [label for (_, _, role), (_, name, label) in before_svg if (role, name) == ("img", "aria-label")]
     assert len(described) == page.tags.count("svg") == 6 and all(len(words) > 30 for words in described)
     assert "Training loss: 1.14 at first, 0.0553 at last" in described[0] and "Eval loss: 1.2 at first" in described[0]
     ids = [value for _, name, value in page.attributes if name == "id"]
-    assert len(ids) == len(set(ids))
+    used = [value for _, name, value in page.attributes if name in ("xlink:href", "clip-path")]
+    assert len(ids) == len(set(ids)) and {re.sub(r"^(url\()?#|\)$", "", value) for value in used} <= set(ids)
     assert ("html", "lang", "en") in page.attributes and ("meta", "name", "viewport") in page.attributes
     before_tables = [page.tags[at - 1] for at, tag in enumerate(page.tags) if tag == "table"]
     assert set(before_tables) == {"div"}  # that scrolls
@@ -441,11 +444,18 @@ def test_numbers_are_short():
 
 
 def test_curves_take_the_colors_and_the_font_of_the_page(tmp_path):
-    curves = plots.draw(record.read(write_run(tmp_path / "run")))
+    run = record.read(write_run(tmp_path / "run"))
+    curves = plots.draw(run)
+    page = html(run, curves)
     for curve in curves:
-        assert curve.png.startswith(b"\x89PNG") and "font-family" not in curve.svg and "<style" not in curve.svg
-        assert not re.search(r"(?:fill|stroke): #", curve.svg)  # each color is a variable
-        assert set(re.findall(r"var\((--\w+)", curve.svg)) <= {f"--{name}" for name in plots.COLORS}
+        assert curve.png.startswith(b"\x89PNG") and curve.svg.startswith("<svg ") and curve.svg in page
+        drawn = set(re.findall(r"(?:fill|stroke): #\w+", curve.svg))
+        assert drawn and all(f'[style*="{color}"] {{' in page for color in drawn)  # each has its rule
+    # No ancestor comes before it: such a rule would not apply to markers, which a <use> element shows.
+    rules = set(re.findall(r'^\[style\*="(\w+: #\w+)"\] { (\w+: var\(--\w+\)) !important; }', page, re.MULTILINE))
+    assert rules == {
+        (f"{of}: {color}", f"{of}: var(--{name})") for of in ("fill", "stroke") for name, color in plots.COLORS.items()
+    }
     loss = Page(curves[0].svg).words
     assert "eval 0.0661" in loss and "training 0.0" in loss and "log scale" in loss
     again = plots.draw(record.read(tmp_path / "run"))

@@ -2,11 +2,14 @@
 
 import dataclasses
 import datetime
+import errno
+import fcntl
 import json
 import math
 import os
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_loop
+from benchmarks.kill_resume import fork, wait
 from benchmarks.kill_resume import metrics as rows
 from qlora.cli import train as command_line
 from qlora.commands.adapter import open_adapter
@@ -31,7 +35,7 @@ from qlora.report.caveats import caveats
 from qlora.report.html import _evaluations
 from qlora.run import checkpoint, prepare
 from qlora.run.files import verify, write_folder
-from qlora.run.folder import RunFolder, _exactness
+from qlora.run.folder import LOCK, RunFolder, _exactness, is_going
 from qlora.run.schema import Environment
 from tests.helpers import SHORT_DATA, SHORT_EVAL, SHORT_TRAIN, tensors
 
@@ -738,12 +742,56 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 def test_a_folder_is_one_processs_at_a_time(stopped, tmp_path):
     with RunFolder(stopped, "auto") as run:
         assert run.step == 4
-        os.pwrite(run._lock.fileno(), b'{"pid": 1234, "host": "there"}', 0)
+        (stopped / LOCK).write_text('{"pid": 1234, "host": "there"}')
         with pytest.raises(UserError, match=r'is in use by another process.*"pid": 1234') as caught:
             RunFolder(stopped, "auto")
-        assert caught.value.exit_code == ExitCode.CHECKPOINT
-    with RunFolder(stopped, "auto"):
-        assert True  # as soon as it is let go
+        assert caught.value.exit_code == ExitCode.CHECKPOINT and is_going(stopped)
+    lock = (stopped / LOCK).stat()
+    with RunFolder(stopped, "auto"):  # as soon as it is released
+        assert (stopped / LOCK).stat().st_mtime_ns == lock.st_mtime_ns and (stopped / LOCK).stat().st_ino == lock.st_ino
+    assert not is_going(stopped)
+
+
+def test_a_look_at_the_lock_does_not_stop_a_run_that_starts(tmp_path):
+    folder = tmp_path / "run"
+    assert not is_going(tmp_path) and not list(tmp_path.iterdir())  # it makes no run folder of others'
+    with RunFolder(folder, "auto"):
+        pass
+    with (folder / LOCK).open() as look:
+        fcntl.flock(look, fcntl.LOCK_EX)
+        threading.Timer(0.05, lambda: fcntl.flock(look, fcntl.LOCK_UN)).start()
+        with RunFolder(folder, "auto"):
+            assert is_going(folder)
+
+
+def test_a_child_process_does_not_keep_the_lock(tmp_path):
+    """Workers are forked while a run holds its folder, and may outlive it."""
+    (ready, tell_ready), (end, tell_end) = os.pipe(), os.pipe()
+
+    def worker() -> int:
+        os.close(tell_end)
+        os.write(tell_ready, b".")
+        return len(os.read(end, 1))
+
+    with RunFolder(tmp_path / "run", "auto"):
+        child = fork(worker, tmp_path / "log")
+        assert os.read(ready, 1) == b"."
+    with RunFolder(tmp_path / "run", "auto") as run:
+        assert run.step == 0
+    for descriptor in (ready, tell_ready, end, tell_end):
+        os.close(descriptor)
+    assert wait(child) == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch, number):
+    def without_locks(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with pytest.raises(UserError, match=f"cannot be written: {os.strerror(number)}") as caught:
+        RunFolder(tmp_path / "run", "auto")
+    assert caught.value.exit_code == ExitCode.CHECKPOINT
 
 
 def test_no_room_is_told_before_training(tiny, tmp_path, monkeypatch, capsys):
