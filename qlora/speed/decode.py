@@ -80,7 +80,8 @@ class TokenGraph:
     def _scores_of(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         arguments = {"attention_mask": self._seen, "position_ids": positions, self._cache_name: self._cache}
         output = self._forward(input_ids=ids, use_cache=True, logits_to_keep=1, **arguments)
-        return output.logits[:, -1].float()  # [B, V]
+        scores: torch.Tensor = output.logits[:, -1].float()  # [B, V]
+        return scores
 
     def prefill(self, ids: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Begin with prompts.
@@ -118,46 +119,32 @@ class TokenGraph:
 
 
 @torch.no_grad()
-def decode(
-    model: Any,
-    input_ids: torch.Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
-    *,
-    graph: TokenGraph,
-    show: Any = None,
-    **inputs: Any,
-) -> torch.Tensor:
-    """The decoding loop of transformers' `generate(custom_generate=...)`, with its processors and criteria.
+def decode(model: Any, input_ids: torch.Tensor, graph: TokenGraph, show: Any, **prepared: Any) -> torch.Tensor:
+    """The decoding loop of transformers' `generate(custom_generate=...)`.
 
     Args:
         model: unused; the graph has it.
         input_ids: [B, T] prompts, padded on the left.
-        logits_processor: cuts and scales logits.
-        stopping_criteria: which rows are done.
-        generation_config: do_sample and the padding behind a finished answer.
         graph: for B rows of at least T + new tokens.
-        show: a streamer of transformers; it gets each token.
-        inputs: of the model; `attention_mask` [B, T] is 0 at padding, else 1, or None without padding.
+        show: a streamer of transformers, which gets each token; or None.
+        prepared: by transformers: logits_processor, stopping_criteria, generation_config, and inputs of the model, of which
+            `attention_mask` [B, T] is 0 at padding, else 1, or None without padding.
 
     Returns:
         [B, T + new] prompts with their answers.
     """
-    seen = inputs.get("attention_mask")
-    scores = graph.prefill(input_ids, torch.ones_like(input_ids) if seen is None else seen)
+    settings, seen = prepared["generation_config"], prepared.get("attention_mask")
+    scores = graph.prefill(input_ids, torch.ones_like(input_ids) if seen is None else seen)  # [B, V]
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)  # [B]
     while True:
-        scores = logits_processor(input_ids, scores)  # [B, V]
-        if generation_config.do_sample:
-            chosen = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]  # [B]
-        else:
-            chosen = scores.argmax(-1)  # [B]
-        chosen = torch.where(unfinished, chosen, generation_config.pad_token_id)
+        scores = prepared["logits_processor"](input_ids, scores)  # [B, V]
+        drawn = settings.do_sample
+        chosen = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0] if drawn else scores.argmax(-1)  # [B]
+        chosen = torch.where(unfinished, chosen, settings.pad_token_id)
         input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)  # [B, T + 1]
         if show is not None:
             show.put(chosen.cpu())  # sync
-        unfinished &= ~stopping_criteria(input_ids, scores)
+        unfinished &= ~prepared["stopping_criteria"](input_ids, scores)
         if not unfinished.any():  # sync
             break
         scores = graph.step(chosen)
