@@ -106,19 +106,19 @@ def generate_all(
 
 def answer_limit(examples: list[Example], template: PromptTemplate) -> int:
     """Tokens that an answer may have: twice those of the longest that is wanted, and 1,024 at most."""
-    return min(2 * max(len(template.ids(example.response)) for example in examples) + 8, 1024)
+    return min(2 * max((len(template.ids(example.response)) for example in examples), default=0) + 8, 1024)
 
 
 def sample_responses(model: Any, examples: list[Example], template: PromptTemplate) -> list[Completion]:
     """Greedy answers to the prompts of `examples`, without and with the adapter, up to answer_limit."""
-    prompts = [encode_prompt(example.prompt, template) for example in examples]
+    prompts = [encode_prompt(example.prompt, template, example.tools) for example in examples]
     limit = answer_limit(examples, template)
     with torch.autocast(model.device.type, torch.bfloat16):  # as training runs
         tuned = generate(model, prompts, template, limit)
         with model.disable_adapter():
             base = generate(model, prompts, template, limit)
     rows = zip(examples, base, tuned, strict=True)
-    return [Completion(example.prompt[-1].content, base, tuned, example.response) for example, base, tuned in rows]
+    return [Completion(example.prompt[-1].content or "", base, tuned, example.response) for example, base, tuned in rows]
 
 
 def try_samples(
@@ -140,7 +140,11 @@ def try_samples(
         say: for the warning.
     """
     try:
-        record(sample_responses(model, examples(), template))
+        found = examples()
+        if not found:
+            say("No sample answers: rows that are one text have no prompts.")
+            return
+        record(sample_responses(model, found, template))
     except FAILURES as error:
         reason = " ".join(str(error).split())[:200]
         why = "memory ran out" if is_out_of_memory(error) else type(error).__name__

@@ -20,7 +20,7 @@ from benchmarks.kill_resume import metrics as rows
 from qlora.cli import train as command_line
 from qlora.commands.adapter import open_adapter
 from qlora.config import BUNDLED_TRAIN, parse
-from qlora.data.formats import Message
+from qlora.data.messages import Message
 from qlora.data.template import encode_prompt, load_template
 from qlora.errors import CheckpointError, EnvironmentProblem, ExitCode, NonFiniteError, UserError
 from qlora.eval import generate
