@@ -24,6 +24,8 @@ PIECES = re.compile(f"{OPEN}[^{OPEN}{CLOSE}]+{CLOSE}|[^{OPEN}{CLOSE}]+")
 MARKS_AND_SPACE = re.compile(rf"[\s{OPEN}{CLOSE}]+")
 THOUGHTS = ("<think>", "</think>")  # users write thoughts with these, so they are tokens also where a user wrote them
 OPENED_THOUGHT = re.compile(r"<think>\s*\Z")  # what some generation prompts end in
+# An empty block that others end in, which switches thinking off: Gemma 4's large models, QwQ.
+NO_THOUGHT = re.compile(r"(?:<think>\s*</think>|<\|channel>thought\s*<channel\|>)\s*\Z")
 LINKS = ("name", "tool_call_id")  # of a tool message: they point at a call, which is in the conversation anyway
 ENDING = 200  # characters: what a template writes behind an answer is shorter
 PLAIN = "Use --prompt-format plain."
@@ -332,7 +334,8 @@ class _Conversation(NamedTuple):
         opened = OPENED_THOUGHT.search(prompt)
         answer, stop_id = self._behind(prompt, whole, content)
         is_lost = answer is None or not _is_in(content, prompt, answer)
-        if content.lstrip().startswith(THOUGHTS[0]) and (is_lost or (opened and THOUGHTS[0] in str(answer))):
+        is_doubled = (answer or "").count(THOUGHTS[0]) + bool(opened) > content.count(THOUGHTS[0])
+        if content.lstrip().startswith(THOUGHTS[0]) and (is_lost or is_doubled):
             answer, stop_id = self._thoughts_as_written(prompt, whole, content)
             is_lost = answer is None
         if is_lost and opened:
@@ -345,13 +348,17 @@ class _Conversation(NamedTuple):
     def _behind(self, prompt: str, whole: str, content: str) -> tuple[str | None, int]:
         """What the template renders behind its generation prompt, and the stop token; None if it renders something else there.
 
-        Nemotron's writes an empty block of thoughts without the newline that its generation prompt has.
+        Nemotron's writes an empty block of thoughts without the newline that its generation prompt has, and Gemma 4's leaves
+        out the empty block of its generation prompt.
         """
         if whole.startswith(prompt):
             return self._until_stop(whole.removeprefix(prompt))
         opened = OPENED_THOUGHT.search(prompt)
         if opened and not content.lstrip().startswith(THOUGHTS[0]) and whole.startswith(prompt.rstrip()):
             return self._until_stop(whole.removeprefix(prompt.rstrip()).lstrip())
+        switched_off = NO_THOUGHT.search(prompt)
+        if switched_off and not content.lstrip().startswith(THOUGHTS[0]) and whole.startswith(prompt[: switched_off.start()]):
+            return self._until_stop(whole[switched_off.start() :])
         return None, self.template.stop_id
 
     def _until_stop(self, text: str) -> tuple[str, int]:
@@ -373,7 +380,7 @@ class _Conversation(NamedTuple):
     def _thoughts_as_written(self, prompt: str, whole: str, content: str) -> tuple[str | None, int]:
         """An answer that begins with its thoughts, as it is written; None if the template lost more of it than these.
 
-        DeepSeek-R1's template drops the thoughts of every answer, Qwen3.8's puts an empty block before them.
+        DeepSeek-R1's template drops the thoughts of every answer, Qwen3.8's and Kimi K2's put an empty block before them.
         """
         opened = OPENED_THOUGHT.search(prompt)
         begin = prompt[: opened.start()] if opened else prompt
