@@ -72,6 +72,14 @@ R1_OF_JANUARY = (  # the first one, whose generation prompt opens no thought
     "{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
 )
+NO_THOUGHTS = (  # as Gemma 4's large models do, the generation prompt ends in an empty block that the render of an answer lacks
+    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+)
+TWO_BLOCKS = (  # as Kimi K2 does, an empty block is put before an answer, whether or not that has thoughts
+    "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' }}{% if m['role'] == 'assistant' %}<think></think>{% endif %}"
+    "{{ m['content'] }}<|im_end|>{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 EMPTY = "<think>\n\n</think>\n\n"
 TEMPLATES = {
     "chatml": RealTemplate(CHATML),

@@ -1,12 +1,17 @@
 """Real chat templates: what is rendered, what is trained, and what is refused because a template loses it."""
 # ruff: noqa: RUF001  DeepSeek writes its special tokens with a full-width bar
 
+import hashlib
 import json
 import re
+import subprocess
+import sys
+import tarfile
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from qlora.config import TrainConfig
 from qlora.data.dataset import encode_all
@@ -14,7 +19,7 @@ from qlora.data.formats import NO_OPTIONS, Example, make_plan, read_row
 from qlora.data.messages import Message
 from qlora.data.template import IGNORED, CannotRender, PromptTemplate, encode, encode_prompt, load_template
 from qlora.errors import ExitCode, UserError
-from tests.data.chat_templates import TEMPLATES, with_template
+from tests.data.chat_templates import NO_THOUGHTS, TEMPLATES, TWO_BLOCKS, template_text, with_template
 
 DATE = "2026-11-30T12:00:00"
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -78,8 +83,8 @@ def squeezed(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-def check_conversation(example: Example, template: PromptTemplate, name: str) -> None:
-    """Prompts are beginnings of the whole, the whole is the template's own, and the answers are what is trained."""
+def check_conversation(example: Example, template: PromptTemplate, name: str) -> int:
+    """Prompts are beginnings of the whole, the whole is the template's own, and the answers, counted, are what is trained."""
     real, tokenizer = TEMPLATES[name], template.tokenizer
     example = example if real.system else example._replace(messages=tuple(m for m in example.messages if m.role != "system"))
     loss_on = "last" if real.rewrites else "response"
@@ -100,13 +105,14 @@ def check_conversation(example: Example, template: PromptTemplate, name: str) ->
     decoded = tokenizer.decode(encoded.input_ids, clean_up_tokenization_spaces=False)
     if real.lead != "</think>":  # Nemotron's prompt has a newline that its render has not
         assert own.startswith(decoded) and len(own) - len(decoded) < 40
+    return len(answers)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=3, deadline=None)
 @given(example=conversations())
 def test_any_conversation_in_a_real_template(chat, name, example):
-    check_conversation(example, chat(name), name)
+    assert check_conversation(example, chat(name), name)
 
 
 @pytest.mark.faults
@@ -114,11 +120,55 @@ def test_any_conversation_in_a_real_template(chat, name, example):
 @settings(max_examples=200, deadline=None)
 @given(example=conversations())
 def test_many_conversations_in_a_real_template(chat, name, example):
-    check_conversation(example, chat(name), name)
+    assert check_conversation(example, chat(name), name)
 
 
 def test_there_are_templates_enough():
     assert len(TEMPLATES) >= 30 and sum(real.rewrites for real in TEMPLATES.values()) >= 5
+
+
+VOCABULARY = "vendor/llama.cpp/models/ggml-vocab-phi-3.gguf"
+
+
+@pytest.fixture(scope="module")
+def phi3_tokenizer(tmp_path_factory):
+    """Phi-3's real vocabulary, out of the source archive of a package: 77 MB to download."""
+    folder = tmp_path_factory.mktemp("phi3")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", "--dest", str(folder)]
+    subprocess.run([*command, "llama-cpp-python==0.3.36"], check=True)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        member = next(name for name in archive.getnames() if name.endswith(VOCABULARY))
+        archive.extract(member, folder, filter="data")
+    path = folder / member
+    assert hashlib.sha256(path.read_bytes()).hexdigest().startswith("967d7190")
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.chat_template = template_text("phi3")
+    return tokenizer
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_conversations_with_the_real_vocabulary_of_phi3(phi3_tokenizer):
+    template = load_template(phi3_tokenizer, "chat", DATE)
+    assert template.stop_id == 32007
+
+    @settings(max_examples=100, deadline=None)
+    @given(example=conversations())
+    def check(example: Example) -> None:
+        encoded = encode(example, template, "response")
+        answers = [message.content for message in example.messages if message.role == "assistant"]
+        assert squeezed(trained_text(example, template)) == squeezed("".join(f"{answer}<|end|>" for answer in answers))
+        assert encoded.input_ids.count(32007) == len(example.messages)  # one for each message, whatever is written in it
+        for end, message in enumerate(example.messages):
+            if message.role == "assistant":
+                prompt = encode_prompt(example.messages[:end], template)
+                assert encoded.input_ids[: len(prompt)] == prompt
+
+    check()
+    row = turns("Say {", '{"a": 1}', system="be brief")
+    whole = phi3_tokenizer.apply_chat_template([m._asdict() for m in row.messages], return_dict=True)["input_ids"]
+    encoded = encode(row, template, "response").input_ids
+    assert encoded == whole[: len(encoded)] and phi3_tokenizer.convert_ids_to_tokens(encoded)[-6:-5] != ["\u2581{"]
 
 
 # -- thoughts --------------------------------------------------------------------------------------------------------
@@ -148,6 +198,17 @@ def test_thoughts_of_a_single_turn_are_trained_as_written(chat, name, prompt_end
     )
     for more in (turns("1+1?", "<think>\none\n</think>\n\n2", "2+2?", THOUGHT), turns("1+1?", "2", "2+2?", THOUGHT)):
         assert trained_text(more, template, "last") == trained
+
+
+def test_an_empty_block_of_thoughts_is_not_trained_twice_nor_missed(tokenizer):
+    off, two = (load_template(with_template(tokenizer, text), "chat", DATE) for text in (NO_THOUGHTS, TWO_BLOCKS))
+    assert trained_text(turns("2+2?", "4"), off) == "4<|im_end|>"
+    whole = off.tokenizer.decode(encode(turns("2+2?", "4"), off, "response").input_ids)
+    assert whole.endswith("<think>\n\n</think>\n\n4<|im_end|>")
+    with pytest.raises(CannotRender, match="does not render the answer"):
+        encode(turns("2+2?", THOUGHT), off, "response")
+    assert trained_text(turns("2+2?", "4"), two) == "<think></think>4<|im_end|>"
+    assert trained_text(turns("2+2?", THOUGHT), two) == f"{THOUGHT}<|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "deepseek_r1_distill", "gptoss", "nemotron_3_nano"])
