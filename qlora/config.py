@@ -15,6 +15,7 @@ from qlora.terminal import echo, redact, redacted_stderr
 
 AttnImplementation = Literal["auto", "flash_attention_2", "varlen", "sdpa", "eager"]
 PromptFormat = Literal["plain", "chat"]
+LossOn = Literal["response", "all", "last"]
 GradientCheckpointing = Literal["auto", "none", "selective", "full"]
 Compile = Literal["auto", "none", "layers", "graphs"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
@@ -49,13 +50,18 @@ class DataOptions:
     """What is read, and which tokens carry the loss."""
 
     train_file: str | None = None
-    """JSONL or Parquet file, or hub data set (NAME or NAME:SPLIT). Unset: the 22 bundled AVRO examples."""
+    """JSONL or Parquet file, or hub data set (NAME or NAME:SPLIT). Unset: the 22 bundled AVRO examples. The form of the rows
+    (Alpaca, messages, ShareGPT, prompt/completion, ...) is recognized by their columns."""
     eval_file: str | None = None
     """Held-out data to evaluate on, in the same forms. Unset: the 8 bundled ones with the bundled training file, else none."""
     prompt_format: PromptFormat = "plain"
     """plain: `### Instruction:` / `### Response:`. chat: the model's own template."""
-    loss_on: Literal["response", "all"] = "response"
-    """response: the response and its stop token. all: the prompt too."""
+    columns: tuple[str, ...] = ()
+    """Names of columns in the file, as OUR_NAME=ITS_NAME: instruction=question response=answer. The README lists ours."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns to leave out although they look like part of a prompt, and keys of messages (messages.KEY)."""
+    loss_on: LossOn = "response"
+    """response: all answers and their stop tokens. last: only the last answer of a conversation. all: prompts too."""
     max_length: int = 2048
     """Longest sample, in tokens, stop token included."""
     on_long: Literal["drop", "truncate", "error"] = "drop"

@@ -27,7 +27,8 @@ import train_loop
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN
 from qlora.data.batch import Batch, batched, collate, epoch_order, epoch_rows, iter_batches
 from qlora.data.dataset import TokenizedDataset
-from qlora.data.formats import Example, Message, read_examples
+from qlora.data.formats import Example, read_examples
+from qlora.data.messages import Message
 from qlora.data.template import IGNORED, TokenizedExample, encode
 from qlora.model import loss
 from qlora.model.loss import Head, read_head, token_loss_sum

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from qlora.cli import train as command_line
 from qlora.commands.generate import _print_all, _Streamer
-from qlora.data.formats import Message, Prompt
+from qlora.data.formats import Prompt
+from qlora.data.messages import Message
 from qlora.errors import ExitCode
 from qlora.eval.generate import Completion
 from qlora.run import explain, log

@@ -370,7 +370,7 @@ def test_a_run_from_the_command_line_learns_and_leaves_everything(samples, tmp_p
     for words in (
         "Model: tiny-random (as asked",
         "Attention: sdpa (it needs no mask here)",
-        "columns instruction/response",
+        "form instruction/response",
         "qkv_proj",
         "step 1/24",
         "step 5/24",

@@ -15,9 +15,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qlora.commands.options import EvalDataOptions, GenerateOptions
 from qlora.config import EMBEDDED, PromptFormat, TrainConfig
-from qlora.data.formats import Prompt
-from qlora.data.template import PromptTemplate, encode_prompt, load_template
+from qlora.data.dataset import column_options
+from qlora.data.formats import ColumnOptions, Prompt
+from qlora.data.template import CannotRender, PromptTemplate, encode_prompt, load_template
 from qlora.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem, UserError, user_error_on_oom
 from qlora.model import attention
 from qlora.model.demo import model_source
@@ -32,6 +34,7 @@ from qlora.validation import UNREADABLE, reason
 
 OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop", "train_file",
               "eval_file")  # fmt: skip
+OF_THE_COLUMNS = ("columns", "ignore_columns")  # runs of older versions did not have them
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
 
@@ -80,6 +83,7 @@ def open_adapter(
     lora = read_adapter_config(folder)
     known: dict[str, Any] = {**run_info.config} if run_info else {}
     kept = {name: known[name] for name in OF_THE_RUN if name in known}
+    kept |= {name: tuple(known[name]) for name in OF_THE_COLUMNS if name in known}
     notes: list[str] = []
     base, revision = _base(folder, lora, kept.get("model"), model, notes)
     format_name = prompt_format or kept.get("prompt_format")
@@ -150,9 +154,9 @@ def prompt_ids(prompt: Prompt, adapter: Adapter, max_new_tokens: int) -> list[in
         DataError: naming where the prompt stands, if it does not, or if the chat template refuses it.
     """
     try:
-        ids = encode_prompt(prompt.messages, adapter.template)
-    except ValueError as error:
-        raise DataError(f"{prompt.where}: {error}.", hint="Use --prompt-format plain.") from None
+        ids = encode_prompt(prompt.messages, adapter.template, prompt.tools)
+    except CannotRender as error:
+        raise DataError(f"{prompt.where}: {error}.", hint=error.hint) from None
     positions = positions_of(adapter)
     if positions is not None and len(ids) + max_new_tokens > positions:
         raise DataError(
@@ -161,6 +165,16 @@ def prompt_ids(prompt: Prompt, adapter: Adapter, max_new_tokens: int) -> list[in
             hint="Shorten the prompt or lower --max-new-tokens.",
         )
     return ids
+
+
+def columns_of(options: EvalDataOptions | GenerateOptions, adapter: Adapter) -> ColumnOptions:
+    """Names of columns, and those that are ignored: as the command was told, else as in the run.
+
+    Raises:
+        ConfigError: if they cannot be used.
+    """
+    flags = {name: getattr(options, name) for name in OF_THE_COLUMNS if getattr(options, name) is not None}
+    return column_options(dataclasses.replace(adapter.config, **flags))
 
 
 def oom_as_user_error_with(advice: str) -> contextlib.AbstractContextManager[None]:

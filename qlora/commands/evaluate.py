@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import time
@@ -15,7 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora import terminal
-from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, positions_of, prompt_ids
+from qlora.commands.adapter import (
+    Adapter,
+    columns_of,
+    load_adapted,
+    oom_as_user_error_with,
+    open_adapter,
+    positions_of,
+    prompt_ids,
+)
 from qlora.commands.options import EvalDataOptions, EvaluateOptions, refuse_below, refuse_seed, require_packages
 from qlora.data.batch import Batch, iter_batches
 from qlora.data.dataset import TokenizedDataset, encode_all
@@ -66,20 +75,21 @@ def run(options: EvaluateOptions) -> int:
         say(note)
     file, samples, examples, notes = read_eval_data(options, adapter)
     say(notes)
-    limit = options.max_new_tokens or _answer_limit(examples, adapter)
-    prompts = [prompt_ids(Prompt(example.prompt, f"{file}:{example.line}"), adapter, limit) for example in examples]
+    asked = [example for example in examples if example.prompt]  # a row that is one text has a loss, and no prompt
+    limit = options.max_new_tokens or _answer_limit(asked, adapter)
+    prompts = [prompt_ids(Prompt(example.prompt, f"{file}:{example.line}", example.tools), adapter, limit) for example in asked]
     precision: Precision = "int8" if options.int8 else "nf4"
     with oom_as_user_error_with(f"Lower --batch-size {options.batch_size} or --max-new-tokens {limit}."):
         model = load_adapted(adapter, precision)
         sides = both_sides(model, adapter, samples, prompts, options.batch_size, limit)
-    compared = comparisons(sides, [example.response for example in examples], options.seed)
+    compared = comparisons(sides, [example.response for example in asked], options.seed)
     console.print(results_table(compared, len(examples), sides[0].result.num_tokens))
     if options.json is not None:
         record: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "precision": precision}
         record |= {"adapter_sha256": sha256_of(adapter.folder), "eval_data_sha256": samples.sha256}  # as in run.json
         record |= {"eval_file": str(file), "num_examples": len(examples), "num_tokens": sides[0].result.num_tokens}
         record |= {"max_new_tokens": limit, "batch_size": options.batch_size, "seed": options.seed}
-        record |= recorded(sides, compared, examples)
+        record |= recorded(sides, compared, asked)
         record["environment"] = environment.environment(adapter.device)
         write_file(options.json, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
         say(f"Written to {options.json}, answers included.")
@@ -117,17 +127,18 @@ def read_eval_data(options: EvalDataOptions, adapter: Adapter) -> tuple[str, Tok
         raise ConfigError(f"{adapter.folder} does not record any eval data.", hint="Pass --eval-file.")
     flags = {name: getattr(options, name) for name in ("max_length", "on_long", "allow_drop")}
     config = dataclasses.replace(adapter.config, **{name: value for name, value in flags.items() if value})
-    columns = check_source(file, "test")
-    examples = [example for example, _ in zip(read_examples(file, "test"), range(options.limit or 2**62), strict=False)]
+    names = columns_of(options, adapter)
+    columns = check_source(file, "test", names)
+    examples = list(itertools.islice(read_examples(file, "test", names), options.limit))
     samples, notes = encode_all(examples, file, adapter.template, config)
     kept = {sample.line for sample in samples}
-    return file, samples, [example for example in examples if example.line in kept], f"Eval: {notes}; columns {columns}"
+    return file, samples, [example for example in examples if example.line in kept], f"Eval: {notes}; form {columns}"
 
 
 def _answer_limit(examples: list[Example], adapter: Adapter) -> int:
     """Twice the longest answer wanted, as in training, or what the longest prompt leaves of the model's positions."""
     limit = answer_limit(examples, adapter.template)
-    longest = max(len(encode_prompt(example.prompt, adapter.template)) for example in examples)
+    longest = max((len(encode_prompt(example.prompt, adapter.template, example.tools)) for example in examples), default=0)
     return max(1, min(limit, (positions_of(adapter) or limit + longest) - longest))
 
 
@@ -207,7 +218,7 @@ def comparisons(sides: Sequence[Side], references: list[str], seed: int) -> dict
                                   ("token_accuracy", [1, 2], scores.ratio)):  # fmt: skip
         base, adapted = (side.tokens[:, columns] for side in sides)  # [n, 2] each
         found[name] = scores.compare(base, adapted, metric, seed)
-    texts = [scores.of_answers(side.answers, references) for side in sides]
+    texts = [scores.of_answers(side.answers, references) if references else {} for side in sides]
     for name, (statistics, metric) in texts[0].items():
         found[name] = scores.compare(statistics, texts[1][name][0], metric, seed)
     return {name: found[name] for name in scores.SHOWN if name in found}

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import transformers
 
-from qlora.commands.adapter import Adapter, load_adapted, oom_as_user_error_with, open_adapter, prompt_ids
+from qlora.commands.adapter import Adapter, columns_of, load_adapted, oom_as_user_error_with, open_adapter, prompt_ids
 from qlora.commands.options import GenerateOptions, refuse_below, refuse_seed
-from qlora.data.formats import Message, Prompt, as_prompt, read_prompts
+from qlora.data.formats import Prompt, as_prompt, read_prompts
+from qlora.data.messages import Message
 from qlora.errors import ConfigError, UserError
 from qlora.eval.generate import Sampling, generate, generate_all
 from qlora.model.load import prepare_inference
@@ -32,10 +33,10 @@ def run(options: GenerateOptions) -> int:
         UserError: exit 2, 3, 4 or 7 before the weights are loaded; 6 where memory does not suffice.
     """
     sampling = _check(options)
-    prompts = read_prompts(options.prompts_file) if options.prompts_file else []
-    if options.prompt is not None:
-        prompts = [as_prompt(options.prompt, "--prompt")]
+    prompts = [] if options.prompt is None else [as_prompt(options.prompt, "--prompt")]
     adapter = open_adapter(options.adapter, options.model, options.prompt_format, options.trust_remote_code, options.device)
+    if options.prompts_file:
+        prompts = read_prompts(options.prompts_file, columns_of(options, adapter))
     encoded = [prompt_ids(prompt, adapter, options.max_new_tokens) for prompt in prompts]
     for note in adapter.notes:
         _say(note)

@@ -20,8 +20,9 @@ from rich.text import Text
 from qlora.commands.options import InspectDataOptions, refuse_below
 from qlora.config import TrainConfig
 from qlora.data.batch import batched, epoch_rows, rounded, row_length
-from qlora.data.dataset import TokenizedDataset, check_files, encode_files, truncate_or_drop
-from qlora.data.formats import Example, Message, read_examples
+from qlora.data.dataset import TokenizedDataset, check_files, column_options, encode_files, truncate_or_drop
+from qlora.data.formats import BECOMES, Example, SourceColumns, read_examples
+from qlora.data.messages import Message
 from qlora.data.template import IGNORED, TokenizedExample, load_template
 from qlora.model.demo import model_source
 from qlora.model.load import load_meta_model, load_tokenizer
@@ -144,7 +145,9 @@ def _normalized(text: str) -> str:
 
 
 def _digest(turns: Iterable[Message], normalize: bool) -> bytes:
-    texts = [_normalized(content) if normalize else content for _, content in turns]  # their number tells whose they are
+    turns = list(turns)  # their number tells whose they are
+    texts = [_normalized(turn.content or "") if normalize else turn.content for turn in turns]
+    texts += [json.dumps(dict(turn.keys)) for turn in turns if turn.keys]
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).digest()
 
 
@@ -211,6 +214,16 @@ def spread(samples: TokenizedDataset, count: int) -> list[TokenizedExample]:
 
 
 # -- shown -----------------------------------------------------------------------------------------------------------
+
+
+def columns_table(found: dict[str, SourceColumns]) -> Table:
+    """What became of each column of each source."""
+    table = Table("", "form", "column", "becomes", title="Columns")
+    for name, columns in found.items():
+        rows = [(theirs, BECOMES[ours]) for ours, theirs in columns.used.items()]
+        for column, becomes in [*rows, *((column, "ignored") for column in columns.ignored)]:
+            table.add_row(name, columns.form, Text(repr(column).strip("'")), becomes)
+    return table
 
 
 def contents_table(contents: dict[str, Contents]) -> Table:
@@ -306,9 +319,12 @@ def run(options: InspectDataOptions) -> int:
         if everything is not None:
             contents[name], kept[name] = describe(str(file), everything, config)
     inspection = {"config": config.plain(), "data": contents, "padding": {}, "repeats": _repeats(config)}
+    found_columns = dict(zip(contents, columns, strict=True))
+    inspection["columns"] = {name: found._asdict() for name, found in found_columns.items()}
     for name, packing in (("single samples", False), ("packed", True)):
         if kept["train"]:
             inspection["padding"][name] = padding(kept["train"], dataclasses.replace(config, packing=packing))
+    console.print(columns_table(found_columns))
     _show(inspection, config, console)
     for sample in spread(kept["train"], options.examples):
         rows = explain.tokens(sample, template.tokenizer)
@@ -325,12 +341,13 @@ def _repeats(config: TrainConfig) -> dict[str, Repeats]:
     """Duplicates in each source and, if there is eval data, its leaks."""
     train, eval_file = config.train_file, config.eval_file
     assert train is not None  # as resolved
-    found = {"duplicates in train": duplicates(read_examples(train, "train"))}
+    options = column_options(config)
+    found = {"duplicates in train": duplicates(read_examples(train, "train", options))}
     if eval_file is not None:
-        examples = list(read_examples(eval_file, "test"))
+        examples = list(read_examples(eval_file, "test", options))
         found["duplicates in eval"] = duplicates(examples)
         for what, prompts_only in (("prompt and response", False), ("prompt", True)):
-            found[f"eval {what} in train"] = leaks(read_examples(train, "train"), examples, prompts_only)
+            found[f"eval {what} in train"] = leaks(read_examples(train, "train", options), examples, prompts_only)
     return found
 
 

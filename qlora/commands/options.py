@@ -71,6 +71,10 @@ class EvalDataOptions(AdapterOptions):
 
     eval_file: str | None = None
     """JSONL or Parquet file, or hub data set (NAME or NAME:SPLIT). Unset: that of the run."""
+    columns: tuple[str, ...] | None = None
+    """Names of columns in the file, as OUR_NAME=ITS_NAME. Unset: those of the run."""
+    ignore_columns: tuple[str, ...] | None = None
+    """Columns, or keys of messages (messages.KEY), to leave out. Unset: those of the run."""
     limit: int | None = None
     """Only this many examples, the first. Unset: all."""
     max_length: int | None = None
@@ -107,7 +111,11 @@ class GenerateOptions(AdapterOptions):
     prompt: str | None = None
     """To be answered; the answer is shown while it grows."""
     prompts_file: Path | None = None
-    """Text with one prompt per line, or JSONL or Parquet with the columns of training (answers may be missing)."""
+    """Text with one prompt per line, or JSONL or Parquet in any form of training (answers may be missing)."""
+    columns: tuple[str, ...] | None = None
+    """Names of columns in the file, as OUR_NAME=ITS_NAME. Unset: those of the run."""
+    ignore_columns: tuple[str, ...] | None = None
+    """Columns, or keys of messages (messages.KEY), to leave out. Unset: those of the run."""
     compare: bool = False
     """The base's answer beside the adapter's."""
     temperature: float = 0.0

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import overload
 
 from qlora.config import TrainConfig
-from qlora.data.formats import Example, check_source, read_examples
+from qlora.data.formats import ColumnOptions, Example, SourceColumns, check_source, read_examples
+from qlora.data.messages import TEXT
 from qlora.data.read import LISTED, listed
-from qlora.data.template import IGNORED, PromptTemplate, TokenizedExample, encode
+from qlora.data.template import IGNORED, CannotRender, PromptTemplate, TokenizedExample, encode
 from qlora.errors import CheckpointError, DataError
 
 # -- the samples of a run --------------------------------------------------------------------------------------------
@@ -97,6 +98,7 @@ class _Tally:
     truncated: int = 0
     special: int = 0
     special_text: str = ""
+    masked: int = 0
     dropped: int = 0
     dropped_lines: list[int] = dataclasses.field(default_factory=list)  # the first few
 
@@ -148,6 +150,8 @@ def encode_all(
         notes += f"; {tally.truncated} cut to {config.max_length}"
     if tally.dropped:
         notes += f"; {tally.dropped} dropped as longer than {config.max_length} {lines}"
+    if tally.masked:
+        notes += f"; {tally.masked} answers not trained, by weight, train or as part of a prompt"
     if tally.special:
         notes += f"; {tally.special} hold special tokens such as {tally.special_text} in their text, encoded as plain text"
     return samples, notes
@@ -160,8 +164,8 @@ def _fitting(
         tally.seen += 1
         try:
             encoded = encode(example, template, config.loss_on)
-        except ValueError as error:
-            raise DataError(f"{source}:{example.line}: {error}.", hint="Use --prompt-format plain.") from None
+        except CannotRender as error:
+            raise DataError(f"{source}:{example.line}: {error}.", hint=error.hint) from None
         length = len(encoded.input_ids)
         if length > config.max_length and config.on_long == "error":
             raise DataError(f"{source}:{example.line}: {length} tokens, more than --max-length {config.max_length}.")
@@ -170,9 +174,18 @@ def _fitting(
             tally.drop(example.line)
             continue
         tally.truncated += kept is not encoded
-        found = next(filter(None, (template.special.search(message.content) for message in example.messages)), None)
-        tally.keep(kept, found[0] if found else "")
+        tally.masked += sum(not message.trained for message in example.messages)
+        tally.keep(kept, _special_text(example, template))
         yield kept
+
+
+def _special_text(example: Example, template: PromptTemplate) -> str:
+    """The first special token that the example has in its text; those of a rendered text are real, and none of this kind."""
+    if example.messages[0].role == TEXT:
+        return ""
+    texts = (f"{message.content}{message.keys or ''}" for message in example.messages)
+    found = next(filter(None, map(template.special.search, texts)), None)
+    return found[0] if found else ""
 
 
 def truncate_or_drop(encoded: TokenizedExample, config: TrainConfig) -> TokenizedExample | None:
@@ -195,17 +208,27 @@ def _digest(sample: TokenizedExample) -> bytes:
     return hashlib.sha256(array("i", sample.input_ids).tobytes()).digest()
 
 
-def check_files(config: TrainConfig) -> list[str]:
+def column_options(config: TrainConfig) -> ColumnOptions:
+    """--columns and --ignore-columns.
+
+    Raises:
+        ConfigError: if one of them cannot be used.
+    """
+    return ColumnOptions.parse(config.columns, config.ignore_columns)
+
+
+def check_files(config: TrainConfig) -> list[SourceColumns]:
     """Read all data once and keep nothing but the columns found: a mistake in a last line should not cost a download.
 
     Raises:
-        DataError: as read_examples does.
+        UserError: as check_source does; exit 2 if --columns cannot be used.
     """
-    return [check_source(file, split) for file, split, _ in _files(config)]
+    options = column_options(config)
+    return [check_source(file, split, options) for file, split, _ in _files(config)]
 
 
 def encode_files(
-    config: TrainConfig, columns: list[str], template: PromptTemplate, say: Callable[[str], None]
+    config: TrainConfig, columns: list[SourceColumns], template: PromptTemplate, say: Callable[[str], None]
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """The training data and, if there is any, the eval data, with a line about each.
 
@@ -214,8 +237,8 @@ def encode_files(
     """
     sets = []
     for (file, split, name), found in zip(_files(config), columns, strict=True):
-        encoded, notes = encode_all(read_examples(file, split), file, template, config)
-        say(f"{name}: {notes}; columns {found}")
+        encoded, notes = encode_all(read_examples(file, split, column_options(config)), file, template, config)
+        say(f"{name}: {notes}; form {found}")
         sets.append(encoded)
     samples, eval_set = sets[0], sets[1] if len(sets) > 1 else None
     if eval_set and (shared := count_shared(samples, eval_set)):
@@ -234,9 +257,10 @@ def _files(config: TrainConfig) -> list[tuple[str, str, str]]:
 def first_examples(
     config: TrainConfig, samples: TokenizedDataset, eval_set: TokenizedDataset | None, count: int
 ) -> list[Example]:
-    """The first `count` examples of the eval data, or of the training data if there is none."""
+    """The first `count` examples of the eval data, or of the training data if there is none; none of rows that are one text."""
     file, split, _ = _files(config)[-1]
-    return kept_examples(read_examples(file, split), eval_set or samples, count)
+    found = kept_examples(read_examples(file, split, column_options(config)), eval_set or samples, count)
+    return [example for example in found if example.prompt]
 
 
 def kept_examples(examples: Iterable[Example], samples: Sequence[TokenizedExample], count: int) -> list[Example]:

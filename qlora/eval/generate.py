@@ -135,7 +135,7 @@ def _answer(
 
 def answer_limit(examples: list[Example], template: PromptTemplate) -> int:
     """Tokens that an answer may have: twice those of the longest that is wanted, and 1,024 at most."""
-    return min(2 * max(len(template.ids(example.response)) for example in examples) + 8, 1024)
+    return min(2 * max((len(template.ids(example.response)) for example in examples), default=0) + 8, 1024)
 
 
 def sample_responses(model: Any, examples: list[Example], template: PromptTemplate) -> list[Completion]:
@@ -143,7 +143,7 @@ def sample_responses(model: Any, examples: list[Example], template: PromptTempla
 
     On a GPU both are one batch, and generation ends after 5 s, however long an answer is by then.
     """
-    prompts = [encode_prompt(example.prompt, template) for example in examples]
+    prompts = [encode_prompt(example.prompt, template, example.tools) for example in examples]
     settings = _settings(model, template, min(answer_limit(examples, template), MAX_SAMPLE_TOKENS), sampling=None)
     with torch.autocast(model.device.type, torch.bfloat16):  # as training runs
         if decode_unavailable_reason(model) is None:
@@ -156,7 +156,7 @@ def sample_responses(model: Any, examples: list[Example], template: PromptTempla
             with model.disable_adapter():
                 (base,) = _answer(model, [prompts], template, settings)
     rows = zip(examples, base, tuned, strict=True)
-    return [Completion(example.prompt[-1].content, base, tuned, example.response) for example, base, tuned in rows]
+    return [Completion(example.prompt[-1].content or "", base, tuned, example.response) for example, base, tuned in rows]
 
 
 def try_samples(
@@ -178,7 +178,11 @@ def try_samples(
         say: for the warning.
     """
     try:
-        record(sample_responses(model, examples(), template))
+        found = examples()
+        if not found:
+            say("No sample answers: rows that are one text have no prompts.")
+            return
+        record(sample_responses(model, found, template))
     except FAILURES as error:
         reason = " ".join(str(error).split())[:200]
         why = "memory ran out" if is_out_of_memory(error) else type(error).__name__

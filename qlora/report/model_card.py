@@ -17,6 +17,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$")  # a model in the hub's cache
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that --max-lora-rank takes; its own default is 16
 ANSWER_LINES = 24
+LOSS_ON = {"response": "answers", "last": "the last answer of each conversation", "all": "prompts and answers"}
 EMBEDDED = {  # model -> hub id that its weights come from, license, description
     "demo": (
         "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -152,7 +153,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
         ),
         ("Optimizer", f"{config['optimizer']}, weight decay {config['weight_decay']:g}"),
         ("Gradient clipping", f"norm {clip:g}" if clip else "none"),
-        ("Loss on", "answers" if config["loss_on"] == "response" else "prompts and answers"),
+        ("Loss on", LOSS_ON[config["loss_on"]]),
         ("Prompt format", config["prompt_format"]),
         ("Longest sample", f"{config['max_length']:,} tokens"),
         ("Seed", str(config["seed"])),

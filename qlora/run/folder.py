@@ -34,7 +34,7 @@ LOCK_WAIT_S = 0.2  # is_going holds the lock for less than a millisecond
 # Options that may differ without a word: they change no number of the training, or are compared by what they give.
 FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save_total_limit", "skip_nonfinite", "debug",
         "explain", "trust_remote_code", "target_modules", "eval_file"}  # fmt: skip
-OF_THE_DATA = {"train_file", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop"}
+OF_THE_DATA = {"train_file", "columns", "ignore_columns", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop"}
 EARLIER = TrainConfig(compile="none").plain()  # what an option was before there was that option
 RESOLVED = ("attn_implementation", "compile", "gradient_checkpointing")  # from auto, by what the machine has
 OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")

@@ -8,7 +8,7 @@ import pydantic
 from pydantic import BaseModel, Field
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from qlora.config import AttnImplementation, Compile, GradientCheckpointing, PromptFormat
+from qlora.config import AttnImplementation, Compile, GradientCheckpointing, LossOn, PromptFormat
 from qlora.validation import STRICT, validated
 
 T = TypeVar("T")
@@ -71,7 +71,9 @@ class RunConfig(TypedDict, total=False):
     train_file: str
     eval_file: str | None
     prompt_format: PromptFormat
-    loss_on: Literal["response", "all"]
+    loss_on: LossOn
+    columns: list[str]
+    ignore_columns: list[str]
     max_length: Count
     on_long: Literal["drop", "truncate", "error"]
     allow_drop: bool

@@ -1,5 +1,6 @@
 """python -m qlora evaluate, on the tiny model: its numbers against training's own, and what it refuses."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import torch
 from qlora.cli import main
 from qlora.commands import evaluate
 from qlora.commands.adapter import load_adapted, open_adapter
+from qlora.commands.options import EvaluateOptions
 from qlora.config import BUNDLED_EVAL
 from qlora.data.batch import collate, iter_batches
 from qlora.data.dataset import encode_all
@@ -152,3 +154,32 @@ def test_data_that_no_run_names_must_be_given(run, tmp_path, capsys):
     run_info["config"]["eval_file"] = None
     (run / "run.json").write_text(json.dumps(run_info))
     assert main(["evaluate", str(run)]) == 2 and "--eval-file" in capsys.readouterr().err
+
+
+def test_columns_are_those_of_the_run_or_of_the_command(run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"q": "Say a", "a": "a", "history": ["x"]}) + "\n")
+    own = ("instruction=q", "response=a")
+    options = EvaluateOptions(run, eval_file=str(path), columns=own, ignore_columns=("history",))
+    opened = open_adapter(run)
+    assert opened.config.columns == ()
+    _, samples, examples, notes = evaluate.read_eval_data(options, opened)
+    assert len(samples) == 1 and examples[0].response == "a" and "ignored: history" in notes
+    record = json.loads((run / "run.json").read_text())
+    record["config"] |= {"columns": list(own), "ignore_columns": ["history"]}
+    (run / "run.json").write_text(json.dumps(record))
+    of_the_run = dataclasses.replace(options, columns=None, ignore_columns=None)
+    assert evaluate.read_eval_data(of_the_run, open_adapter(run))[2] == examples
+    for name in ("columns", "ignore_columns"):  # a run of version 0.1.0
+        del record["config"][name]
+    (run / "run.json").write_text(json.dumps(record))
+    assert open_adapter(run).config.columns == ()
+
+
+def test_texts_have_a_loss_and_no_answers(run, tmp_path, capsys):
+    path, out = tmp_path / "texts.jsonl", tmp_path / "out.json"
+    path.write_text("".join(json.dumps({"text": f"once {n}"}) + "\n" for n in range(2)))
+    assert main(["evaluate", str(run), "--eval-file", str(path), "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert list(record["metrics"]) == ["loss", "perplexity", "token_accuracy"] and record["answers"] == []
+    assert "2 eval examples" in capsys.readouterr().out

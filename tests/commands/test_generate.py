@@ -88,7 +88,7 @@ def test_a_chat_goes_on_after_an_empty_answer_without_that_line(run, capsys, mon
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (["--prompt", " "], 3, "--prompt: prompt is empty"),
+        (["--prompt", " "], 3, "--prompt: prompt: is empty"),
         (["--prompt", "a", "--prompts-file", "b"], 2, "both given"),
         (["--prompts-file", "none.txt"], 3, "none.txt does not exist"),
         (["--prompts-file", "EMPTY"], 3, "holds no prompt"),
@@ -121,7 +121,17 @@ def test_prompts_are_read_from_rows_with_and_without_answers(tmp_path):
     assert [prompt.messages[-1].content for prompt in found] == ["a", "b", "f", "d"]
     assert [len(prompt.messages) for prompt in found] == [1, 1, 3, 1]
     assert [prompt.where for prompt in found] == [f"{path}:{line}" for line in range(1, 5)]
-    for row, words in (({"text": "a"}, "no known column"), ({"instruction": 3}, "must be text"), ([1], "JSON object")):
+    for row, words in (({"txt": "a"}, "no known column"), ({"instruction": 3}, "valid string"), ([1], "JSON object")):
         path.write_text(json.dumps(row))
         with pytest.raises(UserError, match=words):
             read_prompts(path)
+
+
+def test_prompts_of_other_columns(run, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"q": "Say a", "history": ["x"]}) + "\n")
+    flags = ["generate", str(run), *SHORT, "--prompts-file", str(path)]
+    assert main([*flags, "--columns", "instruction=q"]) == 3
+    assert "column 'history' looks like part of a prompt" in capsys.readouterr().err
+    assert main([*flags, "--columns", "instruction=q", "--ignore-columns", "history"]) == 0
+    assert "> Say a" in capsys.readouterr().out

@@ -14,7 +14,8 @@ from qlora.commands.inspect_data import Repeats
 from qlora.config import TrainConfig
 from qlora.data.batch import epoch_rows, iter_batches, training_batches
 from qlora.data.dataset import TokenizedDataset
-from qlora.data.formats import Example, Message
+from qlora.data.formats import Example
+from qlora.data.messages import Message
 from qlora.data.template import IGNORED, TokenizedExample
 from qlora.run import explain
 from qlora.run.explain import Token

@@ -37,7 +37,8 @@ from qlora.data.batch import (
     training_batches,
 )
 from qlora.data.dataset import TokenizedDataset, check_files, count_shared, encode_all, encode_files, kept_examples
-from qlora.data.formats import CLOSE, OPEN, Example, Message, check_source, read_examples
+from qlora.data.formats import Example, check_source, read_examples
+from qlora.data.messages import CLOSE, OPEN, Message
 from qlora.data.read import LINE_LIMIT
 from qlora.data.template import IGNORED, PromptTemplate, TokenizedExample, encode, encode_prompt, load_template
 from qlora.errors import ExitCode, UserError
@@ -61,7 +62,7 @@ def trained(encoded: TokenizedExample) -> list[int]:
 @pytest.mark.parametrize(("path", "count"), [(BUNDLED_TRAIN, 22), (BUNDLED_EVAL, 8)])
 def test_bundled_examples_have_the_form_they_teach(path, count):
     examples = list(read_examples(path, "train"))
-    assert (len(examples), check_source(path, "train")) == (count, "instruction/response")
+    assert (len(examples), str(check_source(path, "train"))) == (count, "instruction/response")
     for row in examples:
         noun, listed = INSTRUCTION.fullmatch(row.prompt[0].content).groups()
         fields = [FIELD.fullmatch(field).groups() for field in listed.split(", ")]
@@ -106,8 +107,8 @@ def write(tmp_path: Path, content: bytes | str, name: str = "rows.jsonl") -> Pat
 def test_three_forms_of_rows_are_detected(tmp_path, row, columns, messages):
     path = write(tmp_path, json.dumps(row))
     examples = list(read_examples(path, "train"))
-    assert check_source(path, "train") == columns
-    assert [tuple(message) for message in examples[0].messages] == messages
+    assert str(check_source(path, "train")) == columns
+    assert [(message.role, message.content) for message in examples[0].messages] == messages
     assert examples[0].response == "a" and examples[0].prompt[-1].role == "user"
 
 
@@ -123,7 +124,7 @@ def test_parquet_is_read_like_jsonl(tmp_path):
 
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["q", "r"], "completion": ["a", "b"]}), tmp_path / "rows.parquet")
     examples = read_examples(tmp_path / "rows.parquet", "train")
-    assert check_source(tmp_path / "rows.parquet", "train") == "prompt/completion"
+    assert str(check_source(tmp_path / "rows.parquet", "train")) == "prompt/completion"
     assert [(e.line, e.response) for e in examples] == [(1, "a"), (2, "b")]
 
 
@@ -168,9 +169,18 @@ NOT_ROWS = [
 NOT_EXAMPLES = [
     (
         '{"instruction": "q", "reponse": "a"}',
-        [":1:", "'response' is missing", "instruction, reponse", "perhaps meant to be 'response'"],
+        [
+            ":1:",
+            "'output' or 'response' is missing",
+            "instruction, reponse",
+            "perhaps meant to be 'response'",
+            "--columns response=",
+        ],
     ),
-    ('{"text": "q"}', [":1:", "no known column among text", "messages"]),
+    (
+        '{"txt": "q"}',
+        [":1:", "no known column among txt", "messages", "perhaps meant to be 'text'", "--columns instruction=NAME"],
+    ),
     ("{}", [":1:", "no known column among none"]),
     (
         json.dumps({f"{i}\x1b[2J\ud800": 0 for i in range(99)}),
@@ -179,23 +189,36 @@ NOT_EXAMPLES = [
     (GOOD + '{"prompt": "q", "completion": "a"}', [":2:", "'instruction' is missing"]),
     (GOOD + "{}", [":2:", "'instruction' is missing; the row has none."]),
     (
-        GOOD + '{"instruction": "q", "response": "a", "prompt": "q", "completion": "b"}',
-        [":2:", "instruction/response and of prompt"],
+        '{"instruction": "q", "response": "a", "prompt": "q", "completion": "b"}',
+        [":1:", "instruction/response and of prompt", "--ignore-columns"],
     ),
-    (GOOD + '{"instruction": "q", "response": "a", "prompt": "r"}', [":2:", "both 'instruction' and 'prompt'"]),
-    (GOOD + '{"instruction": "q", "response": "a", "completion": "b"}', [":2:", "both 'response' and 'completion'"]),
-    ('{"prompt": "q", "completion": "a", "response": "b"}', [":1:", "both 'response' and 'completion'"]),
-    ('{"prompt": "q", "completion": "a", "instruction": "r"}', [":1:", "both 'instruction' and 'prompt'"]),
-    ('{"instruction": "q", "response": "a\\ud800"}', [":1:", "response holds U+D800, half of a surrogate pair"]),
-    ('{"instruction": "q\ufdd0", "response": "a"}', [":1:", "instruction holds U+FDD0, a noncharacter"]),
-    ('{"instruction": "q", "response": "\\ufdd1a"}', [":1:", "response holds U+FDD1, a noncharacter"]),
-    ('{"instruction": "q", "response": {"a": 1}}', [":1:", "response must be text, not dict"]),
-    ('{"instruction": null, "response": "a"}', [":1:", "instruction must be text, not NoneType"]),
-    ('{"instruction": "q", "response": "  "}', [":1:", "response is empty"]),
-    ('{"messages": []}', [":1:", "messages must be a list"]),
-    ('{"messages": [{"role": "user"}]}', [":1:", "messages must be a list"]),
-    ('{"messages": [{"role": "tool", "content": "x"}]}', [":1:", "unknown role 'tool'"]),
-    ('{"messages": [{"role": [null], "content": "x"}, {"role": 1, "content": "x"}]}', [":1:", "unknown role [None]"]),
+    (
+        GOOD + '{"instruction": "q", "response": "a", "prompt": "q", "completion": "b"}',
+        [":2:", "'prompt' looks like part of a prompt"],
+    ),
+    (GOOD + '{"instruction": "q", "response": "a", "prompt": "r"}', [":2:", "'prompt' looks like part of a prompt"]),
+    (
+        GOOD + '{"instruction": "q", "response": "a", "completion": "b"}',
+        [":2:", "'completion' looks like the answer", "--ignore-columns completion"],
+    ),
+    ('{"prompt": "q", "completion": "a", "response": "b"}', [":1:", "'response' looks like the answer"]),
+    ('{"prompt": "q", "completion": "a", "instruction": "r"}', [":1:", "'instruction' looks like part of a prompt"]),
+    ('{"instruction": "q", "response": "a\\ud800"}', [":1:", "response: holds U+D800, half of a surrogate pair"]),
+    ('{"instruction": "q\ufdd0", "response": "a"}', [":1:", "instruction: holds U+FDD0, a noncharacter"]),
+    ('{"instruction": "q", "response": "\\ufdd1a"}', [":1:", "response: holds U+FDD1, a noncharacter"]),
+    ('{"instruction": "q", "response": {"a": 1}}', [":1:", "response: Input should be a valid string", "{'a': 1}"]),
+    ('{"instruction": null, "response": "a"}', [":1:", "instruction: Input should be a valid string", "None"]),
+    ('{"instruction": "q", "response": "  "}', [":1:", "response: is empty"]),
+    ('{"messages": []}', [":1:", "messages: List should have at least 1 item"]),
+    ('{"messages": 7}', [":1:", "messages: Input should be a valid list", "7"]),
+    ('{"messages": [{"role": "user"}]}', [":1:", "messages[0] (user) is empty"]),
+    ('{"messages": [{"content": "x"}]}', [":1:", "messages.0.role: Field required"]),
+    ('{"messages": [{"role": "wizard", "content": "x"}]}', [":1:", "messages.0.role: Input should be 'system'", "'wizard'"]),
+    ('{"messages": [{"role": "tool", "content": "x"}]}', [":1:", "take turns", "roles are tool"]),
+    (
+        '{"messages": [{"role": [null], "content": "x"}]}',
+        [":1:", "messages.0.role: Input should be", "[None]"],
+    ),
     ('{"messages": [{"role": "user", "content": "x"}]}', [":1:", "take turns", "roles are user"]),
     ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}', [":1:", "take turns"]),
     (
@@ -256,7 +279,7 @@ def test_parquet_with_two_columns_of_a_name_or_a_wrong_row_is_refused(tmp_path):
     with pytest.raises(UserError, match="two columns 'prompt'"):
         check_source(path, "train")
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["q"] * 1500, "completion": ["a"] * 1499 + [None]}), path)
-    with pytest.raises(UserError, match=r"rows.parquet:1500: completion must be text, not NoneType"):
+    with pytest.raises(UserError, match=r"rows.parquet:1500: completion: Input should be a valid string \(completion: None\)"):
         check_source(path, "train")
 
 
@@ -515,7 +538,7 @@ def test_a_template_that_fails_on_the_simplest_conversation_is_refused(tokenizer
 @pytest.mark.parametrize(
     ("change", "system", "words"),
     [
-        ("m['content'] if m['content'] in ('answer', '(the answer)') else 'HIDDEN'", None, "does not render the answer 'a'"),
+        ("m['content'] if m['content'] in ('question', 'answer') else 'HIDDEN'", None, "does not render the answer 'a'"),
         ("raise_exception('System role not supported') if m['role'] == 'system' else m['content']", "s", "System role not"),
     ],
 )

@@ -47,6 +47,8 @@ def mutant(name: str, file: str, test: str, *texts: str) -> Mutant:
 
 DAMAGE, SIGNALS = "faults/test_damage.py", "faults/test_signals.py"
 DATA_BATCH = "qlora/data/batch.py"
+DATA_FORMATS = "qlora/data/formats.py"
+DATA_MESSAGES = "qlora/data/messages.py"
 DATA_READ = "qlora/data/read.py"
 DATA_TEMPLATE = "qlora/data/template.py"
 EVAL_GENERATE = "qlora/eval/generate.py"
@@ -367,7 +369,7 @@ MUTANTS = [
         "stop-masked-as-padding",
         DATA_TEMPLATE,
         "data/test_data.py::test_plain_form_to_the_letter_and_the_loss_on_response_and_stop_token",
-        "            labels += answer_ids\n",
+        "            labels += answer_ids if is_trained else [IGNORED] * len(answer_ids)\n",
         "            labels += [IGNORED if id == template.stop_id else id for id in answer_ids]\n",
     ),
     mutant(
@@ -395,8 +397,85 @@ MUTANTS = [
         "special-tokens-not-marked",
         DATA_TEMPLATE,
         "data/test_data.py::test_special_tokens_in_messages_stay_text_in_the_chat_form",
-        r'return message._replace(content=self.special.sub(rf"{OPEN}\g<0>{CLOSE}", message.content))',
-        "return message",
+        r'marked = self.special.sub(rf"{OPEN}\g<0>{CLOSE}", value)',
+        "marked = value",
+    ),
+    mutant(
+        "special-tokens-not-marked-in-calls",
+        DATA_TEMPLATE,
+        "data/test_templates.py::test_special_tokens_in_arguments_thoughts_and_tools_stay_text",
+        "keys=template.mark(message.keys)",
+        "keys=message.keys",
+    ),
+    mutant(
+        "input-of-alpaca-dropped",
+        DATA_FORMATS,
+        "data/test_forms.py::test_a_form_is_what_its_messages_say",
+        "return _pair(self.instruction, self.output, self.input, self.context)",
+        "return _pair(self.instruction, self.output, self.context)",
+    ),
+    mutant(
+        "system-column-dropped",
+        DATA_FORMATS,
+        "data/test_forms.py::test_a_form_is_what_its_messages_say",
+        'messages = [Message("system", values.system), *messages]',
+        "messages = list(messages)",
+    ),
+    mutant(
+        "part-of-a-prompt-ignored",
+        DATA_FORMATS,
+        "data/test_forms.py::test_a_column_of_a_prompt_that_is_not_used_is_refused_by_name",
+        "        if _is_filled(row[name]):\n",
+        "        if False:\n",
+    ),
+    mutant(
+        "weight-ignored",
+        DATA_MESSAGES,
+        "data/test_templates.py::test_a_masked_answer_stays_in_context_and_carries_no_loss",
+        "return Message(role, content, bool(weight and train), turn)",
+        "return Message(role, content, True, turn)",
+    ),
+    mutant(
+        "all-answers-trained-under-last",
+        DATA_TEMPLATE,
+        "data/test_templates.py::test_the_last_answer_has_the_same_ids_whether_or_not_others_are_trained",
+        'turn.trained and (loss_on != "last" or turn is turns[-1])',
+        "turn.trained",
+    ),
+    mutant(
+        "unused-key-accepted",
+        DATA_TEMPLATE,
+        "data/test_templates.py::test_what_a_template_leaves_out_is_refused_with_its_line",
+        "        conversation.check_used(marked)\n",
+        "",
+    ),
+    mutant(
+        "lost-system-message-accepted",
+        DATA_TEMPLATE,
+        "data/test_templates.py::test_what_a_template_leaves_out_is_refused_with_its_line",
+        'if message.role == "system" and not self.template.renders_system:',
+        "if False:",
+    ),
+    mutant(
+        "thoughts-lost",
+        DATA_TEMPLATE,
+        "data/test_templates.py::test_thoughts_of_a_single_turn_are_trained_as_written",
+        "        is_lost = answer is None or not _is_in(content, prompt, answer)\n",
+        "        is_lost = answer is None\n",
+    ),
+    mutant(
+        "rewritten-turns-trained",
+        DATA_TEMPLATE,
+        "data/test_templates.py::test_a_template_that_rewrites_earlier_turns_trains_the_last",
+        "            if not prompt.startswith(done):\n",
+        "            if False:\n",
+    ),
+    mutant(
+        "two-stops-behind-a-text",
+        DATA_TEMPLATE,
+        "data/test_forms.py::test_a_text_is_trained_as_a_whole_with_one_bos_and_one_stop",
+        "if stripped.endswith(stops) else",
+        "if False else",
     ),
     # -- packing
     mutant(

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from qlora.config import TrainConfig
 from qlora.data.batch import Batch, collate
 from qlora.data.dataset import encode_all
-from qlora.data.formats import COLUMNS, OPEN, Example, check_source, read_examples
+from qlora.data.formats import REQUIRED, Example, check_source, read_examples
+from qlora.data.messages import OPEN, TEXT
 from qlora.data.template import IGNORED, PromptTemplate, TokenizedExample, encode, load_template
 from qlora.errors import ExitCode, UserError
 from qlora.model.loss import Head, read_head, token_loss_sum
@@ -22,7 +23,8 @@ from tests.helpers import adapted_model, wake_adapters
 
 pytestmark = pytest.mark.faults
 
-NAMES = [name for columns in COLUMNS for name in columns]
+COLUMNS = [tuple(names) for names in REQUIRED.values()]
+NAMES = [*(name for columns in COLUMNS for name in columns), "input", "context", "system", "tools", "weight", "train"]
 WITHOUT_LINE = ("holds no example", "more than a fifth", "examples fits")
 
 # Of all planes, lone surrogates and noncharacters too, with special tokens among them.
@@ -39,10 +41,12 @@ values = st.recursive(
 @st.composite
 def rows(draw, columns: tuple[str, ...]) -> dict:
     """A row that is as it must be, unless a text in it is blank or holds U+FDD0."""
-    if columns != ("messages",):
-        return {name: draw(sound_texts) for name in columns}
     roles = ["system"] * draw(st.booleans()) + ["user", "assistant"] * draw(st.integers(1, 3))
-    return {"messages": [{"role": role, "content": draw(sound_texts)} for role in roles]}
+    if columns == ("conversations",):
+        return {"conversations": [{"from": role, "value": draw(sound_texts)} for role in roles]}
+    if columns == ("messages",):
+        return {"messages": [{"role": role, "content": draw(sound_texts)} for role in roles]}
+    return {name: draw(sound_texts) for name in columns}
 
 
 @st.composite
@@ -58,7 +62,7 @@ def mutated_lines(draw, columns: tuple[str, ...]) -> str:
         row |= draw(st.dictionaries(st.one_of(st.sampled_from(NAMES), texts), values, max_size=3))
     elif fault == "message" and "messages" in row:
         message = draw(st.sampled_from(row["messages"]))
-        message[draw(st.sampled_from(["role", "content"]))] = draw(values)
+        message[draw(st.sampled_from(["role", "content", "weight", "train", "tool_calls", "name"]))] = draw(values)
     line = json.dumps(row, ensure_ascii=fault != "unescaped")
     at = draw(st.integers(0, len(line)))
     return line[:at] if fault == "cut" else line[:at] + draw(texts) + line[at:] if fault == "typed" else line
@@ -78,7 +82,7 @@ configs = st.builds(
     TrainConfig,
     max_length=st.sampled_from([40, 2048]),
     on_long=st.sampled_from(["drop", "truncate", "error"]),
-    loss_on=st.sampled_from(["response", "all"]),
+    loss_on=st.sampled_from(["response", "all", "last"]),
     allow_drop=st.booleans(),
 )
 
@@ -114,14 +118,17 @@ def check_sound(sample: TokenizedExample, example: Example, template: PromptTemp
     assert all(label in (IGNORED, id) for id, label in zip(sample.input_ids, sample.labels, strict=True))
     assert any(label != IGNORED for label in sample.labels[1:])
     assert len(sample.input_ids) <= config.max_length
-    answers = [message.content for message in example.messages if message.role == "assistant"]
+    if example.messages[0].role == TEXT:
+        assert sample.labels == sample.input_ids
+        return
+    answers = [message.content for message in example.messages if message.role == "assistant" and message.trained]
     whole = encode(example, template, "response")
     if sample.input_ids == whole.input_ids:
         stop = template.tokenizer.convert_ids_to_tokens(template.stop_id)
         trained = [label for label in whole.labels if label != IGNORED]
         assert template.tokenizer.decode(trained) == "".join(answer + stop for answer in answers)
         assert trained.count(template.stop_id) == len(answers)
-        assert config.loss_on == "all" or sample.labels == whole.labels
+        assert config.loss_on != "response" or sample.labels == whole.labels
     else:
         assert config.on_long == "truncate" and sample.input_ids == whole.input_ids[: config.max_length]
 

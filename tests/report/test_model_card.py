@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from qlora.cli import train as command_line
-from qlora.data.formats import Message
+from qlora.data.messages import Message
 from qlora.data.template import encode_prompt, load_template
 from qlora.model import demo
 from qlora.report import record as records

@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qlora.cli import train as command_line
 from qlora.data.batch import collate, collate_packed, iter_batches
-from qlora.data.formats import Example, Message
+from qlora.data.formats import Example
+from qlora.data.messages import Message
 from qlora.data.template import IGNORED, TokenizedExample, encode
 from qlora.model.coverage import linear_layers
 from qlora.model.load import load_meta_model

@@ -19,12 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 import train_loop
-from benchmarks.kill_resume import fork, wait
 from benchmarks.kill_resume import metrics as rows
 from qlora.cli import train as command_line
 from qlora.commands.adapter import open_adapter
 from qlora.config import parse
-from qlora.data.formats import Message
+from qlora.data.messages import Message
 from qlora.data.template import encode_prompt, load_template
 from qlora.errors import CheckpointError, EnvironmentProblem, ExitCode, NonFiniteError, UserError
 from qlora.eval import generate
@@ -37,6 +36,7 @@ from qlora.run import checkpoint, prepare
 from qlora.run.files import verify, write_folder
 from qlora.run.folder import LOCK, RunFolder, _exactness, is_going
 from qlora.run.schema import Environment
+from tests.faults.harness import fork, wait
 from tests.helpers import SHORT_DATA, SHORT_EVAL, SHORT_TRAIN, tensors
 
 FLAGS = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "--max-length", "300", *SHORT_DATA]
