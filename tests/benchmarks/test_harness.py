@@ -19,7 +19,7 @@ from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
 from qlora.run.signals import Signals
 from qlora.speed.accelerate import accelerate
-from tests.helpers import adapted_model
+from tests.helpers import SHORT_EVAL, SHORT_TRAIN, adapted_model
 
 
 def test_a_cell_runs_in_another_process_and_gives_back_what_the_function_returns(tmp_path):
@@ -127,7 +127,8 @@ def test_spread():
 def test_loop_harness_and_helpers_build_and_train_the_same_adapters(tiny, tmp_path, samples):
     """The same five calls, written three times: for people, for benchmarks, for tests."""
     flags = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "learning_rate": 1e-3, "max_steps": 2}
-    config = TrainConfig(model="tiny-random", output_dir=tmp_path / "run", warmup_ratio=0.0, **flags)
+    files = {"train_file": str(SHORT_TRAIN), "eval_file": str(SHORT_EVAL)}
+    config = TrainConfig(model="tiny-random", output_dir=tmp_path / "run", warmup_ratio=0.0, **files, **flags)
     train_loop.main(config, Signals())
     loop = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
 

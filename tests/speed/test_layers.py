@@ -370,7 +370,7 @@ def test_gradients_are_added_to_what_is_there_and_made_where_there_is_none(awake
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_prepared_model_is_freed(observed, policy):
-    assert observed(policy, "layers").freed and observed(policy, "none").freed
+    assert observed(policy, "layers").freed
 
 
 def test_a_cache_of_dequantized_weights_changes_no_bit(awake, micro_batches, counted):

@@ -91,9 +91,9 @@ def test_it_agrees_with_peft_s_layer_whose_dropout_it_draws(config, samples, dro
     assert calls == [0, 8]  # PEFT's layer first, then ours in each of the model's 8
 
 
-def test_in_bf16_it_is_at_least_as_near_to_fp32_as_peft_s_layer(model, config, samples):
+def test_in_bf16_it_is_at_least_as_near_to_fp32_as_peft_s_layer(model, config, bundled):
     wake_adapters(model)
-    batch, twin = collate(samples[:4]), fp32_twin(model, config)
+    batch, twin = collate(bundled[:4]), fp32_twin(model, config)
     loss, expected = adapter_gradients(twin, batch, read_head(twin), autocast=False)
     head = read_head(model)
     _, plain = adapter_gradients(model, batch, head, autocast=True)
