@@ -204,7 +204,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
     (
         {"add_eos": (PREPARE, "def add_eos(example, eos_token, dataset_text_field)")},
         "qlora/data/template.py:_encode_turns",
-        "template.stop_id",
+        "turn.stop_id",
     ),
     (
         {

@@ -106,6 +106,8 @@ def _answer(
     model: Any, batches: list[list[list[int]]], template: PromptTemplate, settings: GenerationConfig, streamer: Any = None
 ) -> list[list[str]]:
     """Answers to each batch of prompts. On a GPU one recorded forward serves all of them, where it can be recorded."""
+    if not batches:
+        return []
     training = model.training
     model.eval()
     more: dict[str, Any] = {"streamer": streamer}

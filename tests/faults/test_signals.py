@@ -82,7 +82,7 @@ PHASES = {
         ("qlora-train",),
     ),
 }
-ANSWERS = Phase(generate, "generate", lambda call, *_: call == 1, [8, 12], [8, 12])
+ANSWERS = Phase(generate, "_answer", lambda call, *_: call == 1, [8, 12], [8, 12])
 
 
 @pytest.fixture(scope="module")

@@ -193,7 +193,7 @@ def test_sample_answers_that_fail_are_a_warning_of_a_complete_run(tiny, tmp_path
         assert (folder / "finished.json").exists() and all(parameter.grad is None for parameter in model.parameters())
         raise error
 
-    monkeypatch.setattr(generate, "generate", fail)
+    monkeypatch.setattr(generate, "_answer", fail)
     assert run(folder, *flags) == 0
     out = capsys.readouterr().out
     assert f"Warning: no sample answers were generated: {words}" in out and "The run is complete without them." in out
