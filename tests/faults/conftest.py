@@ -24,6 +24,11 @@ FLAGS = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_answers() -> None:
+    """Answers are as long here as in the programs that are started: 24 tokens at most, as the data are short."""
+
+
 @pytest.fixture(scope="session")
 def case(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """3 epochs of 4 steps, the last one short; a checkpoint every 2 steps; NF4, bf16 autocast, checkpointing, dropout 0.1."""
