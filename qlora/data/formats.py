@@ -135,51 +135,46 @@ class WithSystem(Row):
     tools: Tools = None
 
 
-def _pair(asked: str, answered: str, *more: str | None) -> list[Message]:
-    """A question, with what follows it after a blank line, and its answer."""
-    parts = [asked, *(part for part in more if part and part.strip())]
-    return [Message("user", "\n\n".join(parts)), Message("assistant", answered)]
-
-
 def _as_turns(role: str, value: object) -> object:
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-class Alpaca(WithSystem):
+class Pair(WithSystem):
+    """A question, with what follows it after a blank line, and its answer: the two required columns."""
+
+    def turns(self, ignored: Collection[str]) -> list[Message]:
+        """Two messages."""
+        asked, answered = (getattr(self, name) for name in REQUIRED[type(self)])
+        more = (getattr(self, name, None) for name in ("input", "context"))
+        parts = [asked, *(part for part in more if part and part.strip())]
+        return [Message("user", "\n\n".join(parts)), Message("assistant", answered)]
+
+
+class Instruction(Pair):
+    """An instruction, perhaps with an input or a context."""
+
+    instruction: Text
+    input: MaybeText = None
+    context: MaybeText = None
+
+
+class Alpaca(Instruction):
     """Alpaca's form."""
 
-    instruction: Text
-    input: MaybeText = None
-    context: MaybeText = None
     output: Text
 
-    def turns(self, ignored: Collection[str]) -> list[Message]:
-        """Two messages."""
-        return _pair(self.instruction, self.output, self.input, self.context)
 
-
-class Dolly(WithSystem):
+class Dolly(Instruction):
     """Dolly's form, and the bundled data's."""
 
-    instruction: Text
-    input: MaybeText = None
-    context: MaybeText = None
     response: Text
 
-    def turns(self, ignored: Collection[str]) -> list[Message]:
-        """Two messages."""
-        return _pair(self.instruction, self.response, self.input, self.context)
 
-
-class PromptCompletion(WithSystem):
+class PromptCompletion(Pair):
     """A prompt and its completion."""
 
     prompt: Text
     completion: Text
-
-    def turns(self, ignored: Collection[str]) -> list[Message]:
-        """Two messages."""
-        return _pair(self.prompt, self.completion)
 
 
 class PromptCompletionLists(WithSystem):
@@ -195,15 +190,11 @@ class PromptCompletionLists(WithSystem):
         return [*(message._replace(trained=message.role != "assistant") for message in prompt), *completion]
 
 
-class QuestionAnswer(WithSystem):
+class QuestionAnswer(Pair):
     """A question and its answer."""
 
     question: Text
     answer: Text
-
-    def turns(self, ignored: Collection[str]) -> list[Message]:
-        """Two messages."""
-        return _pair(self.question, self.answer)
 
 
 class Messages(WithSystem):

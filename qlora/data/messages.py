@@ -116,7 +116,7 @@ def read_turns(turns: Sequence[Mapping[str, Any]], column: str, ignored: Collect
 
     Args:
         turns: at least one.
-        column: that they stand in, for messages.
+        column: that holds them, named in errors.
         ignored: keys that are left out.
 
     Raises:

@@ -411,8 +411,8 @@ MUTANTS = [
         "input-of-alpaca-dropped",
         DATA_FORMATS,
         "data/test_forms.py::test_a_form_is_what_its_messages_say",
-        "return _pair(self.instruction, self.output, self.input, self.context)",
-        "return _pair(self.instruction, self.output, self.context)",
+        'for name in ("input", "context"))',
+        'for name in ("context",))',
     ),
     mutant(
         "system-column-dropped",
