@@ -93,7 +93,8 @@ class Cell:
         context.set_forkserver_preload(PRELOADED)
         self._connection, theirs = context.Pipe()
         self._log = tempfile.NamedTemporaryFile(prefix="cell", suffix=".log")  # noqa: SIM115  stop() closes it
-        job = (theirs, log or self._log.name, folder or ROOT, tuple(imports), function, arguments)
+        self._output = log or Path(self._log.name)
+        job = (theirs, self._output, folder or ROOT, tuple(imports), function, arguments)
         self.process = context.Process(target=_serve, args=job, daemon=True)
         sys.path[:0] = [str(site.resolve())] if site else []  # a new interpreter gets this list
         try:
@@ -122,7 +123,7 @@ class Cell:
             return self._connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            told = reason(Path(self._log.name).read_text(errors="replace"))
+            told = reason(self._output.read_text(errors="replace"))
             raise Failed(told or f"ended with status {self.process.exitcode}") from None
         finally:
             self.stop()
@@ -137,7 +138,7 @@ class Cell:
 
 def _serve(
     connection: Connection,
-    log: str | Path,
+    log: Path,
     folder: Path,
     imports: tuple[str, ...],
     function: Callable[..., Any],

@@ -1,7 +1,6 @@
 """Measure the claims on one core of a CPU, in about 40 minutes, and write benchmarks/results/guide_claims_cpu_YYYYMM.json."""
 
 import dataclasses
-import datetime
 import json
 import time
 from typing import Any
@@ -48,7 +47,7 @@ def main(options: Options) -> None:
         raise SystemExit(f"There is no claim {', '.join(unknown)}. There are {', '.join(CLAIMS)}.")
     torch.set_num_threads(1)
     began, here = time.perf_counter(), environment(torch.device("cpu"))
-    newest = max(harness.RESULTS.glob(FILES), default=harness.RESULTS / f"guide_claims_cpu_{datetime.date.today():%Y%m}.json")
+    newest = max(harness.RESULTS.glob(FILES), default=harness.result_path("guide_claims", here["device"]))
     path = options.out or newest
     record: Any = {"environment": here, "model": options.model, "trainings": [], "rows": []}
     record |= harness.reopened(path, here, {}) if path.exists() else {}

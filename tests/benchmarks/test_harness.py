@@ -68,6 +68,12 @@ def test_a_cell_that_fails_says_why_without_a_folder_of_this_machine(function, a
     assert "/no/such" not in str(failure.value)
 
 
+def test_what_a_cell_writes_to_a_log_of_the_caller_says_why_it_failed(tmp_path):
+    with pytest.raises(harness.Failed, match="no room"):
+        harness.Cell(killed, log=tmp_path / "log").result()
+    assert (tmp_path / "log").read_text() == "no room\n"
+
+
 def test_an_import_that_fails_and_a_cell_that_takes_too_long_are_failures():
     with pytest.raises(harness.Failed, match="No module named 'no_such'"):
         harness.Cell(os.getpid, imports=["no_such"]).result()
