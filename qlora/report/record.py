@@ -48,7 +48,8 @@ class Record:
     @property
     def evaluations(self) -> list[dict[str, Any]]:
         """The rows of evaluations on the eval data of the end of the run, oldest first; loss is finite in each."""
-        rows = eval_rows(self.rows, self.run_info.eval_data if self.run_info else "any")
+        rows = [row for row in self.rows if row["event"] == "eval"]
+        rows = eval_rows(rows, self.run_info.eval_data) if self.run_info else rows
         return [row for row in rows if None not in (row.get("eval_loss"), row.get("perplexity"))]
 
     @property

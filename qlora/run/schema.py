@@ -45,8 +45,8 @@ def read_json(path: Path, kind: type[T]) -> T:
 
 
 def eval_rows(rows: list[dict[str, Any]], eval_data: str | None) -> list[dict[str, Any]]:
-    """Of the rows of metrics.jsonl, the evaluations on the eval data of this digest; with "any", on whatever data."""
-    return [row for row in rows if row["event"] == "eval" and eval_data in ("any", row.get("eval_data"))]
+    """Of the rows of metrics.jsonl, the evaluations on the eval data of this digest."""
+    return [row for row in rows if row["event"] == "eval" and row.get("eval_data") == eval_data]
 
 
 def _scaled(value: Any, factor: float) -> Any:

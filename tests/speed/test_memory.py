@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from qlora.model.random_state import random_state
 from qlora.speed import memory
 from tests.helpers import CPU, adapted_model, decoder_of, wake_adapters
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LADDERS = {
     "first": ("peft_none", "none", "selective", "full", "none8", "none512", "none_drop"),
     "second": (
