@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora.eval import generate
 from qlora.run.environment import environment
-from tests.faults.harness import Case
+from tests.faults.harness import ANSWER_LIMIT, Case
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job of a script: runs would rightly ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,9 +25,10 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def short_answers() -> None:
+@pytest.fixture(autouse=True)
+def long_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are as long here as in the programs that are started: 24 tokens at most, as the data are short."""
+    monkeypatch.setattr(generate, "answer_limit", ANSWER_LIMIT)
 
 
 @pytest.fixture(scope="session")

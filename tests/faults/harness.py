@@ -17,11 +17,13 @@ from pathlib import Path
 import train_loop  # imported once, here, for all children
 from benchmarks.kill_resume import metrics as rows
 from qlora.cli import train as command_line
+from qlora.eval import generate
 from qlora.run import checkpoint
 from qlora.run.files import verify
 from tests.helpers import tensors
 
 LIMIT = 2  # of checkpoints kept
+ANSWER_LIMIT = generate.answer_limit  # as programs have it, before tests/conftest.py makes answers shorter
 
 
 def fork(function: Callable[[], int], output: Path) -> int:
@@ -93,6 +95,7 @@ class Case:
 
         def run() -> int:
             train_loop.html.after_training = lambda folder: "left out"
+            generate.answer_limit = ANSWER_LIMIT
             before()
             return command_line([*self.flags, "--output-dir", str(folder), *more])
 
