@@ -120,6 +120,7 @@ def test_every_wait_for_the_device_in_the_loop_says_so():
 ORDER = (
     "terminal",
     "errors",
+    "cache",
     "validation",
     "config",
     "distributed",

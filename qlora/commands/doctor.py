@@ -237,7 +237,7 @@ def _disk() -> Iterator[Row]:
     """Room where runs, models and temporary files go, and whether they may be written."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from qlora.model.demo import cache_folder
+    from qlora.cache import cache_folder
 
     places = {"runs": Path("runs"), "model cache": Path(HF_HUB_CACHE), "demo models": cache_folder()}
     for name, path in places.items():

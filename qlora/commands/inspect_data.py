@@ -4,7 +4,6 @@ All of it is what training would see: the same reading, encoding, order and pack
 """
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -313,7 +312,7 @@ def run(options: InspectDataOptions) -> int:
     template = load_template(load_tokenizer(source, meta_model, config), config.prompt_format)
     sources = {"train": config.train_file, "eval": config.eval_file}
     unlimited = dataclasses.replace(config, max_length=UNLIMITED)
-    encoded = encode_files(unlimited, columns, template, functools.partial(say, console))
+    encoded = encode_files(unlimited, columns, template, console)
     contents, kept = {}, {}
     for (name, file), everything in zip(sources.items(), encoded, strict=True):
         if everything is not None:

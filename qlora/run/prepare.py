@@ -96,7 +96,7 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
     targets = checked_targets(meta_model, config, say)
     console.print(log.targets_table(targets, meta_model.num_parameters()))
     template = load_template(load_tokenizer(source, meta_model, config), config.prompt_format, run.date)
-    train_set, eval_set = encode_files(config, columns, template, say)
+    train_set, eval_set = encode_files(config, columns, template, console)
     longest = row_length(train_set, longest_rows(train_set, config)[-1])
     config, line = choose_layers(config, meta_model, targets, longest, device)
     terms_gb = memory_terms(meta_model, targets, config, longest)

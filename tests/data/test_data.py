@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import gzip
+import io
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -699,7 +701,7 @@ def test_what_was_counted_is_kept_with_the_samples(template, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     files = {"train_file": str(tmp_path / "train.jsonl"), "eval_file": str(tmp_path / "eval.jsonl")}
     config = TrainConfig(**files, max_length=100, allow_drop=True)
-    samples, eval_set = encode_files(config, check_files(config), template, lambda _: None)
+    samples, eval_set = encode_files(config, check_files(config), template, Console(file=io.StringIO()))
     lengths = sorted(len(sample.input_ids) for sample in samples)
     assert samples.counts == {
         "read": 3, "examples": 2, "tokens": sum(label != IGNORED for sample in samples for label in sample.labels[1:]),
@@ -712,7 +714,11 @@ def test_what_was_counted_is_kept_with_the_samples(template, tmp_path):
 def test_shared_samples_are_counted_on_the_eval_side():
     twin = ROWS[0]._replace(labels=[5, 6, 2], line=9)
     assert count_shared(TokenizedDataset(ROWS), TokenizedDataset([twin, twin, ROWS[1], TokenizedExample([7], [7], 1)])) == 3
-    assert count_shared(ROWS, []) == count_shared([], ROWS) == 0
+    assert (
+        count_shared(TokenizedDataset(ROWS), TokenizedDataset([]))
+        == count_shared(TokenizedDataset([]), TokenizedDataset(ROWS))
+        == 0
+    )
 
 
 def test_kept_examples_are_the_first_that_were_not_dropped_and_no_more_is_read(template):

