@@ -4,6 +4,7 @@ All of it is what training would see: the same reading, encoding, order and pack
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -18,11 +19,12 @@ from rich.text import Text
 
 from qlora.commands.options import InspectDataOptions, refuse_below
 from qlora.config import TrainConfig
+from qlora.data import mistakes
 from qlora.data.batch import batched, epoch_rows, rounded, row_length
 from qlora.data.dataset import TokenizedDataset, check_files, column_options, encode_files, truncate_or_drop
 from qlora.data.formats import BECOMES, Example, SourceColumns, read_examples
 from qlora.data.messages import Message
-from qlora.data.template import IGNORED, TokenizedExample, load_template
+from qlora.data.template import IGNORED, PromptTemplate, TokenizedExample, load_template
 from qlora.model.demo import model_source
 from qlora.model.load import load_meta_model, load_tokenizer
 from qlora.run import explain
@@ -219,7 +221,14 @@ def columns_table(found: dict[str, SourceColumns]) -> Table:
     """What became of each column of each source."""
     table = Table("", "form", "column", "becomes", title="Columns")
     for name, columns in found.items():
-        rows = [(theirs, BECOMES[ours]) for ours, theirs in columns.used.items()]
+        rows = [
+            (
+                theirs,
+                BECOMES[ours] + (f" (empty in {columns.empty[ours]:,} of {columns.rows:,})" if ours in columns.empty else ""),
+            )
+            for ours, theirs in columns.used.items()
+        ]
+        rows += [(f"messages.{key}", f"given to the chat template ({count:,} rows)") for key, count in columns.keys.items()]
         for column, becomes in [*rows, *((column, "ignored") for column in columns.ignored)]:
             table.add_row(name, columns.form, Text(repr(column).strip("'")), becomes)
     return table
@@ -318,6 +327,7 @@ def run(options: InspectDataOptions) -> int:
         if everything is not None:
             contents[name], kept[name] = describe(str(file), everything, config)
     inspection = {"config": config.plain(), "data": contents, "padding": {}, "repeats": _repeats(config)}
+    inspection["mistakes"] = _mistakes(config, template, dict(zip(sources, encoded, strict=True)), kept)
     found_columns = dict(zip(contents, columns, strict=True))
     inspection["columns"] = {name: found._asdict() for name, found in found_columns.items()}
     for name, packing in (("single samples", False), ("packed", True)):
@@ -329,7 +339,7 @@ def run(options: InspectDataOptions) -> int:
         rows = explain.tokens(sample, template.tokenizer)
         trained = sum(token.trained for token in rows)
         say(console, f"\nLine {sample.line}, {len(rows)} tokens, {trained} trained (green, in double brackets):")
-        console.print(explain.token_text(rows))
+        console.print(explain.token_text(rows, bars=options.tokens))
     if options.json is not None:
         write_file(options.json, json.dumps(inspection, indent=1, default=dataclasses.asdict).encode())
         say(console, f"Written to {options.json}")
@@ -350,6 +360,36 @@ def _repeats(config: TrainConfig) -> dict[str, Repeats]:
     return found
 
 
+def _mistakes(
+    config: TrainConfig,
+    template: PromptTemplate,
+    encoded: dict[str, TokenizedDataset | None],
+    kept: dict[str, TokenizedDataset],
+) -> dict[str, list[mistakes.Finding]]:
+    """What is probably not meant, in each source."""
+    train, eval_file = config.train_file, config.eval_file
+    assert train is not None  # as resolved
+    read = functools.partial(read_examples, options=column_options(config))
+    found = {"train": mistakes.in_examples(read(train, "train"), template)}
+    if eval_file is not None:
+        eval_examples = list(read(eval_file, "test"))
+        found["eval"] = mistakes.in_examples(eval_examples, template) + mistakes.shared_text(
+            read(train, "train"), eval_examples
+        )
+    for name, findings in found.items():
+        findings += mistakes.without_stop(encoded[name] or [], kept[name])
+    return found
+
+
+def mistake_lines(found: dict[str, list[mistakes.Finding]], totals: dict[str, int]) -> Iterator[str]:
+    """What is probably not meant, where, and what to do about it; `totals` are the examples of each source."""
+    for name, findings in found.items():
+        for finding in findings:
+            lines = ", ".join(map(str, finding.lines[:SHOWN])) + (", ..." if finding.examples > SHOWN else "")
+            yield f"{name}: {finding.what}: {finding.examples:,} of {totals[name]:,} (lines {lines})"
+            yield f"  {finding.advice}"
+
+
 def _show(inspection: dict[str, Any], config: TrainConfig, console: Console) -> None:
     contents: dict[str, Contents] = inspection["data"]
     console.print(contents_table(contents))
@@ -365,5 +405,9 @@ def _show(inspection: dict[str, Any], config: TrainConfig, console: Console) -> 
         say(console, repeats_line(what, repeats.exact, total))
         if len(repeats.normalized) > len(repeats.exact):
             say(console, repeats_line("  ignoring case and whitespace", repeats.normalized, total))
+    totals = {name: found.examples for name, found in contents.items()}
+    found_mistakes = list(mistake_lines(inspection["mistakes"], totals))
+    for mistake in ["Probably not meant:", *found_mistakes] if found_mistakes else ["No common mistake was found."]:
+        say(console, mistake)
     if inspection["padding"]:
         console.print(padding_table(inspection["padding"], config.packing))

@@ -44,7 +44,9 @@ class InspectDataOptions(DataOptions):
     seed: int = 42
     """Of the order, which decides what shares a micro-batch."""
     examples: int = 3
-    """Samples shown token by token, from the shortest to the longest."""
+    """Samples shown as the model reads them, from the shortest to the longest."""
+    tokens: bool = False
+    """Show them token by token."""
     json: Path | None = None
     """Write what was found here too."""
 

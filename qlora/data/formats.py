@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -104,8 +105,10 @@ class SourceColumns(NamedTuple):
     form: str  # "instruction/input/output"
     used: dict[str, str]  # our name -> the file's
     ignored: tuple[str, ...]
-    rows: int = 0
-    sha256: str = ""  # of all examples, as they are read
+    rows: int
+    sha256: str  # of all examples, as they are read
+    empty: dict[str, int]  # our name of an optional column -> in how many rows it is empty
+    keys: dict[str, int]  # key of messages that the chat template gets -> how many rows have it
 
     def __str__(self) -> str:
         """For the log."""
@@ -405,9 +408,14 @@ def check_source(source: str | Path, default_split: str, options: ColumnOptions 
     ignored: set[str] = set()
     before: Plan | None = None
     rows, digest = 0, hashlib.sha256()
-    for example, plan in _examples(source, default_split, options):
+    empty, keys = Counter[str](), Counter[str]()
+    for example, plan, row in _examples(source, default_split, options):
         rows += 1
         digest.update(repr(example).encode())
+        keys.update({key for message in example.messages for key in message.keys})
+        empty.update(
+            ours for ours, theirs in plan.used.items() if ours not in REQUIRED[plan.form] and not _is_filled(row[theirs])
+        )
         if plan is not before:
             used, before = used | plan.used, plan
             ignored |= set(plan.ignored[: LISTED + 1]) if len(ignored) <= LISTED else set()
@@ -416,7 +424,8 @@ def check_source(source: str | Path, default_split: str, options: ColumnOptions 
         if ours not in used:
             raise DataError(f"{source}: no row has the column {theirs!r} (--columns {ours}={theirs}).", hint="Check its name.")
     in_order = {name: used[name] for name in before.form.model_fields if name in used}
-    return SourceColumns(form_name(before.form, in_order), in_order, tuple(sorted(ignored)), rows, digest.hexdigest())
+    form = form_name(before.form, in_order)
+    return SourceColumns(form, in_order, tuple(sorted(ignored)), rows, digest.hexdigest(), {**empty}, {**keys})
 
 
 def read_examples(source: str | Path, default_split: str, options: ColumnOptions = NO_OPTIONS) -> Iterator[Example]:
@@ -425,11 +434,13 @@ def read_examples(source: str | Path, default_split: str, options: ColumnOptions
     Raises:
         UserError: as check_source, and as late as at the row in question.
     """
-    return (example for example, _ in _examples(source, default_split, options))
+    return (example for example, _, _ in _examples(source, default_split, options))
 
 
-def _examples(source: str | Path, default_split: str, options: ColumnOptions) -> Iterator[tuple[Example, Plan]]:
-    """The example in each row, and how the row was read; the form of the first row is that of all."""
+def _examples(
+    source: str | Path, default_split: str, options: ColumnOptions
+) -> Iterator[tuple[Example, Plan, Mapping[str, Any]]]:
+    """The example in each row, how the row was read, and the row; the form of the first row is that of all."""
     source = str(source)
     path = Path(os.path.expanduser(source))
     is_file = os.path.exists(path) or path.suffix in {".jsonl", ".json", ".parquet"} or source.startswith((".", "/", "~"))
@@ -446,7 +457,7 @@ def _examples(source: str | Path, default_split: str, options: ColumnOptions) ->
                 plans.clear()
             plan = plans[tuple(row)] = make_plan(row, form, options, where)
             form = plan.form
-        yield read_row(row, plan, line, where, options), plan
+        yield read_row(row, plan, line, where, options), plan, row
     if form is None:
         raise DataError(f"{source} holds no example.", hint="Give a file with one JSON object per line.")
 

@@ -207,10 +207,14 @@ def _middle(count: int) -> range:
     return range(half, count - half) if count > TOKEN_ROWS else range(0)
 
 
-def token_text(rows: Sequence[Token]) -> Text:
-    """A sample's tokens as running text, a bar between two, the middle of a long one left out.
+def token_text(rows: Sequence[Token], bars: bool = True) -> Text:
+    """A sample's tokens as running text, the middle of a long one left out.
 
     Trained tokens are green; without color they are in double brackets.
+
+    Args:
+        rows: the tokens.
+        bars: put a bar between two tokens and mark line ends.
     """
     text = Text()
     left_out = _middle(len(rows))
@@ -220,9 +224,11 @@ def token_text(rows: Sequence[Token]) -> Text:
             text.append(f" ... {len(left_out)} more ... ", "dim")
         if token.position in left_out:
             continue
-        bar = ("\u27e7" if before else "") + ("\u27e6" if token.trained else "") if token.trained != before else "\u2502"
+        bar = ("\u27e7" if before else "") + ("\u27e6" if token.trained else "") if token.trained != before else "\u2502" * bars
         text.append(bar, "cyan")
-        text.append(printable(token.text.replace("\n", "\u21b5\n")), "bold green" if token.trained else "dim")
+        text.append(
+            printable(token.text.replace("\n", "\u21b5\n") if bars else token.text), "bold green" if token.trained else "dim"
+        )
         before = token.trained
     return text.append("\u27e7" if before else "", "cyan")
 

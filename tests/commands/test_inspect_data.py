@@ -14,7 +14,7 @@ from qlora.commands.inspect_data import Repeats
 from qlora.config import TrainConfig
 from qlora.data.batch import epoch_rows, iter_batches, training_batches
 from qlora.data.dataset import TokenizedDataset
-from qlora.data.formats import Example
+from qlora.data.formats import Example, check_source
 from qlora.data.messages import Message
 from qlora.data.template import IGNORED, TokenizedExample
 from qlora.run import explain
@@ -146,6 +146,38 @@ def test_the_command_tells_it_all_without_weights(files, tmp_path, monkeypatch, 
     assert found["data"]["train"]["dropped_lines"] == [4] and found["config"]["max_length"] == 100
     assert found["repeats"]["eval prompt in train"] == {"exact": [[2, 1]], "normalized": [[1, 2], [2, 1]]}
     assert set(found["padding"]) == {"single samples", "packed"} and found["data"]["eval"]["examples"] == 3
+
+
+def test_columns_keys_and_mistakes_are_shown_with_the_text_as_it_is_rendered(tmp_path, capsys):
+    rows = [{"instruction": f"q{n}", "input": "more" * (n % 2), "output": "Yes.", "id": n} for n in range(4)]
+    rows[3]["instruction"] = "q1"
+    rows[3]["output"] = "No <|end|>."
+    path, out = tmp_path / "train.jsonl", tmp_path / "found.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["inspect-data", "--model", "tiny-random", "--train-file", str(path), "--json", str(out)]
+    assert main([*command, "--max-length", "80"]) == 0
+    text = capsys.readouterr().out
+    words = " ".join(text.replace("│", " ").split())
+    assert "(empty in 2 of 4)" in words and "id ignored" in words
+    assert "Probably not meant: train: a special token of the model is written in the text: 1 of 4 (lines 4)" in words
+    assert "the same prompt has another answer than before: 1 of 4 (lines 4) The model learns a mix." in words
+    assert "### Instruction:\nq0\n\n### Response:\n⟦Yes.<|endoftext|>⟧" in text
+    found = json.loads(out.read_text())
+    assert [finding["lines"] for finding in found["mistakes"]["train"]] == [[4], [4]]
+    assert found["columns"]["train"]["empty"] == {"input": 2} and found["columns"]["train"]["rows"] == 4
+    assert main([*command, "--tokens"]) == 0
+    assert "│#│#│#│" in capsys.readouterr().out
+
+
+def test_keys_of_messages_are_shown(tmp_path, tokenizer, capsys):
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": calls, "weight": 1}]
+    path = tmp_path / "train.jsonl"
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 2)
+    found = check_source(path, "train")
+    assert found.keys == {"tool_calls": 2} and found.rows == 2
+    table = shown(inspect_data.columns_table({"train": found}))
+    assert "messages.tool_calls" in table and "given to the chat template (2 rows)" in table
 
 
 def test_all_dropped_is_told_too(files, capsys):
