@@ -75,6 +75,7 @@ class Cell:
         site: a folder of packages that come before all others; such a process is a new interpreter.
         folder: working directory, for libraries that leave files there.
         log: file that the process's output is appended to. None: a temporary one.
+        forks: whether the function starts processes; such a cell outlives this process if nobody asks for its result.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Cell:
         site: Path | None = None,
         folder: Path | None = None,
         log: Path | None = None,
+        forks: bool = False,
     ):
         # After a fork CUDA starts only where it has not started before; with this variable torch asks the driver instead.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
@@ -95,7 +97,7 @@ class Cell:
         self._log = tempfile.NamedTemporaryFile(prefix="cell", suffix=".log")  # noqa: SIM115  stop() closes it
         self._output = log or Path(self._log.name)
         job = (theirs, self._output, folder or ROOT, tuple(imports), function, arguments)
-        self.process = context.Process(target=_serve, args=job, daemon=True)
+        self.process = context.Process(target=_serve, args=job, daemon=not forks)
         sys.path[:0] = [str(site.resolve())] if site else []  # a new interpreter gets this list
         try:
             self.process.start()

@@ -21,8 +21,9 @@ AHEAD = 4  # chunks per process that may be done before they are asked for: what
 
 
 def num_cores() -> int:
-    """Cores that this process may use; 1 where processes cannot be forked, as on macOS and Windows."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    """Cores that this process may use; 1 where it cannot fork: on macOS and Windows, and in a daemonic process."""
+    can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
+    return len(os.sched_getaffinity(0)) if can_fork else 1
 
 
 def map_in_order(function: Callable[[Chunk], Result], chunks: Iterator[Chunk], num_processes: int) -> Iterator[Result]:
