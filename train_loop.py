@@ -199,6 +199,8 @@ def train(
                 loss, grad_norm = train_step(decoder, optimizer, micro_batches, loss_sum, learning_rate, config.max_grad_norm)
                 step += 1
                 seen += sum(len(micro_batch.input_ids) for micro_batch in micro_batches)
+                # Checkpoints are written while training continues; a full disk shows here.
+                run.raise_if_not_saved()
                 # A target that gets no gradient would train nothing, in silence.
                 if step == 1:
                     check_first_gradients(adapters, grad_norm)
@@ -214,7 +216,8 @@ def train(
                     # tokens_per_s counts training alone: not explanations, saves or evaluations.
                     step_log.restart_clock()
                 # -- save --
-                # After the rows of its steps are on disk, and verified before an older checkpoint goes.
+                # After the rows of its steps are on disk. The state is copied here; a thread writes it, verifies it, and only
+                # then removes an older checkpoint. Whatever ends the run waits for it.
                 if save:
                     state = checkpoint.TrainState(step, epoch, seen, skipped)
                     run.save(model, optimizer, state, config.save_total_limit, evaluations)
@@ -237,6 +240,7 @@ def finish(prep: Prepared, trainee: Trainee, evaluations: dict[int, EvalResult],
         Peak memory in training, in GB.
     """
     model, decoder, _, optimizer = trainee
+    run.wait_until_saved()
     adapter_step = run.step
     # Early stopping hands over the best adapter; without it, the last one is what was asked for.
     if prep.config.early_stopping_patience is not None:

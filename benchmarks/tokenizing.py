@@ -41,7 +41,7 @@ class Options:
 
 
 def write_rows(folder: Path, file: Path, count: int) -> None:
-    """Rows of Alpaca's form, of words that the tokenizer has: 6 to 20 per instruction, up to 30 of input, 10 to 80 of output."""
+    """Rows of Alpaca's form, of words of the tokenizer: 6 to 20 per instruction, up to 30 of input, 10 to 80 of output."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -62,6 +62,11 @@ def prepared(model, config: TrainConfig, policy: str, compile: str = "none"):
     return model
 
 
+def save_checkpoint(checkpoints: Path, model, optimizer, state: checkpoint.TrainState, info: RunInfo) -> Path:
+    """Write a checkpoint at once, which a run leaves to a thread."""
+    return checkpoint.write(checkpoints, checkpoint.snapshot(model, optimizer, state, info))
+
+
 def decoder_of(model):
     """What a training step runs: the accelerated decoder where there is one."""
     return getattr(model, "accelerated", None) or model.get_decoder()

@@ -45,6 +45,7 @@ from tests.helpers import (
     fp32_twin,
     gradients,
     relative_error,
+    save_checkpoint,
     tensors,
     to_fp32,
     wake_adapters,
@@ -469,7 +470,7 @@ def test_8_bit_moments_come_back_where_they_lay_and_go_on_bit_for_bit(config, tm
 
     optimizer = build_optimizer(parameters, config)
     step(optimizer, 1)
-    folder = checkpoint.save(tmp_path, model, optimizer, checkpoint.TrainState(step=1), RUN_INFO)
+    folder = save_checkpoint(tmp_path, model, optimizer, checkpoint.TrainState(step=1), RUN_INFO)
     saved, paged = state(optimizer)
     assert bool(paged) == (name == "paged_adamw_8bit") and {kind for _, kind in paged} <= {"state1", "state2"}
     step(optimizer, 2)

@@ -111,30 +111,56 @@ def _has_its_files(folder: Path) -> bool:
 # -- the state of a run ------------------------------------------------------------------------------------------------
 
 
-def save(
-    checkpoints: Path,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    train_state: TrainState,
-    info: RunInfo,
-) -> Path:
-    """Write `checkpoints`/step-000012.
+class Snapshot(NamedTuple):
+    """All that a checkpoint holds, copied to the host, so that it can be written while training continues."""
+
+    step: int
+    adapter: dict[str, torch.Tensor]  # in PEFT's names
+    trainer: dict[str, torch.Tensor]  # optimizer state and generators
+    files: dict[str, bytes]
+    copied: torch.cuda.Event | None  # when the copies are complete; None if they are
+
+
+def snapshot(model: Any, optimizer: torch.optim.Optimizer, train_state: TrainState, info: RunInfo) -> Snapshot:
+    """Copy the state of a run to the host. On a GPU the copies are queued behind the work so far; nothing waits for them.
 
     Args:
-        checkpoints: folder of all checkpoints of the run.
         model: with adapters; all that requires a gradient is saved, in the dtype it has.
         optimizer: over those parameters; its state is saved by their names.
         train_state: after a whole step.
         info: what a resumed run is compared with.
+    """
+    tensors, plain = trainer_state(model, optimizer)
+    state = {**train_state._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain}
+    files = dict(config_files(model)) | {STATE: json.dumps(info.model_dump() | state, indent=1).encode()}
+    adapter, trainer = ({name: _on_host(tensor) for name, tensor in part.items()} for part in (_adapter(model), tensors))
+    copied = None
+    if torch.cuda.is_initialized():
+        copied = torch.cuda.Event()
+        copied.record()
+    return Snapshot(train_state.step, adapter, trainer, files, copied)
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory, page-locked if it comes from a GPU, which is then not waited for."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+
+
+def write(checkpoints: Path, taken: Snapshot) -> Path:
+    """Write `checkpoints`/step-000012.
+
+    Args:
+        checkpoints: folder of all checkpoints of the run.
+        taken: what it holds.
 
     Raises:
         CheckpointError: if the disk is full, or what is read back is not what was written.
     """
-    folder = checkpoints / f"step-{train_state.step:06d}"
-    tensors, plain = trainer_state(model, optimizer)
-    state = {**train_state._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain}
-    files = dict(adapter_files(model))
-    files |= {TRAINER_STATE: safetensors.torch.save(tensors), STATE: json.dumps(info.model_dump() | state, indent=1).encode()}
+    if taken.copied is not None:
+        taken.copied.synchronize()
+    folder = checkpoints / f"step-{taken.step:06d}"
+    files = {ADAPTER: _in_peft_format(taken.adapter), TRAINER_STATE: safetensors.torch.save(taken.trainer), **taken.files}
     require_space(checkpoints, sum(map(len, files.values())))
     write_folder(folder, files)
     return folder
@@ -145,10 +171,23 @@ def adapter_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, byte
 
     By hand rather than `save_pretrained`, which asks the hub about the base model and adds a model card of blank fields.
     """
+    yield ADAPTER, _in_peft_format({name: tensor.contiguous() for name, tensor in _adapter(model).items()})
+    yield from config_files(model, tokenizer)
+
+
+def _adapter(model: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict  # here, as qlora.model.third_party must be the first to import it
 
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    yield ADAPTER, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return tensors
+
+
+def _in_peft_format(tensors: dict[str, torch.Tensor]) -> bytes:
+    return safetensors.torch.save(tensors, {"format": "pt"})
+
+
+def config_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, bytes]]:
+    """Name and content of adapter_config.json and, with a tokenizer, of its files."""
     lora = model.peft_config["default"]
     with tempfile.TemporaryDirectory() as scratch:
         training = lora.inference_mode
@@ -165,15 +204,10 @@ def adapter_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, byte
 def trainer_state(model: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Optimizer state as KIND.PARAMETER -> tensor, with the generators' as rng.NAME; and the part that is no tensor."""
     tensors = {f"rng.{name}": value for name, value in random_state().items()}
-    plain, storages = {}, set()
+    plain: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, torch.Tensor):
-                plain[f"{kind}.{name}"] = value
-                continue
-            storage = value.untyped_storage().data_ptr()  # safetensors refuses one tensor by two names: bitsandbytes' maps
-            tensors[f"{kind}.{name}"] = value.clone() if storage in storages else value.contiguous()
-            storages.add(storage)
+            (tensors if isinstance(value, torch.Tensor) else plain)[f"{kind}.{name}"] = value
     return tensors, plain
 
 

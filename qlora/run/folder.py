@@ -1,5 +1,6 @@
 """The run folder: one process at a time, the checkpoint it resumes from, and whether it may."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -9,6 +10,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -66,6 +68,8 @@ class RunFolder:
         self.info: RunInfo | None = None
         self._damaged: list[Path] = []
         self._taken_over = False
+        self._writer = ThreadPoolExecutor(1, "checkpoint")  # its thread starts with the first checkpoint
+        self._saving: Future[None] | None = None
         self._lock = _locked(folder)
         try:
             for place in (folder, self.checkpoints, folder / "adapter"):
@@ -85,8 +89,13 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with contextlib.nullcontext() if kind is None else contextlib.suppress(CheckpointError):  # the first error counts
+                self.wait_until_saved()
+        finally:
+            self._writer.shutdown()
+            self._lock.release()
 
     def _find(self, resume: str) -> Path | None:
         own = checkpoint.by_step(self.checkpoints)
@@ -282,10 +291,37 @@ class RunFolder:
         keep: int,
         evaluations: dict[int, EvalResult],
     ) -> None:
-        """Write a checkpoint, verify it, and only then remove old ones; see checkpoint.save and checkpoint.prune."""
+        """Copy the state, and write it while training continues: a checkpoint, verified before old ones are removed.
+
+        One is written at a time: this waits for the one before. See checkpoint.snapshot, checkpoint.write and prune.
+
+        Raises:
+            CheckpointError: if the one before could not be written.
+        """
         assert self.info is not None  # as accepted
-        self.checkpoint = checkpoint.save(self.checkpoints, model, optimizer, state, self.info)
+        self.wait_until_saved()
+        taken = checkpoint.snapshot(model, optimizer, state, self.info)
+        self._saving = self._writer.submit(self._write, taken, keep, dict(evaluations))
+
+    def _write(self, taken: checkpoint.Snapshot, keep: int, evaluations: dict[int, EvalResult]) -> None:
+        """What the worker does."""
+        self.checkpoint = checkpoint.write(self.checkpoints, taken)
         self.prune(keep, evaluations)
+
+    def wait_until_saved(self) -> None:
+        """Wait until no checkpoint is being written.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def raise_if_not_saved(self) -> None:
+        """Raise the error of a checkpoint that could not be written, without waiting for one that still may be."""
+        if self._saving is not None and self._saving.done():
+            self.wait_until_saved()
 
     def prune(self, keep: int, evaluations: dict[int, EvalResult]) -> None:
         """Remove old checkpoints; see checkpoint.prune."""

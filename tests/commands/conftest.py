@@ -14,7 +14,7 @@ from qlora.run import checkpoint
 from qlora.run.files import write_folder
 from qlora.run.folder import FINISHED, LOCK, RUN
 from qlora.run.schema import Environment, RunInfo
-from tests.helpers import adapted_model, wake_adapters
+from tests.helpers import adapted_model, save_checkpoint, wake_adapters
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def finished(tiny, tmp_path_factory) -> Path:
                        weights=fingerprint(model), environment=environment)  # fmt: skip
     write_folder(run / "adapter", dict(checkpoint.adapter_files(model, tokenizer)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    checkpoint.save(run / "checkpoints", model, optimizer, checkpoint.TrainState(step=4), run_info)
+    save_checkpoint(run / "checkpoints", model, optimizer, checkpoint.TrainState(step=4), run_info)
     (run / RUN).write_text(json.dumps(run_info.model_dump()))
     (run / LOCK).touch()
     (run / FINISHED).write_text('{"step": 4}')

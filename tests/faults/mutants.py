@@ -87,9 +87,9 @@ MUTANTS = [
         "prune-first",
         RUN_FOLDER,
         f"{SIGNALS}::test_two_signals_end_it_at_once[between files]",
-        "        self.checkpoint = checkpoint.save(",
+        "        self.checkpoint = checkpoint.write(",
         "        checkpoint.prune(self.checkpoints, keep - 1, {step: result.loss for step, result in evaluations.items()})\n"
-        "        self.checkpoint = checkpoint.save(",
+        "        self.checkpoint = checkpoint.write(",
     ),
     mutant(
         "nothing-read-back",

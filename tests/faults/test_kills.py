@@ -1,5 +1,6 @@
 """SIGKILL at any moment, a disk full at any byte: nothing that was saved is lost, and the run ends as if undisturbed."""
 
+import errno
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 
 from qlora.errors import ExitCode
 from qlora.run import files
+from qlora.run.files import whole_rows
 from qlora.run.folder import RunFolder
 from tests.faults.conftest import SEED
 from tests.faults.harness import Case, all_pass, killed_after, log, stop_at, wait
@@ -58,7 +60,7 @@ def count_calls(kill_at: int | None, told: Path | None) -> Callable[[], None]:
 
     def before() -> None:
         calls: list[str] = []
-        save = RunFolder.save
+        write = RunFolder._write
 
         def watch(frame, event, function):
             module = frame.f_code.co_filename
@@ -68,17 +70,17 @@ def count_calls(kill_at: int | None, told: Path | None) -> Callable[[], None]:
                 if len(calls) == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        def watched(self, model, optimizer, progress, keep, evaluations):
-            if progress.step in WATCHED:
-                sys.setprofile(watch)
+        def watched(self, taken, keep, evaluations):
+            if taken.step in WATCHED:
+                sys.setprofile(watch)  # of the thread that writes; the loop continues beside it
             try:
-                save(self, model, optimizer, progress, keep, evaluations)
+                write(self, taken, keep, evaluations)
             finally:
                 sys.setprofile(None)
                 if told is not None:
                     told.write_text(json.dumps(calls))
 
-        RunFolder.save = watched
+        RunFolder._write = watched
 
     return before
 
@@ -117,7 +119,7 @@ def test_a_file_that_ends_at_any_byte(case: Case, tmp_path, record, deadly: bool
 
     def limited(name: str, size: int) -> Callable[[], None]:
         def before() -> None:
-            write, seen = files._write, []
+            write, save, seen = files._write, RunFolder.save, []
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL if deadly else signal.SIG_IGN)
 
             def limited_write(path: Path, data: bytes) -> None:
@@ -130,7 +132,11 @@ def test_a_file_that_ends_at_any_byte(case: Case, tmp_path, record, deadly: bool
                 finally:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-            files._write = limited_write
+            def save_and_wait(self, model, optimizer, state, keep, evaluations):
+                save(self, model, optimizer, state, keep, evaluations)
+                self.wait_until_saved()  # the limit is the whole process's, so the loop must not write meanwhile
+
+            files._write, RunFolder.save = limited_write, save_and_wait
 
         return before
 
@@ -155,6 +161,31 @@ def test_a_file_that_ends_at_any_byte(case: Case, tmp_path, record, deadly: bool
     all_pass({f"{name}-{cut}": trial(name, cut) for name, cut in sorted(cuts)}, tmp_path)
     what = "SIGXFSZ in the middle of a file" if deadly else "no room for the rest of a file"
     record(what, len(cuts), start)
+
+
+def test_a_full_disk_is_noticed_while_training_continues(case: Case, tmp_path, record):
+    """The checkpoint of step 6 fails in its thread, some files later than the loop takes another step."""
+    start = time.perf_counter()
+
+    def before() -> None:
+        write = files._write
+
+        def full(path: Path, data: bytes) -> None:
+            if path.parent.name == ".step-000006.tmp" and path.name == "MANIFEST.json":
+                time.sleep(0.3)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(path, data)
+
+        files._write = full
+
+    folder = tmp_path / "run"
+    assert wait(case.start(folder, before=before)) == ExitCode.CHECKPOINT
+    output = log(folder).read_text()
+    assert "step-000006 cannot be written: No space left on device" in output and "Traceback" not in output
+    assert case.check_what_is_there(folder) == [2, 4] and not list(folder.rglob(".*.tmp"))
+    assert max(row["step"] for row in whole_rows(folder / "metrics.jsonl")) in (6, 7, 8)
+    case.finish(folder)
+    record("a full disk while training continues", 1, start)
 
 
 def test_killed_as_a_program_of_its_own(case: Case, tmp_path, record):

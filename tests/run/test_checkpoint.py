@@ -1,5 +1,7 @@
 """What a run leaves on disk, and whether others can load it."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -11,6 +13,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import bitsandbytes
@@ -22,13 +25,14 @@ import transformers
 from safetensors.torch import load_file
 
 from qlora.data.batch import collate
-from qlora.errors import ExitCode, UserError
+from qlora.errors import CheckpointError, ExitCode, UserError
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.random_state import random_state, seed_generators, set_random_state
 from qlora.run import checkpoint, files
 from qlora.run.files import MANIFEST, _write, remove_leftovers, verify, write_file, write_folder
+from qlora.run.folder import RunFolder
 from qlora.run.schema import State
-from tests.helpers import RUN_INFO, adapted_model, wake_adapters
+from tests.helpers import RUN_INFO, adapted_model, save_checkpoint, wake_adapters
 from train_loop import train_step
 
 
@@ -46,13 +50,13 @@ REQUIRED = [name for name, field in State.model_fields.items() if field.is_requi
 
 
 def save(checkpoints: Path, trained, step: int) -> Path:
-    return checkpoint.save(checkpoints, *trained, checkpoint.TrainState(step=step), RUN_INFO)
+    return save_checkpoint(checkpoints, *trained, checkpoint.TrainState(step=step), RUN_INFO)
 
 
 def test_a_checkpoint_holds_adapter_moments_generators_and_place(trained, tmp_path):
     model, optimizer = trained
     progress = checkpoint.TrainState(step=12, epoch=2, samples=7, skipped=1)
-    folder = checkpoint.save(tmp_path, model, optimizer, progress, RUN_INFO)
+    folder = save_checkpoint(tmp_path, model, optimizer, progress, RUN_INFO)
     assert folder == tmp_path / "step-000012" and checkpoint.problem_of(folder) is None
     files = ["adapter_config.json", "adapter_model.safetensors", "state.json", "trainer_state.safetensors"]
     assert sorted(p.name for p in folder.iterdir()) == ["MANIFEST.json", *files]
@@ -68,6 +72,103 @@ def test_a_checkpoint_holds_adapter_moments_generators_and_place(trained, tmp_pa
             assert (
                 torch.equal(stored[f"{kind}.{name}"], value) and stored[f"{kind}.{name}"].dtype == value.dtype == torch.float32
             )
+
+
+def test_a_snapshot_stays_as_it_was_taken_while_training_continues(trained, tmp_path):
+    model, optimizer = trained
+    state = checkpoint.TrainState(step=3)
+    at_once = save_checkpoint(tmp_path, *trained, state, RUN_INFO)
+    taken = checkpoint.snapshot(*trained, state, RUN_INFO)
+    files = {path.name: path.read_bytes() for path in at_once.iterdir()}
+    torch.rand(1)
+    with torch.no_grad():
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.add_(1)
+            for value in optimizer.state[parameter].values():
+                value.add_(1)
+    shutil.rmtree(at_once)
+    assert {path.name: path.read_bytes() for path in checkpoint.write(tmp_path, taken).iterdir()} == files
+
+
+class Slow:
+    """checkpoint.write of a disk that takes as long as the test wants, or fails."""
+
+    def __init__(self, monkeypatch):
+        self.may_end, self.written = threading.Event(), []
+        self.error = None
+        monkeypatch.setattr(checkpoint, "write", self.write)
+
+    def write(self, checkpoints, taken):
+        assert self.may_end.wait(60)
+        if self.error:
+            raise self.error
+        self.written.append(taken.step)
+        return checkpoints / f"step-{taken.step:06d}"
+
+
+@pytest.fixture
+def opened(trained, tmp_path):
+    """A run folder, and its save of a step."""
+    with RunFolder(tmp_path / "run", "auto") as folder:
+        folder.info = RUN_INFO
+        yield folder, lambda step: folder.save(*trained, checkpoint.TrainState(step=step), 2, {})
+
+
+def test_a_save_does_not_wait_but_for_the_one_before(opened, monkeypatch):
+    folder, save = opened
+    disk = Slow(monkeypatch)
+    save(1)
+    folder.raise_if_not_saved()
+    assert disk.written == [] and folder.step == 0  # training continues
+    second = threading.Thread(target=save, args=(2,))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and disk.written == []  # one at a time
+    disk.may_end.set()
+    second.join(60)
+    folder.wait_until_saved()
+    assert disk.written == [1, 2] and folder.step == 2
+
+
+@pytest.mark.parametrize("noticed", ["step", "save", "end"])
+def test_a_save_that_fails_is_raised_once_in_the_loop(opened, monkeypatch, noticed):
+    folder, save = opened
+    disk = Slow(monkeypatch)
+    disk.error = CheckpointError("the disk is full")
+    disk.may_end.set()
+    save(1)
+    notice = {"step": folder.raise_if_not_saved, "save": lambda: save(2), "end": folder.wait_until_saved}[noticed]
+    concurrent.futures.wait([folder._saving])
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        notice()
+    folder.raise_if_not_saved()
+    folder.wait_until_saved()
+    assert folder.step == 0
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
+def test_whatever_ends_a_run_waits_for_the_checkpoint(trained, tmp_path, monkeypatch, error):
+    disk = Slow(monkeypatch)
+    threading.Timer(0.2, disk.may_end.set).start()
+    with contextlib.suppress(KeyboardInterrupt, ValueError), RunFolder(tmp_path / "run", "auto") as folder:
+        folder.info = RUN_INFO
+        folder.save(*trained, checkpoint.TrainState(step=1), 2, {})
+        if error:
+            raise error
+    assert disk.written == [1] and folder.step == 1
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+
+def test_an_error_of_the_run_is_not_hidden_by_one_of_its_checkpoint(trained, tmp_path, monkeypatch):
+    disk = Slow(monkeypatch)
+    disk.error = CheckpointError("the disk is full")
+    disk.may_end.set()
+    for raised, seen in ((ValueError, ValueError), (None, CheckpointError)):
+        with pytest.raises(seen), RunFolder(tmp_path / "run", "auto") as folder:
+            folder.info = RUN_INFO
+            folder.save(*trained, checkpoint.TrainState(step=1), 2, {})
+            if raised:
+                raise raised
 
 
 def test_a_checkpoint_of_damaged_state_is_not_gone_on_from(trained, tmp_path):
@@ -120,7 +221,7 @@ def test_what_is_restored_goes_on_bit_for_bit(config, samples, tmp_path, make):
 
     model, optimizer = start()
     steps(model, optimizer, samples[:2])
-    folder = checkpoint.save(tmp_path, model, optimizer, checkpoint.TrainState(step=2, samples=2), RUN_INFO)
+    folder = save_checkpoint(tmp_path, model, optimizer, checkpoint.TrainState(step=2, samples=2), RUN_INFO)
     drawn = [random.random(), random.gauss(0, 1), numpy.random.rand(), torch.rand(1).item()]
     straight = steps(model, optimizer, samples[2:4])
     again, other = start()
