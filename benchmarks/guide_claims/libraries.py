@@ -85,9 +85,8 @@ def accumulation(source: Source, f: Figures) -> Finding:
         f, trainee = {"windows": {}}, built(source.model, lora_dropout=0.0)
 
         def gradient(micro_batches: list[Batch]) -> torch.Tensor:
-            train_loop.train_step(
-                trainee.decoder, trainee.optimizer, micro_batches, trainee.loss_sum, 0.0, None
-            )  # nothing moves
+            # At a rate of 0 nothing moves.
+            train_loop.train_step(trainee.decoder, trainee.optimizer, micro_batches, trainee.loss_sum, 0.0, None)
             return torch.cat([p.grad.flatten() for p in trainee.model.parameters() if p.requires_grad])  # [parameters]
 
         samples = encoded(template_of(source.model))

@@ -106,16 +106,12 @@ def bundled(folder: Path, warm_up: int, steps: int) -> Work:
 
 
 def quantized_parameters(shape: dict[str, Any]) -> int:
-    """P: weights of the linear layers in the decoder."""
-    return shape["num_hidden_layers"] * sum(rows * columns for rows, columns in linear_shapes(shape))
-
-
-def linear_shapes(shape: dict[str, Any]) -> list[tuple[int, int]]:
-    """(out, in) of the four linear layers of a block."""
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    """P: weights of the four linear layers of each block."""
+    hidden, inner, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
     width = shape.get("head_dim") or hidden // heads
-    queries, keys, inner = heads * width, (shape.get("num_key_value_heads") or heads) * width, shape["intermediate_size"]
-    return [(queries + 2 * keys, hidden), (hidden, queries), (2 * inner, hidden), (hidden, inner)]
+    queries, keys = heads * width, (shape.get("num_key_value_heads") or heads) * width
+    # qkv_proj and o_proj, gate_up_proj and down_proj
+    return shape["num_hidden_layers"] * hidden * (queries + 2 * keys + queries + 3 * inner)
 
 
 def flops_per_token(shape: dict[str, Any], lengths: Iterable[int], adapters: int) -> float:
