@@ -130,6 +130,13 @@ class Cell:
         finally:
             self.stop()
 
+    def row(self, key: str, timeout_s: float = 600.0) -> Row:
+        """What the function returns, a row of a result file; where it fails, a row that says why under `key`."""
+        try:
+            return self.result(timeout_s)
+        except Failed as failed:
+            return {key: str(failed)}
+
     def stop(self) -> None:
         """End the process, whatever it does."""
         self.process.kill()

@@ -53,7 +53,7 @@ def measured(shape: str, folder: str, setting: Setting) -> Setting:
     config = dataclasses.replace(plan.configuration(options), lora_dropout=0.0)
     predicted = plan.planned(plan.shape_meta_model(options, config), config)
     config = dataclasses.replace(config, model=folder, gradient_accumulation_steps=2)
-    found = train_step.measured(config, count=2)
+    found = Cell(train_step.time_cell, config, 2).row("unavailable")
     kept = {name: found[name] for name in ("peak_gb", "unavailable") if name in found}
     return {**setting, "predicted_gb": round(predicted.total_gb, 3), **kept}
 

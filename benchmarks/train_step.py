@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import tyro
 
-from benchmarks.harness import Cell, Clock, Failed, Output, ResultFile, Row, build, peak_gb, write_random_model
+from benchmarks.harness import Cell, Clock, Output, ResultFile, Row, build, peak_gb, write_random_model
 from benchmarks.tables import COMPILE_LABELS, load, source, table, table_of
 from qlora.config import TrainConfig
 
@@ -55,14 +55,6 @@ class Options:
     """--lora-r."""
     steps: int = 8
     """Timed steps, after 3 to warm up."""
-
-
-def measured(config: TrainConfig, count: int) -> Row:
-    """What `time_cell` measures in a process of its own, or why that is `unavailable`."""
-    try:
-        return Cell(time_cell, config, count).result()
-    except Failed as failed:
-        return {"unavailable": str(failed)[:300]}
 
 
 def time_cell(config: TrainConfig, count: int) -> Row:
@@ -149,7 +141,7 @@ def main(options: Options) -> None:
         for batch, *values in itertools.product(options.batch, options.backends, options.checkpointing, hows):
             cell = dict(zip(("attn_implementation", "gradient_checkpointing", "compile"), values, strict=True))
             config = TrainConfig(per_device_train_batch_size=batch, **cell, **shared)
-            cells.append({"batch": batch, **cell, **measured(config, options.steps)})
+            cells.append({"batch": batch, **cell, **Cell(time_cell, config, options.steps).row("unavailable")})
             file.write(cells[-1])
 
 

@@ -47,16 +47,16 @@ class Unavailable(Exception):
     """Why a cell cannot run."""
 
 
-def measured(level: Callable[[Row, Row, Path], Iterable[Row]], cell: Row, grid: Row, scratch: Path) -> list[Row]:
-    """The rows of a cell, from the function of its level. A cell that cannot run is a row with the reason."""
+def measured(level: Callable[[Row, Row, Path], Iterable[Row]], cell: Row, grid: Row, scratch: Path) -> Row:
+    """The `rows` of a cell, from the function of its level; or why it is `unavailable`."""
     try:
-        return list(level(cell, grid, scratch))
+        return {"rows": list(level(cell, grid, scratch))}
     except (Unavailable, UserError) as error:
-        return [{**cell, "unavailable": str(error)}]
+        return {"unavailable": str(error)}
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return [{**cell, "unavailable": "out of memory"}]
+        return {"unavailable": "out of memory"}
 
 
 def milliseconds(function: Callable[[], Any], budget_s: float, least: int, most: int, warm_up: int = 2) -> list[float]:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from benchmarks.harness import Cell, Failed, Output, Part, ResultFile, Row
+from benchmarks.harness import Cell, Output, Part, ResultFile, Row
 from benchmarks.peers.contenders import CONTENDERS, IMPORTS, UNSLOTH, family, measure
 from benchmarks.peers.work import Work, prepare
 
@@ -138,10 +138,7 @@ def measured(
                 waiting.append((row, Cell(*job, imports=IMPORTS[family(contender)], site=site, folder=scratch)))
             row, cell = waiting.pop(0)
             began = time.perf_counter()
-            try:
-                row |= cell.result(options.timeout_s)
-            except Failed as failed:
-                row["failed"] = str(failed)
+            row |= cell.row("failed", options.timeout_s)
             yield {**row, "seconds": round(time.perf_counter() - began, 1)}
     finally:
         for _, cell in waiting:

@@ -16,6 +16,7 @@ from benchmarks.peers.work import RANK, Work, flops_per_token
 
 PEAK_FLOPS = 790e12  # bf16 on an H100, as large products reach there
 ALPHA, RATE, CLIP = 64, 5e-5, 1.0
+LORA = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}  # which leaves out the head
 PACKAGES = ("trl", "unsloth", "transformers", "torch", "peft", "bitsandbytes", "flash-attn", "liger-kernel")
 SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -112,15 +113,9 @@ def train_with(trainer: Any, work: Work, clock: Clock) -> Any:
     return trainer.model
 
 
-def adapters(dropout: float) -> Any:
-    """LoRA on all linear layers but the head."""
-    import peft
-
-    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
 def trl(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
     """SFTTrainer as its documentation has it: the model's path, the quantization, the adapters."""
+    import peft
     import trl as library
     from transformers.utils import is_flash_attn_2_available
 
@@ -135,7 +130,7 @@ def trl(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) 
         args=library.SFTConfig(**trainer_arguments(work, clock.on_gpu, **chosen)),
         train_dataset=dataset(work),
         quantization_config=quantization_of("nf4"),  # doubly quantized, computed in bf16
-        peft_config=adapters(dropout),
+        peft_config=peft.LoraConfig(lora_dropout=dropout, **LORA),
     )
     if contender == "trl_selective":  # transformers from 5.23 on calls another name than the one that TRL 1.16 wraps
         enable = trainer.model.gradient_checkpointing_enable
@@ -220,7 +215,8 @@ def naive(contender: str, work: Work, folder: Path, dropout: float, clock: Clock
         raise SystemExit("such a loop packs nothing")
     options = {"quantization_config": quantization_of("nf4"), "dtype": torch.bfloat16, "device_map": {"": clock.device}}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "fused", **options)
-    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), adapters(dropout)).train()
+    adapters = peft.LoraConfig(lora_dropout=dropout, **LORA)
+    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), adapters).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adamw = torch.optim.AdamW(parameters, lr=RATE, fused=True)
     clock.loaded()
