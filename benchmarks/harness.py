@@ -222,12 +222,11 @@ class ResultFile:
         """Whether so many minutes have passed."""
         return minutes is not None and time.perf_counter() - self.began > 60 * minutes
 
-    def write(self, shown: Row | None = None) -> None:
+    def write(self, shown: Row) -> None:
         """Write the record, and print a row of it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.record, indent=1) + "\n")
-        if shown is not None:
-            print(json.dumps(shown), flush=True)
+        print(json.dumps(shown), flush=True)
 
 
 def result_path(benchmark: str, device_name: str) -> Path:

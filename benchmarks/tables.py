@@ -27,8 +27,7 @@ def load(pattern: str) -> tuple[str, Row]:
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    plain: dict[str, Any] = {"stralign": None, "numalign": None, "disable_numparse": True}
-    return tabulate.tabulate(rows, headers, tablefmt="github", **plain)
+    return tabulate.tabulate(rows, headers, tablefmt="github", stralign=None, numalign=None, disable_numparse=True)
 
 
 def table_of(columns: dict[str, str], rows: list[Row]) -> str:

@@ -190,8 +190,7 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
 
 def steps_of(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
     """The micro-batches of each step, collated when they are asked for, as the loop does."""
-    from qlora.data.batch import batched as grouped
-    from qlora.data.batch import iter_batches, pack
+    from qlora.data.batch import batched, iter_batches, pack
     from qlora.data.template import TokenizedExample
 
     lines = enumerate(zip(work.input_ids, work.labels, strict=True), start=1)
@@ -200,7 +199,7 @@ def steps_of(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
     rows: list[Any] = []
     for step in work.samples_of_steps:
         rows += pack(lengths, step, work.max_length) if work.packing else step
-    yield from grouped(iter_batches(samples, rows, work.batch, pin, multiple), work.accumulation)
+    return batched(iter_batches(samples, rows, work.batch, pin, multiple), work.accumulation)
 
 
 def naive(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:

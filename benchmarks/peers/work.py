@@ -88,15 +88,10 @@ def mixed_lengths(generator: random.Random, longest: int) -> tuple[list[int], in
 
 def bundled(folder: Path, warm_up: int, steps: int) -> Work:
     """The examples of the demo as the loop encodes them, its batch size and accumulation, the loss on answers alone."""
-    from qlora.config import BUNDLED_TRAIN, TrainConfig
-    from qlora.data.dataset import encode_all
-    from qlora.data.formats import read_examples
-    from qlora.data.template import load_template
-    from qlora.model.load import load_meta_model, load_tokenizer
+    from benchmarks.guide_claims.models import encoded, template_of
+    from qlora.config import TrainConfig
 
-    config, source = TrainConfig(), str(folder.resolve())
-    template = load_template(load_tokenizer(source, load_meta_model(source, config), config), config.prompt_format)
-    samples = list(encode_all(read_examples(BUNDLED_TRAIN, "train"), BUNDLED_TRAIN, template, config)[0])
+    config, samples = TrainConfig(), encoded(template_of(str(folder)))
     ids, labels = [sample.input_ids for sample in samples], [sample.labels for sample in samples]
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     return Work(ids, labels, batch, accumulation, config.max_length, False, warm_up, steps)
