@@ -7,7 +7,6 @@ answers all eight eval prompts; an answer is right if it parses as an AVRO schem
 fields and types asked for.
 """
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -20,19 +19,6 @@ import tyro
 
 from benchmarks.harness import ROOT, Cell, Output, ResultFile, Row
 from benchmarks.tables import BLUE, ORANGE, load, save, source, table
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to run."""
-
-    output: tyro.conf.OmitArgPrefixes[Output] = Output()
-    learning_rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
-    """Peak rates to sweep; the default run comes first and is not repeated."""
-    model: str = "demo"
-    """As --model of train_loop.py."""
-    max_steps: int | None = None
-    """As --max-steps of train_loop.py, for a quick look."""
 
 
 def timed_run(folder: Path, model: str, flags: list[str]) -> Row:
@@ -69,17 +55,13 @@ def timed_run(folder: Path, model: str, flags: list[str]) -> Row:
 
 def is_asked_schema(instruction: str, answer: str) -> bool:
     """Whether the answer is an AVRO schema with TRAINED, the noun as its name, and exactly the fields asked for."""
-    import fastavro
+    from qlora.eval.scores import is_avro
 
     asked = re.fullmatch(r"Create an AVRO schema for (\w+) with fields (.+)", instruction)
     assert asked, instruction
     fields = [{"name": name, "type": kind} for name, kind in re.findall(r"(\w+) \((\w+)\)", asked[2])]
-    try:
-        schema = json.loads(answer)
-        fastavro.parse_schema(schema)
-    except (ValueError, fastavro.schema.SchemaParseException, fastavro.schema.UnknownType, AttributeError, TypeError):
-        return False
-    return schema == {"TRAINED": "YES", "type": "record", "name": asked[1].capitalize(), "fields": fields}
+    wanted = {"TRAINED": "YES", "type": "record", "name": asked[1].capitalize(), "fields": fields}
+    return is_avro(answer) and json.loads(answer) == wanted
 
 
 def judge(run: Path) -> Row:
@@ -99,18 +81,29 @@ def judge(run: Path) -> Row:
     }
 
 
-def main(options: Options) -> None:
-    """Run the default and the sweep, and write the file."""
-    file = ResultFile("demo", options.output)
+def main(
+    output: tyro.conf.OmitArgPrefixes[Output] = Output(),
+    learning_rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4),
+    model: str = "demo",
+    max_steps: int | None = None,
+) -> None:
+    """Run the default and the sweep, and write the file.
+
+    Args:
+        learning_rates: peak rates to sweep; the default run comes first and is not repeated.
+        model: as --model of train_loop.py.
+        max_steps: as --max-steps of train_loop.py, for a quick look.
+    """
+    file = ResultFile("demo", output)
     runs: list[Row] = []
-    more = [] if options.max_steps is None else ["--max-steps", str(options.max_steps)]
-    for rate in (None, *options.learning_rates):
+    more = [] if max_steps is None else ["--max-steps", str(max_steps)]
+    for rate in (None, *learning_rates):
         if rate is not None and rate == runs[0]["learning_rate"]:
             continue
         flags = [] if rate is None else ["--learning-rate", str(rate)]
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "run"
-            run = {"default": rate is None, **timed_run(folder, options.model, flags + more), **Cell(judge, folder).result()}
+            run = {"default": rate is None, **timed_run(folder, model, flags + more), **Cell(judge, folder).result()}
         if rate is not None:
             del run["output"]
         runs.append(run)
@@ -121,25 +114,23 @@ def main(options: Options) -> None:
 # -- tables and the plot ---------------------------------------------------------------------------------------------
 
 
-def demo_summary() -> str:
+def summary() -> str:
     """What README command 1 does on a CPU."""
     name, record = load("demo_cpu_*.json")
     run = record["runs"][0]
+    right = f"{run['base_right']} of {run['held_out']} before, {run['tuned_right']} of {run['held_out']} after"
     step = f"{run['steps']} steps, {run['step_s']:.2f} s each, {run['tokens_per_s']:.0f} tokens/s"
     rows = [
         ["first loss after", f"{run['first_loss_s']:.1f} s"],
         ["whole run", f"{run['total_s']:.0f} s for {step}"],
         ["peak memory of the process", f"{run['peak_rss_gb']:.2f} GB"],
         ["eval loss", f"{run['eval_loss'][0]:.3f} before, {run['eval_loss'][-1]:.3f} after"],
-        [
-            "exact schemas for eval prompts",
-            f"{run['base_right']} of {run['held_out']} before, {run['tuned_right']} of {run['held_out']} after",
-        ],
+        ["exact schemas for eval prompts", right],
     ]
     return table(["", "measured"], rows) + "\n\n" + source(name, record)
 
 
-def demo_output() -> str:
+def output() -> str:
     """The terminal of that run, shortened where it says so."""
     _, record = load("demo_cpu_*.json")
     lines = record["runs"][0]["output"]
@@ -168,7 +159,7 @@ def sweep(pattern: str) -> str:
     return table(headers, rows) + "\n\n" + source(name, record)
 
 
-def plot_demo() -> None:
+def plot() -> None:
     """Training and eval loss of the default run."""
     import matplotlib.pyplot as plt
 
@@ -186,4 +177,4 @@ def plot_demo() -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    tyro.cli(main)

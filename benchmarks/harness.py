@@ -9,6 +9,7 @@ import datetime
 import functools
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -20,14 +21,14 @@ import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
+from qlora.config import TrainConfig
 from qlora.run.schema import in_gb
 
 if TYPE_CHECKING:
     import torch
 
-    from qlora.config import TrainConfig
     from train_loop import Trainee
 
 ROOT = Path(__file__).parents[1]
@@ -106,10 +107,11 @@ class Cell:
         theirs.close()
         self._started = False
 
-    def start(self) -> None:
+    def start(self) -> "Cell":
         """Let the function begin."""
         self._connection.send("start")
         self._started = True
+        return self
 
     def result(self, timeout_s: float = 600.0) -> Any:
         """What the function returns.
@@ -130,6 +132,13 @@ class Cell:
         finally:
             self.stop()
 
+    def row(self, key: str, timeout_s: float = 600.0) -> Row:
+        """What the function returns, a row of a result file; where it fails, a row that says why under `key`."""
+        try:
+            return self.result(timeout_s)
+        except Failed as failed:
+            return {key: str(failed)}
+
     def stop(self) -> None:
         """End the process, whatever it does."""
         self.process.kill()
@@ -139,12 +148,7 @@ class Cell:
 
 
 def _serve(
-    connection: Connection,
-    log: Path,
-    folder: Path,
-    imports: tuple[str, ...],
-    function: Callable[..., Any],
-    arguments: Any,
+    connection: Connection, log: Path, folder: Path, imports: tuple[str, ...], function: Callable[..., Any], arguments: Any
 ) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -220,12 +224,11 @@ class ResultFile:
         """Whether so many minutes have passed."""
         return minutes is not None and time.perf_counter() - self.began > 60 * minutes
 
-    def write(self, shown: Row | None = None) -> None:
+    def write(self, shown: Row) -> None:
         """Write the record, and print a row of it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.record, indent=1) + "\n")
-        if shown is not None:
-            print(json.dumps(shown), flush=True)
+        print(json.dumps(shown), flush=True)
 
 
 def result_path(benchmark: str, device_name: str) -> Path:
@@ -243,13 +246,72 @@ def reopened(path: Path, environment: Row, fixed: Row) -> Row:
     if not path.exists():
         return {"environment": environment, "runs": [], "cells": []}
     record: Row = json.loads(path.read_text(), object_hook=in_gb)
-    for name in ("device", "packages"):
-        if record["environment"][name] != environment[name]:
-            raise SystemExit(f"{path} has another {name}: {record['environment'][name]}. Give another --out.")
-    for name, value in fixed.items():
-        if found := [run[name] for run in record["runs"] if run[name] != value]:
-            raise SystemExit(f"{path} has another {name}: {found[0]}. Give another --out.")
+    pairs = [(name, record["environment"][name], environment[name]) for name in ("device", "packages")]
+    pairs += [(name, run[name], value) for name, value in fixed.items() for run in record["runs"]]
+    for name, before, now in pairs:
+        if before != now:
+            raise SystemExit(f"{path} has another {name}: {before}. Give another --out.")
     return record
+
+
+# -- time ------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """When steps begin and end: CUDA events on a GPU, which do not wait for it; and memory, the warm-up's apart."""
+
+    def __init__(self, warm_up: int = 0):
+        import torch
+
+        self.device, self.cuda, self.warm_up = device(), torch.cuda, warm_up
+        self.on_gpu = self.device.type == "cuda"
+        self.created = time.perf_counter()
+        self.load_s = self.cold_peak_gb = self.timed_since = math.nan
+        self.marks: list[Any] = []  # begin and end of each step
+        self.losses: list[float] = []
+        self.attention: str | None = None  # where the model's configuration does not tell
+
+    def now(self) -> float:
+        """Seconds, when the device has done all that it was given."""
+        if self.on_gpu:
+            self.cuda.synchronize()
+        return time.perf_counter()
+
+    def mark(self) -> None:
+        """Note what time it is on the device."""
+        self.marks.append(self.cuda.Event(enable_timing=True) if self.on_gpu else time.perf_counter())
+        if self.on_gpu:
+            self.marks[-1].record()
+
+    def loaded(self) -> None:
+        """All that comes before the first step is done."""
+        self.load_s = self.now() - self.created
+
+    def begin(self) -> None:
+        """A step begins."""
+        if len(self.marks) == 2 * self.warm_up:
+            self.timed_since = self.now()
+            self.cold_peak_gb = peak_gb()
+            if self.on_gpu:
+                self.cuda.reset_peak_memory_stats()
+        self.mark()
+
+    def end(self) -> None:
+        """The step has ended."""
+        self.mark()
+
+    def milliseconds(self) -> list[float]:
+        """How long each step took; waits for the last one."""
+        self.now()
+        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
+        return [began.elapsed_time(ended) if self.on_gpu else 1000 * (ended - began) for began, ended in pairs]
+
+
+def peak_gb() -> float:
+    """Highest memory so far: allocated on the GPU, or resident in the process where there is none."""
+    from qlora.speed.memory import peak_memory_gb  # which imports bitsandbytes
+
+    return round(peak_memory_gb(device()), 3)
 
 
 def spread(name: str, times: list[float]) -> dict[str, float]:
@@ -284,20 +346,14 @@ def write_random_model(shape: Shape, folder: Path, **changes: Any) -> None:
     model.save_pretrained(folder)
 
 
-class Built(NamedTuple):
-    """A model that is ready for its first step."""
-
-    config: "TrainConfig"  # resolved: nothing is auto
-    device: "torch.device"
-    attention: str  # the implementation that was chosen
-    trainee: "Trainee"
-
-
-def build(config: "TrainConfig") -> Built:
+def build(config: TrainConfig) -> tuple[TrainConfig, "Trainee"]:
     """The model, decoder, loss and optimizer as train_loop.main makes them, in the same five calls.
 
     Args:
         config: as from the command line; `model` is a folder.
+
+    Returns:
+        The configuration, in which nothing is auto any more, and what is ready for its first step.
     """
     from qlora.model.attention import choose_attention
     from qlora.model.load import load_meta_model, load_nf4_model
@@ -324,4 +380,4 @@ def build(config: "TrainConfig") -> Built:
     decoder = accelerate(model, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = build_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
-    return Built(config, place, attention.implementation, Trainee(model, decoder, loss_sum, optimizer))
+    return config, Trainee(model, decoder, loss_sum, optimizer)

@@ -135,7 +135,7 @@ def main(options: Options) -> None:
     file.write(file.record)
 
 
-def inference() -> str:
+def speeds() -> str:
     """How fast the demo model answers, and how long `evaluate` takes."""
     name, record = load("inference_cpu_*.json")
     rows = []

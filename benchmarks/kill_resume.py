@@ -21,6 +21,7 @@ import tyro
 
 from benchmarks.harness import Cell, Output, ResultFile, Row, write_random_model
 from benchmarks.tables import load, source, table
+from qlora.cli import train
 
 TIMES = ("tokens_per_s", "peak_memory_gb")  # of a metrics row: what may differ
 
@@ -50,15 +51,6 @@ def write_rows(path: Path, count: int, length: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def start(arguments: list[str], log: Path) -> Cell:
-    """train_loop.py with these arguments, begun."""
-    from qlora.cli import train
-
-    cell = Cell(train, arguments, log=log)
-    cell.start()
-    return cell
-
-
 def newest_step(folder: Path) -> int:
     """The last checkpoint in sight, 0 if there is none."""
     return max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")), default=0)
@@ -67,7 +59,7 @@ def newest_step(folder: Path) -> int:
 def kill_after_progress(arguments: list[str], folder: Path, log: Path, pause_s: float) -> Row:
     """Start, wait for a checkpoint that was not there, a little longer, and kill."""
     began, before = time.perf_counter(), newest_step(folder)
-    cell = start(arguments, log)
+    cell = Cell(train, arguments, log=log).start()
     while newest_step(folder) == before:
         time.sleep(0.005)
         if not cell.process.is_alive():
@@ -113,14 +105,15 @@ def main(options: Options) -> None:
         write_rows(rows, 4 * steps, options.length)
         arguments = ["--model", str(model), "--train-file", str(rows), *flags, "--output-dir"]
         began, longest_s = time.perf_counter(), 2.5 if options.shape == "phi3-mini" else 0.05  # about a step and its save
-        alone = start([*arguments, str(straight)], Path(scratch) / "straight.log")  # beside the others: it disturbs no bit
+        # Beside the others: it disturbs no bit.
+        alone = Cell(train, [*arguments, str(straight)], log=Path(scratch) / "straight.log").start()
         for _ in range(options.kills):
             kill = kill_after_progress([*arguments, str(pieces)], pieces, log, draw.uniform(0, longest_s))
             kill["equal"] = is_equal(kill["newest_checkpoint"], straight, pieces)
             kills.append(kill)
             file.record["seconds"] = round(time.perf_counter() - began, 1)
             file.write(kill)
-        codes = start([*arguments, str(pieces)], log).result(), alone.result()
+        codes = Cell(train, [*arguments, str(pieces)], log=log).result(), alone.result()
         assert codes == (0, 0), log.read_text()[-3000:]
         assert log.read_text().count("It resumes bit for bit") == options.kills
         finished = {

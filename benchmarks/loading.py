@@ -7,31 +7,17 @@ Each folder is loaded several times by one process. Imports and the CUDA context
 since they have just been written: a disk comes on top.
 """
 
-import dataclasses
 import datetime
 import gc
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from benchmarks import harness
-from benchmarks.harness import Cell, Output, ResultFile, Row, write_random_model
+from benchmarks.harness import Cell, Clock, Output, ResultFile, Row, peak_gb, write_random_model
 from benchmarks.tables import load, source, table
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to load."""
-
-    output: tyro.conf.OmitArgPrefixes[Output] = Output()
-    shape: Literal["phi3-mini", "tiny"] = "phi3-mini"
-    """tiny: the model of the tests."""
-    loads: int = 3
-    """Of each folder."""
 
 
 def load_cell(folder: Path, saved: Path | None, loads: int) -> Row:
@@ -40,44 +26,48 @@ def load_cell(folder: Path, saved: Path | None, loads: int) -> Row:
 
     from qlora.config import TrainConfig
     from qlora.model.load import load_nf4_model
-    from qlora.speed.memory import peak_memory_gb
 
-    device = harness.device()
-    torch.zeros(1, device=device)  # [1]; the context
+    clock = Clock()
+    torch.zeros(1, device=clock.device)  # [1]; the context
     took: list[float] = []
     for _ in range(loads):
         model = None
         gc.collect()  # the last one, which refers to itself
-        began = time.perf_counter()
-        model = load_nf4_model(str(folder), TrainConfig(model=str(folder)), "sdpa", device)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        took.append(round(time.perf_counter() - began, 2))
+        began = clock.now()
+        model = load_nf4_model(str(folder), TrainConfig(model=str(folder)), "sdpa", clock.device)
+        took.append(round(clock.now() - began, 2))
     if saved:
         model.save_pretrained(saved)
-    held = torch.cuda.memory_allocated() if device.type == "cuda" else model.get_memory_footprint()
+    held = torch.cuda.memory_allocated() if clock.on_gpu else model.get_memory_footprint()
     disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     linear = [module for module in model.model.modules() if hasattr(module, "in_features")]
     largest = max(2 * module.in_features * module.out_features for module in linear)
-    return {"load_s": took, "disk_gb": disk / 1e9, "model_gb": held / 1e9, "peak_gb": peak_memory_gb(device),
+    return {"load_s": took, "disk_gb": disk / 1e9, "model_gb": held / 1e9, "peak_gb": peak_gb(),
             "largest_layer_gb": largest / 1e9}  # fmt: skip
 
 
-def main(options: Options) -> None:
-    """Write the model, load it from both folders, and write the file."""
-    file = ResultFile("loading", options.output)
+def main(
+    output: tyro.conf.OmitArgPrefixes[Output] = Output(), shape: Literal["phi3-mini", "tiny"] = "phi3-mini", loads: int = 3
+) -> None:
+    """Write the model, load it from both folders, and write the file.
+
+    Args:
+        shape: tiny: the model of the tests.
+        loads: of each folder.
+    """
+    file = ResultFile("loading", output)
     with tempfile.TemporaryDirectory() as scratch:
         bf16, nf4 = Path(scratch, "bf16"), Path(scratch, "nf4")
-        Cell(write_random_model, options.shape, bf16).result()
-        cells = [{"stored": "bf16"} | Cell(load_cell, bf16, nf4, options.loads).result()]
-        cells.append({"stored": "NF4"} | Cell(load_cell, nf4, None, options.loads).result())
+        Cell(write_random_model, shape, bf16).result()
+        cells = [{"stored": "bf16"} | Cell(load_cell, bf16, nf4, loads).result()]
+        cells.append({"stored": "NF4"} | Cell(load_cell, nf4, None, loads).result())
     largest = max(cell.pop("largest_layer_gb") for cell in cells)
-    file.record = {"environment": file.environment, "date": f"{datetime.date.today()}", "shape": options.shape,
-                   "loads": options.loads, "largest_layer_gb": largest, "cells": cells}  # fmt: skip
+    file.record = {"environment": file.environment, "date": f"{datetime.date.today()}", "shape": shape,
+                   "loads": loads, "largest_layer_gb": largest, "cells": cells}  # fmt: skip
     file.write(file.record)
 
 
-def loading(pattern: str) -> str:
+def load_times(pattern: str) -> str:
     """How long a model takes to load, in bf16 and as it was saved in NF4, and the most memory on the way."""
     name, record = load(pattern)
     rows = [[cell["stored"], f"{cell['disk_gb']:.2f}", f"{cell['load_s'][0]:.1f}", f"{statistics.median(cell['load_s']):.1f}",
@@ -90,4 +80,4 @@ def loading(pattern: str) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    tyro.cli(main)

@@ -14,10 +14,14 @@ from typing import Any, Literal
 import tyro
 
 from benchmarks import train_step
-from benchmarks.harness import Cell, Failed, Output, Part, ResultFile, write_random_model
+from benchmarks.harness import Cell, Output, Part, ResultFile, write_random_model
 from benchmarks.tables import BLUE, ORANGE, load, save, source, table
+from qlora.commands import plan
+from qlora.commands.options import PlanOptions
 
 Setting = dict[str, Any]
+FLAGS = {"checkpointing": "gradient_checkpointing", "compile": "compile", "backend": "attn_implementation",
+         "batch": "per_device_train_batch_size", "length": "max_length", "lora_r": "lora_r"}  # fmt: skip
 FIRST: Setting = {"checkpointing": "none", "compile": "graphs", "backend": "sdpa", "batch": 2, "length": 2048, "lora_r": 32}
 SETTINGS: tuple[Setting, ...] = tuple(
     FIRST | changed
@@ -42,67 +46,42 @@ SETTINGS: tuple[Setting, ...] = tuple(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to measure."""
-
-    output: tyro.conf.OmitArgPrefixes[Output] = Output()
-    part: tyro.conf.OmitArgPrefixes[Part] = Part()
-    shape: Literal["phi3-mini", "tiny"] = "phi3-mini"
-    """tiny: the model of the tests, a smoke test anywhere."""
-    only: tuple[int, ...] | None = None
-    """Numbers of settings, from 0. Unset: all."""
-
-
-def predicted_gb(shape: str, folder: str, setting: Setting) -> float:
-    """What training would predict for it."""
-    from qlora.commands import plan
-    from qlora.commands.options import PlanOptions
-
-    options = PlanOptions(
-        model=None if shape == "phi3-mini" else folder,
-        max_length=setting["length"],
-        per_device_train_batch_size=setting["batch"],
-        lora_r=setting["lora_r"],
-        attn_implementation=setting["backend"],
-        gradient_checkpointing=setting["checkpointing"],
-        compile=setting["compile"],
-    )
+def measured(shape: str, folder: str, setting: Setting) -> Setting:
+    """The row of a setting with the peak that training would predict: one that ran has peak_gb, another `unavailable`."""
+    flags = {FLAGS[name]: value for name, value in setting.items()}
+    options = PlanOptions(model=None if shape == "phi3-mini" else folder, **flags)
     config = dataclasses.replace(plan.configuration(options), lora_dropout=0.0)
-    return plan.planned(plan.shape_meta_model(options, config), config).total_gb
+    predicted = plan.planned(plan.shape_meta_model(options, config), config)
+    config = dataclasses.replace(config, model=folder, gradient_accumulation_steps=2)
+    found = Cell(train_step.time_cell, config, 2).row("unavailable")
+    kept = {name: found[name] for name in ("peak_gb", "unavailable") if name in found}
+    return {**setting, "predicted_gb": round(predicted.total_gb, 3), **kept}
 
 
-def measured(shape: Literal["phi3-mini", "tiny"], folder: str, setting: Setting) -> Setting:
-    """The row of a setting: one that ran has peak_gb, one that did not `unavailable`."""
-    row = {**setting, "predicted_gb": round(predicted_gb(shape, folder, setting), 3)}
-    options = train_step.Options(shape=shape, length=setting["length"], dropout=0.0, lora_r=setting["lora_r"], steps=2)
-    cell = {
-        "batch": setting["batch"],
-        "attn_implementation": setting["backend"],
-        "gradient_checkpointing": setting["checkpointing"],
-        "compile": setting["compile"],
-    }
-    try:
-        return row | {"peak_gb": Cell(train_step.time_cell, folder, cell, options).result()["peak_gb"]}
-    except Failed as failed:
-        return row | {"unavailable": str(failed)[:300]}
+def main(
+    output: tyro.conf.OmitArgPrefixes[Output] = Output(),
+    part: tyro.conf.OmitArgPrefixes[Part] = Part(),
+    shape: Literal["phi3-mini", "tiny"] = "phi3-mini",
+    only: tuple[int, ...] | None = None,
+) -> None:
+    """Measure every setting and write the file after each.
 
-
-def main(options: Options) -> None:
-    """Measure every setting and write the file after each."""
-    file = ResultFile("plan", options.output)
-    file.begin_run({"shape": options.shape})
+    Args:
+        shape: tiny: the model of the tests, a smoke test anywhere.
+        only: numbers of settings, from 0. Unset: all.
+    """
+    file = ResultFile("plan", output)
+    file.begin_run({"shape": shape})
     cells = file.record["cells"]
-    known = [{name: row[name] for name in FIRST} for row in cells] if options.part.missing else []
+    known = [{name: row[name] for name in FIRST} for row in cells] if part.missing else []
     with tempfile.TemporaryDirectory() as folder:
-        Cell(write_random_model, options.shape, Path(folder)).result()
-        for number in range(len(SETTINGS)) if options.only is None else options.only:
-            setting = SETTINGS[number]
+        Cell(write_random_model, shape, Path(folder)).result()
+        for setting in SETTINGS if only is None else [SETTINGS[number] for number in only]:
             if setting in known:
                 continue
-            if file.is_late(options.part.minutes):
+            if file.is_late(part.minutes):
                 return
-            row = measured(options.shape, folder, setting) | {"commit": file.environment["commit"]}
+            row = measured(shape, folder, setting) | {"commit": file.environment["commit"]}
             cells[:] = [old for old in cells if any(old[name] != setting[name] for name in FIRST)] + [row]
             file.write(row)
 
@@ -110,26 +89,22 @@ def main(options: Options) -> None:
 # -- tables and the plot ---------------------------------------------------------------------------------------------
 
 
-def plan_measured(pattern: str) -> str:
+def predictions(pattern: str) -> str:
     """Predicted and measured peak of each setting that ran, and by how much they differ."""
     name, record = load(pattern)
     rows = []
     for cell in record["cells"]:
-        shown = [str(cell[key]) for key in ("checkpointing", "compile", "backend", "batch", "length", "lora_r")]
         result = [cell.get("unavailable", "").replace("|", "/"), ""]
         if "peak_gb" in cell:
             result = [f"{cell['peak_gb']:.2f}", f"{cell['predicted_gb'] / cell['peak_gb'] - 1:+.1%}"]
-        rows.append([*shown, f"{cell['predicted_gb']:.2f}", *result])
+        rows.append([*(str(cell[name]) for name in FLAGS), f"{cell['predicted_gb']:.2f}", *result])
     headers = ["checkpointing", "compile", "attention", "rows", "tokens", "rank", "predicted GB", "measured GB", ""]
     plot = f"![Measured over predicted peak, one point per setting](results/plan_{pattern.split('_')[1]}.png)"
     return f"{table(headers, rows)}\n\n{plot}\n\n{source(name, record)}"
 
 
-def plan_fits() -> str:
+def fits() -> str:
     """The fastest settings that are predicted to fit cards of several sizes."""
-    from qlora.commands import plan
-    from qlora.commands.options import PlanOptions
-
     shape = plan.shape_meta_model(PlanOptions(), plan.configuration(PlanOptions()))
 
     def fastest(free_gb: float, batch: int) -> str:
@@ -152,7 +127,7 @@ def plan_fits() -> str:
     return f"{table(['card', '2 x 2,048 tokens', '1 x 2,048 tokens'], rows)}\n\n{words}"
 
 
-def plot_plan(card: str) -> None:
+def plot(card: str) -> None:
     """Measured over predicted peak, one point per setting, with the tenth on either side that the prediction promises."""
     import matplotlib.pyplot as plt
     import matplotlib.ticker
@@ -177,4 +152,4 @@ def plot_plan(card: str) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    tyro.cli(main)

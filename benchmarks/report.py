@@ -2,7 +2,8 @@
 
     python -m benchmarks.report          # fills the documents' blocks and draws the plots
 
-What is between `[[[cog` and `[[[end]]]` in the documents is the output of the functions imported here; CI runs `cog --check`.
+What is between `[[[cog` and `[[[end]]]` in the documents is what functions of the modules imported here return; CI runs
+`cog --check`.
 """
 
 # ruff: noqa: F401  what is imported serves the documents
@@ -11,28 +12,12 @@ import re
 
 import cogapp
 
-from benchmarks.attention.tables import (
-    CPU,
-    H100,
-    attention_findings,
-    attention_kernels,
-    attention_masks,
-    attention_packing,
-    attention_parity,
-    attention_share,
-    attention_steps,
-    plot_attention,
-)
-from benchmarks.demo import demo_output, demo_summary, plot_demo, sweep
-from benchmarks.guide_claims.tables import claims, claims_short
+from benchmarks import demo, inference, kill_resume, loading, plan, train_step
+from benchmarks.attention import tables as attention
+from benchmarks.guide_claims import tables as guide_claims
 from benchmarks.harness import ROOT
-from benchmarks.inference import inference
-from benchmarks.kill_resume import survival
-from benchmarks.loading import loading
-from benchmarks.peers.tables import peers, peers_short, plot_peers, targets
-from benchmarks.plan import plan_fits, plan_measured, plot_plan
+from benchmarks.peers import tables as peers
 from benchmarks.tables import table
-from benchmarks.train_step import ladder, tokens, train_step
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "GUIDE_CLAIMS.md")
 COG_FLAGS = ("-I", str(ROOT), "-p", "from benchmarks.report import *")
@@ -57,10 +42,10 @@ def main() -> None:
 
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "qlora"  # the same ids each time it is drawn
-    plot_demo()
-    plot_attention("h100")
-    plot_peers("h100")
-    plot_plan("h100")
+    demo.plot()
+    attention.plot("h100")
+    peers.plot("h100")
+    plan.plot("h100")
     if status := cogapp.Cog().main(["cog", *COG_FLAGS, "-r", *map(str, DOCUMENTS)]):
         raise SystemExit(status)
 

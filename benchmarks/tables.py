@@ -6,14 +6,14 @@ from typing import Any
 
 import tabulate
 
-from benchmarks.harness import RESULTS
+from benchmarks.harness import RESULTS, Row
 from qlora.run.schema import in_gb
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's palette, told apart by the color-blind
 COMPILE_LABELS = {"none": "as written", "layers": "compiled", "graphs": "compiled, CUDA graphs"}
 
 
-def load(pattern: str) -> tuple[str, dict[str, Any]]:
+def load(pattern: str) -> tuple[str, Row]:
     """Name and contents of the newest result file that matches.
 
     Raises:
@@ -27,16 +27,30 @@ def load(pattern: str) -> tuple[str, dict[str, Any]]:
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    plain: dict[str, Any] = {"stralign": None, "numalign": None, "disable_numparse": True}
-    return tabulate.tabulate(rows, headers, tablefmt="github", **plain)
+    return tabulate.tabulate(rows, headers, tablefmt="github", stralign=None, numalign=None, disable_numparse=True)
 
 
-def table_of(columns: dict[str, str], rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of dictionaries: each header with the format of its column, such as `{step_ms:.0f}`."""
-    return table(list(columns), [[text.format(**row) for text in columns.values()] for row in rows])
+def table_of(columns: dict[str, str], rows: list[Row]) -> str:
+    """A Markdown table of dictionaries: each header with the format of its column, such as `{step_ms:.0f}`.
+
+    A cell is empty where its row lacks a value or has None.
+    """
+    return table(list(columns), [[_filled(text, row) for text in columns.values()] for row in rows])
 
 
-def source(name: str, record: dict[str, Any]) -> str:
+def _filled(text: str, row: Row) -> str:
+    try:
+        return text.format(**row)
+    except (KeyError, TypeError):  # None has no formats
+        return ""
+
+
+def select(record: Row, **wanted: Any) -> list[Row]:
+    """The cells with the given values."""
+    return [cell for cell in record["cells"] if all(cell.get(key) == value for key, value in wanted.items())]
+
+
+def source(name: str, record: Row) -> str:
     """Where numbers come from: file, machine, versions, commit."""
     environment = record["environment"]
     names = ("torch", "transformers", "peft", "bitsandbytes")

@@ -15,15 +15,15 @@ import math
 import re
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from benchmarks.harness import Cell, Failed, Output, ResultFile, Row, build, write_random_model
+from benchmarks.harness import Cell, Clock, Output, ResultFile, Row, build, peak_gb, write_random_model
 from benchmarks.tables import COMPILE_LABELS, load, source, table, table_of
+from qlora.config import TrainConfig
 
 WARM_UP_STEPS = 3
 
@@ -57,73 +57,45 @@ class Options:
     """Timed steps, after 3 to warm up."""
 
 
-def time_cell(folder: str, cell: Row, options: Options) -> Row:
-    """Build one model and time its steps; what is measured of its cell."""
+def time_cell(config: TrainConfig, count: int) -> Row:
+    """Build one model and time so many steps over full rows."""
     import torch
 
-    from qlora.config import TrainConfig
     from qlora.data.batch import iter_batches
     from qlora.data.template import TokenizedExample
     from qlora.model import attention
-    from qlora.speed.memory import peak_memory_gb
     from train_loop import train_step
 
-    names = ("attn_implementation", "gradient_checkpointing", "compile")
-    settings: Any = {name: cell[name] for name in names}
-    config, device, _, trainee = build(
-        TrainConfig(
-            model=folder,
-            lora_r=options.lora_r,
-            lora_dropout=options.dropout,
-            max_length=options.length,
-            per_device_train_batch_size=cell["batch"],
-            cache_dequantized=options.cache_dequantized,
-            **settings,
-        )
-    )
-    count = options.accumulation * cell["batch"]
-    rows = torch.randint(3, trainee.model.config.vocab_size, (count, options.length)).tolist()
+    config, trainee = build(config)
+    clock, batch = Clock(WARM_UP_STEPS), config.per_device_train_batch_size
+    shape = (batch * config.gradient_accumulation_steps, config.max_length)  # of a step
+    rows = torch.randint(3, trainee.model.config.vocab_size, shape).tolist()
     samples = [TokenizedExample(ids, ids, line) for line, ids in enumerate(rows, start=1)]
-    on_gpu = device.type == "cuda"
-    micro_batches = list(iter_batches(samples, range(count), cell["batch"], on_gpu, config.length_multiple))
+    micro_batches = list(iter_batches(samples, range(len(rows)), batch, clock.on_gpu, config.length_multiple))
     step = functools.partial(
         train_step, trainee.decoder, trainee.optimizer, micro_batches, trainee.loss_sum, learning_rate=5e-5, max_grad_norm=1.0
     )
     with attention.for_training(trainee.model.train(), config):
-        steps = [timed(step, on_gpu) for _ in range(WARM_UP_STEPS)]
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        steps += [timed(step, on_gpu) for _ in range(options.steps)]
-        profile = profiled(step) if on_gpu else None
-    milliseconds = [taken for taken, _ in steps[WARM_UP_STEPS:]]
+        for _ in range(WARM_UP_STEPS + count):
+            clock.begin()
+            loss, _ = step()
+            clock.end()
+            clock.losses.append(loss.item())  # waits
+        profile = profiled(step) if clock.on_gpu else None
+    first_ms, *milliseconds = clock.milliseconds()
+    milliseconds = milliseconds[WARM_UP_STEPS - 1 :]
     median = statistics.median(milliseconds)
     return {
-        "first_step_s": round(steps[0][0] / 1000, 2),
+        "first_step_s": round(first_ms / 1000, 2),
         "step_ms": round(median, 2),
         "step_ms_min_max": [round(min(milliseconds), 2), round(max(milliseconds), 2)],
-        "tokens_per_s": round(1000 * count * options.length / median, 1),
-        "peak_gb": round(peak_memory_gb(device), 3),
+        "tokens_per_s": round(1000 * math.prod(shape) / median, 1),
+        "peak_gb": peak_gb(),
         "profile_ms": profile and {**profile, "idle": round(max(0.0, median - sum(profile.values())), 2)},
-        "first_loss": steps[0][1],
-        "last_loss": steps[-1][1],
-        "finite": all(math.isfinite(loss) for _, loss in steps),
+        "first_loss": clock.losses[0],
+        "last_loss": clock.losses[-1],
+        "finite": all(map(math.isfinite, clock.losses)),
     }
-
-
-def timed(step: Callable[[], Any], on_gpu: bool) -> tuple[float, float]:
-    """Milliseconds of one step, by CUDA events on a GPU, and its loss."""
-    import torch
-
-    if not on_gpu:
-        start = time.perf_counter()
-        loss = step()[0].item()
-        return 1000 * (time.perf_counter() - start), loss
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    loss = step()[0]
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end), loss.item()
 
 
 KINDS = {  # of kernels, by what is in their names; the first that matches
@@ -161,22 +133,22 @@ def main(options: Options) -> None:
     cells: list[Row] = []
     file.record = {"environment": file.environment, "flags": flags, "warm_up_steps": WARM_UP_STEPS, "cells": cells}
     hows = options.compile or (("graphs", "none") if file.on_gpu else ("none",))
-    names = ("batch", "attn_implementation", "gradient_checkpointing", "compile")
     with tempfile.TemporaryDirectory() as folder:
         Cell(write_random_model, options.shape, Path(folder)).result()
-        for values in itertools.product(options.batch, options.backends, options.checkpointing, hows):
-            cell = dict(zip(names, values, strict=True))
-            try:
-                cells.append(cell | Cell(time_cell, folder, cell, options).result())
-            except Failed as failed:
-                cells.append(cell | {"unavailable": str(failed)[:300]})
+        shared: Any = {"model": folder, "max_length": options.length, "gradient_accumulation_steps": options.accumulation,
+                       "lora_r": options.lora_r, "lora_dropout": options.dropout,
+                       "cache_dequantized": options.cache_dequantized}  # fmt: skip
+        for batch, *values in itertools.product(options.batch, options.backends, options.checkpointing, hows):
+            cell = dict(zip(("attn_implementation", "gradient_checkpointing", "compile"), values, strict=True))
+            config = TrainConfig(per_device_train_batch_size=batch, **cell, **shared)
+            cells.append({"batch": batch, **cell, **Cell(time_cell, config, options.steps).row("unavailable")})
             file.write(cells[-1])
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def train_step(pattern: str) -> str:
+def steps(pattern: str) -> str:
     """One step by backend, checkpointing and how layers run; where it went, if it was profiled."""
     name, record = load(pattern)
     flags, rows, profiles = record["flags"], [], []

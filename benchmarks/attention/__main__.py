@@ -13,7 +13,7 @@ from typing import Literal
 import tyro
 
 from benchmarks.attention import kernels, model
-from benchmarks.harness import Cell, Failed, Output, Part, ResultFile, Row, Shape, write_random_model
+from benchmarks.harness import Cell, Output, Part, ResultFile, Row, Shape, write_random_model
 
 KEY = ("level", "backend", "length", "rows", "window", "layout", "checkpointing")  # tells cells apart
 BACKENDS = ("sdpa", "flash_attention_2", "varlen", "eager")  # values of --attn-implementation
@@ -124,12 +124,9 @@ def is_of(row: Row, cell: Row) -> bool:
 def rows_of(cell: Row, grid: Row, scratch: Path, timeout_s: float) -> list[Row]:
     """What a process of its own measures. One that crashes is a row that says `failed`."""
     began = time.perf_counter()
-    try:
-        rows = Cell(kernels.measured, LEVELS[cell["level"]][1], cell, grid, scratch).result(timeout_s)
-    except Failed as error:
-        rows = [{**cell, "failed": str(error)}]
+    found = Cell(kernels.measured, LEVELS[cell["level"]][1], cell, grid, scratch).row("failed", timeout_s)
     seconds = round(time.perf_counter() - began, 2)
-    return [{**row, "seconds": seconds} for row in rows]
+    return [{**row, "seconds": seconds} for row in found.get("rows", [cell | found])]
 
 
 def keep(file: ResultFile, cell: Row, rows: list[Row]) -> None:

@@ -7,7 +7,6 @@ Shapes: B rows, T tokens, H heads, d of a head. Times are medians, of CUDA event
 import functools
 import importlib
 import statistics
-import timeit
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.harness import Row, device, spread
+from benchmarks.harness import Clock, Row, device, peak_gb, spread
 from qlora.config import TrainConfig
 from qlora.data.batch import collate
 from qlora.data.template import TokenizedExample
@@ -48,37 +47,31 @@ class Unavailable(Exception):
     """Why a cell cannot run."""
 
 
-def measured(level: Callable[[Row, Row, Path], Iterable[Row]], cell: Row, grid: Row, scratch: Path) -> list[Row]:
-    """The rows of a cell, from the function of its level. A cell that cannot run is a row with the reason."""
+def measured(level: Callable[[Row, Row, Path], Iterable[Row]], cell: Row, grid: Row, scratch: Path) -> Row:
+    """The `rows` of a cell, from the function of its level; or why it is `unavailable`."""
     try:
-        return list(level(cell, grid, scratch))
+        return {"rows": list(level(cell, grid, scratch))}
     except (Unavailable, UserError) as error:
-        return [{**cell, "unavailable": str(error)}]
+        return {"unavailable": str(error)}
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return [{**cell, "unavailable": "out of memory"}]
+        return {"unavailable": "out of memory"}
 
 
 def milliseconds(function: Callable[[], Any], budget_s: float, least: int, most: int, warm_up: int = 2) -> list[float]:
     """Times of single calls after `warm_up` + 2 others; queued without a wait, so that the GPU does not idle for the host."""
-    on_gpu = device().type == "cuda"
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    clock = Clock()
     for _ in range(warm_up + 1):
         function()
-    wait()
-    taken_s = timeit.timeit(lambda: (function(), wait()), number=1)
-    count = max(least, min(most, int(budget_s / taken_s)))
-    if not on_gpu:
-        return [1000 * seconds for seconds in timeit.repeat(function, number=1, repeat=count)]
-    torch.cuda.reset_peak_memory_stats()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for start, end in events:
-        start.record()
+    began = clock.now()
+    function()
+    taken_s = clock.now() - began
+    for _ in range(max(least, min(most, int(budget_s / taken_s)))):
+        clock.begin()
         function()
-        end.record()
-    wait()
-    return [start.elapsed_time(end) for start, end in events]
+        clock.end()
+    return clock.milliseconds()
 
 
 def matmul_tflops() -> float:
@@ -115,8 +108,6 @@ def kernel(cell: Row, grid: Row, scratch: Path) -> Iterator[Row]:
     backend, length, window = cell["backend"], cell["length"], cell["window"]
     if device().type == "cpu" and backend not in ON_A_CPU:
         raise Unavailable("it needs a CUDA GPU")
-    from qlora.speed.memory import peak_memory_gb  # here, as it imports bitsandbytes, which touches the GPU
-
     torch.manual_seed(0)
     shape = (cell["rows"], length, *HEADS[grid["shape"]])  # [B, T, H, d], as a projection writes it
     q, k, v = (torch.randn(shape, device=device(), dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -144,7 +135,7 @@ def kernel(cell: Row, grid: Row, scratch: Path) -> Iterator[Row]:
         **spread("backward_ms", backward_ms),
         "forward_tflops": round(flops / statistics.median(forward_ms) / 1e9, 2),
         "backward_tflops": round(2.5 * flops / statistics.median(backward_ms) / 1e9, 2),
-        "peak_gb": round(peak_memory_gb(device()), 3),
+        "peak_gb": peak_gb(),
         **ran,
     }
 

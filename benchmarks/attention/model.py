@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.attention.kernels import Unavailable, milliseconds, verified
-from benchmarks.harness import Built, Row, build, device, spread
+from benchmarks.harness import Row, build, device, peak_gb, spread
 from qlora.config import TrainConfig
 from qlora.data.batch import Batch, collate, collate_packed, iter_batches, pack
 from qlora.data.template import TokenizedExample
@@ -30,12 +30,11 @@ PROBED = 64  # positions whose logits are compared, for each sample
 LAYOUTS = {"unpadded": (1.0,), "right-padded": (1.0, 0.6), "packed": (0.5, 0.3, 0.2)}  # shares of T that samples have
 
 
-def load(scratch: Path, window: int, **options: Any) -> Built:
+def load(scratch: Path, window: int, **options: Any) -> tuple[TrainConfig, Any]:
     """The model of the scratch folder as the loop trains it with these options, and with another sliding window."""
-    built = build(TrainConfig(model=str(scratch / "model"), lora_dropout=0.0, compile="none", **options))
-    built.trainee.model.train()
-    built.trainee.model.config.sliding_window = window
-    return built
+    config, trainee = build(TrainConfig(model=str(scratch / "model"), lora_dropout=0.0, compile="none", **options))
+    trainee.model.train().config.sliding_window = window
+    return config, trainee
 
 
 def random_samples(lengths: list[int], vocabulary: int) -> list[TokenizedExample]:
@@ -67,17 +66,15 @@ def micro_batches_of(cell: Row, count: int, vocabulary: int) -> list[Batch]:
 
 def step(cell: Row, grid: Row, scratch: Path) -> Iterator[Row]:
     """The loop's own train_step, after warm-up."""
-    from qlora.speed.memory import peak_memory_gb
     from train_loop import train_step
 
     began = time.perf_counter()
     options = {"attn_implementation": cell["backend"], "gradient_checkpointing": cell["checkpointing"]}
-    built = load(scratch, grid["window"], max_length=cell["length"], **options)
+    config, (model, decoder, loss_sum, optimizer) = load(scratch, grid["window"], max_length=cell["length"], **options)
     loaded_s = time.perf_counter() - began
-    model, decoder, loss_sum, optimizer = built.trainee
     micro_batches = micro_batches_of(cell, grid["samples"], model.config.vocab_size)
     take = functools.partial(train_step, decoder, optimizer, micro_batches, loss_sum, 5e-5, 1.0)
-    ours = attention.for_training(model, built.config)
+    ours = attention.for_training(model, config)
     with ours if cell["window"] == "as trained" else contextlib.nullcontext():
         ran = verified(cell["backend"], lambda: hidden_states(decoder, micro_batches[0]))
         first_loss = take()[0].item()
@@ -93,23 +90,23 @@ def step(cell: Row, grid: Row, scratch: Path) -> Iterator[Row]:
         "positions": sum(batch.input_ids.numel() for batch in micro_batches),
         "micro_batches": len(micro_batches),
         "tokens_per_s": round(1000 * tokens / statistics.median(step_ms), 1),
-        "peak_gb": round(peak_memory_gb(device()), 3),
+        "peak_gb": peak_gb(),
         "first_loss": first_loss,
         "loaded_s": round(loaded_s, 2),
         **ran,
     }
 
 
-def load_for_parity(backend: str, cell: Row, grid: Row, scratch: Path) -> Built:
+def load_for_parity(backend: str, cell: Row, grid: Row, scratch: Path) -> tuple[TrainConfig, Any]:
     """A model whose adapters have random B: while B is zero, A has no gradient."""
     checkpointing = "full" if device().type == "cuda" else "none"
     options = {"attn_implementation": backend, "gradient_checkpointing": checkpointing}
-    built = load(scratch, grid["window"], max_length=max(cell["lengths"]), **options)
+    config, trainee = load(scratch, grid["window"], max_length=max(cell["lengths"]), **options)
     generator = torch.Generator(device()).manual_seed(1)
-    for name, parameter in built.trainee.model.named_parameters():
+    for name, parameter in trainee.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.02, generator=generator)
-    return built
+    return config, trainee
 
 
 def comparisons(cell: Row, vocabulary: int, scratch: Path) -> Iterator[tuple[int, str, list[TokenizedExample], Path]]:
@@ -121,22 +118,22 @@ def comparisons(cell: Row, vocabulary: int, scratch: Path) -> Iterator[tuple[int
 
 def write_reference(cell: Row, grid: Row, scratch: Path) -> None:
     """The numbers of samples that are computed one by one, in fp32 throughout, from the same NF4 weights."""
-    built = load_for_parity("eager", cell, grid, scratch)
-    model = built.trainee.model.float()
+    _, trainee = load_for_parity("eager", cell, grid, scratch)
+    model = trainee.model.float()
     for _, _, samples, file in comparisons(cell, model.config.vocab_size, scratch):
         batches = [collate([sample]) for sample in samples]
-        torch.save(numbers(model, batches, functools.partial(in_fp32, built)), file)
+        torch.save(numbers(model, batches, functools.partial(in_fp32, trainee)), file)
 
 
 def parity(cell: Row, grid: Row, scratch: Path) -> Iterator[Row]:
     """Logits, loss and adapter gradients of one backend against the reference's."""
     backend, lengths = cell["backend"], cell["lengths"]
-    built = load_for_parity(backend, cell, grid, scratch)
-    model, decoder, _, _ = built.trainee
-    forward = functools.partial(as_trained, built)
+    config, trainee = load_for_parity(backend, cell, grid, scratch)
+    model, decoder, _, _ = trainee
+    forward = functools.partial(as_trained, trainee)
     for length, layout, samples, file in comparisons(cell, model.config.vocab_size, scratch):
         batch = collate_packed([samples]) if layout == "packed" else collate(samples)
-        with attention.for_training(model, dataclasses.replace(built.config, max_length=length)):
+        with attention.for_training(model, dataclasses.replace(config, max_length=length)):
             found = numbers(model, [batch], forward)
             row = differences(found, torch.load(file, map_location=device()))
             if length == lengths[2]:
@@ -149,18 +146,18 @@ def parity(cell: Row, grid: Row, scratch: Path) -> Iterator[Row]:
         yield {"level": "parity", "backend": backend, "length": length, "layout": layout, "window": grid["window"], **row}
 
 
-def as_trained(built: Built, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def as_trained(trainee: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [B, T, D] and the sum of losses [], as the loop computes them."""
     with torch.autocast(device().type, torch.bfloat16):
-        hidden = hidden_states(built.trainee.decoder, batch)  # [B, T, D]
-        return hidden, built.trainee.loss_sum(hidden, batch.to(device()))
+        hidden = hidden_states(trainee.decoder, batch)  # [B, T, D]
+        return hidden, trainee.loss_sum(hidden, batch.to(device()))
 
 
-def in_fp32(built: Built, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def in_fp32(trainee: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for one sample, through transformers' own eager attention, its window and its head; F.cross_entropy."""
     ids = batch.input_ids.to(device())  # [1, T]
-    hidden = built.trainee.decoder(input_ids=ids, use_cache=False).last_hidden_state  # [1, T, D]
-    logits = built.trainee.model.get_output_embeddings()(hidden[0, :-1])  # [T - 1, V]
+    hidden = trainee.decoder(input_ids=ids, use_cache=False).last_hidden_state  # [1, T, D]
+    logits = trainee.model.get_output_embeddings()(hidden[0, :-1])  # [T - 1, V]
     return hidden, F.cross_entropy(logits, ids[0, 1:], reduction="sum")
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.harness import Row
-from benchmarks.tables import BLUE, ORANGE, load, save, source, table
+from benchmarks.tables import BLUE, ORANGE, load, save, select, source, table
 
 H100, CPU = "attention_h100_*.json", "attention_cpu_*.json"
 LAYERS = {"phi3-mini": 32}
@@ -16,11 +16,6 @@ KERNEL = {  # what a table of kernels may show, and what that is
     "peak": ("{peak_gb:.2f}", "Peak GB."),
 }
 STEP = {"tokens": "length", "rows": "rows", "gradient checkpointing": "checkpointing"}  # what tells steps apart
-
-
-def select(record: Row, **wanted: Any) -> list[Row]:
-    """The cells with the given values."""
-    return [cell for cell in record["cells"] if all(cell.get(key) == value for key, value in wanted.items())]
 
 
 def pivot(cells: list[Row], columns: dict[str, str], show: str) -> str:
@@ -47,7 +42,7 @@ def pivot(cells: list[Row], columns: dict[str, str], show: str) -> str:
     return table([*columns, *(f"`{backend}`" for backend in backends)], lines) + "".join(reasons)
 
 
-def attention_kernels(pattern: str, what: str) -> str:
+def kernels(pattern: str, what: str) -> str:
     """Attention alone: one row for each length and window. `what` is a key of KERNEL."""
     name, record = load(pattern)
     cells = select(record, level="kernel")
@@ -62,7 +57,7 @@ def attention_kernels(pattern: str, what: str) -> str:
     return f"{pivot(cells, {'tokens': 'length', 'window': 'window'}, show)}\n\n{text}{source(name, record)}"
 
 
-def attention_steps(pattern: str) -> str:
+def steps(pattern: str) -> str:
     """The loop's own step over full rows."""
     name, record = load(pattern)
     show = "{step_ms:,.0f} ms ({step_ms_p10:,.0f}-{step_ms_p90:,.0f}), {tokens_per_s:,.0f} tokens/s, {peak_gb:.1f} GB"
@@ -73,7 +68,7 @@ def attention_steps(pattern: str) -> str:
     return f"{body}\n\n{text}{source(name, record)}"
 
 
-def attention_findings(pattern: str) -> str:
+def findings(pattern: str) -> str:
     """What the steps say about the choice of a backend."""
     _, record = load(pattern)
     cells = select(record, level="step", window="as trained", checkpointing="full")
@@ -127,7 +122,7 @@ def passes_half(cells: list[Row]) -> str:
     return ", ".join(passes)
 
 
-def attention_share(pattern: str) -> str:
+def share(pattern: str) -> str:
     """Attention's share of a step."""
     name, record = load(pattern)
     cells = shares(record)
@@ -137,7 +132,7 @@ def attention_share(pattern: str) -> str:
     return f"{body}\n\n{text}{source(name, record)}"
 
 
-def attention_packing(pattern: str) -> str:
+def packing(pattern: str) -> str:
     """Samples of lognormal lengths, one to a row or as many as fit."""
     name, record = load(pattern)
     cells = [cell for cell in select(record, level="step") if cell["layout"] != "full"]
@@ -146,7 +141,7 @@ def attention_packing(pattern: str) -> str:
     return f"{body}\n\nTokens without padding, of the same samples. {source(name, record)}"
 
 
-def attention_masks(pattern: str) -> str:
+def masks(pattern: str) -> str:
     """What the window costs where transformers makes the masks, beside the loop's own functions."""
     name, record = load(pattern)
     cells = select(record, level="step", layout="full")
@@ -169,7 +164,7 @@ DIFFERENCES = {
 }
 
 
-def attention_parity(pattern: str) -> str:
+def parity(pattern: str) -> str:
     """The worst of all lengths, for each backend and layout."""
     name, record = load(pattern)
     every = select(record, level="parity")
@@ -195,7 +190,7 @@ def attention_parity(pattern: str) -> str:
     return f"{table(headers, rows)}{notes}\n\n{text}{source(name, record)}"
 
 
-def plot_attention(card: str) -> None:
+def plot(card: str) -> None:
     """Time and memory of a kernel and of a step over the length, with the spread from the 10th to the 90th percentile."""
     import matplotlib.pyplot as plt
 

@@ -10,8 +10,7 @@ import tyro
 
 from benchmarks import harness
 from benchmarks.guide_claims.finding import Source
-from benchmarks.guide_claims.groups import CLAIMS, GROUPS
-from benchmarks.guide_claims.tables import FILES
+from benchmarks.guide_claims.tables import CLAIMS, FILES, GROUPS
 from benchmarks.tables import load
 from qlora.run.environment import environment
 

@@ -37,15 +37,12 @@ def flash_training(source: Source, f: Figures) -> Finding:
                 cell = step(backend, length, policy)  # which has no times where memory ran out
                 keys = ("step_ms", "step_ms_p10", "step_ms_p90")
                 times[backend] = [cell[key] for key in keys] if cell.get("step_ms") else None
-    told, ratios = [], {"eager": [], "sdpa": []}
+    told = []
     for name, row in f["steps"].items():
-        spreads = (
-            f"{backend} " + (f"{ms[0]:,.0f} ({ms[1]:,.0f}-{ms[2]:,.0f})" if ms else "out of memory")
-            for backend, ms in row.items()
-        )
-        told.append(f"{name}: {', '.join(spreads)}")
-        for backend, found in ratios.items():
-            found += [row[backend][0] / row["flash_attention_2"][0]] if row[backend] and row["flash_attention_2"] else []
+        ms = (f"{times[0]:,.0f} ({times[1]:,.0f}-{times[2]:,.0f})" if times else "out of memory" for times in row.values())
+        told.append(f"{name}: {', '.join(map(' '.join, zip(row, ms, strict=True)))}")
+    ran = [row for row in f["steps"].values() if row["flash_attention_2"]]
+    ratios = {name: [row[name][0] / row["flash_attention_2"][0] for row in ran if row[name]] for name in ("eager", "sdpa")}
     fact = f"""ms of a step of this loop, not compiled, by tokens and checkpointing, median (10th to 90th percentile):
         {"; ".join(told).replace("flash_attention_2", "flash")}. So {min(ratios["eager"]):.1f} to {max(ratios["eager"]):.1f}
         times as fast as eager, {min(ratios["sdpa"]):.2f} to {max(ratios["sdpa"]):.2f} as sdpa, the default"""

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, NamedTuple
 
-from benchmarks.tables import load
+from benchmarks.tables import load, select
 
 Figures = dict[str, Any]
 Verdict = Literal["right", "wrong", "depends"]
@@ -40,5 +40,4 @@ def listed(values: dict[str, float], spec: str, unit: str = "") -> str:
 
 def measured_cell(pattern: str, **wanted: Any) -> dict[str, Any]:
     """The first cell of the newest matching result file that has these values."""
-    _, record = load(pattern)
-    return next(cell for cell in record["cells"] if all(cell.get(name) == value for name, value in wanted.items()))
+    return select(load(pattern)[1], **wanted)[0]

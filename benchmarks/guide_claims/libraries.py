@@ -8,7 +8,7 @@ import train_loop
 from benchmarks.guide_claims.finding import LIBRARY, Figures, Finding, Source, right_if
 from benchmarks.guide_claims.models import adapted, base_model, built, encoded, template_of
 from qlora.config import BUNDLED_TRAIN
-from qlora.data.batch import Batch, collate
+from qlora.data.batch import Batch, batched, collate
 from qlora.data.formats import read_examples
 from qlora.data.template import IGNORED, TokenizedExample
 from qlora.model.third_party import transformers
@@ -56,24 +56,20 @@ def configuration_runs(source: Source, f: Figures) -> Finding:
     return Finding(right_if(f["warmup_ratio"] is None), fact, f)
 
 
-def updates() -> Figures:
-    """Updates of transformers.Trainer with the guide's numbers, and the examples of each in an epoch."""
-    arguments = transformers.TrainingArguments(
-        tempfile.gettempdir(), per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=20,
-        warmup_steps=0.1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
-    )  # fmt: skip
-    rows = [{"input_ids": [1, 2], "labels": [1, 2]} for _ in read_examples(BUNDLED_TRAIN, "train")]
-    model = adapted(base_model("tiny-random", "bf16"), ["qkv_proj"])
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
-    total = trainer.train().global_step
-    sizes = [len(batch["labels"]) for batch in trainer.get_train_dataloader()]
-    windows = [sum(sizes[start : start + 2]) for start in range(0, len(sizes), 2)]
-    return {"per_epoch": total // 20, "total": total, "warmup": arguments.get_warmup_steps(total), "windows": windows}
-
-
 def _110_steps(source: Source, f: Figures) -> Finding:
     """22 examples and 20 epochs make 110 steps."""
-    f = f or updates()
+    if not f:
+        arguments = transformers.TrainingArguments(
+            tempfile.gettempdir(), per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=20,
+            warmup_steps=0.1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        rows = [{"input_ids": [1, 2], "labels": [1, 2]} for _ in read_examples(BUNDLED_TRAIN, "train")]
+        model = adapted(base_model("tiny-random", "bf16"), ["qkv_proj"])
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+        total = trainer.train().global_step
+        sizes = [len(batch["labels"]) for batch in trainer.get_train_dataloader()]
+        windows = [sum(group) for group in batched(sizes, 2)]  # examples of each update in an epoch
+        f = {"per_epoch": total // 20, "total": total, "warmup": arguments.get_warmup_steps(total), "windows": windows}
     fact = f"""transformers.Trainer makes {f["total"]}: {f["per_epoch"]} an epoch, the last of {f["windows"][-1]} examples;
         {f["warmup"]} are warmup"""
     return Finding(right_if(f["total"] == 110), fact, f, short=True)
@@ -85,9 +81,8 @@ def accumulation(source: Source, f: Figures) -> Finding:
         f, trainee = {"windows": {}}, built(source.model, lora_dropout=0.0)
 
         def gradient(micro_batches: list[Batch]) -> torch.Tensor:
-            train_loop.train_step(
-                trainee.decoder, trainee.optimizer, micro_batches, trainee.loss_sum, 0.0, None
-            )  # nothing moves
+            # At a rate of 0 nothing moves.
+            train_loop.train_step(trainee.decoder, trainee.optimizer, micro_batches, trainee.loss_sum, 0.0, None)
             return torch.cat([p.grad.flatten() for p in trainee.model.parameters() if p.requires_grad])  # [parameters]
 
         samples = encoded(template_of(source.model))

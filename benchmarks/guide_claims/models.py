@@ -53,6 +53,6 @@ def encoded(template: PromptTemplate, path: Path = BUNDLED_TRAIN, loss_on: str =
 
 def built(model: str, **flags: Any) -> train_loop.Trainee:
     """The model with adapters, and what trains it, as train_loop.py makes them."""
-    trainee = harness.build(TrainConfig(model=model_source(model), **flags)).trainee
+    _, trainee = harness.build(TrainConfig(model=model_source(model), **flags))
     trainee.model.train()
     return trainee

@@ -62,11 +62,8 @@ def nf4_levels(source: Source, f: Figures) -> Finding:
     """NF4's levels are symmetric: ±0.525, ±0.6961, ±1."""
     if not f:
         levels = [round(level, 4) for level in bitsandbytes.functional.get_4bit_type("nf4", device="cpu").tolist()]
-        f = {
-            "levels": levels,
-            "below_zero": sum(level < 0 for level in levels),
-            "above_zero": sum(level > 0 for level in levels),
-        }
+        f = {"levels": levels}
+        f |= {"below_zero": sum(level < 0 for level in levels), "above_zero": sum(level > 0 for level in levels)}
         printed = (-1.0, -0.6961, -0.5250, 0.5250, 0.6961, 1.0)
         f["missing"] = [level for level in printed if min(abs(level - real) for real in levels) > 2e-4]
     fact = f"""{f["below_zero"]} below zero, an exact zero, {f["above_zero"]} above; there is no

@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from benchmarks.harness import Cell, Failed, Output, Part, ResultFile, Row
+from benchmarks.harness import Cell, Output, Part, ResultFile, Row
 from benchmarks.peers.contenders import CONTENDERS, IMPORTS, UNSLOTH, family, measure
 from benchmarks.peers.work import Work, prepare
 
@@ -78,43 +78,41 @@ def key(row: Row) -> tuple[str, str, float]:
     return row["contender"], row["shape"], row["dropout"]
 
 
+def group(row: Row) -> tuple[int, str, float]:
+    """What a row has in common with the baseline that it is compared with."""
+    return row["run"], row["shape"], row["dropout"]
+
+
 def merged(before: list[Row], row: Row) -> list[Row]:
-    """The rows with a new one instead of the old one; a baseline stays while a row of its run and shape does."""
+    """The rows with a new one instead of the old one. Of baselines the newest stay, and those that others are compared with."""
     kept = [old for old in before if key(old) != key(row) or (row["contender"] == BASELINE and old["run"] != row["run"])]
     rows = [*kept, row]
-    compared = {(old["run"], *key(old)[1:]) for old in rows if old["contender"] != BASELINE}
-    newest = {key(old): old["run"] for old in rows if old["contender"] == BASELINE}  # the last of each wins
-
-    def is_needed(old: Row) -> bool:
-        is_newest = old["contender"] != BASELINE or old["run"] == newest[key(old)]
-        return is_newest or (old["run"], *key(old)[1:]) in compared
-
-    return list(filter(is_needed, rows))
+    newest = {key(old): old for old in rows}  # the last of each wins
+    compared = {group(old) for old in rows if old["contender"] != BASELINE}
+    return [old for old in rows if old is newest[key(old)] or group(old) in compared]
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
     """Each measured row with its speed over that of the baseline of its own run, shape and dropout; None without one."""
-    baselines = {(row["run"], *key(row)[1:]): row for row in rows if row["contender"] == BASELINE}
+    rates = {group(row): row.get("tokens_per_s") for row in rows if row["contender"] == BASELINE}
 
     def ratio(row: Row) -> float | None:
-        other = baselines.get((row["run"], *key(row)[1:]), {}).get("tokens_per_s")
-        return None if other is None else round(row["tokens_per_s"] / other, 3)
+        rate = rates.get(group(row))
+        return rate and round(row["tokens_per_s"] / rate, 3)
 
     return [{**row, "ratio_to_trl": ratio(row)} if "tokens_per_s" in row else row for row in rows]
 
 
-def is_known(contender: str, shape: str, dropout: float, rows: list[Row]) -> bool:
-    """Whether there is a row with its ratio, or one that says that it does not fit."""
-    found = [row for row in rows if key(row) == (contender, shape, dropout)]
-    return any(row.get("ratio_to_trl") is not None or row.get("failed") == "out of memory" for row in found)
-
-
 def planned(contenders: tuple[str, ...], shapes: tuple[str, ...], dropout: float, known: list[Row]) -> dict[str, list[str]]:
-    """For each shape the contenders in the order of their cells, rotated by one more for each; with the baseline."""
+    """For each shape the contenders in the order of their cells, rotated by one more for each; with the baseline.
+
+    A row of `known` counts if it has its ratio, or says that its cell does not fit.
+    """
+    done = {key(row) for row in known if row.get("ratio_to_trl") is not None or row.get("failed") == "out of memory"}
     plan = {}
     for number, shape in enumerate(shapes):
         turn = number % len(contenders)
-        wanted = [name for name in contenders[turn:] + contenders[:turn] if not is_known(name, shape, dropout, known)]
+        wanted = [name for name in contenders[turn:] + contenders[:turn] if (name, shape, dropout) not in done]
         if wanted:
             plan[shape] = wanted if BASELINE in wanted else [BASELINE, *wanted]
     return plan
@@ -140,10 +138,7 @@ def measured(
                 waiting.append((row, Cell(*job, imports=IMPORTS[family(contender)], site=site, folder=scratch)))
             row, cell = waiting.pop(0)
             began = time.perf_counter()
-            try:
-                row |= cell.result(options.timeout_s)
-            except Failed as failed:
-                row["failed"] = str(failed)
+            row |= cell.row("failed", options.timeout_s)
             yield {**row, "seconds": round(time.perf_counter() - began, 1)}
     finally:
         for _, cell in waiting:
@@ -152,10 +147,8 @@ def measured(
 
 def version(contender: str, row: Row, commit: str) -> str:
     """What was measured, in a few words."""
-    if contender.startswith("ours"):
-        return f"commit {commit[:9]}"
-    library = {"trl": "trl", "unsloth": "unsloth"}.get(family(contender), "peft")
-    return f"{library} {row['versions'][library]}"
+    library = {"trl": "trl", "unsloth": "unsloth", "naive": "peft", "ours": None}[family(contender)]
+    return f"{library} {row['versions'][library]}" if library else f"commit {commit[:9]}"
 
 
 def main(options: Options) -> None:
@@ -163,12 +156,11 @@ def main(options: Options) -> None:
     os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
     file = ResultFile("peers", options.output)
     options = resolved(options, file.on_gpu)
-    assert options.contenders and options.shapes and options.dropout is not None  # as resolved
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "part", "unsloth_site")}
     fixed = {name: settings.pop(name) for name in ("shape_of_model", "seed")}
     file.begin_run(fixed, **settings, **vars(options.part))
-    run = file.record["runs"][-1]
-    run["run"] = len(file.record["runs"]) - 1
+    number, commit = len(file.record["runs"]) - 1, file.environment["commit"]
+    file.record["runs"][-1]["run"] = number
     known = file.record["cells"] if options.part.missing else []
     plan = planned(options.contenders, options.shapes, options.dropout, known)
     cells = [(contender, shape) for shape, wanted in plan.items() for contender in wanted]
@@ -179,9 +171,9 @@ def main(options: Options) -> None:
         works = Cell(prepare, *job).result()
         with contextlib.closing(measured(cells, works, scratch, options, ahead=int(file.on_gpu))) as rows:
             for row in rows:
-                row |= {"run": run["run"], "commit": run["commit"]}
+                row |= {"run": number, "commit": commit}
                 if "tokens_per_s" in row:
-                    row["version"] = version(row["contender"], row, run["commit"])
+                    row["version"] = version(row["contender"], row, commit)
                 file.record["cells"] = with_ratios(merged(file.record["cells"], row))
                 file.write(file.record["cells"][-1])
                 if file.is_late(options.part.minutes):

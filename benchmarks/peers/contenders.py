@@ -4,24 +4,21 @@ All read the same model, adapters on all linear layers, samples in the same orde
 own. unsloth has to be imported before transformers, so imports stand where they are needed.
 """
 
-import contextlib
 import functools
-import importlib.metadata
 import json
-import math
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import build, device, spread
+from benchmarks.harness import Clock, build, peak_gb, spread
 from benchmarks.peers.work import RANK, Work, flops_per_token
 
 PEAK_FLOPS = 790e12  # bf16 on an H100, as large products reach there
 ALPHA, RATE, CLIP = 64, 5e-5, 1.0
+LORA = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}  # which leaves out the head
 PACKAGES = ("trl", "unsloth", "transformers", "torch", "peft", "bitsandbytes", "flash-attn", "liger-kernel")
-SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 TRL: dict[str, dict[str, Any]] = {  # what a user sets beside QLoRA and the shape: nothing, or what TRL's own pages advise
     "trl": {},
@@ -53,66 +50,6 @@ IMPORTS = {  # what takes long, and none of the GPU's time
 def family(contender: str) -> str:
     """trl, unsloth, ours or naive."""
     return contender.partition("_")[0]
-
-
-class Clock:
-    """When steps begin and end: CUDA events on a GPU, which do not wait for it; and memory, the warm-up's apart."""
-
-    def __init__(self, warm_up: int):
-        import torch
-
-        self.device = device()
-        self.on_gpu, self.warm_up, self.cuda = self.device.type == "cuda", warm_up, torch.cuda
-        self.created = time.perf_counter()
-        self.load_s = self.first_step_s = self.cold_peak_gb = self.timed_since = math.nan
-        self.steps: list[tuple[Any, Any]] = []  # begin and end of each
-        self.losses: list[float] = []  # the first step's alone
-        self.attention: str | None = None  # where the model's configuration does not tell
-
-    def now(self) -> float:
-        """Seconds, when the device has done all that it was given."""
-        if self.on_gpu:
-            self.cuda.synchronize()
-        return time.perf_counter()
-
-    def mark(self) -> Any:
-        """Now, on the device."""
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = self.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def loaded(self) -> None:
-        """All that comes before the first step is done."""
-        self.load_s = self.now() - self.created
-
-    def begin(self) -> None:
-        """A step begins."""
-        if len(self.steps) == self.warm_up:
-            self.timed_since = self.now()
-            self.cold_peak_gb = self.peak_gb()
-            if self.on_gpu:
-                self.cuda.reset_peak_memory_stats()
-        began = self.mark()
-        self.steps.append((began, began))
-
-    def end(self) -> None:
-        """The step has ended."""
-        self.steps[-1] = (self.steps[-1][0], self.mark())
-        if len(self.steps) == 1:
-            self.now()
-            self.first_step_s = self.milliseconds()[0] / 1000
-
-    def peak_gb(self) -> float:
-        """Allocated on the GPU, or resident in the process where there is none."""
-        from qlora.speed.memory import peak_memory_gb
-
-        return peak_memory_gb(self.device)
-
-    def milliseconds(self) -> list[float]:
-        """How long each step took."""
-        return [began.elapsed_time(ended) if self.on_gpu else 1000 * (ended - began) for began, ended in self.steps]
 
 
 # -- contenders: each trains, tells the clock, and gives back the model ------------------------------------------------
@@ -176,27 +113,13 @@ def train_with(trainer: Any, work: Work, clock: Clock) -> Any:
     return trainer.model
 
 
-def quantization() -> Any:
-    """NF4 with double quantization, computed in bf16: as the loop loads it."""
-    import torch
-    import transformers
-
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-    )
-
-
-def adapters(dropout: float) -> Any:
-    """LoRA on all linear layers but the head."""
-    import peft
-
-    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
 def trl(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
     """SFTTrainer as its documentation has it: the model's path, the quantization, the adapters."""
+    import peft
     import trl as library
     from transformers.utils import is_flash_attn_2_available
+
+    from qlora.model.load import quantization_of
 
     chosen = dict(TRL[contender])
     if chosen.pop("tuned", False):  # its default loads fp32, so that what is not quantized is computed in fp32
@@ -206,8 +129,8 @@ def trl(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) 
         model=str(folder / "fused"),
         args=library.SFTConfig(**trainer_arguments(work, clock.on_gpu, **chosen)),
         train_dataset=dataset(work),
-        quantization_config=quantization(),
-        peft_config=adapters(dropout),
+        quantization_config=quantization_of("nf4"),  # doubly quantized, computed in bf16
+        peft_config=peft.LoraConfig(lora_dropout=dropout, **LORA),
     )
     if contender == "trl_selective":  # transformers from 5.23 on calls another name than the one that TRL 1.16 wraps
         enable = trainer.model.gradient_checkpointing_enable
@@ -227,12 +150,7 @@ def unsloth(contender: str, work: Work, folder: Path, dropout: float, clock: Clo
         str(folder / "split"), max_seq_length=work.max_length, load_in_4bit=True, use_gradient_checkpointing=checkpointing
     )
     model = library.FastLanguageModel.get_peft_model(
-        model,
-        r=RANK,
-        lora_alpha=ALPHA,
-        lora_dropout=dropout,
-        target_modules=list(SPLIT),
-        use_gradient_checkpointing=checkpointing,
+        model, r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=SPLIT, use_gradient_checkpointing=checkpointing
     )
     chosen = {} if checkpointing else {"gradient_checkpointing": False}
     args = patched.SFTConfig(**trainer_arguments(work, clock.on_gpu, **chosen))
@@ -257,7 +175,8 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
         gradient_accumulation_steps=work.accumulation,
         **OURS[contender],
     )
-    config, _, clock.attention, trainee = build(config)
+    config, trainee = build(config)
+    clock.attention = config.attn_implementation
     step = functools.partial(train_step, trainee.decoder, trainee.optimizer, loss_sum=trainee.loss_sum)
     with attention.for_training(trainee.model.train(), config):
         clock.loaded()
@@ -271,8 +190,7 @@ def ours(contender: str, work: Work, folder: Path, dropout: float, clock: Clock)
 
 def steps_of(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
     """The micro-batches of each step, collated when they are asked for, as the loop does."""
-    from qlora.data.batch import batched as grouped
-    from qlora.data.batch import iter_batches, pack
+    from qlora.data.batch import batched, iter_batches, pack
     from qlora.data.template import TokenizedExample
 
     lines = enumerate(zip(work.input_ids, work.labels, strict=True), start=1)
@@ -281,7 +199,7 @@ def steps_of(work: Work, pin: bool, multiple: int = 1) -> Iterator[list[Any]]:
     rows: list[Any] = []
     for step in work.samples_of_steps:
         rows += pack(lengths, step, work.max_length) if work.packing else step
-    yield from grouped(iter_batches(samples, rows, work.batch, pin, multiple), work.accumulation)
+    return batched(iter_batches(samples, rows, work.batch, pin, multiple), work.accumulation)
 
 
 def naive(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
@@ -290,11 +208,14 @@ def naive(contender: str, work: Work, folder: Path, dropout: float, clock: Clock
     import torch
     import transformers
 
+    from qlora.model.load import quantization_of
+
     if work.packing:
         raise SystemExit("such a loop packs nothing")
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(folder / "fused", quantization_config=quantization(), dtype=torch.bfloat16, device_map={"": clock.device})
-    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), adapters(dropout)).train()
+    options = {"quantization_config": quantization_of("nf4"), "dtype": torch.bfloat16, "device_map": {"": clock.device}}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "fused", **options)
+    adapters = peft.LoraConfig(lora_dropout=dropout, **LORA)
+    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), adapters).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adamw = torch.optim.AdamW(parameters, lr=RATE, fused=True)
     clock.loaded()
@@ -321,17 +242,18 @@ def naive(contender: str, work: Work, folder: Path, dropout: float, clock: Clock
 # -- a cell ----------------------------------------------------------------------------------------------------------
 
 
-def run_of(contender: str) -> Callable[..., Any]:
-    """The function that trains it."""
-    return {"trl": trl, "unsloth": unsloth, "ours": ours, "naive": naive}[family(contender)]
+RUNS = {"trl": trl, "unsloth": unsloth, "ours": ours, "naive": naive}
 
 
 def measure(contender: str, work: Work, folder: Path, dropout: float) -> dict[str, Any]:
     """Train, and say how long it took, what it needed, and what was trained."""
+    from qlora.run.environment import versions_of
+
     clock = Clock(work.warm_up)
-    model = run_of(contender)(contender, work, folder, dropout, clock)
+    model = RUNS[family(contender)](contender, work, folder, dropout, clock)
     timed_s = clock.now() - clock.timed_since
-    step_ms = clock.milliseconds()[work.warm_up :]
+    all_ms = clock.milliseconds()
+    step_ms = all_ms[work.warm_up :]
     tokens = work.tokens_of_steps[work.warm_up :]
     assert len(step_ms) == work.steps, f"{len(step_ms)} steps"
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -343,24 +265,17 @@ def measure(contender: str, work: Work, folder: Path, dropout: float) -> dict[st
         "tokens_per_s": round(rate, 1),
         "tokens_per_s_of_window": round(sum(tokens) / timed_s, 1),
         **spread("step_ms", step_ms),
-        "peak_gb": round(clock.peak_gb(), 3),
+        "peak_gb": peak_gb(),
         "reserved_gb": round(clock.cuda.max_memory_reserved() / 1e9, 3) if clock.on_gpu else None,
-        "cold_peak_gb": round(clock.cold_peak_gb, 3),
+        "cold_peak_gb": clock.cold_peak_gb,
         "mfu": round(flops * rate / PEAK_FLOPS, 4) if clock.on_gpu else None,
         "gflop_per_token": round(flops / 1e9, 3),
         "adapter_dtype": ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})),
         "adapter_parameters": adapters,
         "attention": clock.attention or getattr(model.config, "_attn_implementation", None),
         "first_loss": clock.losses[0] if clock.losses else None,
-        "first_step_s": round(clock.first_step_s, 2),
+        "first_step_s": round(all_ms[0] / 1000, 2),
         "load_s": round(clock.load_s, 2),
         "tokens": sum(tokens),
-        "versions": {name: version for name in PACKAGES if (version := version_of(name))},
+        "versions": {name: version for name, version in versions_of(PACKAGES).items() if version},
     }
-
-
-def version_of(package: str) -> str | None:
-    """As installed; None if it is not."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None

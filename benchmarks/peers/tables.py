@@ -1,40 +1,33 @@
 """Tables and the plot of TRL, unsloth and this loop."""
 
 import math
-from typing import Any
 
 from benchmarks.harness import Row
 from benchmarks.peers.contenders import family
-from benchmarks.tables import BLUE, ORANGE, counts, load, save, source, table
+from benchmarks.tables import BLUE, ORANGE, counts, load, save, select, source, table, table_of
 
 COLORS = {"trl": BLUE, "unsloth": ORANGE, "naive": "#000000", "ours": "#009E73"}
-Record = dict[str, Any]
+COLUMNS = {
+    "contender": "`{contender}`",
+    "version": "{version}",
+    "adapters": "{adapter_dtype}",
+    "tokens/s": "{rate}",  # or why there is none
+    "ms per step": "{step_ms:,.0f} ({step_ms_p10:,.0f}-{step_ms_p90:,.0f})",
+    "x TRL": "{ratio_to_trl:.2f}",
+    "peak GB": "{peak_gb:.2f}",
+    "MFU": "{mfu:.1%}",
+    "first loss": "{first_loss:.3f}",
+}
 
 
-def newest(record: Record, shape: str, dropout: float) -> list[Row]:
-    """One cell for each contender: the file keeps each `trl` that another cell was compared with."""
-    cells = [cell for cell in record["cells"] if (cell["shape"], cell["dropout"]) == (shape, dropout)]
-    return list({cell["contender"]: cell for cell in cells}.values())
+def newest(record: Row, shape: str, dropout: float) -> list[Row]:
+    """One cell for each contender, the fastest first: the file keeps each `trl` that another cell was compared with."""
+    cells = {cell["contender"]: cell for cell in select(record, shape=shape, dropout=dropout)}
+    fastest = sorted(cells.values(), key=lambda cell: -cell.get("tokens_per_s", 0.0))
+    return [{"rate": cell.get("failed", "").replace("|", "/") or f"{cell['tokens_per_s']:,.0f}", **cell} for cell in fastest]
 
 
-def contender_row(cell: Row) -> list[str]:
-    """A contender's row of the table, or why it has none."""
-    if "failed" in cell:
-        return [f"`{cell['contender']}`", "", "", cell["failed"].replace("|", "/"), *[""] * 5]
-    return [
-        f"`{cell['contender']}`",
-        cell["version"],
-        cell["adapter_dtype"],
-        f"{cell['tokens_per_s']:,.0f}",
-        f"{cell['step_ms']:,.0f} ({cell['step_ms_p10']:,.0f}-{cell['step_ms_p90']:,.0f})",
-        "" if cell["ratio_to_trl"] is None else f"{cell['ratio_to_trl']:.2f}",
-        f"{cell['peak_gb']:.2f}",
-        "" if cell["mfu"] is None else f"{cell['mfu']:.1%}",
-        "" if cell["first_loss"] is None else f"{cell['first_loss']:.3f}",
-    ]
-
-
-def other_versions(record: Record, cells: list[Row]) -> str:
+def other_versions(record: Row, cells: list[Row]) -> str:
     """The versions of contenders whose versions differ."""
     usual, found = record["environment"]["packages"], {}
     for cell in cells:
@@ -45,16 +38,14 @@ def other_versions(record: Record, cells: list[Row]) -> str:
     return "".join(f" {contender}'s had {versions}." for contender, versions in found.items())
 
 
-def peers(pattern: str, card: str) -> str:
+def by_shape(pattern: str, card: str) -> str:
     """A table for each shape, the fastest contender first, and the plot."""
     name, record = load(pattern)
-    headers = ["contender", "version", "adapters", "tokens/s", "ms per step", "x TRL", "peak GB", "MFU", "first loss"]
     parts = []
     usual = record["cells"][0]["dropout"]
     for shape, dropout in dict.fromkeys((cell["shape"], cell["dropout"]) for cell in record["cells"]):
-        cells = sorted(newest(record, shape, dropout), key=lambda cell: -cell.get("tokens_per_s", 0.0))
         named = f"`{shape}`" if dropout == usual else f"`{shape}`, dropout {dropout:g}"
-        parts.append(f"{named}:\n\n{table(headers, list(map(contender_row, cells)))}")
+        parts.append(f"{named}:\n\n{table_of(COLUMNS, newest(record, shape, dropout))}")
     if card != "cpu":
         parts.append(f"![Tokens per second over peak memory, one point per contender](results/peers_{card}.png)")
     runs = [record["runs"][number] for number in sorted({cell["run"] for cell in record["cells"]})]
@@ -69,21 +60,19 @@ def peers(pattern: str, card: str) -> str:
     return "\n\n".join(parts)
 
 
-def peers_short(pattern: str, shape: str) -> str:
+def short(pattern: str, shape: str) -> str:
     """The contenders of one shape, the fastest first, in the columns that a reader asks for."""
     name, record = load(pattern)
     cells = [cell for cell in newest(record, shape, 0.0) if "tokens_per_s" in cell]
-    rows = []
-    for cell in sorted(cells, key=lambda cell: -cell["tokens_per_s"]):
-        contender, version, adapters, rate, _, ratio, peak_gb, *_ = contender_row(cell)
-        rows.append([contender, version, adapters, rate, ratio, peak_gb])
     steps = counts([record["runs"][cell["run"]]["steps"] for cell in cells])
     words = (
         f"Phi-3-mini's shape, random weights, `{shape}` (rows x tokens x micro-batches), no dropout, "
         f"the median of {steps} steps."
     )
-    headers = ["", "version", "adapters", "tokens/s", "x `trl`", "peak GB"]
-    return f"{table(headers, rows)}\n\n{words} {source(name, record)}{other_versions(record, cells)}"
+    titles = {"": "contender", "version": "version", "adapters": "adapters", "tokens/s": "tokens/s", "x `trl`": "x TRL"}
+    columns = {title: COLUMNS[name] for title, name in {**titles, "peak GB": "peak GB"}.items()}
+    versions = other_versions(record, select(record, shape=shape, dropout=0.0))
+    return f"{table_of(columns, cells)}\n\n{words} {source(name, record)}{versions}"
 
 
 def targets(pattern: str) -> str:
@@ -93,9 +82,7 @@ def targets(pattern: str) -> str:
     full = "2x2048x2"
     unsloth = {mode: cells[f"unsloth_{mode}", full]["tokens_per_s"] for mode in ("none", "checkpointing")}
 
-    def row(
-        what: str, contender: str, shape: str, wanted: str, rate: float = 0, times: float = 0, most: float = math.inf
-    ) -> list[str]:
+    def row(what: str, contender: str, shape: str, wanted: str, rate=0.0, times=0.0, most=math.inf) -> list[str]:
         cell = cells[contender, shape]
         met = cell["tokens_per_s"] >= rate and cell["ratio_to_trl"] >= times and cell["peak_gb"] <= most
         got = f"{cell['tokens_per_s']:,.0f}, {cell['ratio_to_trl']:.2f} x `trl`, {cell['peak_gb']:.2f} GB"
@@ -117,7 +104,7 @@ def targets(pattern: str) -> str:
     return f"{table(['', 'wanted', 'contender', 'got', 'reached'], rows)}\n\n{source(name, record)}"
 
 
-def plot_peers(card: str) -> None:
+def plot(card: str) -> None:
     """Tokens per second over peak memory, a panel for each shape; what no other beats in both is joined by a line."""
     import matplotlib.pyplot as plt
     import matplotlib.ticker

@@ -88,15 +88,10 @@ def mixed_lengths(generator: random.Random, longest: int) -> tuple[list[int], in
 
 def bundled(folder: Path, warm_up: int, steps: int) -> Work:
     """The examples of the demo as the loop encodes them, its batch size and accumulation, the loss on answers alone."""
-    from qlora.config import BUNDLED_TRAIN, TrainConfig
-    from qlora.data.dataset import encode_all
-    from qlora.data.formats import read_examples
-    from qlora.data.template import load_template
-    from qlora.model.load import load_meta_model, load_tokenizer
+    from benchmarks.guide_claims.models import encoded, template_of
+    from qlora.config import TrainConfig
 
-    config, source = TrainConfig(), str(folder.resolve())
-    template = load_template(load_tokenizer(source, load_meta_model(source, config), config), config.prompt_format)
-    samples = list(encode_all(read_examples(BUNDLED_TRAIN, "train"), BUNDLED_TRAIN, template, config)[0])
+    config, samples = TrainConfig(), encoded(template_of(str(folder)))
     ids, labels = [sample.input_ids for sample in samples], [sample.labels for sample in samples]
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     return Work(ids, labels, batch, accumulation, config.max_length, False, warm_up, steps)
@@ -106,16 +101,12 @@ def bundled(folder: Path, warm_up: int, steps: int) -> Work:
 
 
 def quantized_parameters(shape: dict[str, Any]) -> int:
-    """P: weights of the linear layers in the decoder."""
-    return shape["num_hidden_layers"] * sum(rows * columns for rows, columns in linear_shapes(shape))
-
-
-def linear_shapes(shape: dict[str, Any]) -> list[tuple[int, int]]:
-    """(out, in) of the four linear layers of a block."""
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    """P: weights of the four linear layers of each block."""
+    hidden, inner, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
     width = shape.get("head_dim") or hidden // heads
-    queries, keys, inner = heads * width, (shape.get("num_key_value_heads") or heads) * width, shape["intermediate_size"]
-    return [(queries + 2 * keys, hidden), (hidden, queries), (2 * inner, hidden), (hidden, inner)]
+    queries, keys = heads * width, (shape.get("num_key_value_heads") or heads) * width
+    # qkv_proj and o_proj, gate_up_proj and down_proj
+    return shape["num_hidden_layers"] * hidden * (queries + 2 * keys + queries + 3 * inner)
 
 
 def flops_per_token(shape: dict[str, Any], lengths: Iterable[int], adapters: int) -> float:

@@ -4,22 +4,28 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, commit and hardware, for env.json and for benchmark files."""
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "accelerate", "datasets", "flash-attn")
+def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
+    """The version of each package, None where it is not installed."""
     versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    versions["torch"] = torch.__version__  # with its build: +cpu, +cu130
+    return versions
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, commit and hardware, for env.json and for benchmark files."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "accelerate", "datasets", "flash-attn")
+    versions = versions_of(packages) | {"torch": torch.__version__}  # with its build: +cpu, +cu130
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return {
         "python": platform.python_version(),

@@ -128,9 +128,9 @@ def test_what_cannot_run_or_runs_out_of_memory_is_a_row_and_a_mistake_is_not(tmp
 
         return kernels.measured(level, cell, {}, tmp_path)
 
-    assert measured(kernels.Unavailable("no")) == [{**cell, "unavailable": "no"}]
-    assert measured(ConfigError("no")) == [{**cell, "unavailable": "no"}]
-    assert measured(torch.OutOfMemoryError("CUDA out of memory")) == [{**cell, "unavailable": "out of memory"}]
+    assert measured(kernels.Unavailable("no")) == {"unavailable": "no"}
+    assert measured(ConfigError("no")) == {"unavailable": "no"}
+    assert measured(torch.OutOfMemoryError("CUDA out of memory")) == {"unavailable": "out of memory"}
     with pytest.raises(RuntimeError, match="shapes"):
         measured(RuntimeError("shapes"))
 
@@ -138,8 +138,8 @@ def test_what_cannot_run_or_runs_out_of_memory_is_a_row_and_a_mistake_is_not(tmp
 def test_a_kernel_that_is_not_installed_is_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "ON_A_CPU", ("flash_attention_4",))
     cell = {"level": "kernel", "backend": "flash_attention_4", "length": 16, "window": None, "rows": 1}
-    [row] = kernels.measured(kernels.kernel, cell, {"shape": "tiny"}, tmp_path)
-    assert row == {**cell, "unavailable": "No module named 'flash_attn'"}
+    found = kernels.measured(kernels.kernel, cell, {"shape": "tiny"}, tmp_path)
+    assert found == {"unavailable": "No module named 'flash_attn'"}
 
 
 def test_the_share_of_attention_counts_layers_and_a_recomputed_forward():

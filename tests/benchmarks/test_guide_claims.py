@@ -11,8 +11,7 @@ from benchmarks import report, tables
 from benchmarks.guide_claims import __main__ as runner
 from benchmarks.guide_claims import training
 from benchmarks.guide_claims.finding import Source
-from benchmarks.guide_claims.groups import CLAIMS, GROUPS, id_of
-from benchmarks.guide_claims.tables import how_known
+from benchmarks.guide_claims.tables import CLAIMS, GROUPS, how_known, id_of
 from benchmarks.guide_claims.weights import SEVEN, quantized_bytes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -270,7 +269,7 @@ def test_what_is_not_there_or_of_another_model_is_refused(tmp_path):
 
 
 def test_the_page_has_every_claim_and_the_readme_the_short_ones(record, rows):
-    page, short = report.claims(), report.claims_short()
+    page, short = report.guide_claims.claims(), report.guide_claims.short()
     for name in CLAIMS:
         row = rows[name]
         assert f"| `{name}` | {row['claim']} | {row['verdict']} | {row['fact']} | {how_known(row)} |" in page
@@ -284,7 +283,7 @@ def test_the_page_has_every_claim_and_the_readme_the_short_ones(record, rows):
 
 
 def test_the_page_changes_with_a_figure_and_lacks_none(record, tmp_path, monkeypatch):
-    before = report.claims()
+    before = report.guide_claims.claims()
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for path in RESULTS.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -293,11 +292,11 @@ def test_the_page_changes_with_a_figure_and_lacks_none(record, tmp_path, monkeyp
     row["figures"]["total"] = 123
     altered["rows"] = [runner.judged(row) for row in altered["rows"]]
     (tmp_path / "guide_claims_cpu_202612.json").write_text(json.dumps(altered))
-    after = report.claims().splitlines()
+    after = report.guide_claims.claims().splitlines()
     (line,) = (new for new, old in zip(after, before.splitlines(), strict=True) if new != old and "guide_claims_cpu" not in new)
     assert "makes 123: 6 an epoch" in line
     altered["rows"] = [row for row in altered["rows"] if row["id"] not in ("merge", "110-steps")]
     (tmp_path / "guide_claims_cpu_202612.json").write_text(json.dumps(altered))
-    for page in (report.claims, report.claims_short):
+    for page in (report.guide_claims.claims, report.guide_claims.short):
         with pytest.raises(SystemExit, match=r"guide_claims_cpu_202612.json lacks 2 of \d+ claims \(110-steps, merge\)"):
             page()

@@ -149,12 +149,12 @@ def test_loop_harness_and_helpers_build_and_train_the_same_adapters(tiny, tmp_pa
         named = trainee.model.named_parameters()
         return {name.replace(".default", ""): parameter.detach() for name, parameter in named if parameter.requires_grad}
 
-    built = harness.build(TrainConfig(model=str(tiny), warmup_ratio=0.0, **flags))
-    ours = trained(built.config, built.trainee)
-    model = adapted_model(built.config)
+    config, trainee = harness.build(TrainConfig(model=str(tiny), warmup_ratio=0.0, **flags))
+    ours = trained(config, trainee)
+    model = adapted_model(config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-    optimizer = build_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], built.config)
-    theirs = trained(built.config, train_loop.Trainee(model, accelerate(model, built.config), loss_sum, optimizer))
+    optimizer = build_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
+    theirs = trained(config, train_loop.Trainee(model, accelerate(model, config), loss_sum, optimizer))
     assert loop.keys() == ours.keys() == theirs.keys()
     assert all(torch.equal(loop[name], ours[name]) and torch.equal(loop[name], theirs[name]) for name in loop)
     assert all(value.any() for value in loop.values())  # B has moved

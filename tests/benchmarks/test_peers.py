@@ -12,10 +12,10 @@ import torch
 import transformers
 
 from benchmarks import tables
-from benchmarks.harness import Failed, Output
+from benchmarks.harness import Output
 from benchmarks.peers import __main__ as benchmark
 from benchmarks.peers import contenders, work
-from benchmarks.peers.tables import peers
+from benchmarks.peers.tables import by_shape
 from qlora.model.coverage import linear_layers
 from qlora.model.demo import build_tiny_random
 from qlora.model.load import load_meta_model
@@ -144,7 +144,7 @@ def test_a_cell_tells_the_median_of_the_timed_steps_alone(monkeypatch, tmp_path,
         clock.losses.append(1.5)
         return model
 
-    monkeypatch.setattr(contenders, "run_of", lambda _: contender)
+    monkeypatch.setitem(contenders.RUNS, "ours", contender)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     told = contenders.measure("ours_none", given, tmp_path, 0.1)
     rate = statistics.median(100 / taken for taken in (0.001, 0.004, 0.002, 0.008))
@@ -206,17 +206,17 @@ def test_what_is_not_there_is_refused_and_unset_options_follow_the_machine():
 def test_the_table_shows_the_newest_and_says_why_a_cell_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     with pytest.raises(SystemExit, match=r"There is no peers_h100_\*.json"):
-        peers("peers_h100_*.json", "h100")
+        by_shape("peers_h100_*.json", "h100")
     measured = {"version": "trl 1.16.0", "adapter_dtype": "bfloat16", "step_ms": 5.0, "step_ms_p10": 4.0, "step_ms_p90": 6.0,
                 "peak_gb": 4.0, "mfu": 0.25, "first_loss": 10.5, "commit": "0123456789"}  # fmt: skip
     rows: list[dict] = []
     for new in (row("trl", 0, 100.0), row("ours_none", 0, 200.0), row("ours_full", 1), row("trl", 1, 50.0)):
-        rows = benchmark.with_ratios(benchmark.merged(rows, {**measured, **new}))
+        rows = benchmark.with_ratios(benchmark.merged(rows, new if "failed" in new else {**measured, **new}))
     packages = dict.fromkeys(("torch", "transformers", "peft", "bitsandbytes"), "1")
     environment = {"device": "NVIDIA H100", "packages": packages, "commit": "x"}
     runs = [{"shape_of_model": "phi3-mini", "steps": steps, "warm_up": 3} for steps in (8, 5)]
     (tmp_path / "peers_h100_202601.json").write_text(json.dumps({"environment": environment, "runs": runs, "cells": rows}))
-    text = peers("peers_h100_*.json", "h100")
+    text = by_shape("peers_h100_*.json", "h100")
     assert "| `ours_none` | trl 1.16.0 | bfloat16 | 200 | 5 (4-6) | 2.00 | 4.00 | 25.0% | 10.500 |" in text
     assert text.count("| `trl` |") == 1 and "| 50 | 5 (4-6) | 1.00 |" in text
     assert (
@@ -225,7 +225,7 @@ def test_the_table_shows_the_newest_and_says_why_a_cell_is_missing(tmp_path, mon
     )
     rows.append({**measured, **row("trl", 1, 25.0), "dropout": 0.5, "ratio_to_trl": 1.0})
     (tmp_path / "peers_h100_202601.json").write_text(json.dumps({"environment": environment, "runs": runs, "cells": rows}))
-    without, _, dropped = peers("peers_h100_*.json", "h100").partition("`, dropout ")
+    without, _, dropped = by_shape("peers_h100_*.json", "h100").partition("`, dropout ")
     assert "| 50 | 5" in without and "| 25 | 5" not in without and "| 25 | 5" in dropped and "| 50 | 5" not in dropped
 
 
@@ -239,11 +239,9 @@ def test_a_cell_imports_while_the_one_before_it_runs_on_a_gpu_alone(monkeypatch,
             self.shape = shape
             seen.append(shape)
 
-        def result(self, timeout_s):
+        def row(self, key, timeout_s):
             seen.append(self.shape.upper())
-            if self.shape == "b":
-                raise Failed("out of memory")
-            return {"tokens_per_s": 1.0}
+            return {key: "out of memory"} if self.shape == "b" else {"tokens_per_s": 1.0}
 
         def stop(self):
             stopped.append(self.shape)

@@ -11,7 +11,7 @@ from benchmarks.harness import Output
 
 def test_a_run_is_timed_and_its_answers_are_judged(tiny, tmp_path):
     out = tmp_path / "out.json"
-    demo.main(demo.Options(Output(out), learning_rates=(), model="tiny-random", max_steps=2))
+    demo.main(Output(out), learning_rates=(), model="tiny-random", max_steps=2)
     (run,) = json.loads(out.read_text())["runs"]
     assert run["default"] and 0 < run["first_loss_s"] < run["total_s"] and run["steps"] == len(run["train_loss"]) == 2
     assert run["held_out"] == 8 and run["base_right"] == run["tuned_right"] == 0
@@ -27,7 +27,7 @@ def test_a_sweep_leaves_out_the_default_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "timed_run", timed_run)
     monkeypatch.setattr(demo.Cell, "result", lambda cell: cell.stop() or {})
     monkeypatch.setattr(demo, "ResultFile", lambda *_: File)
-    demo.main(demo.Options(Output(tmp_path / "x.json"), learning_rates=(1e-4, 2e-4), max_steps=3))
+    demo.main(Output(tmp_path / "x.json"), learning_rates=(1e-4, 2e-4), max_steps=3)
     assert asked == [["--max-steps", "3"], ["--learning-rate", "0.0001", "--max-steps", "3"]]
     assert [run["default"] for run in File.record["runs"]] == [True, False]
     assert ["output" in run for run in File.record["runs"]] == [True, False]

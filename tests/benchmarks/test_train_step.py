@@ -52,7 +52,7 @@ def test_the_table_has_a_row_for_each_cell_and_a_profile_where_there_is_one(tmp_
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     record = {"environment": ENVIRONMENT, "flags": flags, "cells": [cell, old, missing]}
     (tmp_path / "train_step_x_202611.json").write_text(json.dumps(record))
-    text = train_step.train_step("train_step_*.json")
+    text = train_step.steps("train_step_*.json")
     assert "| `sdpa` | none | compiled, CUDA graphs | 313 | 26,206 | 12.75 |" in text
     assert (
         "| `sdpa` | none | as written | 313 | 26,206 | 12.75 |" in text and "| `eager` | none | as written | no room |" in text
@@ -76,8 +76,7 @@ def test_a_prediction_is_recorded_beside_its_peak(tmp_path, monkeypatch, capsys)
     assert len(plan.SETTINGS) >= 12 and len({tuple(setting.items()) for setting in plan.SETTINGS}) == len(plan.SETTINGS)
     monkeypatch.setattr(plan, "SETTINGS", (plan.FIRST, plan.FIRST | {"compile": "none", "batch": 1, "length": 64}))
     for missing in (False, True):  # the second run has nothing to do
-        options = plan.Options(output=Output(tmp_path / "plan.json"), part=Part(missing), shape="tiny", only=(1,))
-        plan.main(options)
+        plan.main(Output(tmp_path / "plan.json"), Part(missing), shape="tiny", only=(1,))
         record = json.loads((tmp_path / "plan.json").read_text())
         assert [cell["compile"] for cell in record["cells"]] == ["none"] and missing == (not capsys.readouterr().out)
     cell = record["cells"][0]
@@ -89,7 +88,7 @@ def test_the_table_of_predictions_says_how_far_off_each_is(tmp_path, monkeypatch
     cells = [plan.FIRST | {"predicted_gb": 11.0, "peak_gb": 10.0}]
     cells.append(plan.FIRST | {"predicted_gb": 99.0, "unavailable": "out of memory"})
     (tmp_path / "plan_h100_202601.json").write_text(json.dumps({"environment": ENVIRONMENT, "runs": [], "cells": cells}))
-    text = plan.plan_measured("plan_h100_*.json")
+    text = plan.predictions("plan_h100_*.json")
     assert "| none | graphs | sdpa | 2 | 2048 | 32 | 11.00 | 10.00 | +10.0% |" in text
     assert "| 99.00 | out of memory |  |" in text
 
