@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from qlora.run.timing import PhaseClock
 from rich.console import Console
 
 from qlora import terminal
@@ -250,6 +251,7 @@ def finish(prep: Prepared, trainee: Trainee, evaluations: dict[int, EvalResult],
     write_folder(run.folder / "adapter", dict(checkpoint.adapter_files(model, prep.template.tokenizer)))
     tracker.hyperparameters(prep.config, evaluations.get(adapter_step))
     run.finish(adapter_step)
+    tracker.clock.end("checkpoints")
     # The run is complete; the answers below are only shown. Generation needs the memory that training no longer does.
     peak_gb = memory.peak_memory_gb(prep.device)
     # CUDA graphs, gradients and moments go; the weights stay.
@@ -269,6 +271,9 @@ def main(options: TrainConfig, stop: Signals) -> None:
     """
     # From here on a signal ends the process in an orderly way; during imports it would end it on the spot.
     stop.armed = True
+    # Where the time goes, printed at the end: each phase ends with a call.
+    clock = PhaseClock()
+    clock.end("start")
     console = Console()
     say = functools.partial(terminal.say, console)
     device = set_up_torch(options)
@@ -282,6 +287,7 @@ def main(options: TrainConfig, stop: Signals) -> None:
             say(html.when_complete(run.folder))
             return
         config = prep.config
+        clock.end("data and checks")
         with memory.oom_as_user_error(config, device, prep.predicted_gb, prep.longest):
             # Adapters start from the seed; order and dropout follow from it too.
             seed_generators(config.seed)
@@ -298,20 +304,27 @@ def main(options: TrainConfig, stop: Signals) -> None:
             optimizer = build_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
             # What changes from step to step is in here: adapters and moments.
             trainee = Trainee(model, decoder, loss_sum, optimizer)
+            clock.end("model")
             if device.type == "cuda":
                 # What does not fit should fail now, not in hour three.
                 probe_step = functools.partial(train_step, decoder, loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
                 with attention.for_training(model.train(), config):
                     say(memory.probe_memory(probe_step, optimizer, prep.train_set, config, prep.predicted_gb))
+                clock.end("compile and probe")
             # Adapters, moments and generators, each tensor in its dtype; or step 0.
             state = run.restore(model, optimizer, base)
             # Only from here on does the run folder change.
             run.take_over(config)
-            with log.Tracker(run.folder, console, state.step, prep.eval_set.sha256 if prep.eval_set else None) as tracker:
+            eval_data = prep.eval_set.sha256 if prep.eval_set else None
+            with log.Tracker(run.folder, console, clock, state.step, eval_data) as tracker:
                 tracker.say(f"Learning rate: {config.learning_rate:g}; run folder: {run.folder}")
                 explain.explain_start(config, model, prep.train_set, prep.template.tokenizer, console)
                 # Phi-3's sliding window is off where it changes nothing: it would cost sdpa its flash kernel.
                 with attention.for_training(model, config):
                     evaluations = train(prep, trainee, state, run, tracker, stop)
                 peak_gb = finish(prep, trainee, evaluations, run, tracker)
-        say(log.closing_words(run.folder, html.after_training(run.folder), peak_gb, prep.predicted_gb))
+        clock.end("answers")
+        report = html.after_training(run.folder)
+        clock.end("report")
+        say(log.closing_words(run.folder, report, peak_gb, prep.predicted_gb))
+        say(clock.summary())

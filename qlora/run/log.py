@@ -23,6 +23,7 @@ from qlora.eval.loss import EvalResult
 from qlora.model.lora import Target
 from qlora.run.files import cannot_write, whole_rows, write_file
 from qlora.run.schema import eval_rows
+from qlora.run.timing import PhaseClock
 from qlora.speed.memory import peak_memory_gb
 from qlora.terminal import printable, say
 
@@ -66,12 +67,18 @@ class Tracker:
         known_evaluations: step -> eval result, as far as earlier processes of this run have them.
     """
 
-    def __init__(self, run_folder: Path, console: Console, step: int = 0, eval_data: str | None = None):
+    def __init__(self, run_folder: Path, console: Console, clock: PhaseClock, step: int = 0, eval_data: str | None = None):
         """Open the files of a run that is about to train step `step` + 1; rows of later steps, which are to come again, go.
 
-        `eval_data` is the digest of the data that evaluations are of: those of other data do not count as known.
+        Args:
+            run_folder: of the run.
+            console: for the progress bar and lines.
+            clock: told when steps, evaluations and checkpoints end.
+            step: the last one that was saved.
+            eval_data: digest of the data that evaluations are of: those of other data do not count as known.
         """
         self.run_folder = run_folder
+        self.clock = clock
         self.eval_data = eval_data
         self.console = console
         metrics = run_folder / "metrics.jsonl"
@@ -132,6 +139,7 @@ class Tracker:
         row = {"event": "eval", "step": step, "epoch": epoch, "eval_loss": result.loss, "perplexity": result.perplexity}
         self._record({**row, "num_tokens": result.num_tokens, "eval_data": self.eval_data})
         self.flush()
+        self.clock.end("evaluation")
         self.say(f"epoch {epoch}  eval loss {result.loss:.4f}  perplexity {result.perplexity:.3f}")
 
     def ended_early(self, step: int, patience: int | None) -> None:
@@ -226,6 +234,7 @@ class StepLog:
 
     def restart_clock(self) -> None:
         """Begin to count the seconds of the next steps: saving and evaluation are not training time."""
+        self.tracker.clock.end("checkpoints")
         self.since = time.perf_counter()
 
     def add(
@@ -257,6 +266,7 @@ class StepLog:
         ]
         self.pending = []
         self.tracker.steps(self.rows)
+        self.tracker.clock.end("steps")
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -75,7 +75,7 @@ def test_a_checkpoint_holds_adapter_moments_generators_and_place(trained, tmp_pa
 
 
 def test_a_snapshot_stays_as_it_was_taken_while_training_continues(trained, tmp_path):
-    model, optimizer = trained
+    _, optimizer = trained
     state = checkpoint.TrainState(step=3)
     at_once = save_checkpoint(tmp_path, *trained, state, RUN_INFO)
     taken = checkpoint.snapshot(*trained, state, RUN_INFO)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from qlora.run.timing import PhaseClock
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -28,7 +29,7 @@ def row(step: int) -> dict:
 
 def track(folder, terminal: bool, width: int = 150) -> str:
     out = io.StringIO()
-    with log.Tracker(folder, Console(file=out, force_terminal=terminal, width=width)) as tracker:
+    with log.Tracker(folder, Console(file=out, force_terminal=terminal, width=width), PhaseClock()) as tracker:
         tracker.begin(step=0, total_steps=7, logging_steps=3)
         tracker.evaluation(0, 0, EvalResult(1.0, 2.718, 10))
         tracker.steps([row(1)])
@@ -105,7 +106,7 @@ def test_a_resumed_run_has_each_row_and_each_point_once(tmp_path):
     """Stopped after step 5 with the checkpoint of step 3 to go back to, its evaluation known; then once more from step 6."""
     console = Console(file=io.StringIO())
     for start, end in ((0, 5), (3, 6), (6, 7)):
-        with log.Tracker(tmp_path, console, start) as tracker:
+        with log.Tracker(tmp_path, console, PhaseClock(), start) as tracker:
             tracker.begin(start, total_steps=7, logging_steps=3)
             known = sorted(tracker.known_evaluations)
             if start == 0:
@@ -127,7 +128,7 @@ def test_a_resumed_run_has_each_row_and_each_point_once(tmp_path):
 
 def test_a_run_that_starts_again_before_its_first_checkpoint_starts_its_records_again(tmp_path):
     for loss in (5.0, 4.0):
-        with log.Tracker(tmp_path, Console(file=io.StringIO()), step=0) as tracker:
+        with log.Tracker(tmp_path, Console(file=io.StringIO()), PhaseClock(), step=0) as tracker:
             tracker.begin(0, total_steps=7, logging_steps=3)
             assert tracker.known_evaluations == {}
             tracker.evaluation(0, 0, EvalResult(loss, 2.718, 10))
@@ -142,7 +143,7 @@ def test_a_branch_shows_the_curves_of_before_it(tmp_path):
         (tmp_path / name).mkdir()
     track(tmp_path / "run", terminal=False)
     shutil.copy(tmp_path / "run" / "metrics.jsonl", tmp_path / "branch")
-    with log.Tracker(tmp_path / "branch", Console(file=io.StringIO()), step=4) as tracker:
+    with log.Tracker(tmp_path / "branch", Console(file=io.StringIO()), PhaseClock(), step=4) as tracker:
         tracker.begin(4, total_steps=7, logging_steps=3)
         tracker.steps([row(5)])
     assert [step for step, _ in scalars(tmp_path / "branch", "train/loss")] == [1, 2, 3, 4, 5]
@@ -150,20 +151,20 @@ def test_a_branch_shows_the_curves_of_before_it(tmp_path):
 
 
 def test_what_is_not_finite_is_null_in_the_metrics_and_left_out_of_the_curves(tmp_path):
-    with log.Tracker(tmp_path, Console(file=io.StringIO())) as tracker:
+    with log.Tracker(tmp_path, Console(file=io.StringIO()), PhaseClock()) as tracker:
         tracker.begin(0, total_steps=7, logging_steps=3)
         tracker.steps([row(1), {**row(2), "loss": math.nan, "grad_norm": math.inf}])
         tracker.evaluation(2, 1, EvalResult(math.nan, math.nan, 10))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert (rows[1]["loss"], rows[1]["grad_norm"], rows[2]["eval_loss"]) == (None, None, None)
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [1]
-    with log.Tracker(tmp_path, Console(file=io.StringIO()), step=2) as tracker:
+    with log.Tracker(tmp_path, Console(file=io.StringIO()), PhaseClock(), step=2) as tracker:
         assert math.isnan(tracker.known_evaluations[2].loss)  # known, and never the best
 
 
 def test_a_full_disk_ends_the_run_with_exit_4_not_with_a_traceback(tmp_path):
     with pytest.raises(UserError, match="No space left on device") as caught, log.Tracker(
-        tmp_path, Console(file=io.StringIO())
+        tmp_path, Console(file=io.StringIO()), PhaseClock()
     ) as tracker:  # fmt: skip
         tracker.begin(0, total_steps=7, logging_steps=3)
         tracker.metrics_file.close()
@@ -178,7 +179,7 @@ def test_secrets_are_masked_wherever_something_is_told(tmp_path, monkeypatch):
     out = io.StringIO()
     log.say(Console(file=out), f"https://user:{token}@hub and a-very-secret-value")
     config = TrainConfig(train_file=f"https://user:{token}@hub/data.jsonl", output_dir=tmp_path / token)
-    with log.Tracker(tmp_path, Console(file=out)) as tracker:
+    with log.Tracker(tmp_path, Console(file=out), PhaseClock()) as tracker:
         tracker.begin(0, total_steps=7, logging_steps=3)
         tracker.hyperparameters(config, None)
     told = [out.getvalue(), config.to_yaml(), json.dumps(config.plain())]
@@ -221,7 +222,7 @@ def test_the_closing_words_have_the_measured_peak_beside_the_prediction(tmp_path
 )  # fmt: skip
 def test_a_run_that_ends_early_says_which_adapter_it_took(tmp_path, losses, words):
     told = io.StringIO()
-    with log.Tracker(tmp_path, Console(file=told, width=200), step=0) as tracker:
+    with log.Tracker(tmp_path, Console(file=told, width=200), PhaseClock(), step=0) as tracker:
         tracker.begin(0, total_steps=9, logging_steps=3)
         tracker.ended_early(max(losses), 1)
         tracker.adapter_chosen(3, {at: EvalResult(loss, 2.0, 10) for at, loss in losses.items()})
