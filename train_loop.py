@@ -210,7 +210,7 @@ def train(
                 if save or step == 1 or step % config.logging_steps == 0:
                     step_log.flush()  # sync
                     explain.explain_step(config, model, optimizer, step, tracker, first=not step_log.before)
-                    skipped = check_finite(step_log, skipped, config.skip_nonfinite, run.advice)
+                    skipped = check_finite(step_log, skipped, config.skip_nonfinite, run.advice, prep.train_set.source)
                     # tokens_per_s counts training alone: not explanations, saves or evaluations.
                     step_log.restart_clock()
                 # -- save --

@@ -13,7 +13,8 @@ from typing import overload
 from qlora.config import TrainConfig
 from qlora.data.formats import ColumnOptions, Example, SourceColumns, check_source, read_examples
 from qlora.data.messages import TEXT
-from qlora.data.read import LISTED, listed
+from qlora.data.read import LISTED
+from qlora.data.sources import Source, lines_of, place_of
 from qlora.data.template import IGNORED, CannotRender, PromptTemplate, TokenizedExample, encode
 from qlora.errors import CheckpointError, DataError
 
@@ -55,6 +56,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
             ) from None
         self.sha256 = digest.hexdigest()  # of all ids and labels, in order
         self.counts: dict[str, int] = {}  # what encode_all and encode_files have counted, for run.json
+        self.source: Source | None = None  # names the lines of several files; set by encode_files
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -117,7 +119,7 @@ class _Tally:
 
 
 def encode_all(
-    examples: Iterable[Example], source: str | Path, template: PromptTemplate, config: TrainConfig
+    examples: Iterable[Example], source: str | Path | Source, template: PromptTemplate, config: TrainConfig
 ) -> tuple[TokenizedDataset, str]:
     """Encode examples one after the other and deal with those longer than `config.max_length`.
 
@@ -135,7 +137,7 @@ def encode_all(
     if not samples:
         advice = "Raise it, or use --on-long truncate." if cut else "Raise it: their prompts alone are longer."
         raise DataError(f"{source}: none of {tally.seen} examples fits {limit}. {advice}")
-    lines = f"(lines {listed(tally.dropped_lines)})"
+    lines = f"({lines_of(source, tally.dropped_lines)})"
     if tally.dropped * 5 > tally.seen and not config.allow_drop:
         raise DataError(
             f"{source}: {tally.dropped} of {tally.seen} examples, more than a fifth, do not fit {limit} {lines}.",
@@ -158,17 +160,18 @@ def encode_all(
 
 
 def _fitting(
-    examples: Iterable[Example], source: str | Path, template: PromptTemplate, config: TrainConfig, tally: _Tally
+    examples: Iterable[Example], source: str | Path | Source, template: PromptTemplate, config: TrainConfig, tally: _Tally
 ) -> Iterator[TokenizedExample]:
     for example in examples:
         tally.seen += 1
         try:
             encoded = encode(example, template, config.loss_on)
         except CannotRender as error:
-            raise DataError(f"{source}:{example.line}: {error}.", hint=error.hint) from None
+            raise DataError(f"{place_of(source, example.line)}: {error}.", hint=error.hint) from None
         length = len(encoded.input_ids)
         if length > config.max_length and config.on_long == "error":
-            raise DataError(f"{source}:{example.line}: {length} tokens, more than --max-length {config.max_length}.")
+            place = place_of(source, example.line)
+            raise DataError(f"{place}: {length} tokens, more than --max-length {config.max_length}.")
         kept = truncate_or_drop(encoded, config)
         if kept is None:
             tally.drop(example.line)
@@ -224,7 +227,7 @@ def check_files(config: TrainConfig) -> list[SourceColumns]:
         UserError: as check_source does; exit 2 if --columns cannot be used.
     """
     options = column_options(config)
-    return [check_source(file, split, options) for file, split, _ in _files(config)]
+    return [check_source(source, split, options) for source, split, _ in sources_of(config)]
 
 
 def encode_files(
@@ -236,9 +239,10 @@ def encode_files(
         DataError: as encode_all does.
     """
     sets = []
-    for (file, split, name), found in zip(_files(config), columns, strict=True):
-        encoded, notes = encode_all(read_examples(file, split, column_options(config)), file, template, config)
-        say(f"{name}: {notes}; form {found}")
+    for (source, split, name), found in zip(sources_of(config), columns, strict=True):
+        encoded, notes = encode_all(read_examples(source, split, column_options(config)), source, template, config)
+        encoded.source = source
+        say(f"{name}: {notes}; form {found}{source.count}")
         sets.append(encoded)
     samples, eval_set = sets[0], sets[1] if len(sets) > 1 else None
     if eval_set and (shared := count_shared(samples, eval_set)):
@@ -247,19 +251,23 @@ def encode_files(
     return samples, eval_set
 
 
-def _files(config: TrainConfig) -> list[tuple[str, str, str]]:
-    """(file, split of a hub data set, name in the log) of the training data and, if there is any, the eval data."""
+def sources_of(config: TrainConfig) -> list[tuple[Source, str, str]]:
+    """(source, its default split, name in the log) of the training data and, if there is any, the eval data.
+
+    Raises:
+        DataError: as Source does.
+    """
     assert config.train_file is not None  # as resolved
-    eval_set = [(config.eval_file, "test", "Eval")] if config.eval_file else []
-    return [(config.train_file, "train", "Data"), *eval_set]
+    eval_set = [(Source(config.eval_file, "test"), "test", "Eval")] if config.eval_file else []
+    return [(Source(config.train_file, "train"), "train", "Data"), *eval_set]
 
 
 def first_examples(
     config: TrainConfig, samples: TokenizedDataset, eval_set: TokenizedDataset | None, count: int
 ) -> list[Example]:
     """The first `count` examples of the eval data, or of the training data if there is none; none of rows that are one text."""
-    file, split, _ = _files(config)[-1]
-    found = kept_examples(read_examples(file, split, column_options(config)), eval_set or samples, count)
+    source, split, _ = sources_of(config)[-1]
+    found = kept_examples(read_examples(source, split, column_options(config)), eval_set or samples, count)
     return [example for example in found if example.prompt]
 
 
