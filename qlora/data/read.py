@@ -37,8 +37,9 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         DataError: for a line that is too long or not UTF-8.
     """
+    name = str(path)  # once, as this is done for each line
     for line, raw in raw_lines(path, LINE_LIMIT):
-        text = decoded(raw, f"{path}:{line}", is_first=line == 1).rstrip()
+        text = decoded(raw, f"{name}:{line}", is_first=line == 1).rstrip()
         if text:
             yield line, text
 
@@ -101,8 +102,9 @@ def json_rows(path: Path, head: bytes) -> Iterator[tuple[int, object]]:
         if not ahead:
             refuse_shape(row, f"{path}:{line}")
     yield line, row
+    name = str(path)
     for line, text in following:
-        yield line, _parse(text, f"{path}:{line}")
+        yield line, _parse(text, f"{name}:{line}")
 
 
 def _is_spread(text: str) -> bool:

@@ -79,10 +79,10 @@ class Source:
             DataError: naming file and line or row.
         """
         for index, part in enumerate(self.parts):
-            begin, line = self._begins[index], 0
+            begin, line, name = self._begins[index], 0, part.name
             self._begun = max(self._begun, index + 1)
             for line, row in _rows(part, as_prompts):
-                yield begin + line, f"{part.name}:{line}", row
+                yield begin + line, f"{name}:{line}", row
             if not line and len(self.parts) > 1:
                 raise DataError(f"{part.name} holds no row.", hint="Leave it out.")
             if len(self._begins) == index + 1:
@@ -162,9 +162,10 @@ def _parts(word: str, default_split: str, notes: list[str]) -> list[Part]:
         return _of_folder(word, path, default_split, notes)
     if glob.has_magic(word) and not os.path.exists(path):
         found = sorted(name for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
-        if not found:
+        if found:
+            return [Part(name, "file", Path(name)) for name in found]
+        if "*" in word or "?" in word:  # brackets alone may be part of a name
             raise DataError(f"{word} matches no file.", hint="Check the pattern, and the folder it starts from.")
-        return [Part(name, "file", Path(name)) for name in found]
     if (saved := _saved(word)) and not os.path.exists(path):
         return [saved]
     if is_local(word):

@@ -388,6 +388,7 @@ def test_patterns_are_expanded_in_order(three):
     assert asked("*.*") == asked(["a.csv", "b.jsonl", "c.parquet"])
     assert asked(["c.parquet", "[ab].*"]) == asked(["c.parquet", "a.csv", "b.jsonl"])
     refused("*.nothing", "*.nothing matches no file")
+    refused("[xyz].jsonl", "[xyz].jsonl does not exist")
     write(Path("odd[1].jsonl"), jsonl([{"prompt": "odd", "completion": "x"}]))
     assert asked("odd[1].jsonl") == ["odd"]
 
@@ -480,7 +481,7 @@ def test_a_configuration_that_is_missing_or_wrong_is_told_with_those_that_there_
         raise ValueError(error)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    refused(name, *words)
+    assert refused(name, *words)
 
 
 # -- nulls that Arrow fills in ---------------------------------------------------------------------------------------
