@@ -12,6 +12,7 @@ import sqlite3
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy
@@ -20,6 +21,7 @@ import pyarrow.feather
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+from rich.console import Console
 
 from qlora.config import TrainConfig, parse
 from qlora.data.dataset import check_files, encode_all, encode_files, kept_examples
@@ -28,6 +30,8 @@ from qlora.data.kinds import SIGNATURES
 from qlora.data.sources import Source, is_local
 from qlora.data.template import encode, encode_prompt, load_template
 from qlora.errors import DataError, ExitCode, UserError
+from qlora.run import explain
+from qlora.run.guards import check_finite
 from tests.data.chat_templates import with_template
 
 ROWS = [{"instruction": f"q{n}", "response": f'a, "{n}"\nand \u2028 caf\xe9'} for n in range(3)]
@@ -583,3 +587,21 @@ def test_columns_have_other_names_in_csv_too(tmp_path):
     options = ColumnOptions.parse(["instruction=question", "input=passage", "response=answer"], [])
     (example,) = read_examples(path, "train", options)
     assert (example.prompt[0].content, example.response, example.line) == ("q\n\nmore", "a", 2)
+
+
+def test_a_step_that_is_not_finite_names_the_files_of_its_lines(three):
+    row = {"step": 3, "loss": float("nan"), "grad_norm": 1.0, "learning_rate": 0.1, "lines": [3, 13]}
+    said: list[str] = []
+    steps = SimpleNamespace(rows=[row], before=[], tracker=SimpleNamespace(say=said.append))
+    assert check_finite(steps, 0, 1, str, Source(three, "train")) == 1
+    assert "lines b.jsonl:3, a.csv:2 of the training data" in said[0]
+
+
+def test_the_sample_that_is_explained_is_named_with_its_file(three, template, monkeypatch):
+    shown: list[int | str] = []
+    config = parse(["--train-file", *three, "--eval-file", "None", "--explain"])
+    samples, _ = encode_files(config, check_files(config), template, str)
+    monkeypatch.setattr(explain, "parameter_counts", lambda model: (1, 1))
+    monkeypatch.setattr(explain, "token_table", lambda rows, line: shown.append(line))
+    explain.explain_start(config, None, samples, template.tokenizer, Console(file=io.StringIO()))
+    assert shown == ["b.jsonl:3"]
