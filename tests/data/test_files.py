@@ -131,7 +131,12 @@ def test_one_object_spread_over_lines_is_one_row(tmp_path):
     path = write(tmp_path / "row.jsonl", json.dumps(ROWS[0], indent=1))
     assert unnumbered(path) == unnumbered(write(tmp_path / "twin.jsonl", jsonl(ROWS[:1])))
     one = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-    for name, text in (("one.json", json.dumps(one)), ("two.json", json.dumps(one, indent=2))):
+    beside = {**ROWS[0], "response": "a", "tags": ["x"], "scores": [1]}
+    for name, text in (
+        ("one.json", json.dumps(one)),
+        ("two.json", json.dumps(one, indent=2)),
+        ("three.json", json.dumps(beside)),
+    ):
         assert [example.response for example in read_examples(write(tmp_path / name, text), "train")] == ["a"]
 
 
