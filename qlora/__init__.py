@@ -3,7 +3,7 @@
 config.py, errors.py   options (flags, YAML, checks of values); exit codes and errors; neither imports torch
 terminal.py            text for the terminal, without secrets and escape sequences
 validation.py          checks of values from files, by pydantic models
-data/                  from a file to micro-batches: read, messages, formats, template, dataset, batch
+data/                  from a file to micro-batches: kinds, read, tables, sources, messages, formats, template, dataset, batch
 model/                 NF4 loading, LoRA adapters, attention, loss, optimizer, the demo model
 speed/                 checkpointing, compilation, CUDA graphs, the fused NF4 layer, memory
 eval/                  loss, completions and scores on the eval data

@@ -40,7 +40,7 @@ class Source:
 
     Attributes:
         parts: at least one, in order.
-        notes: lines for the log, on what folders hold and is not read.
+        notes: lines for the log, on what folders hold that is not read.
     """
 
     def __init__(self, words: str | Path | Sequence[str | Path], default_split: str):
@@ -57,9 +57,10 @@ class Source:
         self.parts = [part for word in names_of(words) for part in _parts(word, default_split, self.notes)]
         self._begins = [0]  # of each part read so far and of the one after: the number before its first
         self._begun = 0  # parts
-        seen: set[tuple[object, ...]] = set()
+        seen: set[tuple[str | None, ...]] = set()
         for part in self.parts:
-            identity = (part.kind, part.config, part.split, os.path.realpath(part.path), part.kind == "hub" and part.name)
+            place = part.name.partition(":")[0] if part.kind == "hub" else os.path.realpath(part.path)
+            identity = (part.kind, place, part.config, part.split)
             if identity in seen:
                 raise DataError(f"{part.name} is given twice.", hint="Give each file once.")
             seen.add(identity)

@@ -462,6 +462,7 @@ def test_a_hub_data_set_is_read_by_name_configuration_and_split(monkeypatch):
     assert asked_for == [("org/set", "train"), ("org/set", "small"), ("org/set", "en", "small"), ("org/set", "en", "train")]
     refused("org/set:a:b:c", "org/set:a:b:c names no data set of the hub. Give NAME, NAME:SPLIT or NAME:CONFIG:SPLIT")
     assert len(unnumbered(["org/set:en:a", "org/set:de:a"])) == 6
+    refused(["org/set", "org/set:train"], "org/set:train is given twice")
 
 
 @pytest.mark.parametrize(
