@@ -378,6 +378,12 @@ def test_an_error_names_the_file_in_which_it_is(three, template):
         encode_all(read_examples(source, "train"), source, template, config)
     _, notes = encode_all(read_examples(source, "train"), source, template, dataclasses.replace(config, on_long="drop"))
     assert "1 dropped as longer than 60 (c.parquet:2)" in notes
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for name, keys in (("e.jsonl", {}), ("f.jsonl", {"id": 1})):
+        write(Path(name), jsonl([{"messages": turns}, {"messages": [turns[0], {**turns[1], **keys}]}]))
+    pair = Source(["e.jsonl", "f.jsonl"], "train")
+    with pytest.raises(UserError, match=r"^f.jsonl:2: the plain prompt format does not render id"):
+        encode_all(read_examples(pair, "train"), pair, template, config)
     write(Path("d.jsonl"), '{"question": "q", "answer": "a"}\n')
     refused([*three, "d.jsonl"], "d.jsonl:1: column 'prompt' is missing; the row has question, answer")
     write(Path("empty.jsonl"), "\n")

@@ -177,7 +177,7 @@ def test_secrets_are_masked_wherever_something_is_told(tmp_path, monkeypatch):
     token = "hf_" + "AbCdEf123456" * 3
     out = io.StringIO()
     log.say(Console(file=out), f"https://user:{token}@hub and a-very-secret-value")
-    config = TrainConfig(train_file=f"https://user:{token}@hub/data.jsonl", output_dir=tmp_path / token)
+    config = TrainConfig(train_file=(f"https://user:{token}@hub/data.jsonl",), output_dir=tmp_path / token)
     with log.Tracker(tmp_path, Console(file=out)) as tracker:
         tracker.begin(0, total_steps=7, logging_steps=3)
         tracker.hyperparameters(config, None)
