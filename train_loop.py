@@ -23,7 +23,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from qlora.run.timing import PhaseClock
 from rich.console import Console
 
 from qlora import terminal
@@ -45,6 +44,7 @@ from qlora.run.folder import RunFolder
 from qlora.run.guards import check_finite, check_first_gradients
 from qlora.run.prepare import Prepared, prepare, resolve, set_up_torch
 from qlora.run.signals import Signals
+from qlora.run.timing import PhaseClock
 from qlora.speed import memory
 from qlora.speed.accelerate import AcceleratedDecoder, accelerate
 
@@ -213,7 +213,7 @@ def train(
                 if save or step == 1 or step % config.logging_steps == 0:
                     step_log.flush()  # sync
                     explain.explain_step(config, model, optimizer, step, tracker, first=not step_log.before)
-                    skipped = check_finite(step_log, skipped, config.skip_nonfinite, run.advice)
+                    skipped = check_finite(step_log, skipped, config.skip_nonfinite, run.advice, prep.train_set.source)
                     # tokens_per_s counts training alone: not explanations, saves or evaluations.
                     step_log.restart_clock()
                 # -- save --
@@ -259,6 +259,7 @@ def finish(prep: Prepared, trainee: Trainee, evaluations: dict[int, EvalResult],
     examples = functools.partial(first_examples, prep.config, prep.train_set, prep.eval_set, 3)
     record = functools.partial(tracker.samples, of="eval" if prep.eval_set else "training", step=adapter_step)
     try_samples(model, examples, prep.template, record, tracker.say)
+    tracker.clock.end("answers")
     return peak_gb
 
 
@@ -273,7 +274,6 @@ def main(options: TrainConfig, stop: Signals) -> None:
     stop.armed = True
     # Where the time goes, printed at the end: each phase ends with a call.
     clock = PhaseClock()
-    clock.end("start")
     console = Console()
     say = functools.partial(terminal.say, console)
     device = set_up_torch(options)
@@ -315,16 +315,11 @@ def main(options: TrainConfig, stop: Signals) -> None:
             state = run.restore(model, optimizer, base)
             # Only from here on does the run folder change.
             run.take_over(config)
-            eval_data = prep.eval_set.sha256 if prep.eval_set else None
-            with log.Tracker(run.folder, console, clock, state.step, eval_data) as tracker:
+            with log.Tracker(run.folder, console, clock, state.step, prep.eval_set) as tracker:
                 tracker.say(f"Learning rate: {config.learning_rate:g}; run folder: {run.folder}")
                 explain.explain_start(config, model, prep.train_set, prep.template.tokenizer, console)
                 # Phi-3's sliding window is off where it changes nothing: it would cost sdpa its flash kernel.
                 with attention.for_training(model, config):
                     evaluations = train(prep, trainee, state, run, tracker, stop)
                 peak_gb = finish(prep, trainee, evaluations, run, tracker)
-        clock.end("answers")
-        report = html.after_training(run.folder)
-        clock.end("report")
-        say(log.closing_words(run.folder, report, peak_gb, prep.predicted_gb))
-        say(clock.summary())
+        say(log.closing_words(run.folder, html.after_training(run.folder), peak_gb, prep.predicted_gb, clock))

@@ -100,7 +100,7 @@ def ours(folder: Path, file: Path, cache: Path) -> list[Row]:
     from qlora.model.load import load_meta_model, load_tokenizer
 
     os.environ["XDG_CACHE_HOME"] = str(cache)
-    config = TrainConfig(model=str(folder), train_file=str(file), prompt_format="chat")
+    config = TrainConfig(model=str(folder), train_file=(str(file),), prompt_format="chat")
     template = load_template(load_tokenizer(str(folder), load_meta_model(str(folder), config), config), "chat")
     rows = []
     for name in ("this loop", "this loop, from its cache"):
@@ -157,10 +157,9 @@ def main(options: Options) -> None:
                 for function in (ours, theirs):
                     cache = Path(scratch, f"{function.__name__}-{count}-{run}")
                     cells += Cell(function, folder, data, cache, forks=True).result(3600.0)
-                    print(json.dumps(cells[-1]), flush=True)
     file.record = {"environment": file.environment, "date": f"{datetime.date.today()}", "model": options.model,
                    "processes": num_cores(), "times": options.times, "cells": cells}  # fmt: skip
-    file.write()
+    file.write(file.record)
 
 
 def tokenizing(pattern: str) -> str:

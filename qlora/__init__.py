@@ -4,7 +4,7 @@ config.py, errors.py   options (flags, YAML, checks of values); exit codes and e
 terminal.py            text for the terminal, without secrets and escape sequences
 cache.py               where demo models and tokenized data are kept
 validation.py          checks of values from files, by pydantic models
-data/                  from a file to micro-batches: read, messages, formats, template, parallel, dataset, batch
+data/                  from files to micro-batches: sources (read, kinds, tables), formats, messages, template, dataset, batch
 model/                 NF4 loading, LoRA adapters, attention, loss, optimizer, the demo model
 speed/                 checkpointing, compilation, CUDA graphs, the fused NF4 layer, memory
 eval/                  loss, completions and scores on the eval data

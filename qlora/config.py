@@ -49,11 +49,12 @@ class ModelOptions:
 class DataOptions:
     """What is read, and which tokens carry the loss."""
 
-    train_file: str | None = None
-    """JSONL or Parquet file, or hub data set (NAME or NAME:SPLIT). Unset: the 22 bundled AVRO examples. The form of the rows
-    (Alpaca, messages, ShareGPT, prompt/completion, ...) is recognized by their columns."""
-    eval_file: str | None = None
-    """Held-out data to evaluate on, in the same forms. Unset: the 8 bundled ones with the bundled training file, else none."""
+    train_file: tuple[str, ...] | None = None
+    """Files (JSONL, JSON, CSV, TSV, Parquet, Arrow, text; also .gz and .zst), patterns, folders, or hub data sets (NAME,
+    NAME:SPLIT or NAME:CONFIG:SPLIT), in order. Unset: the 22 bundled AVRO examples. The form of the rows (Alpaca, messages,
+    ShareGPT, prompt/completion, ...) is recognized by their columns."""
+    eval_file: tuple[str, ...] | None = None
+    """Held-out data to evaluate on, likewise. Unset: the 8 bundled ones with the bundled training file, else none."""
     prompt_format: PromptFormat = "plain"
     """plain: `### Instruction:` / `### Response:`. chat: the model's own template."""
     columns: tuple[str, ...] = ()
@@ -190,6 +191,9 @@ class TrainConfig(OutputOptions, SpeedOptions, TrainingOptions, LoraOptions, Dat
             raise _refused("skip_nonfinite", self.skip_nonfinite, "at least 0")
         if not 0 <= self.seed < 2**63:
             raise _refused("seed", self.seed, "at least 0 and below 2**63")
+        for name in ("train_file", "eval_file"):
+            if getattr(self, name) == ():
+                raise _refused(name, "()", "one name or more")
         if self.target_modules == ():
             raise _refused("target_modules", "()", "one name or more; leave it out for all linear layers")
         if self.init_adapter is not None and not (self.init_adapter / "adapter_config.json").is_file():
@@ -224,14 +228,14 @@ class TrainConfig(OutputOptions, SpeedOptions, TrainingOptions, LoraOptions, Dat
         model = self.model or (PHI3_MINI if on_gpu else "demo")
         where = "there is a CUDA GPU" if on_gpu else "there is no CUDA GPU"
         bundled = self.train_file is None
-        data = self.train_file or "avro"
+        data = _data_slug(self.train_file) if self.train_file else "avro"
         chosen = dataclasses.replace(
             self,
             model=model,
             learning_rate=self.learning_rate or (DEMO_LEARNING_RATE if model == "demo" else 5e-5),
-            train_file=str(BUNDLED_TRAIN) if bundled else self.train_file,
-            eval_file=str(BUNDLED_EVAL) if bundled and self.eval_file is None else self.eval_file,
-            output_dir=self.output_dir or self._resumed_folder() or Path("runs") / f"{_slug(model)}-{_slug(data)}",
+            train_file=(str(BUNDLED_TRAIN),) if bundled else self.train_file,
+            eval_file=(str(BUNDLED_EVAL),) if bundled and self.eval_file is None else self.eval_file,
+            output_dir=self.output_dir or self._resumed_folder() or Path("runs") / f"{_slug(model)}-{data}",
         )
         return chosen, f"Model: {model} ({'as asked' if self.model else where}; --model takes another)"
 
@@ -338,10 +342,16 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name).stem if Path(name).is_file() else Path(name).name).strip("-.") or "run"
 
 
+def _data_slug(names: tuple[str, ...] | str) -> str:
+    """The first name of a data source as part of a folder's name, and how many follow."""
+    names = (names,) if isinstance(names, str) else names  # as callers in Python may give one alone
+    return _slug(names[0]) + (f"-and-{len(names) - 1}-more" if len(names) > 1 else "")
+
+
 def _plain(value: object) -> object:
     if isinstance(value, str | Path):
         return redact(str(value))
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _refused(name: str, value: object, wanted: str) -> UserError:

@@ -112,8 +112,8 @@ def test_what_depends_on_the_machine_and_the_model():
     assert gpu.output_dir == Path("runs/Phi-3-mini-4k-instruct-avro")
     assert cpu.learning_rate > gpu.learning_rate
     assert "no CUDA GPU" in cpu_line and "a CUDA GPU" in gpu_line and PHI3_MINI in gpu_line
-    assert (cpu.train_file, cpu.eval_file) == (str(BUNDLED_TRAIN), str(BUNDLED_EVAL))
-    own, line = TrainConfig(train_file="a/my set.jsonl", model="org/Name-7B", gradient_checkpointing="none").resolved(
+    assert (cpu.train_file, cpu.eval_file) == ((str(BUNDLED_TRAIN),), (str(BUNDLED_EVAL),))
+    own, line = TrainConfig(train_file=("a/my set.jsonl",), model="org/Name-7B", gradient_checkpointing="none").resolved(
         on_gpu=True
     )
     assert own.eval_file is None and own.gradient_checkpointing == "none" and "as asked" in line

@@ -37,7 +37,7 @@ def code_and_comments(path: Path) -> tuple[int, int]:
 
 def test_the_loop_is_one_story():
     code, comments = code_and_comments(LOOP)
-    assert code <= 180 and comments >= 0.3 * code, (code, comments)
+    assert code <= 200 and comments >= 0.3 * code, (code, comments)
     names = [node.name for node in TREES[LOOP].body if isinstance(node, ast.FunctionDef)]
     assert names == ["lr_multiplier", "train_step", "train", "finish", "main"]
     banners = re.findall(r"^ +# -- (\w+) --$", LOOP.read_text(), re.MULTILINE)

@@ -545,7 +545,7 @@ def test_init_adapter_goes_on_where_the_first_run_ended(tiny, tmp_path):
         ("--train-file none.jsonl", 3, "none.jsonl does not exist"),
         ("--train-file empty.jsonl", 3, "empty.jsonl holds no example"),
         ("--train-file broken.jsonl", 3, "broken.jsonl:2:"),
-        ("--train-file .", 3, "is a folder"),
+        ("--train-file folder", 3, "is a folder without a file that can be read"),
         ("--max-length 20", 3, "none of 22 examples fits --max-length 20"),
         ("--model ./nowhere", 7, "no such folder"),
         ("--attn-implementation flash_attention_2", 7, "needs a CUDA GPU"),
@@ -559,6 +559,7 @@ def test_bad_input_is_one_paragraph_with_its_exit_code(tiny, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "folder").mkdir()
     (tmp_path / "broken.jsonl").write_text('{"instruction": "q", "response": "a"}\nnonsense\n')
     default = [] if "--output-dir" in flags else ["--output-dir", "run"]
     model = [] if "--model" in flags else ["--model", "tiny-random"]

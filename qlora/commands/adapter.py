@@ -83,7 +83,7 @@ def open_adapter(
     lora = read_adapter_config(folder)
     known: dict[str, Any] = {**run_info.config} if run_info else {}
     kept = {name: known[name] for name in OF_THE_RUN if name in known}
-    kept |= {name: tuple(known[name]) for name in OF_THE_COLUMNS if name in known}
+    kept |= {name: tuple(known[name]) for name in (*OF_THE_COLUMNS, "train_file", "eval_file") if known.get(name) is not None}
     notes: list[str] = []
     base, revision = _base(folder, lora, kept.get("model"), model, notes)
     format_name = prompt_format or kept.get("prompt_format")

@@ -29,6 +29,7 @@ from qlora.commands.options import EvalDataOptions, EvaluateOptions, refuse_belo
 from qlora.data.batch import Batch, iter_batches
 from qlora.data.dataset import TokenizedDataset, encode_all
 from qlora.data.formats import Example, Prompt, check_source, read_examples
+from qlora.data.sources import Source, names_of
 from qlora.data.template import TokenizedExample, encode_prompt
 from qlora.errors import ConfigError
 from qlora.eval import scores
@@ -68,16 +69,17 @@ def run(options: EvaluateOptions) -> int:
     refuse_below(1, options, "limit", "batch_size", "max_length", "max_new_tokens")
     refuse_seed(options.seed)
     if options.json is not None:
-        require_writable(options.json, options.eval_file)
+        require_writable(options.json, *names_of(options.eval_file))
     require_packages("Scoring answers", scores.PACKAGES, extra="evaluate")
     adapter = open_adapter(options.adapter, options.model, options.prompt_format, options.trust_remote_code, options.device)
     for note in adapter.notes:
         say(note)
-    file, samples, examples, notes = read_eval_data(options, adapter)
+    source, samples, examples, notes = read_eval_data(options, adapter)
     say(notes)
     asked = [example for example in examples if example.prompt]  # a row that is one text has a loss, and no prompt
     limit = options.max_new_tokens or _answer_limit(asked, adapter)
-    prompts = [prompt_ids(Prompt(example.prompt, f"{file}:{example.line}", example.tools), adapter, limit) for example in asked]
+    rows = (Prompt(example.prompt, source.where(example.line), example.tools) for example in asked)
+    prompts = [prompt_ids(row, adapter, limit) for row in rows]
     precision: Precision = "int8" if options.int8 else "nf4"
     with oom_as_user_error_with(f"Lower --batch-size {options.batch_size} or --max-new-tokens {limit}."):
         model = load_adapted(adapter, precision)
@@ -87,7 +89,7 @@ def run(options: EvaluateOptions) -> int:
     if options.json is not None:
         record: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "precision": precision}
         record |= {"adapter_sha256": sha256_of(adapter.folder), "eval_data_sha256": samples.sha256}  # as in run.json
-        record |= {"eval_file": str(file), "num_examples": len(examples), "num_tokens": sides[0].result.num_tokens}
+        record |= {"eval_file": str(source), "num_examples": len(examples), "num_tokens": sides[0].result.num_tokens}
         record |= {"max_new_tokens": limit, "batch_size": options.batch_size, "seed": options.seed}
         record |= recorded(sides, compared, asked)
         record["environment"] = environment.environment(adapter.device)
@@ -116,23 +118,24 @@ def _finite(number: float | None) -> float | None:
     return number if number is not None and math.isfinite(number) else None
 
 
-def read_eval_data(options: EvalDataOptions, adapter: Adapter) -> tuple[str, TokenizedDataset, list[Example], str]:
-    """The file, its samples and examples in the same order, and a line that counts them.
+def read_eval_data(options: EvalDataOptions, adapter: Adapter) -> tuple[Source, TokenizedDataset, list[Example], str]:
+    """The source, its samples and examples in the same order, and a line that counts them.
 
     Raises:
         UserError: exit 2 if no file is known, 3 as data.encode_all does.
     """
-    file = options.eval_file or adapter.config.eval_file
-    if file is None:
+    names = options.eval_file or adapter.config.eval_file
+    if names is None:
         raise ConfigError(f"{adapter.folder} does not record any eval data.", hint="Pass --eval-file.")
     flags = {name: getattr(options, name) for name in ("max_length", "on_long", "allow_drop")}
     config = dataclasses.replace(adapter.config, **{name: value for name, value in flags.items() if value})
-    names = columns_of(options, adapter)
-    columns = check_source(file, "test", names)
-    examples = list(itertools.islice(read_examples(file, "test", names), options.limit))
-    samples, notes = encode_all(examples, file, adapter.template, config)
+    source, column_names = Source(names, "test"), columns_of(options, adapter)
+    columns = check_source(source, "test", column_names)
+    examples = list(itertools.islice(read_examples(source, "test", column_names), options.limit))
+    samples, notes = encode_all(examples, source, adapter.template, config)
     kept = {sample.line for sample in samples}
-    return file, samples, [example for example in examples if example.line in kept], f"Eval: {notes}; form {columns}"
+    examples = [example for example in examples if example.line in kept]
+    return source, samples, examples, f"Eval: {notes}; form {columns}{source.count}"
 
 
 def _answer_limit(examples: list[Example], adapter: Adapter) -> int:

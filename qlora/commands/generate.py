@@ -13,6 +13,7 @@ from qlora.commands.adapter import Adapter, columns_of, load_adapted, oom_as_use
 from qlora.commands.options import GenerateOptions, refuse_below, refuse_seed
 from qlora.data.formats import Prompt, as_prompt, read_prompts
 from qlora.data.messages import Message
+from qlora.data.sources import names_of
 from qlora.errors import ConfigError, UserError
 from qlora.eval.generate import Sampling, generate, generate_all
 from qlora.model.load import prepare_inference
@@ -76,7 +77,7 @@ def _check(options: GenerateOptions) -> Sampling | None:
     if options.json is not None:
         if options.prompt is None and options.prompts_file is None:
             raise ConfigError("--json needs --prompt or --prompts-file: a chat is not saved.")
-        require_writable(options.json, options.prompts_file)
+        require_writable(options.json, *names_of(options.prompts_file))
     if options.temperature:
         return Sampling(options.temperature, options.top_p or 1.0, options.top_k)
     given = [name for name in ("top_p", "top_k") if getattr(options, name) is not None]

@@ -24,6 +24,7 @@ from qlora.data.batch import batched, epoch_rows, rounded, row_length
 from qlora.data.dataset import TokenizedDataset, check_files, column_options, encode_files, truncate_or_drop
 from qlora.data.formats import BECOMES, Example, SourceColumns, read_examples
 from qlora.data.messages import Message
+from qlora.data.sources import Source, names_of
 from qlora.data.template import IGNORED, PromptTemplate, TokenizedExample, load_template
 from qlora.model.demo import model_source
 from qlora.model.load import load_meta_model, load_tokenizer
@@ -274,9 +275,11 @@ def histogram_text(contents: Contents, max_length: int) -> Text:
     return text
 
 
-def repeats_line(what: str, found: list[tuple[int, int]], total: int) -> str:
-    """How many repeat, and the first few lines."""
-    pairs = ", ".join(f"{line} = {other}" for line, other in found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+def repeats_line(what: str, found: list[tuple[int, int]], total: int, own: Source, others: Source) -> str:
+    """How many repeat, and the first few lines; `others` is where the second of each pair stands."""
+    pairs = ", ".join(f"{own.line(line)} = {others.line(other)}" for line, other in found[:SHOWN]) + (
+        ", ..." if len(found) > SHOWN else ""
+    )
     return f"{what}: {len(found):,} of {total:,}" + (f" (lines {pairs})" if found else "")
 
 
@@ -307,7 +310,7 @@ def run(options: InspectDataOptions) -> int:
     """
     refuse_below(0, options, "examples")
     if options.json is not None:
-        require_writable(options.json, options.train_file, options.eval_file)
+        require_writable(options.json, *names_of(options.train_file), *names_of(options.eval_file))
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     chosen: dict[str, Any] = {name: value for name, value in vars(options).items() if name in names}
     config = TrainConfig(**chosen)
@@ -319,26 +322,28 @@ def run(options: InspectDataOptions) -> int:
     source = model_source(str(config.model))
     meta_model = load_meta_model(source, config)
     template = load_template(load_tokenizer(source, meta_model, config), config.prompt_format)
-    sources = {"train": config.train_file, "eval": config.eval_file}
     unlimited = dataclasses.replace(config, max_length=UNLIMITED)
     encoded = encode_files(unlimited, columns, template, console)
     contents, kept = {}, {}
-    for (name, file), everything in zip(sources.items(), encoded, strict=True):
-        if everything is not None:
-            contents[name], kept[name] = describe(str(file), everything, config)
+    sources: dict[str, Source] = {}
+    for name, everything in zip(("train", "eval"), encoded, strict=True):
+        if everything is not None and everything.source is not None:  # which encode_files has set
+            sources[name] = everything.source
+            contents[name], kept[name] = describe(str(everything.source), everything, config)
     inspection = {"config": config.plain(), "data": contents, "padding": {}, "repeats": _repeats(config)}
-    inspection["mistakes"] = _mistakes(config, template, dict(zip(sources, encoded, strict=True)), kept)
+    inspection["mistakes"] = _mistakes(config, template, dict(zip(("train", "eval"), encoded, strict=True)), kept)
     found_columns = dict(zip(contents, columns, strict=True))
     inspection["columns"] = {name: found._asdict() for name, found in found_columns.items()}
     for name, packing in (("single samples", False), ("packed", True)):
         if kept["train"]:
             inspection["padding"][name] = padding(kept["train"], dataclasses.replace(config, packing=packing))
     console.print(columns_table(found_columns))
-    _show(inspection, config, console)
+    _show(inspection, config, console, sources)
     for sample in spread(kept["train"], options.examples):
         rows = explain.tokens(sample, template.tokenizer)
         trained = sum(token.trained for token in rows)
-        say(console, f"\nLine {sample.line}, {len(rows)} tokens, {trained} trained (green, in double brackets):")
+        line = sources["train"].line(sample.line)
+        say(console, f"\nLine {line}, {len(rows)} tokens, {trained} trained (green, in double brackets):")
         console.print(explain.token_text(rows, bars=options.tokens))
     if options.json is not None:
         write_file(options.json, json.dumps(inspection, indent=1, default=dataclasses.asdict).encode())
@@ -381,32 +386,36 @@ def _mistakes(
     return found
 
 
-def mistake_lines(found: dict[str, list[mistakes.Finding]], totals: dict[str, int]) -> Iterator[str]:
+def mistake_lines(
+    found: dict[str, list[mistakes.Finding]], totals: dict[str, int], sources: dict[str, Source]
+) -> Iterator[str]:
     """What is probably not meant, where, and what to do about it; `totals` are the examples of each source."""
     for name, findings in found.items():
         for finding in findings:
-            lines = ", ".join(map(str, finding.lines[:SHOWN])) + (", ..." if finding.examples > SHOWN else "")
+            lines = ", ".join(map(sources[name].line, finding.lines[:SHOWN])) + (", ..." if finding.examples > SHOWN else "")
             yield f"{name}: {finding.what}: {finding.examples:,} of {totals[name]:,} (lines {lines})"
             yield f"  {finding.advice}"
 
 
-def _show(inspection: dict[str, Any], config: TrainConfig, console: Console) -> None:
+def _show(inspection: dict[str, Any], config: TrainConfig, console: Console, sources: dict[str, Source]) -> None:
     contents: dict[str, Contents] = inspection["data"]
     console.print(contents_table(contents))
     for name, found in contents.items():
         console.print(f"Lengths, {name}:", histogram_text(found, config.max_length), sep="\n", end="")
         if found.dropped:
-            lines = ", ".join(map(str, itertools.islice(found.dropped_lines, SHOWN)))
+            lines = ", ".join(map(sources[name].line, itertools.islice(found.dropped_lines, SHOWN)))
             say(console, f"Dropped of {name}: lines {lines}{', ...' if found.dropped > SHOWN else ''}")
         if why := refusal(found, config):
             say(console, f"Training would refuse {name}: {why}. Raise --max-length.")
     for what, repeats in inspection["repeats"].items():
-        total = contents["train" if what.endswith("s in train") else "eval"].examples
-        say(console, repeats_line(what, repeats.exact, total))
+        own = "train" if what.endswith("s in train") else "eval"
+        places = sources[own], sources["train" if what.endswith("in train") else "eval"]
+        total = contents[own].examples
+        say(console, repeats_line(what, repeats.exact, total, *places))
         if len(repeats.normalized) > len(repeats.exact):
-            say(console, repeats_line("  ignoring case and whitespace", repeats.normalized, total))
+            say(console, repeats_line("  ignoring case and whitespace", repeats.normalized, total, *places))
     totals = {name: found.examples for name, found in contents.items()}
-    found_mistakes = list(mistake_lines(inspection["mistakes"], totals))
+    found_mistakes = list(mistake_lines(inspection["mistakes"], totals, sources))
     for mistake in ["Probably not meant:", *found_mistakes] if found_mistakes else ["No common mistake was found."]:
         say(console, mistake)
     if inspection["padding"]:

@@ -271,8 +271,8 @@ def run(options: MergeOptions) -> int:
     routes = _routes(adapter, options)
     for place in [_folder(adapter, options, route) for route in routes] if options.into else []:
         _check_place(place, adapter, options.onnx)
-    file, samples, _, notes = read_eval_data(options, adapter)
-    say(f"{notes}; {file}")
+    source, samples, _, notes = read_eval_data(options, adapter)
+    say(f"{notes}; {source}")
     with oom_as_user_error_with("Merging needs the base in bf16 and in NF4 at once, about 3 bytes per parameter."):
         found = measured(adapter, routes, samples)
         console.print(differences_table(found))
@@ -282,7 +282,8 @@ def run(options: MergeOptions) -> int:
         say(line)
         if options.into is not None:
             folder = _folder(adapter, options, route)
-            summary: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "into": route, "eval_file": file}
+            summary: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "into": route}
+            summary["eval_file"] = str(source)
             summary["differences"] = {name: {**row._asdict(), "perplexity": row.perplexity} for name, row in found.items()}
             summary["environment"] = environment.environment(adapter.device)
             rows = [sample.input_ids for sample in samples[: export_onnx.ROWS]] if options.onnx else None

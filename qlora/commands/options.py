@@ -71,8 +71,8 @@ class AdapterOptions:
 class EvalDataOptions(AdapterOptions):
     """Which eval data a trained adapter is looked at with (evaluate.read_eval_data)."""
 
-    eval_file: str | None = None
-    """JSONL or Parquet file, or hub data set (NAME or NAME:SPLIT). Unset: that of the run."""
+    eval_file: tuple[str, ...] | None = None
+    """Files, patterns, folders, or hub data sets, as in training. Unset: those of the run."""
     columns: tuple[str, ...] | None = None
     """Names of columns in the file, as OUR_NAME=ITS_NAME. Unset: those of the run."""
     ignore_columns: tuple[str, ...] | None = None
@@ -112,8 +112,8 @@ class GenerateOptions(AdapterOptions):
 
     prompt: str | None = None
     """To be answered; the answer is shown while it grows."""
-    prompts_file: Path | None = None
-    """Text with one prompt per line, or JSONL or Parquet in any form of training (answers may be missing)."""
+    prompts_file: tuple[str, ...] | None = None
+    """Text with one prompt per line, or files in any form of training (answers may be missing)."""
     columns: tuple[str, ...] | None = None
     """Names of columns in the file, as OUR_NAME=ITS_NAME. Unset: those of the run."""
     ignore_columns: tuple[str, ...] | None = None

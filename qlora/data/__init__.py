@@ -1,1 +1,1 @@
-"""From a file to micro-batches: read, formats, template, dataset, batch."""
+"""From a file to micro-batches: sources, read, formats, template, dataset, batch."""

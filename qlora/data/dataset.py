@@ -21,7 +21,8 @@ from qlora.data import token_cache
 from qlora.data.formats import ColumnOptions, Example, SourceColumns, check_source, read_examples
 from qlora.data.messages import TEXT
 from qlora.data.parallel import map_in_order, num_cores
-from qlora.data.read import LISTED, listed
+from qlora.data.read import LISTED
+from qlora.data.sources import Source, lines_of, place_of
 from qlora.data.template import IGNORED, CannotRender, PromptTemplate, TokenizedExample, encode
 from qlora.errors import CheckpointError, DataError
 from qlora.validation import UNREADABLE
@@ -81,6 +82,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
         self._numbers = memoryview(b"")
         self._digest = hashlib.sha256()
         self.counts: dict[str, int] = {}  # what encode_all and encode_files have counted, for run.json
+        self.source: Source | None = None  # names the lines of several files; set by encode_files
 
     def _add(self, part: Rows) -> None:
         numbers, start = memoryview(part.numbers), 0
@@ -226,7 +228,7 @@ class _Part(NamedTuple):
 
 def encode_all(
     examples: Iterable[Example],
-    source: str | Path,
+    source: str | Path | Source,
     template: PromptTemplate,
     config: TrainConfig,
     entry: Path | None = None,
@@ -255,7 +257,7 @@ def encode_all(
     if not samples:
         advice = "Raise it, or use --on-long truncate." if cut else "Raise it: their prompts alone are longer."
         raise DataError(f"{source}: none of {tally.seen} examples fits {limit}. {advice}")
-    lines = f"(lines {listed(tally.dropped_lines)})"
+    lines = f"({lines_of(source, tally.dropped_lines)})"
     if tally.dropped * 5 > tally.seen and not config.allow_drop:
         raise DataError(
             f"{source}: {tally.dropped} of {tally.seen} examples, more than a fifth, do not fit {limit} {lines}.",
@@ -311,7 +313,7 @@ def _encoded(
     return samples, tally, note
 
 
-def _encode_part(source: str | Path, template: PromptTemplate, config: TrainConfig, examples: list[Example]) -> _Part:
+def _encode_part(source: str | Path | Source, template: PromptTemplate, config: TrainConfig, examples: list[Example]) -> _Part:
     tally = Tally()
     kept: list[TokenizedExample] = []
     error = None
@@ -323,17 +325,18 @@ def _encode_part(source: str | Path, template: PromptTemplate, config: TrainConf
 
 
 def _fitting(
-    examples: Iterable[Example], source: str | Path, template: PromptTemplate, config: TrainConfig, tally: Tally
+    examples: Iterable[Example], source: str | Path | Source, template: PromptTemplate, config: TrainConfig, tally: Tally
 ) -> Iterator[TokenizedExample]:
     for example in examples:
         tally.seen += 1
         try:
             encoded = encode(example, template, config.loss_on)
         except CannotRender as error:
-            raise DataError(f"{source}:{example.line}: {error}.", hint=error.hint) from None
+            raise DataError(f"{place_of(source, example.line)}: {error}.", hint=error.hint) from None
         length = len(encoded.input_ids)
         if length > config.max_length and config.on_long == "error":
-            raise DataError(f"{source}:{example.line}: {length} tokens, more than --max-length {config.max_length}.")
+            place = place_of(source, example.line)
+            raise DataError(f"{place}: {length} tokens, more than --max-length {config.max_length}.")
         kept = truncate_or_drop(encoded, config)
         if kept is None:
             tally.drop(example.line)
@@ -385,7 +388,7 @@ def check_files(config: TrainConfig) -> list[SourceColumns]:
         UserError: as check_source does; exit 2 if --columns cannot be used.
     """
     options = column_options(config)
-    return [check_source(file, split, options) for file, split, _ in _files(config)]
+    return [check_source(source, split, options) for source, split, _ in sources_of(config)]
 
 
 def encode_files(
@@ -397,14 +400,15 @@ def encode_files(
         DataError: as encode_all does.
     """
     sets = []
-    for (file, split, name), found in zip(_files(config), columns, strict=True):
-        examples = read_examples(file, split, column_options(config))
+    for (source, split, name), found in zip(sources_of(config), columns, strict=True):
+        examples = read_examples(source, split, column_options(config))
         is_small = found.rows < MANY
         entry = None if is_small else token_cache.entry(found.sha256, template, config)
         with Progress(console=console, transient=True, disable=is_small or not console.is_terminal) as progress:
             advance = functools.partial(progress.advance, progress.add_task("Tokenizing", total=found.rows))
-            encoded, notes = encode_all(examples, file, template, config, entry, advance)
-        terminal.say(console, f"{name}: {notes}; form {found}")
+            encoded, notes = encode_all(examples, source, template, config, entry, advance)
+        encoded.source = source
+        terminal.say(console, f"{name}: {notes}; form {found}{source.count}")
         sets.append(encoded)
     samples, eval_set = sets[0], sets[1] if len(sets) > 1 else None
     if eval_set and (shared := count_shared(samples, eval_set)):
@@ -413,19 +417,23 @@ def encode_files(
     return samples, eval_set
 
 
-def _files(config: TrainConfig) -> list[tuple[str, str, str]]:
-    """(file, split of a hub data set, name in the log) of the training data and, if there is any, the eval data."""
+def sources_of(config: TrainConfig) -> list[tuple[Source, str, str]]:
+    """(source, its default split, name in the log) of the training data and, if there is any, the eval data.
+
+    Raises:
+        DataError: as Source does.
+    """
     assert config.train_file is not None  # as resolved
-    eval_set = [(config.eval_file, "test", "Eval")] if config.eval_file else []
-    return [(config.train_file, "train", "Data"), *eval_set]
+    eval_set = [(Source(config.eval_file, "test"), "test", "Eval")] if config.eval_file else []
+    return [(Source(config.train_file, "train"), "train", "Data"), *eval_set]
 
 
 def first_examples(
     config: TrainConfig, samples: TokenizedDataset, eval_set: TokenizedDataset | None, count: int
 ) -> list[Example]:
     """The first `count` examples of the eval data, or of the training data if there is none; none of rows that are one text."""
-    file, split, _ = _files(config)[-1]
-    found = kept_examples(read_examples(file, split, column_options(config)), eval_set or samples, count)
+    source, split, _ = sources_of(config)[-1]
+    found = kept_examples(read_examples(source, split, column_options(config)), eval_set or samples, count)
     return [example for example in found if example.prompt]
 
 

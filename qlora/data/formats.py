@@ -3,17 +3,16 @@
 import difflib
 import hashlib
 import itertools
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator
 
 from qlora.data.messages import SAME_ROLE, TEXT, MaybeText, Message, Text, Tools, Turns, checked, read_turns
-from qlora.data.read import LISTED, file_rows, hub_rows, listed
+from qlora.data.read import LISTED, listed
+from qlora.data.sources import AnySource, as_source
 from qlora.errors import ConfigError, DataError
 from qlora.validation import STRICT, validated
 
@@ -34,7 +33,7 @@ class Example(NamedTuple):
     """
 
     messages: tuple[Message, ...]
-    line: int  # 1-based line of a JSONL file, else 1-based row
+    line: int  # 1-based line of a file with lines, else 1-based row; see sources.Source for several files
     tools: tuple[dict[str, Any], ...] = ()  # that the chat template may describe
 
     @property
@@ -389,12 +388,12 @@ def read_row(row: Mapping[str, Any], plan: Plan, line: int, where: str, options:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def check_source(source: str | Path, default_split: str, options: ColumnOptions = NO_OPTIONS) -> SourceColumns:
-    """Read all of a JSONL or Parquet file, or of a data set of the hub, and keep nothing of it.
+def check_source(source: AnySource, default_split: str, options: ColumnOptions = NO_OPTIONS) -> SourceColumns:
+    """Read all of a source and keep nothing of it.
 
     Args:
-        source: a path, or NAME or NAME:SPLIT of a hub data set.
-        default_split: the split of a hub data set whose SPLIT is not given.
+        source: paths, globs, folders, or hub data sets; see sources.Source.
+        default_split: of a data set whose SPLIT is not given.
         options: names of columns, and what is ignored.
 
     Returns:
@@ -428,7 +427,7 @@ def check_source(source: str | Path, default_split: str, options: ColumnOptions 
     return SourceColumns(form, in_order, tuple(sorted(ignored)), rows, digest.hexdigest(), {**empty}, {**keys})
 
 
-def read_examples(source: str | Path, default_split: str, options: ColumnOptions = NO_OPTIONS) -> Iterator[Example]:
+def read_examples(source: AnySource, default_split: str, options: ColumnOptions = NO_OPTIONS) -> Iterator[Example]:
     """The examples of a source, at least one, read as they are asked for.
 
     Raises:
@@ -438,19 +437,16 @@ def read_examples(source: str | Path, default_split: str, options: ColumnOptions
 
 
 def _examples(
-    source: str | Path, default_split: str, options: ColumnOptions
+    source: AnySource, default_split: str, options: ColumnOptions
 ) -> Iterator[tuple[Example, Plan, Mapping[str, Any]]]:
     """The example in each row, how the row was read, and the row; the form of the first row is that of all."""
-    source = str(source)
-    path = Path(os.path.expanduser(source))
-    is_file = os.path.exists(path) or path.suffix in {".jsonl", ".json", ".parquet"} or source.startswith((".", "/", "~"))
+    source = as_source(source, default_split)
     plans: dict[tuple[str, ...], Plan] = {}
     form: type[Row] | None = None
-    for line, row in file_rows(path) if is_file else hub_rows(source, default_split):
-        where = f"{source}:{line}"
+    for line, where, row in source.rows():
         if not isinstance(row, dict):
-            hint = " The file looks like one JSON array; JSONL has one object per line." if isinstance(row, list) else ""
-            raise DataError(f"{where}: each line must be a JSON object, not {type(row).__name__}.{hint}")
+            hint = 'Write texts as {"text": ...}.' if isinstance(row, str) else "JSONL has one object per line."
+            raise DataError(f"{where}: each line must be a JSON object, not {type(row).__name__}.", hint=hint)
         plan = plans.get(tuple(row))
         if plan is None:
             if len(plans) == PLANS:
@@ -462,15 +458,14 @@ def _examples(
         raise DataError(f"{source} holds no example.", hint="Give a file with one JSON object per line.")
 
 
-def read_prompts(source: str | Path, options: ColumnOptions = NO_OPTIONS) -> list[Prompt]:
-    """Prompts of a file, at least one: of the rows of JSONL or Parquet, whose answers may be missing, or the lines of a text.
+def read_prompts(source: AnySource, options: ColumnOptions = NO_OPTIONS) -> list[Prompt]:
+    """Prompts of a source, at least one: of rows, whose answers may be missing, or the lines of a text.
 
     Raises:
         DataError: naming file and line, as read_examples does.
     """
-    path = Path(os.path.expanduser(source))
-    is_text = path.suffix not in {".jsonl", ".json", ".parquet"}
-    prompts = [as_prompt(row, f"{source}:{line}", options) for line, row in file_rows(path, is_text)]
+    source = as_source(source, "test")
+    prompts = [as_prompt(row, where, options) for _, where, row in source.rows(as_prompts=True)]
     if not prompts:
         raise DataError(f"{source} holds no prompt.", hint="Give a text file with one per line, or JSONL.")
     return prompts

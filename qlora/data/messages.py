@@ -65,7 +65,9 @@ def _without_marks(text: str) -> str:
 
 
 def _named_as_templates_do(turns: object) -> object:
-    """A list of messages with `role` and `content`, which ShareGPT calls `from` and `value`."""
+    """A list of messages with `role` and `content`, which ShareGPT calls `from` and `value`; CSV keeps it as JSON text."""
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = _from_json(turns)
     return [_named(turn) if isinstance(turn, dict) else turn for turn in turns] if isinstance(turns, list) else turns
 
 
@@ -80,7 +82,7 @@ def _named(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_json(value: object) -> object:
-    """Tools are often kept as the text of a JSON array."""
+    """A list that may be kept as the text of a JSON array, as tools often are."""
     if not isinstance(value, str):
         return value
     if not value.strip():

@@ -1,24 +1,24 @@
-"""From a file or a hub dataset to rows: JSONL, Parquet, plain text, with file and line in every error."""
+"""From a file to rows of JSON or lines of text, with file and line in every error."""
 
 import functools
 import itertools
 import json
+import re
 import reprlib
-import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from pathlib import Path
 
+from qlora.data.kinds import raw_lines
 from qlora.errors import DataError
 
 LINE_LIMIT = 10_000_000  # bytes; a file without a newline must not be read whole to be refused
 LISTED = 10  # names or lines that a message lists at most
-FOREIGN = {
-    b"\x1f\x8b": "is packed with gzip. Unpack it first",
-    b"\xff\xfe": "is UTF-16. Save it as UTF-8",
-    b"\xfe\xff": "is UTF-16. Save it as UTF-8",
-    b"PAR1": "is Parquet. Let its name end in .parquet",
-}
+# JSON that cannot be JSONL. What else begins with an object is told apart by its first line.
+WHOLE = re.compile(rb'(\xef\xbb\xbf)?\s*(\[|\{\s*"data"\s*:\s*\[)')
+SPACE = re.compile(r"[ \t\n\r]*")
+SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}  # names of splits
+IN_AN_ARRAY = {"rows", "examples", "items", "records", "instances", "dataset"}  # keys that hold rows elsewhere
 
 
 def listed(items: Iterable[object]) -> str:
@@ -28,66 +28,28 @@ def listed(items: Iterable[object]) -> str:
     return ", ".join([*names, "..."] if len(first) > LISTED else names)
 
 
-def file_rows(path: Path, is_text: bool = False) -> Iterator[tuple[int, object]]:
-    """Line number and value of each row of a JSONL or Parquet file, or the lines of a text.
+# -- text ------------------------------------------------------------------------------------------------------------
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is not empty, without the space at its end.
 
     Raises:
-        DataError: naming file and line.
+        DataError: for a line that is too long or not UTF-8.
     """
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise DataError(f"{path} is a folder.", hint="Give one JSONL or Parquet file.")
-        if not stat.S_ISREG(mode):
-            raise DataError(
-                f"{path} is a pipe or a device, and data is read more than once.",
-                hint="Save it to a file first.",
-            )
-        if path.suffix == ".parquet":
-            yield from _parquet_rows(path)
-        else:
-            yield from ((line, text if is_text else _parse(text, f"{path}:{line}")) for line, text in _lines(path))
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} does not exist.",
-            hint="Give the path of a JSONL or Parquet file, or a hub data set without a dot in front.",
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+    name = str(path)  # once, as this is done for each line
+    for line, raw in raw_lines(path, LINE_LIMIT):
+        text = decoded(raw, f"{name}:{line}", is_first=line == 1).rstrip()
+        if text:
+            yield line, text
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
-    import pyarrow
-    import pyarrow.parquet
+def decoded(raw: bytes, where: str, is_first: bool) -> str:
+    """A line as text, without the byte-order mark that a first line may begin with.
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            twice = [name for name, count in Counter(file.schema_arrow.names).items() if count > 1]
-            if twice:
-                raise DataError(f"{path}: there are two columns {reprlib.repr(twice[0])}.", hint="Keep one of them.")
-            batches = file.iter_batches(batch_size=1000)
-            yield from enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), start=1)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a Parquet file, or a broken one: {error}.") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that is not empty."""
-    # Lines end at \n alone (U+2028 may stand inside a string), so they are split as bytes and decoded one by one.
-    with path.open("rb") as file:
-        for line in itertools.count(1):
-            raw = file.readline(LINE_LIMIT + 1)
-            if not raw:
-                return
-            text = _decode(raw, f"{path}:{line}", is_first=line == 1)
-            if text:
-                yield line, text
-
-
-def _decode(raw: bytes, where: str, is_first: bool) -> str:
-    for start, what in FOREIGN.items():
-        if is_first and raw.startswith(start):
-            raise DataError(f"{where}: the file {what}.")
+    Raises:
+        DataError: beginning with `where`.
+    """
     if len(raw) > LINE_LIMIT:
         raise DataError(
             f"{where}: the line is longer than {LINE_LIMIT:,} bytes. JSONL has one object per line; shorten this one.",
@@ -95,8 +57,170 @@ def _decode(raw: bytes, where: str, is_first: bool) -> str:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: byte {error.start + 1} of the line is not UTF-8.", hint="Save the file as UTF-8.") from None
-    return (text.removeprefix("\ufeff") if is_first else text).rstrip()
+        raise _not_utf_8(where, error.start + 1) from None
+    return text.removeprefix("\ufeff") if is_first else text
+
+
+def _not_utf_8(where: str, byte: int) -> DataError:
+    return DataError(f"{where}: byte {byte} of the line is not UTF-8.", hint="Save the file as UTF-8.")
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def json_rows(path: Path, head: bytes) -> Iterator[tuple[int, object]]:
+    """Line and value of each row of JSONL, of a JSON array, of {"data": [...]}, or of one object spread over lines.
+
+    JSONL is read line by line. Any other JSON is read whole, and its rows are decoded one by one. Items of an array that share
+    a line are numbered on, so that each row has a number of its own.
+
+    Args:
+        path: of the file.
+        head: its first bytes.
+
+    Raises:
+        DataError: naming file and line.
+    """
+    if WHOLE.match(head):
+        yield from _whole(path)
+        return
+    lines = text_lines(path)
+    line, text = next(lines, (0, ""))
+    if not line:
+        return
+    if _is_spread(text):
+        yield from _whole(path)
+        return
+    row = _parse(text, f"{path}:{line}")
+    following: Iterable[tuple[int, str]] = lines
+    if isinstance(row, dict) and any(isinstance(value, list | dict) for value in row.values()):  # perhaps all of the file
+        ahead = list(itertools.islice(lines, 1))
+        following = itertools.chain(ahead, lines)
+        if not ahead and isinstance(row.get("data"), list):
+            yield from _whole(path)
+            return
+        if not ahead:
+            refuse_shape(row, f"{path}:{line}")
+    yield line, row
+    name = str(path)
+    for line, text in following:
+        yield line, _parse(text, f"{name}:{line}")
+
+
+def _is_spread(text: str) -> bool:
+    """Whether a line is the beginning of an object that following lines continue."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return text[0] == "{" and error.pos >= len(text)
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def refuse_shape(value: dict[str, object], where: str) -> None:
+    """Refuse an object that is all of a file and holds rows in another way than {"data": [...]}.
+
+    Raises:
+        DataError: beginning with `where`.
+    """
+    lists = {key: item for key, item in value.items() if isinstance(item, list)}
+    if lists and lists.keys() == value.keys() and lists.keys() <= SPLITS:
+        raise DataError(f"{where}: the file is one object of splits, {listed(value)}.", hint="Save each split in its own file.")
+    if len(lists) == 1 and (key := next(iter(lists))) in IN_AN_ARRAY:
+        raise DataError(
+            f"{where}: the file is one object with an array in {key!r}.", hint="Save that array alone, or as JSONL."
+        )
+    dicts = {key: item for key, item in value.items() if isinstance(item, dict)}
+    columns: dict[str, Collection[object]] = {**(lists if len(lists) > 1 else dicts)}
+    cells = itertools.chain.from_iterable(columns.values())  # of a dict its keys
+    is_table = columns.keys() == value.keys() and len({len(column) for column in columns.values()}) == 1
+    if is_table and not any(isinstance(cell, dict) for cell in cells):
+        raise DataError(
+            f"{where}: the file is one object of columns, {listed(value)}.",
+            hint='Write one object per row; pandas does with to_json(path, orient="records", lines=True).',
+        )
+
+
+def _whole(path: Path) -> Iterator[tuple[int, object]]:
+    raw = b"".join(raw for _, raw in raw_lines(path))
+    try:
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise _not_utf_8(f"{path}:{line}", error.start - raw.rfind(b"\n", 0, error.start)) from None
+    del raw
+    begin = _skip(text, 0)
+    line = text.count("\n", 0, begin) + 1
+    if text[begin] == "[":
+        end = yield from _items(text, begin, path)
+        _refuse_more(text, end, path)
+        return
+    value, end = _value(text, begin, path, line)
+    _refuse_more(text, end, path)
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        del value
+        yield from _items(text, _begin_of(text, begin, "data"), path)
+    else:
+        if isinstance(value, dict):
+            refuse_shape(value, f"{path}:{line}")
+        yield line, value
+
+
+def _items(text: str, begin: int, path: Path) -> Generator[tuple[int, object], None, int]:
+    """Line and value of each item of the array that begins there; returns where it ends."""
+    line, counted, number = 1, 0, 0
+    at = _skip(text, begin + 1)
+    if text[at : at + 1] == "]":
+        return at + 1
+    while True:
+        line, counted = line + text.count("\n", counted, at), at
+        value, at = _value(text, at, path, line)
+        number = max(line, number + 1)
+        yield number, value
+        at = _skip(text, at)
+        if text[at : at + 1] == "]":
+            return at + 1
+        if text[at : at + 1] != ",":
+            raise _not_json(json.JSONDecodeError("Expecting ',' delimiter", text, at), path)
+        at = _skip(text, at + 1)
+
+
+def _skip(text: str, at: int) -> int:
+    """Where the space that begins there ends."""
+    found = SPACE.match(text, at)
+    assert found is not None  # it matches nothing too
+    return found.end()
+
+
+def _begin_of(text: str, at: int, wanted: str) -> int:
+    """Where the value of a key begins, in the text of an object that is known to be JSON and to have it."""
+    decoder = json.JSONDecoder()
+    while True:
+        key, at = decoder.raw_decode(text, _skip(text, at + 1))
+        at = _skip(text, _skip(text, at) + 1)
+        if key == wanted:
+            return at
+        at = _skip(text, decoder.raw_decode(text, at)[1])
+
+
+def _refuse_more(text: str, at: int, path: Path) -> None:
+    at = _skip(text, at)
+    if at < len(text):
+        error = _not_json(json.JSONDecodeError("Extra data", text, at), path)
+        raise DataError(str(error), hint="A file has one JSON array, or one object per line: jq -c . FILE writes these.")
+
+
+def _value(text: str, at: int, path: Path, line: int) -> tuple[object, int]:
+    """The JSON value that begins there, and where it ends."""
+    where = f"{path}:{line}"
+    pairs, constant = functools.partial(_unique_keys, where), functools.partial(_refuse_constant, where)
+    try:
+        return json.JSONDecoder(object_pairs_hook=pairs, parse_constant=constant).raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        raise _not_json(error, path) from None
+    except (RecursionError, ValueError) as error:
+        raise _not_readable(error, where) from None
 
 
 def _parse(text: str, where: str) -> object:
@@ -105,14 +229,23 @@ def _parse(text: str, where: str) -> object:
     try:
         return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except json.JSONDecodeError as error:
-        seen = text[max(0, error.pos - 20) : error.pos + 20]
-        spread = text == "{" or text.startswith("[")
-        hint = " The file looks like one JSON value spread over lines; JSONL has one object per line." if spread else ""
-        raise DataError(f"{where}:{error.colno}: not JSON: {error.msg}, near {seen!r}.{hint}") from None
-    except RecursionError:
-        raise DataError(f"{where}: the JSON is nested too deeply to be read.", hint="Remove the row.") from None
-    except ValueError:  # the one that is left is int()'s, against thousands of digits
-        raise DataError(f"{where}: an integer has too many digits to be read.", hint="Write it as text.") from None
+        raise _not_json(error, where) from None
+    except (RecursionError, ValueError) as error:
+        raise _not_readable(error, where) from None
+
+
+def _not_json(error: json.JSONDecodeError, where: str | Path) -> DataError:
+    """The error in words; `where` is a line, or a file that is read whole."""
+    place = f"{where}:{error.lineno}" if isinstance(where, Path) else where
+    seen = error.doc[max(0, error.pos - 20) : error.pos + 20]
+    return DataError(f"{place}:{error.colno}: not JSON: {error.msg}, near {seen!r}.")
+
+
+def _not_readable(error: Exception, where: str) -> DataError:
+    if isinstance(error, RecursionError):
+        return DataError(f"{where}: the JSON is nested too deeply to be read.", hint="Remove the row.")
+    # The ValueError that is left is int()'s, against thousands of digits.
+    return DataError(f"{where}: an integer has too many digits to be read.", hint="Write it as text.")
 
 
 def _unique_keys(where: str, pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -125,22 +258,3 @@ def _unique_keys(where: str, pairs: list[tuple[str, object]]) -> dict[str, objec
 
 def _refuse_constant(where: str, name: str) -> None:
     raise DataError(f"{where}: {name} is no JSON.", hint="Write a number, null or text.")
-
-
-def hub_rows(source: str, default_split: str) -> Iterator[tuple[int, object]]:
-    """Number and value of each row of a hub dataset, NAME or NAME:SPLIT.
-
-    Raises:
-        DataError: if it cannot be loaded.
-    """
-    import datasets
-
-    name, _, split = source.partition(":")
-    split = split or default_split
-    try:
-        yield from enumerate(datasets.load_dataset(name, split=split), start=1)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{source} is not a local file, and loading it as hub data set {name!r}, split {split!r} failed: {reason}",
-        ) from None

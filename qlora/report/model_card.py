@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN
+from qlora.data.sources import is_local, names_of
 from qlora.report.caveats import caveats
 from qlora.report.record import Record
 from qlora.run.schema import Environment
@@ -17,6 +19,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$")  # a model in the hub's cache
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that --max-lora-rank takes; its own default is 16
 ANSWER_LINES = 24
+DATA_NAMES = 5  # of a data source, at most
 LOSS_ON = {"response": "answers", "last": "the last answer of each conversation", "all": "prompts and answers"}
 EMBEDDED = {  # model -> hub id that its weights come from, license, description
     "demo": (
@@ -66,20 +69,19 @@ def base_of(record: Record) -> Base:
     return Base(hub_id, revision, hub_id.rpartition("/")[2], hub_id, license, link)
 
 
-def data_name(source: str | None) -> str:
-    """A data source as others may know it: no path of this machine."""
-    if source is None:
-        return "none"
+def data_name(source: str | Sequence[str] | None) -> str:
+    """A data source as others may know it: no path of this machine, and the first few of many names."""
+    names = [_data_name(name) for name in names_of(source)]
+    more = f" and {len(names) - DATA_NAMES} more" if len(names) > DATA_NAMES else ""
+    return ", ".join(names[:DATA_NAMES]) + more or "none"
+
+
+def _data_name(source: str) -> str:
     path = Path(source)
     for bundled, name in ((BUNDLED_TRAIN, "22 bundled AVRO examples"), (BUNDLED_EVAL, "8 bundled AVRO examples")):
         if (path.name, path.parent.name) == (bundled.name, bundled.parent.name):
             return name
-    return path.name if is_file(source) else source
-
-
-def is_file(source: str) -> bool:
-    """Whether a data source is a file, rather than a data set on the hub; the file need not be there any more."""
-    return source.startswith((".", "/", "~")) or Path(source).suffix in (".jsonl", ".json", ".parquet") or Path(source).exists()
+    return path.name if is_local(source) else source
 
 
 def model_card(record: Record) -> str:
@@ -115,8 +117,7 @@ def model_card(record: Record) -> str:
 
 
 def _card_data(record: Record, base: Base) -> ModelCardData:
-    source = str(record.config["train_file"])
-    on_the_hub = not is_file(source)
+    on_the_hub = [name.partition(":")[0] for name in names_of(record.config["train_file"]) if not is_local(name)]
     tags = ["lora", "qlora", *([f"base_model:adapter:{base.hub_id}"] if base.hub_id else [])]
     return ModelCardData(
         base_model=base.origin,
@@ -124,7 +125,7 @@ def _card_data(record: Record, base: Base) -> ModelCardData:
         library_name="peft",
         pipeline_tag="text-generation",
         tags=tags,
-        datasets=[source.partition(":")[0]] if on_the_hub else None,
+        datasets=list(dict.fromkeys(on_the_hub)) or None,
     )
 
 

@@ -159,7 +159,8 @@ def explain_start(config: TrainConfig, model: Any, samples: TokenizedDataset, to
     total, trained = parameter_counts(model)
     say(console, f"Parameters: {total:,}, of which {trained:,} are trained ({100 * trained / total:.2f} %)")
     sample = samples[min(range(len(samples)), key=samples.length)]
-    console.print(token_table(tokens(sample, tokenizer), sample.line))
+    line = samples.source.line(sample.line) if samples.source else sample.line
+    console.print(token_table(tokens(sample, tokenizer), line))
     batches = training_batches(samples, epoch_rows(samples, config, 1), config)
     console.print(count_table(token_counts(next(batched(batches, config.gradient_accumulation_steps)))))
 
@@ -187,7 +188,7 @@ def ledger_table(groups: Sequence[Group]) -> Table:
     return table
 
 
-def token_table(rows: Sequence[Token], line: int) -> Table:
+def token_table(rows: Sequence[Token], line: int | str) -> Table:
     """A sample's tokens as a table; the middle of a long one is left out."""
     count = sum(token.trained for token in rows)
     table = _table(f"Line {line}: {count} of {len(rows)} tokens trained", "position", "id", "token", "")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from qlora.data.sources import Source
 from qlora.errors import NonFiniteError
 from qlora.run.log import StepLog
 
@@ -32,7 +33,7 @@ def check_first_gradients(named: list[tuple[str, torch.nn.Parameter]], grad_norm
     raise NonFiniteError(f"The first gradient is {seen}. Nothing was saved.", hint="Check --target-modules and the data.")
 
 
-def check_finite(steps: StepLog, skipped: int, permitted: int, advice: Callable[[], str]) -> int:
+def check_finite(steps: StepLog, skipped: int, permitted: int, advice: Callable[[], str], source: Source | None = None) -> int:
     """Count the steps that train_step skipped because of a NaN or infinity, and end the run when they are too many.
 
     Args:
@@ -40,6 +41,7 @@ def check_finite(steps: StepLog, skipped: int, permitted: int, advice: Callable[
         skipped: steps skipped so far.
         permitted: how many may be.
         advice: what to tell about checkpoints when the run ends.
+        source: of the training data, which names the lines of several files.
 
     Returns:
         Steps skipped so far, these included.
@@ -51,7 +53,7 @@ def check_finite(steps: StepLog, skipped: int, permitted: int, advice: Callable[
         if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
             continue
         skipped += 1
-        lines = ", ".join(map(str, row["lines"]))
+        lines = ", ".join(map(source.line if source else str, row["lines"]))
         seen = (
             f"Step {row['step']} is not finite: loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate "
             f"{row['learning_rate']:g}, lines {lines} of the training data."

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from qlora.config import TrainConfig
 from qlora.data.batch import Batch
+from qlora.data.dataset import TokenizedDataset
 from qlora.eval.generate import Completion
 from qlora.eval.loss import EvalResult
 from qlora.model.lora import Target
@@ -67,7 +68,9 @@ class Tracker:
         known_evaluations: step -> eval result, as far as earlier processes of this run have them.
     """
 
-    def __init__(self, run_folder: Path, console: Console, clock: PhaseClock, step: int = 0, eval_data: str | None = None):
+    def __init__(
+        self, run_folder: Path, console: Console, clock: PhaseClock, step: int = 0, eval_set: TokenizedDataset | None = None
+    ):
         """Open the files of a run that is about to train step `step` + 1; rows of later steps, which are to come again, go.
 
         Args:
@@ -75,16 +78,16 @@ class Tracker:
             console: for the progress bar and lines.
             clock: told when steps, evaluations and checkpoints end.
             step: the last one that was saved.
-            eval_data: digest of the data that evaluations are of: those of other data do not count as known.
+            eval_set: what evaluations are of: those of other data do not count as known.
         """
         self.run_folder = run_folder
         self.clock = clock
-        self.eval_data = eval_data
+        self.eval_data = eval_set.sha256 if eval_set else None
         self.console = console
         metrics = run_folder / "metrics.jsonl"
         rows = [row for row in whole_rows(metrics) if row["step"] <= step and step > 0]
         write_file(metrics, b"".join(_line(row) for row in rows))
-        self.known_evaluations = {row["step"]: _eval_result_of(row) for row in eval_rows(rows, eval_data)}
+        self.known_evaluations = {row["step"]: _eval_result_of(row) for row in eval_rows(rows, self.eval_data)}
         self.metrics_file = metrics.open("ab")
         # What an earlier process wrote for this step and later ones is purged from TensorBoard, so the step is written again.
         used = any((run_folder / "tensorboard").glob("events.*"))
@@ -278,15 +281,17 @@ def _eval_result_of(row: dict[str, Any]) -> EvalResult:
     return EvalResult(loss, perplexity, row["num_tokens"])
 
 
-def closing_words(run_folder: Path, report: str, peak_gb: float, predicted_gb: float) -> str:
-    """Where everything is, and the commands to load it; on a GPU also measured and predicted peak memory.
+def closing_words(run_folder: Path, report: str, peak_gb: float, predicted_gb: float, clock: PhaseClock) -> str:
+    """Where everything is and where the time went, and the commands to load it; on a GPU also peak memory and its prediction.
 
     Args:
         run_folder: of a run that is complete.
         report: where its report is, or why there is none.
         peak_gb: of memory in training.
         predicted_gb: the same as it was predicted, for a GPU.
+        clock: told that the report has ended; where the time went.
     """
+    clock.end("report")
     adapter = run_folder / "adapter"
     memory = ""
     if torch.cuda.is_available():
@@ -296,6 +301,7 @@ def closing_words(run_folder: Path, report: str, peak_gb: float, predicted_gb: f
 Report:       {report}
 Metrics:      {run_folder / "metrics.jsonl"}, samples.jsonl beside it
 TensorBoard:  tensorboard --logdir {shlex.quote(str(run_folder / "tensorboard"))}
+Time:         {clock.summary()}
 
 Load it in bf16:
   from peft import AutoPeftModelForCausalLM

@@ -15,6 +15,9 @@ T = TypeVar("T")
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[float, Field(gt=-1e300, lt=1e300)]  # which NaN is not
+Names = Annotated[
+    list[str], Field(min_length=1), pydantic.BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 RENAMED = {"held_out": "eval_data", "held_out_sha256": "eval_data_sha256"}  # old key -> key
 
 
@@ -68,8 +71,8 @@ class RunConfig(TypedDict, total=False):
 
     model: str
     revision: str | None
-    train_file: str
-    eval_file: str | None
+    train_file: Names  # older versions stored one as text
+    eval_file: Names | None
     prompt_format: PromptFormat
     loss_on: LossOn
     columns: list[str]

@@ -61,7 +61,7 @@ def test_the_same_adapter_is_found_from_its_run_its_folder_its_checkpoint_and_al
             assert not torch.equal(model(input_ids=ids).logits, logits[-1])
     assert all(torch.equal(other, logits[0]) for other in logits)
     assert [each.config.max_length for each in found] == [300, 300, 300, min(2048, adapter.positions_of(found[3]))]
-    assert [each.config.eval_file for each in found] == ["held.jsonl"] * 3 + [None]
+    assert [each.config.eval_file for each in found] == [("held.jsonl",)] * 3 + [None]
     assert [each.run_info is None for each in found] == [False] * 3 + [True]
 
 
@@ -192,7 +192,7 @@ FACTS_DAMAGED = {
     "config.on_long": ("cut", None, GONE),
     "config.allow_drop": ("yes", None, GONE),
     "config.train_file": (5, [], GONE),
-    "config.eval_file": (5, ["held.jsonl"], GONE),
+    "config.eval_file": (5, [], GONE),
 }
 
 

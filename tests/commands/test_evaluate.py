@@ -183,3 +183,20 @@ def test_texts_have_a_loss_and_no_answers(run, tmp_path, capsys):
     record = json.loads(out.read_text())
     assert list(record["metrics"]) == ["loss", "perplexity", "token_accuracy"] and record["answers"] == []
     assert "2 eval examples" in capsys.readouterr().out
+
+
+def test_several_files_are_one_eval_set_and_an_error_names_the_right_one(run, rows, tmp_path, capsys, monkeypatch):
+    other = tmp_path / "other.csv"
+    other.write_text(f"instruction,response\nSay b,b\n{'Say ' * 30},c\n")
+    out = tmp_path / "out.json"
+    flags = ["evaluate", str(run), "--eval-file", str(rows), str(other)]
+    assert main([*flags, "--max-new-tokens", "2", "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["num_examples"] == 5 and record["eval_file"] == f"{rows}, {other}"
+    assert "; 2 files" in capsys.readouterr().out
+    opened = open_adapter(run)
+    positions = opened.meta_model.config.get_text_config().max_position_embeddings
+    monkeypatch.setattr(evaluate, "load_adapted", None)  # it must not come to that
+    assert main([*flags, "--max-new-tokens", str(positions - 60)]) == 3
+    assert f"{other}:3: " in capsys.readouterr().err
+    assert main([*flags, "--json", str(other)]) == 2 and "is read by this command" in capsys.readouterr().err

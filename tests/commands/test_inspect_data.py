@@ -198,3 +198,17 @@ def test_bad_input_is_one_paragraph(files, tmp_path, capsys):
         assert main([*files, *flags]) == code, flags
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and error.startswith("error: "), error
+
+
+def test_lines_of_several_files_are_told_with_their_file(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more.csv").write_text(f"prompt,completion\ntwo,b\nlong,{'c ' * 300}\n")
+    (tmp_path / "held.csv").write_text("prompt,completion\nthree,c\nlong,d\n")
+    flags = [*files[:3], "--train-file", "train.jsonl", "more.csv", "--eval-file", "eval.jsonl", "held.csv"]
+    assert main([*flags, "--max-length", "100", "--json", "found.json"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "duplicates in train: 2 of 6 (lines train.jsonl:3 = train.jsonl:1, more.csv:2 = train.jsonl:2)" in out
+    assert "eval prompt in train: 3 of 5 (lines eval.jsonl:2 = train.jsonl:1, held.csv:2 = train.jsonl:4" in out
+    assert "held.csv:3 = more.csv:3)" in out and "Dropped of train: lines train.jsonl:4, more.csv:3" in out
+    assert "Line train.jsonl:" in out or "Line more.csv:" in out
+    assert main([*flags, "--json", "held.csv"]) == 2 and "is read by this command" in capsys.readouterr().err

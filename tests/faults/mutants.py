@@ -50,6 +50,8 @@ DATA_BATCH = "qlora/data/batch.py"
 DATA_FORMATS = "qlora/data/formats.py"
 DATA_MESSAGES = "qlora/data/messages.py"
 DATA_READ = "qlora/data/read.py"
+DATA_SOURCES = "qlora/data/sources.py"
+DATA_TABLES = "qlora/data/tables.py"
 DATA_TEMPLATE = "qlora/data/template.py"
 EVAL_GENERATE = "qlora/eval/generate.py"
 CLI = "qlora/cli.py"
@@ -385,6 +387,41 @@ MUTANTS = [
         "data/test_data.py::test_order_is_a_pure_function_of_seed_and_epoch",
         "(seed * 1_000_003 + epoch)",
         "(seed * 1_000_003)",
+    ),
+    mutant(
+        "nulls-of-arrow",
+        DATA_TABLES,
+        "data/test_files.py::test_keys_that_arrow_fills_with_null_do_not_reach_the_template",
+        "for key, item in value.items() if item is not None}",
+        "for key, item in value.items()}",
+    ),
+    mutant(
+        "lines-of-csv",
+        DATA_TABLES,
+        "data/test_files.py::test_what_is_wrong_is_told_with_file_and_line",
+        "begin, line = line, reader.line_num + 1",
+        "begin, line = line, line + 1",
+    ),
+    mutant(
+        "rows-of-an-array-share-a-number",
+        DATA_READ,
+        "data/test_files.py::test_a_file_of_any_kind_is_read_as_jsonl_is",
+        "number = max(line, number + 1)",
+        "number = line",
+    ),
+    mutant(
+        "lines-of-several-files",
+        DATA_SOURCES,
+        "data/test_files.py::test_several_files_are_read_in_the_order_given_and_rows_keep_their_lines",
+        "self._begins.append(begin + line)",
+        "self._begins.append(line)",
+    ),
+    mutant(
+        "a-file-given-twice",
+        DATA_SOURCES,
+        "data/test_files.py::test_a_file_that_is_given_twice_is_refused",
+        "            if identity in seen:",
+        "            if False:",
     ),
     mutant(
         "key-twice-accepted",

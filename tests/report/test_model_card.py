@@ -195,6 +195,12 @@ def test_what_a_run_went_on_with_is_named_without_paths(tmp_path):
 def test_data_are_named_without_paths_and_a_hub_data_set_stands_in_the_head(tmp_path):
     assert data_name("/home/me/my.jsonl") == "my.jsonl" and data_name("org/set:train") == "org/set:train"
     assert data_name("my.parquet") == "my.parquet" and data_name(None) == "none"
+    assert data_name(["/home/me/my.csv", "org/set", "/data/*.jsonl.gz"]) == "my.csv, org/set, *.jsonl.gz"
+    assert data_name([f"/home/me/{n}.csv" for n in range(7)]) == "0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 2 more"
+    several = records.read(
+        write_run(tmp_path / "several", train_file=("org/set:en:train", "/home/me/my.csv", "org/set:de:train"))
+    )
+    assert head_of(model_card(several))["datasets"] == ["org/set"] and "/home/me" not in model_card(several)
     run = records.read(write_run(tmp_path / "run", train_file="org/set:train"))
     assert head_of(model_card(run))["datasets"] == ["org/set"]
     assert "datasets" not in head_of(model_card(records.read(write_run(tmp_path / "file"))))

@@ -3,21 +3,24 @@
 import io
 import json
 import math
+import re
 import shutil
 import time
 
 import pytest
 import torch
-from qlora.run.timing import PhaseClock
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from qlora.cli import train
 from qlora.config import TrainConfig
 from qlora.errors import ExitCode, UserError
 from qlora.eval.generate import Completion
 from qlora.eval.loss import EvalResult
 from qlora.model.lora import Target
-from qlora.run import environment, log
+from qlora.run import environment, log, timing
+from qlora.run.timing import PhaseClock
+from tests.helpers import SHORT_DATA
 
 SAMPLE = Completion("Create [bold]x[/bold]", "\n".join(f"line {i}" for i in range(40)), '{"a": [1]}', '{"a": [2]}')
 
@@ -178,7 +181,7 @@ def test_secrets_are_masked_wherever_something_is_told(tmp_path, monkeypatch):
     token = "hf_" + "AbCdEf123456" * 3
     out = io.StringIO()
     log.say(Console(file=out), f"https://user:{token}@hub and a-very-secret-value")
-    config = TrainConfig(train_file=f"https://user:{token}@hub/data.jsonl", output_dir=tmp_path / token)
+    config = TrainConfig(train_file=(f"https://user:{token}@hub/data.jsonl",), output_dir=tmp_path / token)
     with log.Tracker(tmp_path, Console(file=out), PhaseClock()) as tracker:
         tracker.begin(0, total_steps=7, logging_steps=3)
         tracker.hyperparameters(config, None)
@@ -207,9 +210,9 @@ def test_the_environment_has_versions_and_hardware():
 
 
 def test_the_closing_words_have_the_measured_peak_beside_the_prediction(tmp_path, monkeypatch):
-    assert "GPU memory" not in log.closing_words(tmp_path, "report.html", 1.25, 1.5)
+    assert "GPU memory" not in log.closing_words(tmp_path, "report.html", 1.25, 1.5, PhaseClock())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    words = log.closing_words(tmp_path, "report.html", 1.25, 1.5)
+    words = log.closing_words(tmp_path, "report.html", 1.25, 1.5, PhaseClock())
     assert words.startswith(f"\nGPU memory:   1.25 GB at its peak, 1.50 predicted\nAdapter:      {tmp_path}/adapter\n")
     assert "Report:       report.html" in words
 
@@ -228,3 +231,39 @@ def test_a_run_that_ends_early_says_which_adapter_it_took(tmp_path, losses, word
         tracker.adapter_chosen(3, {at: EvalResult(loss, 2.0, 10) for at, loss in losses.items()})
     told = told.getvalue()
     assert f"Ended early, after step {max(losses)}: the eval loss stopped falling" in told and words in told
+
+
+def test_each_moment_belongs_to_one_phase_and_short_ones_are_left_out(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    clock = timing.PhaseClock()
+    start_s = clock.seconds["start"]
+    assert start_s > 0  # of this process
+    for phase, seconds in (("model", 2.0), ("steps", 3.0), ("evaluation", 0.01), ("steps", 4.5)):
+        now[0] += seconds
+        clock.end(phase)
+    assert clock.seconds == pytest.approx({"start": start_s, "model": 2.0, "steps": 7.5, "evaluation": 0.01})
+    assert clock.summary() == f"{start_s + 9.51:.1f} s (start {start_s:.1f}, model 2.0, steps 7.5)"
+
+
+def test_a_run_accounts_for_its_time(tiny, tmp_path, capsys):
+    began = time.perf_counter()
+    command = [
+        "--model",
+        "tiny-random",
+        "--lora-r",
+        "4",
+        "--max-steps",
+        "2",
+        *SHORT_DATA,
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    assert train(command) == 0
+    took_s = time.perf_counter() - began
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Time:"))
+    phases = dict(part.rsplit(" ", 1) for part in re.search(r"\((.*)\)", line)[1].split(", "))
+    total_s = float(line.split()[1])
+    assert {"start", "data and checks", "model", "steps", "evaluation", "answers"} <= phases.keys()
+    assert sum(map(float, phases.values())) == pytest.approx(total_s, abs=0.5)
+    assert total_s - float(phases["start"]) <= took_s + 0.2

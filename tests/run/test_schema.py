@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import yaml
 
 from benchmarks import harness
+from qlora.config import parse
+from qlora.errors import UserError
 from qlora.report import record
 from qlora.run.schema import in_gb, with_current_keys
 from tests.helpers import EVALUATED, write_run
@@ -49,3 +52,20 @@ def test_old_result_files_are_continued_in_gb(tmp_path):
     row = {"id": "x", "figures": {"peak_gib": 1.0}}
     path.write_text(json.dumps({"environment": environment, "model": "demo", "trainings": [], "rows": [row]}))
     assert harness.reopened(path, environment, {})["rows"][0]["figures"] == {"peak_gb": pytest.approx(1.073741824)}
+
+
+@pytest.mark.parametrize("names", ["/home/me/my.jsonl", ["/home/me/my.jsonl", "org/set:en:train"]])
+def test_data_are_one_name_in_older_runs_and_a_list_in_newer_ones(tmp_path, names):
+    folder = write_run(tmp_path / "run")
+    run_info, config = json.loads((folder / "run.json").read_text()), yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "run.json").write_text(json.dumps(run_info | {"config": {**config, "train_file": names, "eval_file": None}}))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"train_file": names}))
+    wanted = [names] if isinstance(names, str) else names
+    found = record.read(folder)
+    assert found.config["train_file"] == found.run_info.config["train_file"] == wanted
+    assert found.run_info.config["eval_file"] is None
+    assert parse(["--config", str(folder / "config.yaml")]).train_file == tuple(wanted)
+    for wrong in ([], 5, [5]):
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | {"train_file": wrong}))
+        with pytest.raises(UserError, match="train_file"):
+            record.read(folder)
