@@ -572,9 +572,10 @@ def test_flags_and_yaml_take_one_name_or_several(three, tmp_path):
 
 
 def test_the_log_counts_files_and_the_data_are_those_of_one_file(three, template, tmp_path):
-    lines: list[str] = []
+    console = Console(file=io.StringIO(), width=1000)
     config = parse(["--train-file", *three, "--eval-file", "a.csv"])
-    samples, eval_set = encode_files(config, check_files(config), template, lines.append)
+    samples, eval_set = encode_files(config, check_files(config), template, console)
+    lines = console.file.getvalue().splitlines()
     assert lines[0].startswith("Data: 14 examples") and lines[0].endswith("; form prompt/completion; 3 files")
     assert lines[1].startswith("Eval: 2 examples") and lines[1].endswith("; form prompt/completion")
     rows = [json.loads(line) for line in Path("b.jsonl").read_text().splitlines() if line]
@@ -612,7 +613,7 @@ def test_a_step_that_is_not_finite_names_the_files_of_its_lines(three):
 def test_the_sample_that_is_explained_is_named_with_its_file(three, template, monkeypatch):
     shown: list[int | str] = []
     config = parse(["--train-file", *three, "--eval-file", "None", "--explain"])
-    samples, _ = encode_files(config, check_files(config), template, str)
+    samples, _ = encode_files(config, check_files(config), template, Console(file=io.StringIO()))
     monkeypatch.setattr(explain, "parameter_counts", lambda model: (1, 1))
     monkeypatch.setattr(explain, "token_table", lambda rows, line: shown.append(line))
     explain.explain_start(config, None, samples, template.tokenizer, Console(file=io.StringIO()))
