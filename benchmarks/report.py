@@ -12,7 +12,7 @@ import re
 
 import cogapp
 
-from benchmarks import demo, inference, kill_resume, loading, plan, train_step
+from benchmarks import demo, end_to_end, inference, kill_resume, loading, plan, tokenizing, train_step
 from benchmarks.attention import tables as attention
 from benchmarks.guide_claims import tables as guide_claims
 from benchmarks.harness import ROOT

@@ -162,7 +162,7 @@ def main(options: Options) -> None:
     file.write(file.record)
 
 
-def tokenizing(pattern: str) -> str:
+def speed(pattern: str) -> str:
     """Rows per second and memory of both, medians."""
     name, record = load(pattern)
     groups: dict[tuple[str, int], list[Row]] = {}

@@ -15,5 +15,5 @@ def test_both_tokenize_the_same_rows(tmp_path, monkeypatch):
     ours, kept, theirs = cells[3:]
     assert ours["tokens"] == kept["tokens"] and 0 <= theirs["tokens"] - ours["tokens"] <= 2 * 2100  # what follows the last stop
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    text = tokenizing.tokenizing("tokenizing_cpu_*.json")
+    text = tokenizing.speed("tokenizing_cpu_*.json")
     assert text.count("\n| this loop") == 4 and text.count("\n| `datasets.map`") == 2
