@@ -90,6 +90,7 @@ def trl_script(contender: str, job: str, folder: str) -> None:
     """A script as TRL's documentation has it. Prints its phases as JSON."""
     import datasets
     import peft
+    import torch
     import transformers
     import trl
     from transformers.utils import is_flash_attn_2_available
@@ -120,7 +121,7 @@ def trl_script(contender: str, job: str, folder: str) -> None:
         output_dir=f"{folder}/{job}-{contender}", num_train_epochs=EPOCHS[job], eval_strategy="epoch", save_strategy="epoch",
         per_device_train_batch_size=2, per_device_eval_batch_size=2, gradient_accumulation_steps=4, max_length=2048,
         learning_rate=2e-4, lr_scheduler_type="cosine", optim="adamw_torch_fused", logging_steps=5, report_to="tensorboard",
-        disable_tqdm=True, save_total_limit=3, **chosen,
+        disable_tqdm=True, save_total_limit=3, use_cpu=not torch.cuda.is_available(), **chosen,
     )  # fmt: skip
     trainer = trl.SFTTrainer(
         model=f"{folder}/model", args=arguments, train_dataset=data["train"], eval_dataset=data["eval"],
