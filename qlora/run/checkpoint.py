@@ -21,11 +21,16 @@ from safetensors import SafetensorError
 from qlora.errors import CheckpointError, ConfigError
 from qlora.model.optimizer import init_optimizer_state
 from qlora.model.random_state import random_state, set_random_state
-from qlora.run.files import MANIFEST, require_space, verify, write_folder
+from qlora.run.files import MANIFEST, Content, Pieces, require_space, size_of, verify, write_folder
 from qlora.run.schema import RunInfo, State, read_json
 from qlora.validation import UNREADABLE, reason
 
 ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safetensors", "state.json"
+PEFT = {"format": "pt"}  # what PEFT writes into the header
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -160,18 +165,46 @@ def write(checkpoints: Path, taken: Snapshot) -> Path:
     if taken.copied is not None:
         taken.copied.synchronize()
     folder = checkpoints / f"step-{taken.step:06d}"
-    files = {ADAPTER: _in_peft_format(taken.adapter), TRAINER_STATE: safetensors.torch.save(taken.trainer), **taken.files}
-    require_space(checkpoints, sum(map(len, files.values())))
+    files: dict[str, Content] = {
+        ADAPTER: serialized(taken.adapter, PEFT),
+        TRAINER_STATE: serialized(taken.trainer),
+        **taken.files,
+    }
+    require_space(checkpoints, sum(map(size_of, files.values())))
     write_folder(folder, files)
     return folder
 
 
-def adapter_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, bytes]]:
+def serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Pieces:
+    """Tensors in safetensors' format: the header, then each tensor's memory.
+
+    See https://github.com/huggingface/safetensors#format. Nothing is copied: safetensors.torch.save copies all of it twice, which
+    takes as long as to write it to a disk.
+
+    Args:
+        tensors: on the CPU, contiguous.
+        metadata: text for the header.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    pieces: list[bytes | memoryview] = []
+    end = 0
+    # Those with the largest elements first, so that each is aligned to its own.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        piece = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [end, end + len(piece)]}
+        end += len(piece)
+        pieces.append(piece)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *pieces]
+
+
+def adapter_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, Content]]:
     """Name and content of an adapter's files in PEFT's format, which `AutoPeftModelForCausalLM.from_pretrained` loads.
 
     By hand rather than `save_pretrained`, which asks the hub about the base model and adds a model card of blank fields.
     """
-    yield ADAPTER, _in_peft_format({name: tensor.contiguous() for name, tensor in _adapter(model).items()})
+    yield ADAPTER, serialized({name: tensor.detach().cpu().contiguous() for name, tensor in _adapter(model).items()}, PEFT)
     yield from config_files(model, tokenizer)
 
 
@@ -180,10 +213,6 @@ def _adapter(model: Any) -> dict[str, torch.Tensor]:
 
     tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     return tensors
-
-
-def _in_peft_format(tensors: dict[str, torch.Tensor]) -> bytes:
-    return safetensors.torch.save(tensors, {"format": "pt"})
 
 
 def config_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, bytes]]:

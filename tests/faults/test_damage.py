@@ -504,9 +504,11 @@ def test_a_disk_that_gives_back_something_else(case: Case, tmp_path, record):
     def unsound() -> None:
         write = files._write
 
-        def unsound_write(path: Path, content: bytes) -> None:
-            wrong = path.name == TRAINER_STATE and path.parent.name == ".step-000006.tmp"
-            write(path, bytes([content[0] ^ 1]) + content[1:] if wrong else content)
+        def unsound_write(path: Path, content: files.Content) -> None:
+            if path.name == TRAINER_STATE and path.parent.name == ".step-000006.tmp":
+                content = b"".join(files.pieces_of(content))
+                content = bytes([content[0] ^ 1]) + content[1:]
+            write(path, content)
 
         files._write = unsound_write
 

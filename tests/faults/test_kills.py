@@ -27,7 +27,19 @@ ROOT = Path(__file__).parents[2]
 THOROUGH = "SURVIVAL_JSON" in os.environ  # for the table of the README: all trials, which take half an hour on two cores
 TRIALS, CHAINS = (120, 10) if THOROUGH else (24, 6)
 WATCHED = (6, 8) if THOROUGH else (6,)  # steps whose saves are killed; each prunes an older checkpoint
-CALLS = {"open", "write", "flush", "fsync", "close", "rename", "replace", "mkdir", "rmdir", "unlink"}  # of the file system
+CALLS = {
+    "open",
+    "write",
+    "writelines",
+    "flush",
+    "fsync",
+    "close",
+    "rename",
+    "replace",
+    "mkdir",
+    "rmdir",
+    "unlink",
+}  # of the file system
 
 
 def test_killed_at_random_moments_and_in_chains_of_three(case: Case, tmp_path, record):

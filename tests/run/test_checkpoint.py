@@ -20,6 +20,7 @@ import bitsandbytes
 import numpy
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -112,6 +113,32 @@ def opened(trained, tmp_path):
     with RunFolder(tmp_path / "run", "auto") as folder:
         folder.info = RUN_INFO
         yield folder, lambda step: folder.save(*trained, checkpoint.TrainState(step=step), 2, {})
+
+
+@pytest.mark.parametrize("changed", [b"", b"x", b"1234567", b"123456789", b"12345670"])
+def test_what_reads_back_otherwise_is_seen(tmp_path, changed):
+    path = tmp_path / "file"
+    path.write_bytes(changed)
+    for content in (b"12345678", [b"1234", memoryview(b"56"), b"78"]):
+        assert not files._reads_back(path, content) and not files._reads_back(tmp_path / "none", content)
+    path.write_bytes(b"12345678")
+    assert files._reads_back(path, b"12345678") and files._reads_back(path, [b"1234", memoryview(b"56"), b"78"])
+
+
+def test_tensors_are_serialized_as_safetensors_does():
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(()),
+        "none": torch.empty(0, 4),
+        **{str(dtype): torch.tensor([0, 1, 1]).to(dtype) for dtype in checkpoint.DTYPES},
+    }
+    data = b"".join(checkpoint.serialized(tensors, {"format": "pt"}))
+    found = safetensors.torch.load(data)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    floats = {"b": torch.randn(3, 5), "a": torch.randn(2)}
+    assert b"".join(checkpoint.serialized(floats, {"format": "pt"})) == safetensors.torch.save(floats, {"format": "pt"})
+    assert b"".join(checkpoint.serialized(floats)) == safetensors.torch.save(floats)
 
 
 def test_a_save_does_not_wait_but_for_the_one_before(opened, monkeypatch):
@@ -308,8 +335,10 @@ def test_a_damaged_checkpoint_does_not_count_among_those_kept(trained, tmp_path)
 def test_a_save_that_reads_back_otherwise_is_an_error(trained, tmp_path, monkeypatch):
     write = _write
 
-    def lying(path: Path, data: bytes) -> None:
-        write(path, data[:-1] + b"?" if path.name == checkpoint.TRAINER_STATE else data)
+    def lying(path: Path, data: files.Content) -> None:
+        if path.name == checkpoint.TRAINER_STATE:
+            data = b"".join(files.pieces_of(data))[:-1] + b"?"
+        write(path, data)
 
     monkeypatch.setattr(files, "_write", lying)
     with pytest.raises(UserError, match=r"reads back otherwise: trainer_state\.safetensors is not what was written") as caught:
