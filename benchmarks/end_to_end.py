@@ -209,7 +209,8 @@ def jobs(pattern: str) -> str:
         ratio = f"{cell['total_s'] / peer:.2f}" if peer else ""
         rows.append([job, LABELS[contender], f"{cell['adapter_s']:.0f}", f"{cell['total_s']:.0f}", ratio, parts])
     headers = ["job", "", "to the adapter, s", "to the end, s", "of TRL's time", "phases, s"]
-    return f"{table(headers, rows)}\n\n{source(name, record)}"
+    note = f"{record['note']} " if "note" in record else ""
+    return f"{table(headers, rows)}\n\n{note}{source(name, record)}"
 
 
 def plot(pattern: str) -> None:

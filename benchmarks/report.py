@@ -46,6 +46,7 @@ def main() -> None:
     attention.plot("h100")
     peers.plot("h100")
     plan.plot("h100")
+    end_to_end.plot("end_to_end_h200_*.json")
     if status := cogapp.Cog().main(["cog", *COG_FLAGS, "-r", *map(str, DOCUMENTS)]):
         raise SystemExit(status)
 

@@ -178,8 +178,8 @@ def write(checkpoints: Path, taken: Snapshot) -> Path:
 def serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Pieces:
     """Tensors in safetensors' format: the header, then each tensor's memory.
 
-    See https://github.com/huggingface/safetensors#format. Nothing is copied: safetensors.torch.save copies all of it twice, which
-    takes as long as to write it to a disk.
+    See https://github.com/huggingface/safetensors#format. Nothing is copied: safetensors.torch.save copies all of it twice,
+    which takes as long as writing it to a disk.
 
     Args:
         tensors: on the CPU, contiguous.

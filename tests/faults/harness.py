@@ -138,6 +138,12 @@ def log(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
+def wait_for(checkpoint_folder: Path) -> None:
+    """Wait until a checkpoint, which a thread writes, has its name."""
+    while not checkpoint_folder.exists():
+        time.sleep(0.002)
+
+
 def killed_after(child: int, seconds: float) -> bool:
     """Kill a process after a while; whether it was still there."""
     time.sleep(seconds)

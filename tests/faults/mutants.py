@@ -77,6 +77,41 @@ SPEED_NF4 = "qlora/speed/nf4.py"
 MUTANTS = [
     # -- what is written
     mutant(
+        "snapshot-not-copied",
+        RUN_CHECKPOINT,
+        "run/test_checkpoint.py::test_a_snapshot_stays_as_it_was_taken_while_training_continues",
+        "    return host.copy_(tensor.detach(), non_blocking=tensor.is_cuda)\n",
+        "    return tensor.detach()\n",
+    ),
+    mutant(
+        "save-that-failed-goes-unnoticed",
+        RUN_FOLDER,
+        "run/test_checkpoint.py::test_a_save_that_fails_is_raised_once_in_the_loop[step]",
+        "        if self._saving is not None and self._saving.done():\n",
+        "        if False:\n",
+    ),
+    mutant(
+        "last-save-that-failed-goes-unnoticed",
+        RUN_FOLDER,
+        "run/test_checkpoint.py::test_an_error_of_the_run_is_not_hidden_by_one_of_its_checkpoint",
+        "                self.wait_until_saved()\n",
+        "                pass\n",
+    ),
+    mutant(
+        "damaged-cache-believed",
+        "qlora/data/dataset.py",
+        "data/test_parallel.py::test_a_damaged_entry_is_made_again[numbers.bin]",
+        'if samples.sha256 == index["sha256"] and ',
+        "if ",
+    ),
+    mutant(
+        "chunks-in-any-order",
+        "qlora/data/parallel.py",
+        "data/test_parallel.py::test_results_come_in_order[3]",
+        "            pool.send(sent, chunk)\n",
+        "            pool.send(sent ^ 1, chunk)\n",
+    ),
+    mutant(
         "save-in-place",
         RUN_FILES,
         f"{SIGNALS}::test_two_signals_end_it_at_once[between files]",
@@ -97,8 +132,8 @@ MUTANTS = [
         "nothing-read-back",
         RUN_FILES,
         f"{DAMAGE}::test_a_disk_that_gives_back_something_else",
-        "    if problem := verify(folder):\n        raise ",
-        "    if problem := None:\n        raise ",
+        '    problem = f"{wrong[0]} is not what was written" if wrong else None\n',
+        "    problem = None\n",
     ),
     mutant(
         "files-not-flushed",

@@ -24,7 +24,7 @@ from qlora.run import checkpoint, files
 from qlora.run.files import MANIFEST, _write, remove_leftovers, write_file, write_folder
 from qlora.run.folder import RunFolder
 from tests.faults.conftest import SEED
-from tests.faults.harness import Case, all_pass, log, rows, stop_at, wait
+from tests.faults.harness import Case, all_pass, log, rows, stop_at, wait, wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 ADAPTER, TRAINER_STATE, STATE, MANIFEST = checkpoint.ADAPTER, checkpoint.TRAINER_STATE, checkpoint.STATE, MANIFEST
@@ -416,6 +416,7 @@ def test_two_processes_in_one_folder(case: Case, tmp_path, record):
         def waiting(*args, **kwargs):
             seen.append(1)
             if len(seen) == 3:
+                wait_for(folder / "checkpoints" / "step-000002")  # what comes after it changes nothing
                 os.write(tell_ready, b".")
                 os.read(go, 1)
             return original(*args, **kwargs)
@@ -554,6 +555,7 @@ def test_every_generator_goes_on_where_it_was(case: Case, tmp_path, record):
             def watched(*args, **kwargs):
                 calls.append(1)
                 if len(calls) == at and end == "killed":
+                    wait_for(tmp_path / f"run-{end}-{at}" / "checkpoints" / "step-000006")
                     os.kill(os.getpid(), signal.SIGKILL)
                 if len(calls) == at and end == "stopped":
                     os.kill(os.getpid(), signal.SIGTERM)
