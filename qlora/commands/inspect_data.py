@@ -22,7 +22,7 @@ from qlora.config import TrainConfig
 from qlora.data import mistakes
 from qlora.data.batch import batched, epoch_rows, rounded, row_length
 from qlora.data.dataset import TokenizedDataset, check_files, column_options, encode_files, truncate_or_drop
-from qlora.data.formats import BECOMES, Example, SourceColumns, read_examples
+from qlora.data.formats import BECOMES, Example, SourceSummary, read_examples
 from qlora.data.messages import Message
 from qlora.data.sources import Source, names_of
 from qlora.data.template import IGNORED, PromptTemplate, TokenizedExample, load_template
@@ -218,7 +218,7 @@ def spread(samples: TokenizedDataset, count: int) -> list[TokenizedExample]:
 # -- shown -----------------------------------------------------------------------------------------------------------
 
 
-def columns_table(found: dict[str, SourceColumns]) -> Table:
+def columns_table(found: dict[str, SourceSummary]) -> Table:
     """What became of each column of each source."""
     table = Table("", "form", "column", "becomes", title="Columns")
     for name, columns in found.items():

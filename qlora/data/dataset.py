@@ -18,7 +18,7 @@ from rich.progress import Progress
 from qlora import terminal
 from qlora.config import TrainConfig
 from qlora.data import token_cache
-from qlora.data.formats import ColumnOptions, Example, SourceColumns, check_source, read_examples
+from qlora.data.formats import ColumnOptions, Example, SourceSummary, check_source, read_examples
 from qlora.data.messages import TEXT
 from qlora.data.parallel import map_in_order, num_cores
 from qlora.data.read import LISTED
@@ -381,7 +381,7 @@ def column_options(config: TrainConfig) -> ColumnOptions:
     return ColumnOptions.parse(config.columns, config.ignore_columns)
 
 
-def check_files(config: TrainConfig) -> list[SourceColumns]:
+def check_files(config: TrainConfig) -> list[SourceSummary]:
     """Read all data once and keep nothing but the columns found: a mistake in a last line should not cost a download.
 
     Raises:
@@ -392,7 +392,7 @@ def check_files(config: TrainConfig) -> list[SourceColumns]:
 
 
 def encode_files(
-    config: TrainConfig, columns: list[SourceColumns], template: PromptTemplate, console: Console
+    config: TrainConfig, columns: list[SourceSummary], template: PromptTemplate, console: Console
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """The training data and, if there is any, the eval data, with a line about each, and a progress bar where they are many.
 

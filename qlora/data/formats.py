@@ -1,8 +1,10 @@
 """From rows to conversations: the forms that rows have, recognized by their columns, and what each column becomes."""
 
+import contextlib
 import difflib
 import hashlib
 import itertools
+import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -98,8 +100,8 @@ class ColumnOptions(NamedTuple):
 NO_OPTIONS = ColumnOptions()
 
 
-class SourceColumns(NamedTuple):
-    """What became of the columns of a source."""
+class SourceSummary(NamedTuple):
+    """What was found when a source was read for the first time: its form, what became of its columns, and its content."""
 
     form: str  # "instruction/input/output"
     used: dict[str, str]  # our name -> the file's
@@ -180,6 +182,23 @@ class PromptCompletion(Pair):
 
     prompt: Text
     completion: Text
+
+    def turns(self, ignored: Collection[str]) -> list[Message]:
+        """Two messages; CSV can hold lists of messages as text alone, which must not be trained as text."""
+        if _is_text_of_turns(self.prompt) and _is_text_of_turns(self.completion):
+            raise ValueError(
+                "prompt and completion are lists of messages as JSON text; save them as lists, in JSONL or Parquet"
+            )
+        return super().turns(ignored)
+
+
+def _is_text_of_turns(text: str) -> bool:
+    if not text.lstrip().startswith("[{"):
+        return False
+    with contextlib.suppress(ValueError, RecursionError):
+        turns = json.loads(text)
+        return all(isinstance(turn, dict) and "content" in turn for turn in turns)
+    return False
 
 
 class PromptCompletionLists(WithSystem):
@@ -388,7 +407,7 @@ def read_row(row: Mapping[str, Any], plan: Plan, line: int, where: str, options:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def check_source(source: AnySource, default_split: str, options: ColumnOptions = NO_OPTIONS) -> SourceColumns:
+def check_source(source: AnySource, default_split: str, options: ColumnOptions = NO_OPTIONS) -> SourceSummary:
     """Read all of a source and keep nothing of it.
 
     Args:
@@ -424,7 +443,7 @@ def check_source(source: AnySource, default_split: str, options: ColumnOptions =
             raise DataError(f"{source}: no row has the column {theirs!r} (--columns {ours}={theirs}).", hint="Check its name.")
     in_order = {name: used[name] for name in before.form.model_fields if name in used}
     form = form_name(before.form, in_order)
-    return SourceColumns(form, in_order, tuple(sorted(ignored)), rows, digest.hexdigest(), {**empty}, {**keys})
+    return SourceSummary(form, in_order, tuple(sorted(ignored)), rows, digest.hexdigest(), {**empty}, {**keys})
 
 
 def read_examples(source: AnySource, default_split: str, options: ColumnOptions = NO_OPTIONS) -> Iterator[Example]:

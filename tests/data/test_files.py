@@ -618,3 +618,18 @@ def test_the_sample_that_is_explained_is_named_with_its_file(three, template, mo
     monkeypatch.setattr(explain, "token_table", lambda rows, line: shown.append(line))
     explain.explain_start(config, None, samples, template.tokenizer, Console(file=io.StringIO()))
     assert shown == ["b.jsonl:3"]
+
+
+def test_lists_of_messages_as_text_in_two_columns_are_no_texts(tmp_path):
+    prompt, completion = ([{"role": role, "content": "x"}] for role in ("user", "assistant"))
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "completion"], [json.dumps(prompt), json.dumps(completion)]])
+    with pytest.raises(
+        DataError, match=r"rows.csv:2: prompt and completion are lists of messages as JSON text.*JSONL or Parquet"
+    ):
+        list(read_examples(path, "train"))
+    for row in ({"prompt": json.dumps(prompt), "completion": "It is a list."}, {"prompt": "[{]", "completion": "[{]"}):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        assert [example.response for example in read_examples(path, "train")] == [row["completion"]]
