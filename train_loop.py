@@ -170,7 +170,7 @@ def train(
         # A resumed run may know this evaluation already.
         if prep.eval_set is None or step in evaluations:
             return
-        # Everything is saved, so a signal may end the process on the spot.
+        # Everything is saved or on its way to disk, so a signal may end the loop on the spot.
         with stop.immediate():
             batches = iter_batches(prep.eval_set, range(len(prep.eval_set)), config.per_device_train_batch_size, pin)
             evaluations[step] = evaluate_loss(model, batches, loss_sum)

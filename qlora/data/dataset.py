@@ -62,19 +62,16 @@ class TokenizedDataset(Sequence[TokenizedExample]):
 
     def _fill(self, parts: Iterable[Rows]) -> None:
         self._begin()
-        try:
-            with tempfile.TemporaryFile() as file:
-                for part in parts:
+        with _room_needed():
+            file = tempfile.TemporaryFile()  # noqa: SIM115  closed below
+        with file:
+            for part in parts:
+                with _room_needed():
                     file.write(part.numbers)
-                    self._add(part)
+                self._add(part)
+            with _room_needed():
                 file.flush()
                 self._map(file, self._ends)
-        except OSError as error:
-            raise CheckpointError(
-                f"The temporary folder ({tempfile.tempdir}) is full or cannot be written, so that encoded samples have no "
-                f"place: {error.strerror}.",
-                hint="Free space there, or set TMPDIR to a folder on a larger disk.",
-            ) from None
 
     def _begin(self) -> None:
         self._ends = array("q")  # of each sample, counted in ids from the first sample on
@@ -155,7 +152,7 @@ class TokenizedDataset(Sequence[TokenizedExample]):
     @classmethod
     def load(cls, entry: Path) -> "tuple[TokenizedDataset, Tally] | None":
         """The samples of an entry of the cache, and what was counted; None if it is not there, or damaged."""
-        with contextlib.suppress(*UNREADABLE):
+        with contextlib.suppress(*UNREADABLE, LookupError):
             index = token_cache.read_index(entry)
             samples = cls.__new__(cls)
             samples._begin()
@@ -166,6 +163,19 @@ class TokenizedDataset(Sequence[TokenizedExample]):
             if samples.sha256 == index["sha256"] and len(samples._numbers) == 2 * samples._ends[-1]:
                 return samples, tally
         return None
+
+
+@contextlib.contextmanager
+def _room_needed() -> Iterator[None]:
+    """A block that writes to the temporary folder."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"The temporary folder ({tempfile.tempdir}) is full or cannot be written, so that encoded samples have no "
+            f"place: {error.strerror}.",
+            hint="Free space there, or set TMPDIR to a folder on a larger disk.",
+        ) from None
 
 
 def rows_of(encoded: Iterable[TokenizedExample]) -> Rows:
@@ -210,7 +220,7 @@ class Tally:
         self.special_text = self.special_text or special_text
 
     def add(self, other: "Tally") -> None:
-        """Count what `other` has counted behind it."""
+        """Add the counts of `other`, which come after these."""
         for name in ("seen", "tokens", "truncated", "special", "masked", "dropped"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
@@ -219,11 +229,11 @@ class Tally:
 
 
 class _Part(NamedTuple):
-    """What a process makes of a chunk of examples; `error` is what it found wrong with one of them."""
+    """What a process makes of a chunk of examples."""
 
     rows: Rows
     tally: Tally
-    error: DataError | None
+    refused: tuple[int, str, str] | None  # number of a row that cannot be used, what is wrong with it, and a hint
 
 
 def encode_all(
@@ -251,7 +261,7 @@ def encode_all(
         DataError: if none is left, if more than a fifth is dropped without `--allow-drop`, if one is too long under
             `--on-long error`, or the chat template fails on one. Exit 4 if the temporary folder is full.
     """
-    samples, tally, from_where = _encoded(examples, functools.partial(_encode_part, source, template, config), entry, advance)
+    samples, tally, from_where = _encoded(examples, functools.partial(_encode_part, template, config), source, entry, advance)
     limit = f"--max-length {config.max_length}"
     cut = "" if config.on_long == "truncate" else "use --on-long truncate, "
     if not samples:
@@ -282,12 +292,14 @@ def encode_all(
 def _encoded(
     examples: Iterable[Example],
     encode_part: Callable[[list[Example]], _Part],
+    source: str | Path | Source,
     entry: Path | None,
     advance: Callable[[int], object],
 ) -> tuple[TokenizedDataset, Tally, str]:
     """The samples, what was counted, and a note if the cache has a part in it."""
     if entry is not None and (found := TokenizedDataset.load(entry)):
-        token_cache.touch(entry)
+        with contextlib.suppress(OSError):  # a cache of another user, or an entry that was just removed
+            token_cache.touch(entry)
         return *found, f"; tokenized before, from {entry}"
     tally = Tally()
     reading = iter(examples)
@@ -297,15 +309,16 @@ def _encoded(
 
     def parts() -> Iterator[Rows]:
         for part in map_in_order(encode_part, chunks, num_cores() if len(first) == MANY else 1):
-            if part.error:
-                raise part.error
+            if part.refused:
+                line, text, hint = part.refused
+                raise DataError(f"{place_of(source, line)}: {text}", hint=hint)
             tally.add(part.tally)
             advance(part.tally.seen)
             yield part.rows
 
     samples = TokenizedDataset.of_rows(parts())
     note = ""
-    if entry is not None:
+    if entry is not None and samples:
         try:
             samples.save(entry, tally)
         except OSError as error:
@@ -313,30 +326,33 @@ def _encoded(
     return samples, tally, note
 
 
-def _encode_part(source: str | Path | Source, template: PromptTemplate, config: TrainConfig, examples: list[Example]) -> _Part:
+class _Refused(Exception):
+    """Number of a row, what is wrong with it, and a hint. Only the parent knows which file the row is of."""
+
+
+def _encode_part(template: PromptTemplate, config: TrainConfig, examples: list[Example]) -> _Part:
     tally = Tally()
     kept: list[TokenizedExample] = []
-    error = None
+    refused = None
     try:
-        kept.extend(_fitting(examples, source, template, config, tally))
-    except DataError as found:
-        error = found
-    return _Part(rows_of(kept), tally, error)
+        kept.extend(_fitting(examples, template, config, tally))
+    except _Refused as error:
+        refused = error.args
+    return _Part(rows_of(kept), tally, refused)
 
 
 def _fitting(
-    examples: Iterable[Example], source: str | Path | Source, template: PromptTemplate, config: TrainConfig, tally: Tally
+    examples: Iterable[Example], template: PromptTemplate, config: TrainConfig, tally: Tally
 ) -> Iterator[TokenizedExample]:
     for example in examples:
         tally.seen += 1
         try:
             encoded = encode(example, template, config.loss_on)
         except CannotRender as error:
-            raise DataError(f"{place_of(source, example.line)}: {error}.", hint=error.hint) from None
+            raise _Refused(example.line, f"{error}.", error.hint) from None
         length = len(encoded.input_ids)
         if length > config.max_length and config.on_long == "error":
-            place = place_of(source, example.line)
-            raise DataError(f"{place}: {length} tokens, more than --max-length {config.max_length}.")
+            raise _Refused(example.line, f"{length} tokens, more than --max-length {config.max_length}.", "")
         kept = truncate_or_drop(encoded, config)
         if kept is None:
             tally.drop(example.line)
@@ -401,7 +417,7 @@ def encode_files(
     """
     sets = []
     for (source, split, name), found in zip(sources_of(config), columns, strict=True):
-        examples = read_examples(source, split, column_options(config))
+        examples = _unchanged(read_examples(source, split, column_options(config)), source, found.sha256)
         is_small = found.rows < MANY
         entry = None if is_small else token_cache.entry(found.sha256, template, config)
         with Progress(console=console, transient=True, disable=is_small or not console.is_terminal) as progress:
@@ -415,6 +431,16 @@ def encode_files(
         eval_set.counts["shared"] = shared
         terminal.say(console, f"Warning: {shared} of {len(eval_set)} eval examples also occur in the training data.")
     return samples, eval_set
+
+
+def _unchanged(examples: Iterable[Example], source: Source, sha256: str) -> Iterator[Example]:
+    """The examples, which must be those that were checked: the cache knows them by that digest."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(example).encode())
+        yield example
+    if digest.hexdigest() != sha256:
+        raise DataError(f"{source} changed while it was read.", hint="Run it again.")
 
 
 def sources_of(config: TrainConfig) -> list[tuple[Source, str, str]]:

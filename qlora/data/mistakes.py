@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from qlora.data.formats import Example
 from qlora.data.messages import TEXT, Message
@@ -55,7 +56,7 @@ def in_examples(examples: Iterable[Example], template: PromptTemplate) -> list[F
         if example.response and not ENDS_A_TEXT.search(example.response):
             open_ended.append(example.line)
         answer = _digest(example.messages[-1:])
-        _, first = answers.setdefault(_digest(example.prompt), (example.line, answer))
+        _, first = answers.setdefault(_digest(example.prompt, example.tools), (example.line, answer))
         if first != answer:
             conflicting.append(example.line)
     if len(open_ended) > (1 - MOSTLY) * total:  # answers of this source are no sentences
@@ -111,8 +112,9 @@ def shared_text(train: Iterable[Example], eval_examples: Sequence[Example]) -> l
     lines = [
         example.line for example, own in zip(eval_examples, grams, strict=True) if own and len(own & seen) >= MOSTLY * len(own)
     ]
-    what = f"at least {MOSTLY:.0%} of the answer's runs of {GRAM} words are in training answers"
-    return [Finding(what, len(lines), lines[:KEPT], "The eval loss is too good. Keep them out of one side.")] if lines else []
+    what = f"at least {MOSTLY:.0%} of the answer's {GRAM}-word sequences are in training answers"
+    advice = "They make the eval loss look too good. Remove them from the training or the eval data."
+    return [Finding(what, len(lines), lines[:KEPT], advice)] if lines else []
 
 
 def _grams(example: Example) -> Iterator[int]:
@@ -124,6 +126,6 @@ def _grams(example: Example) -> Iterator[int]:
                 yield hash(tuple(itertools.islice(words, start, start + GRAM)))
 
 
-def _digest(messages: Iterable[Message]) -> bytes:
-    text = repr([(message.role, message.content, dict(message.keys)) for message in messages])
+def _digest(messages: Iterable[Message], tools: Sequence[dict[str, Any]] = ()) -> bytes:
+    text = repr(([(message.role, message.content, dict(message.keys)) for message in messages], [*tools]))
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

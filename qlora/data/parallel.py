@@ -72,12 +72,20 @@ class _Pool:
     def send(self, number: int, chunk: object) -> None:
         """Give a chunk to a process that is idle, to a new one, or to the next that becomes idle."""
         if not self._idle and len(self._workers) < self._num_processes:
-            worker, process = _start(self._function)
+            try:
+                worker, process = _start(self._function)
+            except OSError as error:
+                text = f"No process could be started to tokenize the data: {error.strerror}."
+                raise EnvironmentProblem(text, hint="Use fewer cores: taskset --cpu-list 0 COMMAND.") from None
             self._workers[worker] = process
             self._idle.append(worker)
         while not self._idle:
             self._collect()
-        self._idle.pop().send((number, chunk))
+        worker = self._idle.pop()
+        try:
+            worker.send((number, chunk))
+        except OSError:
+            raise _died(self._workers[worker]) from None
 
     def take(self, number: int) -> Any:
         """The result of a chunk that was sent."""
@@ -88,7 +96,10 @@ class _Pool:
     def _collect(self) -> None:
         for ready in multiprocessing.connection.wait([worker for worker in self._workers if worker not in self._idle]):
             assert isinstance(ready, Connection)
-            number, result = _receive(ready)
+            try:
+                number, result = ready.recv()
+            except (EOFError, OSError):
+                raise _died(self._workers[ready]) from None
             self.done[number] = result
             self._idle.append(ready)
 
@@ -106,7 +117,7 @@ def _start(function: Callable[[Any], Any]) -> tuple[Connection, BaseProcess]:
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(function, theirs, ours), daemon=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads, which tokenizing has none of
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; those of here hold no lock
         process.start()
     theirs.close()
     return ours, process
@@ -121,17 +132,16 @@ def _serve(function: Callable[[Any], Any], chunks: Connection, of_the_parent: Co
     while True:
         try:
             number, chunk = chunks.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             chunks.send((number, function(chunk)))
 
 
-def _receive(worker: Connection) -> tuple[int, Any]:
-    try:
-        return worker.recv()  # type: ignore[no-any-return]
-    except (EOFError, OSError):
-        raise EnvironmentProblem(
-            "A process that tokenizes the data ended before it was done.",
-            hint="Perhaps the machine's memory ran out. Run it again with fewer cores: taskset --cpu-list 0-3 COMMAND.",
-        ) from None
+def _died(process: BaseProcess) -> EnvironmentProblem:
+    process.join(1.0)
+    code = process.exitcode
+    if code == -signal.SIGKILL:
+        hint = "The machine may have run out of memory. Use fewer cores: taskset --cpu-list 0-3 COMMAND."
+        return EnvironmentProblem("A tokenizing process was killed.", hint=hint)
+    return EnvironmentProblem(f"A tokenizing process exited early, with code {code}.", hint="Its error is printed above.")

@@ -200,7 +200,7 @@ def _encode_text(example: Example, template: PromptTemplate) -> TokenizedExample
 
 def _text_ids(text: str, template: PromptTemplate) -> list[int]:
     """Ids of a text as it stands. Special tokens are real: such a text often is a conversation that was rendered before."""
-    ids: list[int] = template.tokenizer(text, add_special_tokens=False).input_ids
+    ids: list[int] = template.tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids
     begin = [*template.text_begin_ids]
     return ids if ids[: len(begin)] == begin else begin + ids
 
@@ -510,5 +510,5 @@ def _render(
             )
         )
     # Raised by templates themselves, against system messages for one; and by Python where they join what is no text.
-    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
         raise CannotRender(f"the chat template refuses the conversation: {error}") from None

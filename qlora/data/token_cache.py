@@ -4,10 +4,12 @@ An entry is a folder with the samples' numbers and an index. Nothing in it is ex
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from qlora.data.template import PromptTemplate
 
 MAX_ENTRIES = 10  # the ones that were used last
+ABANDONED_S = 24 * 3600  # age of what a process that died was writing
 
 
 def entry(examples_sha256: str, template: "PromptTemplate", config: TrainConfig) -> Path | None:
@@ -35,12 +38,14 @@ def entry(examples_sha256: str, template: "PromptTemplate", config: TrainConfig)
         return None
     chat_template = repr(tokenizer.chat_template)
     settings = template._replace(tokenizer=None, special=template.special.pattern)  # type: ignore[arg-type]
-    if "strftime_now" not in chat_template:
+    if template.name == "plain" or "strftime_now" not in chat_template:
         settings = settings._replace(date="")
+    kind = f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__} {getattr(tokenizer, 'split_special_tokens', None)}"
+    versions = [importlib.metadata.version(package) for package in ("tokenizers", "transformers", "jinja2")]
     here = Path(__file__).parent
     code = [(here / f"{name}.py").read_text() for name in ("messages", "template", "dataset")]  # users may edit them
-    parts = [examples_sha256, backend.to_str(), chat_template, repr(tokenizer.special_tokens_map), repr(settings),
-             repr((config.max_length, config.on_long, config.loss_on)), *code]  # fmt: skip
+    parts = [examples_sha256, backend.to_str(), chat_template, repr(tokenizer.special_tokens_map), repr(settings), kind,
+             *versions, repr((config.max_length, config.on_long, config.loss_on)), *code]  # fmt: skip
     return cache_folder() / "tokenized" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -55,7 +60,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: if it is not there or damaged.
     """
-    index: dict[str, Any] = json.loads((folder / "index.json").read_bytes())
+    sha256, _, text = (folder / "index.json").read_text().partition("\n")
+    if sha256 != hashlib.sha256(text.encode()).hexdigest():
+        raise ValueError("the index is not what was written")
+    index: dict[str, Any] = json.loads(text)
     return index
 
 
@@ -75,9 +83,13 @@ def write(folder: Path, numbers: memoryview, index: Mapping[str, Any]) -> None:
         whole = Path(aside) / "entry"
         whole.mkdir()
         numbers_of(whole).write_bytes(numbers)
-        (whole / "index.json").write_text(json.dumps(index))
+        text = json.dumps(index)
+        (whole / "index.json").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         shutil.rmtree(folder, ignore_errors=True)  # one that was damaged
         whole.rename(folder)
+    for path in folder.parent.glob(".*"):
+        if path.stat().st_mtime < time.time() - ABANDONED_S:
+            shutil.rmtree(path, ignore_errors=True)
     by_age = sorted((path for path in folder.parent.iterdir() if path.name[0] != "."), key=lambda path: path.stat().st_mtime)
     for path in by_age[:-MAX_ENTRIES]:
         shutil.rmtree(path, ignore_errors=True)

@@ -1,5 +1,6 @@
 """The run folder: one process at a time, the checkpoint it resumes from, and whether it may."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -26,6 +27,7 @@ from qlora.eval.loss import EvalResult
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, whole_rows, write_file, write_folder
 from qlora.run.schema import Environment, Finished, Resume, RunInfo, State, eval_rows, read_json
+from qlora.run.signals import Stopped
 from qlora.terminal import redact
 from qlora.validation import UNREADABLE, reason
 
@@ -91,7 +93,9 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            with contextlib.nullcontext() if kind is None else contextlib.suppress(CheckpointError):  # the first error counts
+            # The first error counts, but a signal is none.
+            is_error = kind is not None and not issubclass(kind, Stopped)
+            with contextlib.suppress(CheckpointError) if is_error else contextlib.nullcontext():
                 self.wait_until_saved()
         finally:
             self._writer.shutdown()
@@ -366,6 +370,8 @@ class RunFolder:
 
     def advice(self) -> str:
         """The message of a run that ends early: what is safe, and the command that resumes it, in the same directory."""
+        if self._saving is not None:
+            concurrent.futures.wait([self._saving])
         if self._finished:
             text = f"The run is complete, and {self.folder / 'adapter'} is final."
             return f"{text} Its report may be missing: python -m qlora report {shlex.quote(str(self.folder))}"

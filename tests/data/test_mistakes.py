@@ -59,6 +59,11 @@ def test_what_looks_like_one_and_is_none(template, prompt, answer):
     assert found([*sound(20), example(77, prompt, answer)], template) == {}
 
 
+def test_the_same_question_with_other_tools_is_another_prompt(template):
+    rows = [example(line, "q", f"Answer {line}.")._replace(tools=({"name": f"t{line}"},)) for line in (1, 2)]
+    assert found(rows, template) == {}
+
+
 def test_answers_that_are_no_sentences_need_no_full_stop(template):
     labels = [example(line, f"question {line}", "positive" if line % 2 else "negative") for line in range(30)]
     assert found(labels, template) == {}

@@ -1,12 +1,14 @@
 """Tokenizing on several cores and from the cache gives what one core gives, in order and in flat memory."""
 
 import dataclasses
+import errno
 import functools
 import io
 import json
 import multiprocessing
 import os
 import re
+import signal
 import time
 
 import pytest
@@ -55,10 +57,39 @@ def test_no_more_is_read_ahead_than_memory_should_hold():
     assert children() == []
 
 
-def test_a_process_that_is_killed_is_an_error_and_the_others_end():
-    with pytest.raises(EnvironmentProblem, match="A process that tokenizes the data ended before it was done"):
-        list(map_in_order(lambda number: os._exit(9) if number == 5 else number, iter(range(100)), 2))
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed. The machine may have run out of memory"),
+        (lambda: os._exit(9), "exited early, with code 9. Its error is printed above"),
+        (lambda: 1 / 0, "exited early, with code 1. Its error is printed above"),
+    ],
+)
+def test_a_process_that_ends_is_an_error_and_the_others_end(end, words):
+    with pytest.raises(EnvironmentProblem, match=words):
+        list(map_in_order(lambda number: end() if number == 5 else number, iter(range(100)), 2))
     assert children() == []
+
+
+def test_a_process_that_is_killed_while_it_waits_is_an_error_too(monkeypatch):
+    pool = parallel._Pool(slow_square, 1)
+    pool.send(0, 1)
+    assert pool.take(0) == 1
+    (process,) = pool._workers.values()
+    process.kill()
+    process.join()
+    with pytest.raises(EnvironmentProblem, match="was killed"):
+        pool.send(1, 1)
+    pool.close()
+
+
+def test_a_process_that_cannot_start_is_told_apart_from_a_full_disk(monkeypatch, template, several):
+    def refuse(function):
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(parallel, "_start", refuse)
+    with pytest.raises(EnvironmentProblem, match=r"No process could be started.*Resource temporarily unavailable"):
+        encode_all([example(line) for line in range(1, 50)], "f", template, TrainConfig())
 
 
 # -- examples --------------------------------------------------------------------------------------------------------
@@ -95,6 +126,16 @@ def test_the_first_row_that_is_wrong_is_named(template, several):
     with pytest.raises(DataError, match=r"f:31: \d+ tokens, more than") as caught:
         encode_all(rows, "f", template, TrainConfig(max_length=80, on_long="error"))
     assert caught.value.exit_code == ExitCode.DATA and children() == []
+
+
+def test_a_row_is_named_with_its_file_though_a_process_found_it(template, tmp_path, monkeypatch, several):
+    for name, lengths in (("a", [1] * 90), ("b", [1] * 40 + [150] + [1] * 40)):
+        rows = [json.dumps({"prompt": "q", "completion": "x" * length}) + "\n" for length in lengths]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    files = tuple(str(tmp_path / f"{name}.jsonl") for name in "ab")
+    config = TrainConfig(train_file=files, max_length=120, on_long="error")
+    with pytest.raises(DataError, match=r"/b\.jsonl:41: \d+ tokens, more than --max-length 120"):
+        encode_files(config, check_files(config), template, Console(file=io.StringIO()))
 
 
 # -- the cache -------------------------------------------------------------------------------------------------------
@@ -146,13 +187,20 @@ def test_what_changes_ids_or_labels_changes_the_entry(source, template, monkeypa
     for changes in ({"stop_id": 7}, {"begin_ids": (9,)}, {"special": re.compile("x")}, {"name": "chat"}):
         assert token_cache.entry("content", template._replace(**changes), settings) != same()
     before = same()
+    template, dated = template._replace(name="chat"), dated._replace(name="chat")
+    same = functools.partial(token_cache.entry, "content", template, settings)
     template.tokenizer.chat_template, kept = "{{ strftime_now('%d') }}", template.tokenizer.chat_template
     try:
         assert len({before, same(), token_cache.entry("content", dated, settings)}) == 3
     finally:
         template.tokenizer.chat_template = kept
+    before = same()
+    with monkeypatch.context() as patch:
+        patch.setattr(template.tokenizer, "split_special_tokens", True)
+        assert same() != before
+    assert same() == before
     read_text = token_cache.Path.read_text
-    monkeypatch.setattr(token_cache.Path, "read_text", lambda path: read_text(path) + "# edited")
+    monkeypatch.setattr(token_cache.Path, "read_text", lambda path, **more: read_text(path, **more) + "# edited")
     assert same() != before
 
 
@@ -171,6 +219,54 @@ def test_a_damaged_entry_is_made_again(source, template, damage):
     again, notes = tokenize(source, template)
     assert list(again) == list(first) and "tokenized before" not in notes
     assert "tokenized before" in tokenize(source, template)[1]
+
+
+@pytest.mark.parametrize("key", ["lines", "tally", "lengths"])
+def test_a_damaged_index_is_made_again(source, template, key):
+    first, _ = tokenize(source, template)
+    (entry,) = entries(source)
+    text = (entry / "index.json").read_text()
+    sha256, _, index = text.partition("\n")
+    changed = json.loads(index) | {key: []}
+    (entry / "index.json").write_text(f"{sha256}\n{json.dumps(changed)}")
+    again, notes = tokenize(source, template)
+    assert list(again) == list(first) and "tokenized before" not in notes
+
+
+def test_data_that_change_between_check_and_tokenizing_are_refused_and_not_kept(source, template):
+    config = TrainConfig(train_file=str(source))
+    checked = check_files(config)
+    source.write_text(source.read_text().replace("q 7", "other"))
+    with pytest.raises(DataError, match=r"train\.jsonl changed while it was read"):
+        encode_files(config, checked, template, Console(file=io.StringIO()))
+    assert not (source.parent / "cache").exists()
+
+
+def test_data_of_which_nothing_fits_are_refused_each_time(source, template):
+    for _ in range(2):
+        with pytest.raises(DataError, match="none of 50 examples fits --max-length 3"):
+            tokenize(source, template, max_length=3)
+
+
+def test_a_cache_of_another_user_is_read(source, template, monkeypatch):
+    first, _ = tokenize(source, template)
+
+    def refuse(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(token_cache, "touch", refuse)
+    again, notes = tokenize(source, template)
+    assert list(again) == list(first) and "tokenized before" in notes
+
+
+def test_what_a_process_that_died_was_writing_goes_after_a_day(source, template):
+    tokenize(source, template)
+    folder = entries(source)[0].parent
+    for name, age in ((".old", 90_000), (".new", 0)):
+        (folder / name).mkdir()
+        os.utime(folder / name, (time.time() - age,) * 2)
+    tokenize(source, template, max_length=300)
+    assert not (folder / ".old").exists() and (folder / ".new").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_a_note(source, template):

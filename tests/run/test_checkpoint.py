@@ -33,6 +33,7 @@ from qlora.run import checkpoint, files
 from qlora.run.files import MANIFEST, _write, remove_leftovers, verify, write_file, write_folder
 from qlora.run.folder import RunFolder
 from qlora.run.schema import State
+from qlora.run.signals import Stopped
 from tests.helpers import RUN_INFO, adapted_model, save_checkpoint, wake_adapters
 from train_loop import train_step
 
@@ -186,11 +187,19 @@ def test_whatever_ends_a_run_waits_for_the_checkpoint(trained, tmp_path, monkeyp
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
 
 
+def test_advice_waits_for_the_checkpoint(opened, monkeypatch):
+    folder, save = opened
+    disk = Slow(monkeypatch)
+    threading.Timer(0.2, disk.may_end.set).start()
+    save(1)
+    assert "All up to step 1 is safe" in folder.advice()
+
+
 def test_an_error_of_the_run_is_not_hidden_by_one_of_its_checkpoint(trained, tmp_path, monkeypatch):
     disk = Slow(monkeypatch)
     disk.error = CheckpointError("the disk is full")
     disk.may_end.set()
-    for raised, seen in ((ValueError, ValueError), (None, CheckpointError)):
+    for raised, seen in ((ValueError, ValueError), (None, CheckpointError), (Stopped, CheckpointError)):
         with pytest.raises(seen), RunFolder(tmp_path / "run", "auto") as folder:
             folder.info = RUN_INFO
             folder.save(*trained, checkpoint.TrainState(step=1), 2, {})
