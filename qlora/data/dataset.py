@@ -62,16 +62,13 @@ class TokenizedDataset(Sequence[TokenizedExample]):
 
     def _fill(self, parts: Iterable[Rows]) -> None:
         self._begin()
-        with _room_needed():
-            file = tempfile.TemporaryFile()  # noqa: SIM115  closed below
-        with file:
+        # What goes wrong with the examples themselves is no OSError.
+        with _room_needed(), tempfile.TemporaryFile() as file:
             for part in parts:
-                with _room_needed():
-                    file.write(part.numbers)
+                file.write(part.numbers)
                 self._add(part)
-            with _room_needed():
-                file.flush()
-                self._map(file, self._ends)
+            file.flush()
+            self._map(file, self._ends)
 
     def _begin(self) -> None:
         self._ends = array("q")  # of each sample, counted in ids from the first sample on
@@ -327,7 +324,11 @@ def _encoded(
 
 
 class _Refused(Exception):
-    """Number of a row, what is wrong with it, and a hint. Only the parent knows which file the row is of."""
+    """A row that cannot be used. Only the parent knows which file it is of."""
+
+    def __init__(self, number: int, text: str, hint: str = ""):
+        """Keep the three apart; see _Part.refused."""
+        super().__init__(number, text, hint)
 
 
 def _encode_part(template: PromptTemplate, config: TrainConfig, examples: list[Example]) -> _Part:
@@ -352,7 +353,7 @@ def _fitting(
             raise _Refused(example.line, f"{error}.", error.hint) from None
         length = len(encoded.input_ids)
         if length > config.max_length and config.on_long == "error":
-            raise _Refused(example.line, f"{length} tokens, more than --max-length {config.max_length}.", "")
+            raise _Refused(example.line, f"{length} tokens, more than --max-length {config.max_length}.")
         kept = truncate_or_drop(encoded, config)
         if kept is None:
             tally.drop(example.line)
