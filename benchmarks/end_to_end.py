@@ -93,9 +93,8 @@ def trl_script(contender: str, job: str, folder: str) -> None:
     import torch
     import transformers
     import trl
-    from transformers.utils import is_flash_attn_2_available
 
-    from benchmarks.peers.contenders import LORA, TRL
+    from benchmarks.peers.contenders import LORA, trl_options
     from qlora.model.load import quantization_of
     from qlora.run.timing import PhaseClock
 
@@ -113,15 +112,11 @@ def trl_script(contender: str, job: str, folder: str) -> None:
 
     files = {name: f"{folder}/{job}/{name}.jsonl" for name in ("train", "eval")}
     data = datasets.load_dataset("json", data_files=files, cache_dir=f"{folder}/datasets")
-    chosen = dict(TRL[contender])
-    if chosen.pop("tuned", False):
-        attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
-        chosen["model_init_kwargs"] = {"dtype": "bfloat16", "attn_implementation": attention}
     arguments = trl.SFTConfig(
         output_dir=f"{folder}/{job}-{contender}", num_train_epochs=EPOCHS[job], eval_strategy="epoch", save_strategy="epoch",
         per_device_train_batch_size=2, per_device_eval_batch_size=2, gradient_accumulation_steps=4, max_length=2048,
         learning_rate=2e-4, lr_scheduler_type="cosine", optim="adamw_torch_fused", logging_steps=5, report_to="tensorboard",
-        disable_tqdm=True, save_total_limit=3, use_cpu=not torch.cuda.is_available(), **chosen,
+        disable_tqdm=True, save_total_limit=3, use_cpu=not torch.cuda.is_available(), **trl_options(contender),
     )  # fmt: skip
     trainer = trl.SFTTrainer(
         model=f"{folder}/model", args=arguments, train_dataset=data["train"], eval_dataset=data["eval"],

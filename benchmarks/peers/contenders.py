@@ -113,21 +113,27 @@ def train_with(trainer: Any, work: Work, clock: Clock) -> Any:
     return trainer.model
 
 
-def trl(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
-    """SFTTrainer as its documentation has it: the model's path, the quantization, the adapters."""
-    import peft
-    import trl as library
+def trl_options(contender: str) -> dict[str, Any]:
+    """What a user of TRL sets for a contender beside QLoRA and the shape, as arguments of SFTConfig."""
     from transformers.utils import is_flash_attn_2_available
-
-    from qlora.model.load import quantization_of
 
     chosen = dict(TRL[contender])
     if chosen.pop("tuned", False):  # its default loads fp32, so that what is not quantized is computed in fp32
         attention = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
         chosen["model_init_kwargs"] = {"dtype": "bfloat16", "attn_implementation": attention}
+    return chosen
+
+
+def trl(contender: str, work: Work, folder: Path, dropout: float, clock: Clock) -> Any:
+    """SFTTrainer as its documentation has it: the model's path, the quantization, the adapters."""
+    import peft
+    import trl as library
+
+    from qlora.model.load import quantization_of
+
     trainer = library.SFTTrainer(
         model=str(folder / "fused"),
-        args=library.SFTConfig(**trainer_arguments(work, clock.on_gpu, **chosen)),
+        args=library.SFTConfig(**trainer_arguments(work, clock.on_gpu, **trl_options(contender))),
         train_dataset=dataset(work),
         quantization_config=quantization_of("nf4"),  # doubly quantized, computed in bf16
         peft_config=peft.LoraConfig(lora_dropout=dropout, **LORA),

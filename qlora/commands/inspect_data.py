@@ -166,7 +166,7 @@ def duplicates(examples: Iterable[Example]) -> Repeats:
 
 
 def leaks(train: Iterable[Example], eval_examples: Sequence[Example], prompts_only: bool) -> Repeats:
-    """Eval examples that stand in the training data.
+    """Eval examples that also occur in the training data.
 
     Args:
         train: read once; nothing of it is kept.
@@ -276,7 +276,7 @@ def histogram_text(contents: Contents, max_length: int) -> Text:
 
 
 def repeats_line(what: str, found: list[tuple[int, int]], total: int, own: Source, others: Source) -> str:
-    """How many repeat, and the first few lines; `others` is where the second of each pair stands."""
+    """How many repeat, and the first few lines; `others` is the source of the second line of each pair."""
     pairs = ", ".join(f"{own.line(line)} = {others.line(other)}" for line, other in found[:SHOWN]) + (
         ", ..." if len(found) > SHOWN else ""
     )
@@ -330,8 +330,11 @@ def run(options: InspectDataOptions) -> int:
         if everything is not None and everything.source is not None:  # which encode_files has set
             sources[name] = everything.source
             contents[name], kept[name] = describe(str(everything.source), everything, config)
-    inspection = {"config": config.plain(), "data": contents, "padding": {}, "repeats": _repeats(config)}
-    inspection["mistakes"] = _mistakes(config, template, dict(zip(("train", "eval"), encoded, strict=True)), kept)
+    inspection = {"config": config.plain(), "data": contents, "padding": {}}
+    eval_examples = [*read_examples(config.eval_file, "test", column_options(config))] if config.eval_file else None
+    by_name = dict(zip(("train", "eval"), encoded, strict=True))
+    inspection["repeats"] = _repeats(config, eval_examples)
+    inspection["mistakes"] = _mistakes(config, template, by_name, kept, eval_examples)
     found_columns = dict(zip(contents, columns, strict=True))
     inspection["columns"] = {name: found._asdict() for name, found in found_columns.items()}
     for name, packing in (("single samples", False), ("packed", True)):
@@ -351,17 +354,16 @@ def run(options: InspectDataOptions) -> int:
     return 0
 
 
-def _repeats(config: TrainConfig) -> dict[str, Repeats]:
+def _repeats(config: TrainConfig, eval_examples: list[Example] | None) -> dict[str, Repeats]:
     """Duplicates in each source and, if there is eval data, its leaks."""
-    train, eval_file = config.train_file, config.eval_file
+    train = config.train_file
     assert train is not None  # as resolved
     options = column_options(config)
     found = {"duplicates in train": duplicates(read_examples(train, "train", options))}
-    if eval_file is not None:
-        examples = list(read_examples(eval_file, "test", options))
-        found["duplicates in eval"] = duplicates(examples)
+    if eval_examples is not None:
+        found["duplicates in eval"] = duplicates(eval_examples)
         for what, prompts_only in (("prompt and response", False), ("prompt", True)):
-            found[f"eval {what} in train"] = leaks(read_examples(train, "train", options), examples, prompts_only)
+            found[f"eval {what} in train"] = leaks(read_examples(train, "train", options), eval_examples, prompts_only)
     return found
 
 
@@ -370,14 +372,14 @@ def _mistakes(
     template: PromptTemplate,
     encoded: dict[str, TokenizedDataset | None],
     kept: dict[str, TokenizedDataset],
+    eval_examples: list[Example] | None,
 ) -> dict[str, list[mistakes.Finding]]:
     """What is probably not meant, in each source."""
-    train, eval_file = config.train_file, config.eval_file
+    train = config.train_file
     assert train is not None  # as resolved
     read = functools.partial(read_examples, options=column_options(config))
     found = {"train": mistakes.in_examples(read(train, "train"), template)}
-    if eval_file is not None:
-        eval_examples = list(read(eval_file, "test"))
+    if eval_examples is not None:
         found["eval"] = mistakes.in_examples(eval_examples, template) + mistakes.shared_text(
             read(train, "train"), eval_examples
         )
