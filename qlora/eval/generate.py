@@ -1,5 +1,6 @@
 """Answers to prompts, and greedy completions of base and adapter side by side."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from qlora.data.formats import Example
 from qlora.data.template import PromptTemplate, encode_prompt
 from qlora.errors import UserError, is_out_of_memory
 from qlora.speed.decode import TokenGraph, adapters_by_row, decode, decode_unavailable_reason
+from qlora.speed.lora_linear import answering
 
 # What may go wrong with sample answers: libraries, the disk, the data.
 FAILURES = (RuntimeError, MemoryError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, AssertionError,
@@ -115,22 +117,24 @@ def _answer(
     if getattr(model.config, "output_router_logits", False):
         more["output_router_logits"] = False
     rows = max(map(len, batches))
-    if decode_unavailable_reason(model) is None:
-        longest = max(len(prompt) for prompts in batches for prompt in prompts)
-        graph = TokenGraph(model, rows, longest + settings.max_new_tokens)
-        more["custom_generate"] = functools.partial(decode, graph=graph, show=streamer)
+    recorded = decode_unavailable_reason(model) is None
     answers = []
-    for prompts in batches:
-        full = prompts + prompts[-1:] * (rows - len(prompts)) if "custom_generate" in more else prompts
-        longest = max(map(len, prompts))
-        padded = [[template.stop_id] * (longest - len(ids)) + ids for ids in full]
-        seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in full]
-        input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
-        output = model.generate(  # [B, T + new]
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **more
-        )
-        new = output[: len(prompts), longest:]  # [B, new]
-        answers.append(template.tokenizer.batch_decode(new, skip_special_tokens=True))
+    with answering(model) if recorded else contextlib.nullcontext():
+        if recorded:
+            longest = max(len(prompt) for prompts in batches for prompt in prompts)
+            graph = TokenGraph(model, rows, longest + settings.max_new_tokens)
+            more["custom_generate"] = functools.partial(decode, graph=graph, show=streamer)
+        for prompts in batches:
+            full = prompts + prompts[-1:] * (rows - len(prompts)) if recorded else prompts
+            longest = max(map(len, prompts))
+            padded = [[template.stop_id] * (longest - len(ids)) + ids for ids in full]
+            seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in full]
+            input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
+            output = model.generate(  # [B, T + new]
+                input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **more
+            )
+            new = output[: len(prompts), longest:]  # [B, new]
+            answers.append(template.tokenizer.batch_decode(new, skip_special_tokens=True))
     model.train(training)
     return answers
 

@@ -58,7 +58,7 @@ class AcceleratedDecoder:
         self.decoder = decoder
         self.config = decoder.config
         self.adapted = adapted
-        self.seeded = config.compile != "none" and config.lora_dropout > 0
+        self.seeded = bool(adapted) and config.compile != "none" and config.lora_dropout > 0
         self.layers = training_layers(decoder, config, backend)
         self.graphs = Graphs(self._run, decoder) if config.compile == "graphs" else None
 
@@ -70,13 +70,15 @@ class AcceleratedDecoder:
         """
         if not self.decoder.training:
             return self.decoder(**inputs)
+        if self.seeded:  # drawn here, as a graph must find them among its inputs
+            inputs["dropout_seeds"] = lora_linear.dropout_seeds(self.adapted)  # [adapted layers]
         if self.graphs is not None and torch.is_grad_enabled():
             return self.graphs(**inputs)
         return self._run(**inputs)
 
-    def _run(self, **inputs: Any) -> Any:
+    def _run(self, dropout_seeds: torch.Tensor | None = None, **inputs: Any) -> Any:
         if self.adapted:
-            lora_linear.copy_adapters(self.adapted, self.seeded)
+            lora_linear.copy_adapters(self.adapted, dropout_seeds)
         with self._training_layers():
             output = type(self.decoder).forward(self.decoder, **inputs)
         if not torch.is_grad_enabled():

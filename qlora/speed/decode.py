@@ -1,7 +1,7 @@
 """Answers on a GPU: the forward of one token per row, recorded once as a CUDA graph and replayed for every token.
 
 Launched one by one, the kernels of one token of Phi-3-mini take 55 to 124 ms on an H200, depending on the CPU, for which the
-GPU waits; a replay takes 8 ms. Shapes: B rows, T positions, V vocabulary.
+GPU waits; a replay takes 7 ms. Shapes: B rows, T positions, V vocabulary.
 """
 
 import contextlib
@@ -161,7 +161,9 @@ def adapters_by_row(model: Any, on: torch.Tensor) -> Iterator[None]:
         on: [B] bool.
     """
     keep = on[:, None, None].float()  # [B, 1, 1]
-    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    for layer in layers:
+        layer.rows = keep  # read by LoRALinear, which does not call lora_A
     handles = [
         lora_a.register_forward_pre_hook(lambda _, inputs: (inputs[0] * keep.to(inputs[0].dtype),))
         for layer in layers
@@ -170,5 +172,7 @@ def adapters_by_row(model: Any, on: torch.Tensor) -> Iterator[None]:
     try:
         yield
     finally:
+        for layer in layers:
+            layer.rows = None
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""The decoder's forward and backward, each recorded once for a shape of batch and replayed as one launch: CUDA graphs.
+"""The decoder's forward and backward, recorded when a shape of batch comes again and replayed as one launch: CUDA graphs.
 
 A step of Phi-3-mini is some thousands of kernels. Where batches are small the GPU is through with one before the CPU has
 launched the next, and waits. A recorded graph launches them all at once; it reads and writes the same memory each time, so
@@ -7,7 +7,7 @@ inputs are copied to where it reads, and gradients are added where it found them
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qlora.errors import EnvironmentProblem, is_out_of_memory
 from qlora.model.families import is_uniform
-from qlora.model.random_state import random_state, set_random_state
 from qlora.speed.lora_linear import require_plain_gradients
 
 MAX_GRAPHS = 32  # shapes that are recorded; what comes after runs without a graph
@@ -55,61 +54,91 @@ class _Pool(NamedTuple):
     stream: torch.cuda.Stream
 
 
-class _Recording:
-    """Forward and backward of the decoder for inputs of one shape."""
+class _Live:
+    """Forward and backward of the decoder, launched kernel by kernel: a shape that comes once is not worth a recording."""
 
     def __init__(
-        self, forward: Any, inputs: dict[str, Any], parameters: list[torch.nn.Parameter], pool: _Pool, first: bool
+        self, forward: Any, inputs: dict[str, Any], place: Callable[[], contextlib.AbstractContextManager[None]]
     ) -> None:
-        """Warm up, then capture. The warm-up compiles what is new about this shape, which must not happen during capture.
+        """Run nothing yet.
+
+        Args:
+            forward: forward of the decoder.
+            inputs: its arguments.
+            place: a block on the stream and in the memory where it runs.
+        """
+        self.run, self.place, self.autocast = functools.partial(forward, **inputs), place, _autocast(inputs)
+
+    def run_forward(self) -> torch.Tensor:
+        """-> hidden [B, T, D]."""
+        with self.place(), self.autocast, torch.enable_grad():
+            self.hidden = self.run().last_hidden_state  # [B, T, D]
+        detached: torch.Tensor = self.hidden.detach()  # [B, T, D]
+        return detached
+
+    def run_backward(self, d_hidden: torch.Tensor) -> None:
+        """d_hidden [B, T, D]; adds to the gradients of the parameters."""
+        hidden = self.hidden  # [B, T, D]
+        del self.hidden  # its activations go with backward
+        with self.place():
+            hidden.backward(d_hidden)
+
+
+class _Recording:
+    """Forward and backward of the decoder for inputs of one shape, replayed."""
+
+    def __init__(self, forward: Any, inputs: dict[str, Any], pool: _Pool) -> None:
+        """Capture what has run before for this shape, so that nothing is left to compile. It draws no random numbers.
 
         Args:
             forward: forward of the decoder; it is captured under autocast if autocast is on.
             inputs: its arguments.
-            parameters: trained parameters; their gradients must stay where they are.
             pool: shared by all recordings, since only one runs at a time.
-            first: whether this is the first recording of the decoder. Its warm-up also makes the gradients and the workspace
-                of cuBLAS, outside the pool. Later warm-ups run in the pool, so they need no memory beside it.
         """
         self.inputs = static_copies(inputs)
-        # What autocast has cast must not be remembered: the next replay would not cast it again.
-        device = parameters[0].device.type
-        autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False)
-        run = functools.partial(forward, **self.inputs)
-        before = random_state()
-        pool.stream.wait_stream(torch.cuda.current_stream())
-        # Only the stream that captures may reuse these blocks later, and only this thread allocates from the pool.
-        in_pool = contextlib.nullcontext() if first else torch.cuda.use_mem_pool(pool.memory)
-        with torch.cuda.stream(pool.stream), in_pool, torch.autograd.set_multithreading_enabled(first), autocast:
-            for _ in range(2 if first else 1):  # compile, then run once as captured
-                hidden = run().last_hidden_state  # [B, T, D]
-                hidden.backward(torch.zeros_like(hidden))  # adds zeros to the gradients
-                del hidden
-        torch.cuda.current_stream().wait_stream(pool.stream)
-        if first:
-            torch.cuda.empty_cache()  # the pool needs as much again
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # thread_local: a thread may be writing a checkpoint, and wait for its copies.
         pool_id: Any = pool.memory.id  # Any: a stub of torch's wants its own kind of tuple
-        with autocast, torch.cuda.graph(self.forward, pool_id, pool.stream):
-            hidden = run().last_hidden_state  # [B, T, D]
+        with _autocast(inputs), torch.cuda.graph(self.forward, pool_id, pool.stream, "thread_local"):
+            hidden = forward(**self.inputs).last_hidden_state  # [B, T, D]
         self.d_hidden = torch.empty_like(hidden)  # [B, T, D]
-        with torch.cuda.graph(self.backward, pool_id, pool.stream):
+        with torch.cuda.graph(self.backward, pool_id, pool.stream, "thread_local"):
             hidden.backward(self.d_hidden)
         self.hidden = hidden.detach()  # [B, T, D]
-        set_random_state(before)
         torch.cuda.reset_peak_memory_stats()  # from now on peak_memory_gb counts the graph's memory as a whole
 
+    def copy_in(self, inputs: dict[str, Any]) -> None:
+        """Copy a batch to where the graph reads."""
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                self.inputs[name].copy_(value)
 
-class _Replay(torch.autograd.Function):
-    """anchor [] -> hidden [B, T, D]; the graph itself adds to the gradients of parameters, outside autograd."""
+    def run_forward(self) -> torch.Tensor:
+        """-> hidden [B, T, D], which the next replay overwrites."""
+        self.forward.replay()
+        detached: torch.Tensor = self.hidden.detach()  # [B, T, D]
+        return detached
+
+    def run_backward(self, d_hidden: torch.Tensor) -> None:
+        """d_hidden [B, T, D]; adds to the gradients of the parameters."""
+        self.d_hidden.copy_(d_hidden)
+        self.backward.replay()
+
+
+def _autocast(inputs: dict[str, Any]) -> torch.autocast:
+    """Autocast as it is where the inputs are, but that it remembers no cast: the next replay would not cast again."""
+    device = next(value.device.type for value in inputs.values() if isinstance(value, torch.Tensor))
+    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False)
+
+
+class _Pass(torch.autograd.Function):
+    """anchor [] -> hidden [B, T, D]; what runs adds to the gradients of parameters itself, outside autograd."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, recording: _Recording, graphs: "Graphs") -> torch.Tensor:
+    def forward(ctx: Any, anchor: torch.Tensor, runs: _Live | _Recording, graphs: "Graphs") -> torch.Tensor:
         graphs.passes += 1
-        ctx.recording, ctx.graphs, ctx.number = recording, graphs, graphs.passes
-        recording.forward.replay()
-        hidden: torch.Tensor = recording.hidden.detach()  # [B, T, D]
-        return hidden
+        ctx.runs, ctx.graphs, ctx.number = runs, graphs, graphs.passes
+        return runs.run_forward()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -124,13 +153,13 @@ class _Replay(torch.autograd.Function):
             raise RuntimeError(f"{text} Call backward() before the next forward pass, or pass --compile layers.")
         ctx.number = None
         ctx.graphs.put_gradients_back()  # zero_grad may have been called since the forward pass
-        ctx.recording.d_hidden.copy_(d_hidden)
-        ctx.recording.backward.replay()
+        ctx.runs.run_backward(d_hidden)
+        ctx.graphs.keep_gradients()
         return None, None, None
 
 
 class Graphs:
-    """The decoder in training, replayed where its batch has a shape that was seen before."""
+    """The decoder in training: recorded when a shape of batch comes the second time, and replayed from then on."""
 
     def __init__(self, run: Callable[..., Any], decoder: Any) -> None:
         """Nothing is recorded yet.
@@ -141,27 +170,46 @@ class Graphs:
         """
         self.run = run
         self.parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
-        self.gradients: list[torch.Tensor | None] = []  # where the graphs add
+        self.gradients: list[torch.Tensor | None] = []  # where the graphs add; made by the first backward pass
+        self.seen: set[Any] = set()  # shapes that have run once
         self.recordings: dict[Any, _Recording] = {}
-        self.passes = 0  # replays of a forward pass, all of which write to the pool
+        self.passes = 0  # forward passes, all of which write to the pool
         self.pool = _Pool(torch.cuda.MemPool(), torch.cuda.Stream())
         self.anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)  # []
 
     def __call__(self, **inputs: Any) -> Any:
-        """Like `run`, but the hidden states belong to the graph: they are valid until the next call, and so is backward."""
+        """Like `run`, but the hidden states lie in the pool: they are valid until the next call, and so is backward."""
         key = self._key(inputs)
-        if key not in self.recordings and len(self.recordings) == MAX_GRAPHS:
-            return self.run(**inputs)
         require_plain_gradients(self.parameters)
-        if key not in self.recordings:
+        if key not in self.recordings and key in self.seen and self.gradients and len(self.recordings) < MAX_GRAPHS:
             self.put_gradients_back()  # a recording adds to the gradients that it finds
             self.recordings[key] = self._record(inputs)
-        recording = self.recordings[key]
-        for name, value in inputs.items():
-            if isinstance(value, torch.Tensor):
-                recording.inputs[name].copy_(value)
-        hidden = _Replay.apply(self.anchor, recording, self)  # type: ignore[no-untyped-call]  # [B, T, D]
+        self.seen.add(key)
+        runs = self.recordings.get(key) or _Live(self.run, inputs, self._place())
+        if isinstance(runs, _Recording):
+            runs.copy_in(inputs)
+        hidden = _Pass.apply(self.anchor, runs, self)  # type: ignore[no-untyped-call]  # [B, T, D]
         return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def _place(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Where a pass runs without a recording: on the stream that captures and, but for the first, in the pool.
+
+        Later passes then need no memory beside the pool. The first compiles, and makes the workspace of cuBLAS, which stays.
+        """
+        first = self.passes == 0
+        if self.passes == 1:
+            torch.cuda.empty_cache()  # the pool needs as much again
+
+        @contextlib.contextmanager
+        def place() -> Iterator[None]:
+            # Only the stream that captures may reuse these blocks later, and only this thread allocates from the pool.
+            self.pool.stream.wait_stream(torch.cuda.current_stream())
+            in_pool = contextlib.nullcontext() if first else torch.cuda.use_mem_pool(self.pool.memory)
+            with torch.cuda.stream(self.pool.stream), in_pool:
+                yield
+            torch.cuda.current_stream().wait_stream(self.pool.stream)
+
+        return place
 
     def _key(self, inputs: dict[str, Any]) -> tuple[Any, ...]:
         """What a recording depends on: autocast, shapes, and which arguments are one tensor."""
@@ -171,8 +219,10 @@ class Graphs:
         return (torch.is_autocast_enabled(self.anchor.device.type), *shapes)
 
     def _record(self, inputs: dict[str, Any]) -> _Recording:
+        if not self.recordings:
+            torch.cuda.empty_cache()  # of what ran before; the pool needs as much again
         try:
-            recording = _Recording(self.run, inputs, self.parameters, self.pool, first=not self.recordings)
+            return _Recording(self.run, inputs, self.pool)
         except RuntimeError as error:
             if is_out_of_memory(error) or "captur" not in str(error):
                 raise
@@ -180,8 +230,6 @@ class Graphs:
                 "The decoder could not be recorded as CUDA graphs.",
                 hint=f"Pass --compile layers, which does without. ({' '.join(str(error).split())[:300]})",
             ) from error
-        self.gradients = [parameter.grad for parameter in self.parameters]
-        return recording
 
     def put_gradients_back(self) -> None:
         """Where the graphs add to them, whatever has become of them since: zeros if they were set to None."""
@@ -192,3 +240,8 @@ class Graphs:
                 if parameter.grad is not None:
                     gradient.copy_(parameter.grad)
                 parameter.grad = gradient
+
+    def keep_gradients(self) -> None:
+        """Remember where the first backward pass has made gradients: each later one adds there."""
+        if not self.gradients:
+            self.gradients = [parameter.grad for parameter in self.parameters]

@@ -8,9 +8,10 @@ generation take PEFT's way.
 Shapes: M positions, K inputs, N outputs, r the rank.
 """
 
+import contextlib
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -139,10 +140,14 @@ class LoRALinear(Linear4bit):
     name: str
     copies: tuple[torch.Tensor, torch.Tensor] | None = None  # of A [r, K] and scaling * B [N, r], as copy_adapters made them
     copied_in: object = None  # the pass that they are of
+    answering: tuple[torch.Tensor, torch.Tensor] | None = None  # the same copies while answers are generated
+    rows: torch.Tensor | None = None  # [B, 1, 1]: 1 where an answer has the adapter, else 0; None: everywhere
     seed: torch.Tensor | None = None  # [] int32 of this pass's dropout; None: PEFT's, which draws from torch's generator
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., K] -> [..., N], in autocast's dtype if there is one, else in that of x."""
+        if not self.training and self.answering is not None and not self.disable_adapters:
+            return self._answer(x, *self.answering)
         if not self.training or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
         autocast, device = torch.is_autocast_enabled(x.device.type), x.device.type
@@ -165,6 +170,16 @@ class LoRALinear(Linear4bit):
             bias: Any = self.base_layer.bias  # [N]
             output = output + bias.to(dtype)  # [M, N]
         return output.view(*x.shape[:-1], -1)  # [..., N]
+
+    def _answer(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """[B, T, K] -> [B, T, N]: bitsandbytes' product, which has a kernel for one token, and three launches for A and B."""
+        x = x.to(a.dtype)
+        output: torch.Tensor = self.base_layer(x)  # [B, T, N]
+        reduced = x @ a.T  # [B, T, r]
+        if self.rows is not None:
+            reduced = reduced * self.rows.to(a.dtype)
+        output.flatten(0, -2).addmm_(reduced.flatten(0, -2), b.T)
+        return output
 
     @property
     def adapter(self) -> tuple[Any, Any]:
@@ -236,7 +251,12 @@ class _Copies(torch.autograd.Function):
         return None, None, None, None
 
 
-def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
+def dropout_seeds(layers: list[LoRALinear]) -> torch.Tensor:
+    """A seed for the dropout of each layer in one pass: [layers] int32, from torch's generator."""
+    return torch.randint(2**31 - 1, (len(layers),), dtype=torch.int32, device=layers[0].adapter[0].device)
+
+
+def copy_adapters(layers: list[LoRALinear], seeds: torch.Tensor | None) -> None:
     """Give layers what they need for one forward and its backward: copies of A and B in autocast's dtype, if it is on.
 
     Autograd knows the copies only. Their backward adds to `.grad` of A and B, so gradient hooks on A and B never fire, nor
@@ -244,11 +264,11 @@ def copy_adapters(layers: list[LoRALinear], seeded: bool) -> None:
 
     Args:
         layers: all that are trained.
-        seeded: also a seed each, by which dropout is drawn again where a compiled layer is computed again.
+        seeds: [layers] from dropout_seeds, by which dropout is drawn again where a compiled layer is computed again; None
+            leaves dropout to PEFT.
     """
     device = layers[0].adapter[0].device
-    if seeded:
-        seeds = torch.randint(2**31 - 1, (len(layers),), dtype=torch.int32, device=device)  # [layers]
+    if seeds is not None:
         for layer, seed in zip(layers, seeds.unbind(), strict=True):
             layer.seed = seed
     require_plain_gradients([weight for layer in layers for weight in layer.adapter])
@@ -267,6 +287,28 @@ def drop_copies(layers: list[LoRALinear]) -> None:
     """Forget copies and seeds, so that the next forward pass uses the adapters themselves, and PEFT's dropout."""
     for layer in layers:
         layer.copies = layer.seed = None
+
+
+@contextlib.contextmanager
+def answering(model: Any) -> Iterator[None]:
+    """A block in which adapted NF4 layers in eval mode skip PEFT's casts: eight launches in each layer for every token.
+
+    A and B are computed in the dtype of the model, or of autocast, as in training; PEFT computes them in fp32.
+
+    Args:
+        model: in no_grad; without adapters nothing changes.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)] or install(model)
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    try:
+        for layer in layers:
+            a, b = layer.adapter  # [r, K], [N, r]
+            layer.answering = a.detach().to(dtype), (b.detach() * layer.scaling["default"]).to(dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.answering = None
 
 
 def install(model: Any, cache: torch.dtype | None = None) -> list[LoRALinear]:

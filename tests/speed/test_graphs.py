@@ -20,35 +20,35 @@ from tests.helpers import adapted_model, decoder_of, gradients, prepared, wake_a
 from train_loop import train_step
 
 
-class Rerun:
+class Rerun(graphs._Recording):
     """In the place of a recording: the same memory for inputs, hidden states and gradients, filled by running it again."""
 
-    def __init__(self, forward, inputs, parameters, pool, first):
-        assert first == all(parameter.grad is None for parameter in parameters)
+    def __init__(self, forward, inputs, pool):
         self.inputs = graphs.static_copies(inputs)
-        self.run = forward
-        with torch.enable_grad():
-            hidden = self.run(**self.inputs).last_hidden_state  # [B, T, D]
-            hidden.backward(torch.zeros_like(hidden))
-        self.hidden, self.d_hidden = hidden.detach(), torch.zeros_like(hidden)
-        self.forward, self.backward = SimpleNamespace(replay=self.replay), SimpleNamespace(replay=self.replay_backward)
-        self.gradients = [parameter.grad for parameter in parameters]
-        self.parameters, self.replays = parameters, 0
+        self.run, self.replays, self.hidden, self.gradients = forward, 0, None, None
 
-    def replay(self):
-        with torch.enable_grad():
+    def run_forward(self):
+        with graphs._autocast(self.inputs), torch.enable_grad():
             self.live = self.run(**self.inputs).last_hidden_state
-        self.hidden.copy_(self.live.detach())
+        self.hidden = self.live.detach().clone() if self.hidden is None else self.hidden.copy_(self.live.detach())
         self.replays += 1
+        return self.hidden.detach()
 
-    def replay_backward(self):
-        assert all(p.grad is gradient for p, gradient in zip(self.parameters, self.gradients, strict=True))  # a graph would
-        self.live.backward(self.d_hidden)  # add there, whatever p.grad is
+    def run_backward(self, d_hidden):
+        found = [parameter.grad for parameter in parameters_of(self.run)]
+        self.gradients = self.gradients or found
+        assert all(one is other for one, other in zip(found, self.gradients, strict=True))  # a graph would add there
+        self.live.backward(d_hidden)
+
+
+def parameters_of(run):
+    return [parameter for parameter in run.__self__.decoder.parameters() if parameter.requires_grad]
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
     monkeypatch.setattr(graphs, "_Recording", Rerun)
+    monkeypatch.setattr(graphs.Graphs, "_place", lambda _: contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "MemPool", lambda: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
 
@@ -93,7 +93,8 @@ def test_what_surrounds_a_graph_changes_no_bit(config, samples, stand_in):
     ours = run(model, config, samples)
     assert all(torch.equal(x, y) for one, other in zip(ours, plain, strict=True) for x, y in zip(one, other, strict=True))
     recordings = replayed.recordings
-    assert len(recordings) == 2 and sum(recording.replays for recording in recordings.values()) == 9
+    # Nine micro-batches of two shapes, each of which runs once before it is recorded.
+    assert len(recordings) == 2 and sum(recording.replays for recording in recordings.values()) == 7
 
 
 def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_of_its_own(config, stand_in):
@@ -107,7 +108,7 @@ def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_o
     prepared(plain, config, "none")
     recordings = ours.accelerated.graphs.recordings
     found = []
-    for end in (20, 34, 20):
+    for end in (40, 20, 34, 20):  # the first is not recorded
         cuts = [[ids[:end], ids[end:64]], [ids[64:]]]
         batch = collate_packed([[TokenizedExample(part, part, 1) for part in row] for row in cuts], 64)
         for autocast in (True, False):
@@ -119,12 +120,16 @@ def test_a_replay_reads_all_that_its_batch_brings_and_autocast_has_a_recording_o
                     )  # [2, 64, D] each
             assert torch.equal(hidden, expected)
             found.append(hidden.detach().clone())  # [2, 64, D]
+            hidden.sum().backward()
+            if end == 40:
+                assert len(recordings) == 0
+                continue
             read = list(recordings.values())[not autocast].inputs
             tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
             assert {"input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "attention_mask"} == set(tensors)
             assert all(torch.equal(read[name], value) for name, value in tensors.items())
     assert [recording.replays for recording in recordings.values()] == [3, 3]
-    assert not torch.equal(found[0], found[2]) and torch.equal(found[0], found[4])
+    assert not torch.equal(found[2], found[4]) and torch.equal(found[2], found[6])
 
 
 def test_only_training_is_recorded_and_only_so_many_shapes(config, samples, stand_in, monkeypatch):
@@ -138,21 +143,23 @@ def test_only_training_is_recorded_and_only_so_many_shapes(config, samples, stan
     decoder.decoder.train()
     with torch.no_grad():
         decoder(input_ids=ids, use_cache=False)
+    for shape in (ids, ids[:, :64]):  # each comes once
+        decoder(input_ids=shape, use_cache=False).last_hidden_state.sum().backward()
     assert not recordings
-    decoder(input_ids=ids, use_cache=False)
-    decoder(input_ids=ids[:, :64], use_cache=False)
-    assert len(recordings) == 1
-    decoder(input_ids=ids, use_cache=False)
+    for shape in (ids, ids[:, :64], ids):
+        decoder(input_ids=shape, use_cache=False)
+        assert len(recordings) == 1
     assert next(iter(recordings.values())).replays == 2
 
 
 def test_what_cannot_be_recorded_says_how_to_do_without(config, samples, stand_in, monkeypatch):
-    def refuse(*_, first):
+    def refuse(*_):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     config = dataclasses.replace(config, attn_implementation="sdpa")
     decoder = decoder_of(with_graphs(adapted_model(config), config))
-    monkeypatch.setattr(graphs, "_Recording", refuse)
+    monkeypatch.setattr(graphs._Recording, "__init__", refuse)
+    decoder(input_ids=torch.zeros(2, 128, dtype=torch.int64), use_cache=False).last_hidden_state.sum().backward()
     with pytest.raises(UserError, match=r"could not be recorded as CUDA graphs\. Pass --compile layers") as refused:
         decoder(input_ids=torch.zeros(2, 128, dtype=torch.int64), use_cache=False)
     assert refused.value.exit_code == ExitCode.ENVIRONMENT
@@ -181,7 +188,7 @@ def test_a_gradient_from_outside_the_graphs_is_carried_into_them(config, samples
         loss_sum = functools.partial(token_loss_sum, head=read_head(model))
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         with attention.for_training(model.train(), config):
-            for order in ([0], [1, 0], [1, 2, 3, 0], [0, 1]):  # the first records A
+            for order in ([0, 0], [1, 0], [1, 2, 3, 0], [0, 1]):  # the first records A
                 train_step(decoder_of(model), optimizer, [batches[index] for index in order], loss_sum, 0.0, None)
                 found.append(gradients(model))
     assert len(decoder_of(model).graphs.recordings) == 1
@@ -195,7 +202,7 @@ def test_gradients_that_zero_grad_removed_after_the_forward_pass_are_there_again
     decoder, ids = decoder_of(model), torch.randint(3, 60, (2, 128))  # [B, T]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     found = []
-    for late in (False, False, True):  # the first records
+    for late in (False, False, True):  # the second records
         optimizer.zero_grad()
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, D]
         if late:
@@ -204,35 +211,55 @@ def test_gradients_that_zero_grad_removed_after_the_forward_pass_are_there_again
         found.append(gradients(model))
     assert all(torch.equal(gradient, found[1][name]) and gradient.any() for name, gradient in found[2].items())
     optimizer.zero_grad()
-    decoder(input_ids=ids[:, :64], use_cache=False).last_hidden_state.mean().backward()  # recorded without any
+    for _ in range(2):
+        decoder(input_ids=ids[:, :64], use_cache=False).last_hidden_state.mean().backward()  # recorded without any
     assert all(p.grad is g for p, g in zip(decoder.graphs.parameters, decoder.graphs.gradients, strict=True))
 
 
-def test_each_recording_warms_up_before_its_capture(monkeypatch):
+def test_a_shape_is_captured_when_it_comes_again_and_runs_in_the_pool_before(monkeypatch, config):
     """With stand-ins for CUDA's graphs and streams: what is new about a shape is compiled while nothing is captured."""
-    capturing, passes = [], []
+    inside, passes = [], []
 
     @contextlib.contextmanager
-    def capture(*_):
-        capturing.append(True)
+    def mark(name, *_):
+        inside.append(name)
         yield
-        capturing.pop()
+        inside.pop()
 
     stream = SimpleNamespace(wait_stream=lambda _: None)
-    for name, value in {"graph": capture, "CUDAGraph": object, "current_stream": lambda: stream, "empty_cache": lambda: None,
-                        "stream": lambda _: contextlib.nullcontext(), "use_mem_pool": lambda _: contextlib.nullcontext(),
-                        "reset_peak_memory_stats": lambda: None}.items():  # fmt: skip
+    graph = SimpleNamespace(replay=lambda: passes.append(("replay",)))
+    for name, value in {"graph": functools.partial(mark, "capture"), "CUDAGraph": lambda: graph, "empty_cache": lambda: None,
+                        "stream": functools.partial(mark, "stream"), "use_mem_pool": functools.partial(mark, "pool"),
+                        "current_stream": lambda: stream, "reset_peak_memory_stats": lambda: None, "Stream": lambda: stream,
+                        "MemPool": lambda: SimpleNamespace(id=(0, 1))}.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     weight = torch.nn.Parameter(torch.ones(4))
 
-    def forward(x):
-        passes.append(bool(capturing))
-        return SimpleNamespace(last_hidden_state=x * weight)
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            passes.append(tuple(inside))
+            return x * weight
 
-    pool = graphs._Pool(SimpleNamespace(id=(0, 1)), stream)
-    for first, expected in ((True, [False, False, True]), (False, [False, True])):
-        graphs._Recording(forward, {"x": torch.ones(2, 4)}, [weight], pool, first)
-        assert passes == expected
+        @staticmethod
+        def backward(ctx, d_output):
+            passes.append(tuple(inside))
+            return None, d_output.sum(0)
+
+    def forward(x):
+        return SimpleNamespace(last_hidden_state=Product.apply(x, weight))
+
+    replayed = graphs.Graphs(forward, SimpleNamespace(parameters=lambda: [weight]))
+    expected = [
+        2 * [("stream",)],  # the first pass makes what stays
+        2 * [("stream", "pool")],  # another shape
+        2 * [("capture",)] + 2 * [("replay",)],  # the first shape again
+        2 * [("replay",)],
+        2 * [("capture",)] + 2 * [("replay",)],
+    ]
+    for rows, ran in zip((2, 3, 2, 2, 3), expected, strict=True):
+        replayed(x=torch.ones(rows, 4)).last_hidden_state.sum().backward()
+        assert passes == ran
         passes.clear()
 
 
@@ -244,7 +271,7 @@ def test_recordings_for_another_number_of_packed_samples_compile_nothing(config,
     recordings = decoder_of(prepared(model, config, "none", "graphs")).graphs.recordings
     seen = []
     with attention.for_training(model.train(), config), torch.autocast("cpu", torch.bfloat16):
-        for count, length in ((3, 64), (150, 1), (300, 1), (5, 30)):
+        for count, length in 2 * ((3, 64), (150, 1), (300, 1), (5, 30)):
             sample = TokenizedExample([5 + count % 7] * length, [5] * length, 1)
             batch = collate_packed([[sample] * count], 128)
             inputs = attention.decoder_inputs(batch, model.config)
@@ -270,7 +297,8 @@ def test_a_second_forward_before_the_backward_is_an_error(config, stand_in):
     model, config = decoder_with_graphs(config)
     ids = torch.randint(3, 60, (2, 128), generator=torch.Generator().manual_seed(0))  # [B, T]
     decoder = decoder_of(model)
-    for later in (ids, ids[:, :64]):  # a replay, and a recording of another shape
+    decoder(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+    for later in (ids, ids[:, :64]):  # a replay, and a pass of another shape that is not recorded
         one = decoder(input_ids=ids, use_cache=False).last_hidden_state.sum()
         other = decoder(input_ids=later, use_cache=False).last_hidden_state.sum()
         with pytest.raises(RuntimeError, match=r"A later forward pass .* Call backward\(\) before the next forward pass"):
@@ -299,7 +327,8 @@ def test_released_graphs_are_gone_and_the_decoder_still_runs(config, stand_in):
     model, config = decoder_with_graphs(config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
     decoder, ids = decoder_of(model), torch.full((2, 128), 5)
-    decoder(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+    for _ in range(2):
+        decoder(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
     optimizer.step()
     kept = [weakref.ref(recording) for recording in decoder.graphs.recordings.values()]
     decoder.release(optimizer)
