@@ -27,7 +27,7 @@ from rich.console import Console
 
 from qlora import terminal
 from qlora.config import TrainConfig
-from qlora.data.batch import Batch, batched, count_steps, epoch_rows, iter_batches, training_batches
+from qlora.data.batch import Batch, batched, count_steps, epoch_rows, eval_batches, training_batches
 from qlora.data.dataset import first_examples
 from qlora.eval.generate import try_samples
 from qlora.eval.loss import EvalResult, evaluate_loss, has_stalled
@@ -172,7 +172,7 @@ def train(
             return
         # Everything is saved or on its way to disk, so a signal may end the loop on the spot.
         with stop.immediate():
-            batches = iter_batches(prep.eval_set, range(len(prep.eval_set)), config.per_device_train_batch_size, pin)
+            batches = eval_batches(prep.eval_set, config.per_device_train_batch_size * prep.longest, pin)
             evaluations[step] = evaluate_loss(model, batches, loss_sum)
         tracker.evaluation(step, epoch, evaluations[step])
 

@@ -1,6 +1,7 @@
-"""How fast the demo model answers here: our `generate` beside transformers' own, in NF4 and in 8 bits; and `evaluate`.
+"""How fast a model answers: our `generate` beside transformers' own, in NF4 and in 8 bits; and `evaluate`.
 
     python -m benchmarks.inference --run RUN   # of the demo model; minutes on 2 cores; writes results/inference_cpu_YYYYMM.json
+    python -m benchmarks.inference --precisions nf4      # a CUDA GPU: Phi-3-mini's shape, random weights and adapter
 
 Both sides answer the same prompts greedily with the same number of tokens, in turns, in one process for each precision:
 - ours: qlora.commands.adapter.load_adapted, prepared for inference, and qlora.eval.generate.generate.
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.harness import ROOT, Cell, Output, ResultFile, Row
+from benchmarks.harness import ROOT, Cell, Output, ResultFile, Row, Shape, build, write_random_model
 from benchmarks.tables import load, source, table
 
 Answer = Callable[[list[list[int]], int], object]  # prompts, and new tokens for each
@@ -30,8 +31,10 @@ Answer = Callable[[list[list[int]], int], object]  # prompts, and new tokens for
 class Options:
     """What to time."""
 
-    run: Path
-    """A finished run of the demo model."""
+    run: Path | None = None
+    """A finished run of the demo model, which answers on the CPU. Unset: --shape, on the GPU if there is one."""
+    shape: Shape = "phi3-mini"
+    """Of a model with random weights and a random adapter."""
     output: tyro.conf.OmitArgPrefixes[Output] = Output()
     new_tokens: int = 64
     """Tokens of each answer; it does not end earlier."""
@@ -42,17 +45,39 @@ class Options:
     precisions: tuple[str, ...] = ("nf4", "int8")
     """Of the base."""
     evaluate: bool = True
-    """Whether `python -m qlora evaluate` is timed too, as a process, on the eight eval examples."""
+    """With --run: whether `python -m qlora evaluate` is timed too, as a process, on the eight eval examples."""
 
 
-def time_generation(options: Options, precision: str) -> list[Row]:
+def write_random_adapter(shape: Shape, folder: Path) -> None:
+    """A model in `folder`/model and an adapter of rank 32 in `folder`/adapter, whose update is not zero."""
+    import torch
+    import transformers
+
+    from qlora.config import TrainConfig
+    from qlora.run.checkpoint import adapter_files
+    from qlora.run.files import write_folder
+
+    write_random_model(shape, folder / "model")
+    _, trainee = build(TrainConfig(model=str(folder / "model"), compile="none", gradient_checkpointing="full"))
+    with torch.no_grad():
+        for name, parameter in trainee.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    write_folder(folder / "adapter", dict(adapter_files(trainee.model, tokenizer)))
+
+
+def time_generation(options: Options, scratch: Path, precision: str) -> list[Row]:
     """Seconds and processor seconds of both, for each batch size; the two take turns, so that a busy machine meets both."""
     from qlora.commands.adapter import open_adapter
     from qlora.config import BUNDLED_EVAL
     from qlora.data.formats import read_examples
     from qlora.data.template import encode_prompt
 
-    adapter = open_adapter(options.run, device="cpu")
+    if options.run:
+        adapter = open_adapter(options.run, device="cpu")
+    else:
+        adapter = open_adapter(scratch / "adapter", prompt_format="plain")
     examples = list(read_examples(BUNDLED_EVAL, "test"))[: max(options.batch_sizes)]
     prompts = [encode_prompt(example.prompt, adapter.template) for example in examples]
     both = contenders(adapter, precision)
@@ -94,7 +119,10 @@ def contenders(adapter, precision: str) -> dict[str, Answer]:
     ours = load_adapted(adapter, precision)
     prepare_inference(ours)
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(
-        str(adapter.folder), quantization_config=quantization_of(precision), dtype=torch.bfloat16
+        str(adapter.folder),
+        quantization_config=quantization_of(precision),
+        dtype=torch.bfloat16,
+        device_map={"": adapter.device},
     ).eval()
     template = adapter.template
     endless = template._replace(stop_id=len(template.tokenizer) - 1)  # a token that the model does not write
@@ -102,7 +130,7 @@ def contenders(adapter, precision: str) -> dict[str, Answer]:
 
     def their_answer(prompts: list[list[int]], new_tokens: int) -> object:
         template.tokenizer.padding_side = "left"
-        batch = template.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")  # [B, T]
+        batch = template.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(adapter.device)  # [B, T]
         return theirs.generate(**batch, do_sample=False, max_new_tokens=new_tokens)
 
     return {"ours": lambda prompts, new: generate(ours, prompts, endless, new), "transformers": their_answer}
@@ -127,17 +155,21 @@ def time_evaluation(run: Path, precision: str) -> Row:
 def main(options: Options) -> None:
     """Time all, and write the file."""
     file = ResultFile("inference", options.output)
-    rows = [row for precision in options.precisions for row in Cell(time_generation, options, precision).result(3600.0)]
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.run is None:
+            Cell(write_random_adapter, options.shape, Path(scratch)).result()
+        cells = [Cell(time_generation, options, Path(scratch), precision) for precision in options.precisions]
+        rows = [row for cell in cells for row in cell.result(3600.0)]
     file.record = {"environment": file.environment, "new_tokens": options.new_tokens, "generate": rows}
     file.record["load_average"] = os.getloadavg()  # of the last 1, 5 and 15 minutes: 1 is a machine that does nothing else
-    precisions = options.precisions if options.evaluate else ()
-    file.record["evaluate"] = [time_evaluation(options.run, precision) for precision in precisions]
+    evaluated = options.precisions if options.evaluate and options.run else ()
+    file.record["evaluate"] = [time_evaluation(options.run, precision) for precision in evaluated]
     file.write(file.record)
 
 
-def speeds() -> str:
-    """How fast the demo model answers, and how long `evaluate` takes."""
-    name, record = load("inference_cpu_*.json")
+def speeds(pattern: str) -> str:
+    """How fast a model answers, and how long `evaluate` takes."""
+    name, record = load(pattern)
     rows = []
     for row in record["generate"]:
         ours, theirs = (f"{row['tokens_per_s'][side]:.1f}" for side in ("ours", "transformers"))

@@ -126,10 +126,12 @@ def test_gradients_are_those_of_an_fp32_model_on_the_cpu(config, samples, backen
     trained = dataclasses.replace(config, attn_implementation=backend)
     with attention.for_training(model, trained), torch.autocast("cuda", torch.bfloat16):
         assert (model.config._attn_implementation, model.config.sliding_window) == (f"training_{backend}", window)
-        inputs = attention.decoder_inputs(moved, model.config)
-        hidden = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
-        ours = token_loss_sum(hidden, moved, head) / moved.num_tokens
-        ours.backward()
+        for _ in range(2 if compile == "graphs" else 1):  # the second is recorded
+            model.zero_grad()
+            inputs = attention.decoder_inputs(moved, model.config)
+            hidden = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
+            ours = token_loss_sum(hidden, moved, head) / moved.num_tokens
+            ours.backward()
     found = {name: gradient.cpu() for name, gradient in gradients(model).items()}
     assert ours.item() == pytest.approx(loss, rel=0.01)
     assert relative_error(found, expected) < 0.1
@@ -149,6 +151,7 @@ def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, 
     with attention.for_training(model, trained), warnings.catch_warnings(record=True) as waits:
         step = functools.partial(train_step, decoder_of(model), optimizer, micro_batches, loss_sum, 1e-3, 1.0)
         step()
+        step()  # the second records
         warnings.simplefilter("always")
         waits.clear()
         torch.cuda.set_sync_debug_mode("warn")
@@ -168,14 +171,13 @@ def test_a_step_waits_for_the_device_nowhere(config, samples, backend, packing, 
 )  # fmt: skip
 def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend, packing, dropout):
     """Steps of several shapes, one of them new in the middle of a step, a last batch filled up, and gradients that were set
-    to None, zeroed or replaced in between. Flash's backward adds in no fixed order, so that only losses are near. Dropout
-    draws other seeds in layers, as recording draws none: it is compared with another run of graphs."""
+    to None, zeroed or replaced in between. Flash's backward adds in no fixed order, so that only losses are near."""
     config = dataclasses.replace(config, attn_implementation=backend, packing=packing, lora_dropout=dropout)
     rows = [[[0, 2], [1]], [[3, 4, 5], [6]], [[7], [8]], [[9, 10]]] if packing else [[0, 1], [16, 17], [2, 3], [5]]
     recorded = dataclasses.replace(config, compile="graphs", per_device_train_batch_size=2)
     found: list[list] = [[], []]
     shapes = set()
-    for run, compile in zip(found, ("graphs" if dropout else "layers", "graphs"), strict=True):
+    for run, compile in zip(found, ("layers", "graphs"), strict=True):
         model = gpu_model(config, backend)
         run_layers(model, config, "selective", compile)
         loss_sum = functools.partial(token_loss_sum, head=read_head(model))
@@ -201,7 +203,7 @@ def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend
 
 
 def test_each_replay_of_a_graph_draws_dropout_of_its_own(config, samples):
-    """The same batch at rate 0: recorded and replayed, then replayed twice."""
+    """The same batch at rate 0: run once, recorded and replayed, and replayed again."""
     config = dataclasses.replace(config, attn_implementation="sdpa", lora_dropout=0.3)
     model = gpu_model(config, "sdpa")
     run_layers(model, config, "selective", "graphs")
@@ -243,18 +245,18 @@ def test_graphs_of_rows_with_any_number_of_samples_compile_nothing_while_capturi
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
         with attention.for_training(model.train(), config):
-            for micro_batches in (batches[:1], batches[1:3], batches[3:], batches[::-1]):
+            for micro_batches in (batches[:1], batches[1:3], batches[3:], batches[::-1], batches):
                 loss, norm = train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 1e-3, 1.0)
                 run.append([loss.clone(), norm.clone(), *(p.detach().clone() for p in parameters)])
     assert len(decoder_of(model).graphs.recordings) == len(batches)
     losses = [[float(step[0]) for step in run] for run in found]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and len(set(losses[0])) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and len(set(losses[0])) >= 4
     if backend == "sdpa":
         assert all(torch.equal(x, y) for one, other in zip(*found, strict=True) for x, y in zip(one, other, strict=True))
 
 
-def test_a_later_recording_needs_no_memory_beside_the_pool(config):
-    """Longest first, as the probe has it: the warm-ups of shorter shapes reuse what the graphs hold."""
+def test_a_later_shape_needs_no_memory_beside_the_pool(config):
+    """Longest first, as the probe has it: shorter shapes, recorded or not, reuse what the first graph holds."""
     config = dataclasses.replace(config, attn_implementation="sdpa", lora_dropout=0.1)
     model = gpu_model(config, "sdpa")
     run_layers(model, config, "none", "graphs")
@@ -264,9 +266,12 @@ def test_a_later_recording_needs_no_memory_beside_the_pool(config):
     with attention.for_training(model.train(), config):
         for length in (2048, 1920, 1792, 1664):
             micro_batches = [collate(short_samples(16, length))]
-            train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 0.0, None)
-            torch.cuda.empty_cache()
-            reserved.append(torch.cuda.memory_reserved() / 1e6)
+            for _ in range(2):  # the first launches its kernels one by one, the second records
+                train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 0.0, None)
+                torch.cuda.empty_cache()
+                reserved.append(torch.cuda.memory_reserved() / 1e6)
+    assert len(decoder_of(model).graphs.recordings) == 4
+    reserved = reserved[1:]
     growth = [later - reserved[0] for later in reserved[1:]]
     assert max(growth) < 0.1 * reserved[0], reserved
 
@@ -349,7 +354,7 @@ def test_running_out_of_memory_in_the_answers_leaves_a_complete_run(tiny, tmp_pa
         return torch.empty(2**33, dtype=torch.uint8, device=GPU)  # a KV cache that does not fit
 
     monkeypatch.setattr(generate, "_answer", cramped)
-    flags = ["--model", "tiny-random", "--max-steps", "2", "--output-dir", str(tmp_path / "run")]
+    flags = ["--model", "tiny-random", "--compile", "graphs", "--max-steps", "2", "--output-dir", str(tmp_path / "run")]
     try:
         assert command_line(flags) == 0
     finally:
@@ -390,16 +395,16 @@ def test_the_kernel_of_the_loss_is_torch_s_own_cross_entropy(dtype):
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_the_command_line_trains_on_the_gpu(tiny, tmp_path, capsys, backend):
     flags = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "--num-train-epochs", "3"]
-    flags += ["--packing", "--max-length", "300"] if backend == "auto" else []
+    flags += ["--packing", "--max-length", "300"] if backend == "auto" else ["--compile", "graphs"]
     assert command_line([*flags, "--attn-implementation", backend, "--output-dir", str(tmp_path / "run")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"] - 0.2
     assert 0 < rows[-2]["peak_memory_gb"] < 1
     out = capsys.readouterr().out
-    assert (
-        "Layers: compiled, replayed as CUDA graphs; gradient checkpointing: none (the fastest that fits: 0." in out
-        and "Memory: the longest batch peaks at 0." in out
-    )
+    how = "compiled, replayed as CUDA graphs (as asked)"
+    how = "as written (compiling takes about 15 s and would save 0 s)" if backend == "auto" else how
+    assert f"Layers: {how}; gradient checkpointing: none (the fastest that fits: 0." in out
+    assert "Memory: the longest batch peaks at 0." in out
     chosen = attention.choose_attention(TrainConfig(packing=True), GPU).implementation if backend == "auto" else backend
     assert f"Attention: {chosen} (" in out
 
@@ -412,6 +417,7 @@ VARLEN_PACKED = pytest.param("varlen", True, marks=VARLEN.marks)
 def test_a_killed_run_goes_on_bit_for_bit_with_the_deterministic_flag(tiny, tmp_path, backend, packing):
     """Each in a process of its own, as CUBLAS_WORKSPACE_CONFIG is read when CUDA starts."""
     flags = f"--model tiny-random --lora-r 4 --max-steps 9 --save-steps 1 --deterministic --attn-implementation {backend}"
+    flags += " --compile graphs --lora-dropout 0.1"
     flags += " --packing --max-length 500" if packing else ""  # 3 steps an epoch
     command = [sys.executable, str(ROOT / "train_loop.py"), *flags.split(), "--learning-rate", "1e-2", "--output-dir"]
     straight = subprocess.Popen([*command, str(tmp_path / "straight")])  # both at once: compiling takes most of their time
@@ -434,7 +440,7 @@ def test_a_killed_run_of_many_short_packed_samples_goes_on_bit_for_bit(tiny, tmp
     rows += [{"prompt": f"long {number}", "completion": "b" * 1500} for number in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = f"--model tiny-random --lora-r 4 --max-steps 9 --save-steps 1 --deterministic --attn-implementation {backend}"
-    flags += f" --packing --max-length 4096 --train-file {tmp_path / 'rows.jsonl'} --learning-rate 1e-2"
+    flags += f" --compile graphs --packing --max-length 4096 --train-file {tmp_path / 'rows.jsonl'} --learning-rate 1e-2"
     command = [sys.executable, str(ROOT / "train_loop.py"), *flags.split(), "--output-dir"]
     straight = subprocess.Popen([*command, str(tmp_path / "straight")])
     process = subprocess.Popen([*command, str(tmp_path / "killed")])
@@ -581,7 +587,7 @@ def test_answers_by_a_recorded_forward_are_transformers_own(config, tokenizer, t
 
 def test_base_and_adapter_answer_in_one_recorded_batch(config, template, examples, monkeypatch):
     model = gpu_model(config, "sdpa")
-    monkeypatch.setattr(generate, "MAX_SAMPLE_TOKENS", 3)  # later a tie may turn, in bf16
+    monkeypatch.setattr(generate, "MAX_SAMPLE_TOKENS", 2)  # later a tie may turn, in bf16
     answers = []
     for reason in ("not now", None):
         monkeypatch.setattr(generate, "decode_unavailable_reason", lambda _, reason=reason: reason)

@@ -152,6 +152,14 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     return host.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
 
+def reserve_host_memory(optimizer: torch.optim.Optimizer) -> None:
+    """Have torch page-lock the memory of a snapshot and keep it: 0.6 s for 0.6 GB, for which the first save would wait."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    copies = 3 if isinstance(optimizer, torch.optim.AdamW) else 1  # weights and two moments; those in 8 bits are small
+    kept = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in copies * parameters if p.is_cuda]
+    del kept  # the allocator hands them out again
+
+
 def write(checkpoints: Path, taken: Snapshot) -> Path:
     """Write `checkpoints`/step-000012.
 

@@ -70,7 +70,7 @@ class RunFolder:
         self.info: RunInfo | None = None
         self._damaged: list[Path] = []
         self._taken_over = False
-        self._writer = ThreadPoolExecutor(1, "checkpoint")  # its thread starts with the first checkpoint
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
         self._lock = _locked(folder)
         try:
@@ -278,6 +278,7 @@ class RunFolder:
         """
         assert self.info is not None  # as accepted
         self.info = self.info.model_copy(update={"weights": weights})
+        self._writer.submit(checkpoint.reserve_host_memory, optimizer)
         if self.checkpoint is None:
             return checkpoint.TrainState()
         if checkpoint.read_state(self.checkpoint).weights != weights:

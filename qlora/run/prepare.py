@@ -22,7 +22,8 @@ from qlora.run import log
 from qlora.run.environment import environment
 from qlora.run.folder import RunFolder
 from qlora.run.schema import DataCounts, Environment, RunConfig, RunInfo
-from qlora.speed.layers import choose_layers
+from qlora.speed import compile_cache
+from qlora.speed.layers import Job, choose_layers
 from qlora.speed.memory import leave_no_gaps, memory_terms
 
 
@@ -98,7 +99,13 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
     template = load_template(load_tokenizer(source, meta_model, config), config.prompt_format, run.date)
     train_set, eval_set = encode_files(config, columns, template, console)
     longest = row_length(train_set, longest_rows(train_set, config)[-1])
-    config, line = choose_layers(config, meta_model, targets, longest, device)
+    rows = len(epoch_rows(train_set, config, 1))
+    steps_per_epoch, total_steps = count_steps(config, rows)
+    epochs = total_steps / steps_per_epoch
+    job = Job(rows / config.per_device_train_batch_size * epochs, sum(train_set.lengths) * epochs)
+    config, line = choose_layers(config, meta_model, targets, longest, device, job)
+    if config.compile != "none":
+        compile_cache.use(config.compile_cache)
     terms_gb = memory_terms(meta_model, targets, config, longest)
     info = RunInfo(
         config=cast(RunConfig, config.plain()),
@@ -110,7 +117,7 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
         parameters=meta_model.num_parameters(),
         date=template.date,
         counts=cast(list[DataCounts | None], [train_set.counts, eval_set.counts if eval_set else None]),
-        total_steps=count_steps(config, len(epoch_rows(train_set, config, 1)))[1],
+        total_steps=total_steps,
         history=[],
         origin=None,
         predicted_gb=sum(terms_gb.values()),

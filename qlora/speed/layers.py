@@ -15,11 +15,12 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -81,8 +82,34 @@ COMPILE_LABELS = {"none": "as written", "layers": "compiled", "graphs": "compile
 MARGIN = 0.9  # of the memory that is free: predictions are good to a tenth, and fragments take room
 
 
+class Job(NamedTuple):
+    """How much a run trains."""
+
+    micro_batches: float
+    tokens: float
+
+
+# Measured on an H200 with Phi-3-mini: a micro-batch of few tokens takes 270 ms as written, for launches, and 27 ms replayed;
+# one of many takes 74 and 37 us per token. Compilation and recording take 15 s, 6 where kernels are cached.
+COMPILE_S = 15.0
+AS_WRITTEN, REPLAYED = (8.4e-3, 19.5e-15), (0.8e-3, 9.7e-15)  # s per layer; s per token and parameter
+
+
+def seconds_saved(model: Any, job: Job) -> float:
+    """What compiled layers save in a run, before the time to compile them; a rough estimate.
+
+    Args:
+        model: or the meta model.
+        job: to be trained.
+    """
+    depth: int = model.config.get_text_config().num_hidden_layers
+    work: float = job.tokens / job.micro_batches * model.num_parameters()  # of a micro-batch
+    as_written, replayed = (max(launch * depth, each * work) for launch, each in (AS_WRITTEN, REPLAYED))
+    return job.micro_batches * (as_written - replayed)
+
+
 def choose_layers(
-    config: TrainConfig, meta_model: Any, targets: list[Target], longest: int, device: torch.device
+    config: TrainConfig, meta_model: Any, targets: list[Target], longest: int, device: torch.device, job: Job | None = None
 ) -> tuple[TrainConfig, str]:
     """Resolve `compile` and `gradient_checkpointing`, if they are auto.
 
@@ -92,6 +119,7 @@ def choose_layers(
         targets: of the adapters.
         longest: tokens of the longest row.
         device: where the model is to be.
+        job: if given, auto leaves layers as written where the run is too short for compilation to pay.
 
     Returns:
         The configuration, and a line for the log: what was chosen and why, with the memory that is predicted.
@@ -101,25 +129,8 @@ def choose_layers(
             requested and transformers does not mark the model's layers as able to have them.
     """
     policies = _policies(config, meta_model)
-    config = dataclasses.replace(config, gradient_checkpointing=policies[0])
-    dropout = dropout_unavailable_reason(meta_model)
-    if dropout and config.compile in ("layers", "graphs"):
-        raise EnvironmentProblem(f"--compile {config.compile} cannot be used: {dropout}.", hint="Leave it out.")
-    unavailable_reason = compile_unavailable_reason(meta_model.config.model_type, device) or dropout
-    unrecorded = unavailable_reason or (
-        "checkpoints go to the host" if config.offload_checkpoints else graphs_unavailable_reason(meta_model)
-    )
-    candidates: tuple[Compile, ...] = (config.compile,)
-    why = "as asked"
-    if config.compile == "auto":
-        candidates = ("none",) if unavailable_reason else ("layers",) if unrecorded else ("graphs", "layers")
-        why = unrecorded or ""
-    config = dataclasses.replace(config, compile=candidates[0])
-    if config.compile == "graphs" and unrecorded:
-        raise EnvironmentProblem(f"--compile graphs cannot be used: {unrecorded}.", hint="Leave it out, or give another one.")
-    if config.offload_checkpoints and config.compile != "layers":
-        why = unavailable_reason or "asked or resumed"
-        raise EnvironmentProblem(f"--offload-checkpoints needs --compile layers, and it is {config.compile}, as {why}.")
+    candidates, why = _ways_to_compile(config, meta_model, device, job)
+    config = dataclasses.replace(config, gradient_checkpointing=policies[0], compile=candidates[0])
     if device.type != "cuda":
         how = COMPILE_LABELS[config.compile] + (f" ({why})" if why else "")
         return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing}"
@@ -140,6 +151,33 @@ def choose_layers(
     line = f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({chosen}: {memory})"
     terms = ", ".join(f"{name} {size:.2f}" for name, size in terms_gb.items() if size >= 0.005)
     return config, f"{line}\nMemory predicted, in GB: {terms}"
+
+
+def _ways_to_compile(
+    config: TrainConfig, meta_model: Any, device: torch.device, job: Job | None
+) -> tuple[tuple[Compile, ...], str]:
+    """Values of `compile` that may be chosen, the fastest first; and why there are no others, or nothing."""
+    dropout = dropout_unavailable_reason(meta_model)
+    if dropout and config.compile in ("layers", "graphs"):
+        raise EnvironmentProblem(f"--compile {config.compile} cannot be used: {dropout}.", hint="Leave it out.")
+    unavailable_reason = compile_unavailable_reason(meta_model.config.model_type, device) or dropout
+    unrecorded = unavailable_reason or (
+        "checkpoints go to the host" if config.offload_checkpoints else graphs_unavailable_reason(meta_model)
+    )
+    candidates: tuple[Compile, ...] = (config.compile,)
+    why = "as asked"
+    if config.compile == "auto":
+        saved_s = math.inf if job is None or config.offload_checkpoints else seconds_saved(meta_model, job)
+        if not unavailable_reason and saved_s < COMPILE_S:
+            return ("none",), f"compiling takes about {COMPILE_S:.0f} s and would save {saved_s:.0f} s"
+        candidates = ("none",) if unavailable_reason else ("layers",) if unrecorded else ("graphs", "layers")
+        why = unrecorded or ""
+    if candidates[0] == "graphs" and unrecorded:
+        raise EnvironmentProblem(f"--compile graphs cannot be used: {unrecorded}.", hint="Leave it out, or give another one.")
+    if config.offload_checkpoints and candidates[0] != "layers":
+        why = unavailable_reason or "asked or resumed"
+        raise EnvironmentProblem(f"--offload-checkpoints needs --compile layers, and it is {candidates[0]}, as {why}.")
+    return candidates, why
 
 
 def _policies(config: TrainConfig, meta_model: Any) -> tuple[GradientCheckpointing, ...]:
@@ -253,6 +291,9 @@ class TrainingLayer(torch.nn.Module):
         """[B, T, D] -> [B, T, D]."""
         if self._compiled is None:
             return self._run(self._layer, hidden, *args, **kwargs)
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            # The first layer. As the others, or it would be compiled on its own; the gradient that nobody reads is one product.
+            hidden = hidden.detach().requires_grad_()  # [B, T, D]
         # One compilation for all lengths: without a word here, each new one would begin another.
         for tensor in (hidden, kwargs.get("position_ids"), *kwargs.get("position_embeddings", ())):
             if tensor is not None:

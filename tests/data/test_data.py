@@ -31,6 +31,7 @@ from qlora.data.batch import (
     collate_packed,
     epoch_order,
     epoch_rows,
+    eval_batches,
     iter_batches,
     longest_rows,
     pack,
@@ -55,6 +56,24 @@ def example(*contents: str, system: str | None = None) -> Example:
 
 def trained(encoded: TokenizedExample) -> list[int]:
     return [label for label in encoded.labels if label != IGNORED]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=40), st.sampled_from([1, 2048, 5000]))
+def test_eval_batches_hold_each_sample_once_and_no_more_positions_than_they_may(lengths, most):
+    samples = TokenizedDataset([TokenizedExample([5] * length, [5] * length, row) for row, length in enumerate(lengths, 1)])
+    batches = list(eval_batches(samples, most))
+    assert sorted(line for batch in batches for line in batch.lines) == list(range(1, len(lengths) + 1))
+    sizes = [batch.input_ids.shape for batch in batches]
+    assert all(rows == 1 or rows * length <= max(most, 2048) for rows, length in sizes)
+    assert [length for _, length in sizes] == sorted(length for _, length in sizes)
+    # No batch has room for the sample that begins the next.
+    assert all((rows + 1) * longer > max(most, 2048) for (rows, _), longer in zip(sizes, firsts(batches[1:]), strict=False))
+
+
+def firsts(batches):
+    """Tokens of the first sample of each batch."""
+    return [int((batch.labels[0] != IGNORED).sum()) for batch in batches]
 
 
 # -- the bundled data ------------------------------------------------------------------------------------------------

@@ -279,9 +279,8 @@ def test_what_is_kept_falls_from_policy_to_policy(observed, compile):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_all_lengths_and_layers_share_one_compilation(observed, policy):
-    """Two graphs: the first layer's input needs no gradient."""
     assert observed(policy, "layers").shapes >= 4
-    assert observed(policy, "layers").graphs == 2 and observed(policy, "none").graphs == 0
+    assert observed(policy, "layers").graphs == 1 and observed(policy, "none").graphs == 0
 
 
 def test_packed_rows_share_one_compilation_whatever_their_longest_sample(awake, samples, monkeypatch):
@@ -301,7 +300,7 @@ def test_packed_rows_share_one_compilation_whatever_their_longest_sample(awake, 
     assert len({batch.max_seqlen for (batch,) in steps}) == 3
     for one in steps:
         assert math.isfinite(step(model, packed, one)[0])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_packed_rows_of_any_number_of_samples_share_one_compilation(awake):
@@ -316,7 +315,7 @@ def test_packed_rows_of_any_number_of_samples_share_one_compilation(awake):
             del inputs["attention_mask"]  # its size says nothing of how many samples there are
             inputs["cu_seq_lens_k"] = inputs["cu_seq_lens_k"].clone()
             decoder_of(model)(**inputs, use_cache=False)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -433,6 +432,25 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
 
     return put
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "tokens", "how"),
+    [(30, 200, "none"), (300, 200, "graphs"), (50, 4096, "none"), (200, 4096, "graphs"), (2.5, 16384, "none")],
+)
+def test_a_run_too_short_for_compilation_to_pay_runs_as_written(card, phi3, micro_batches, tokens, how):
+    card(80)
+    config = TrainConfig(attn_implementation="sdpa")
+    job, targets = layers.Job(micro_batches, micro_batches * tokens), audit_targets(phi3, config)
+    chosen, line = layers.choose_layers(config, phi3, targets, 2048, GPU, job)
+    assert chosen.compile == how
+    if how == "none":
+        assert re.match(r"Layers: as written \(compiling takes about 15 s and would save \d+ s\); gradient", line)
+    for asked in ("layers", "graphs"):
+        asked_for = dataclasses.replace(config, compile=asked)
+        assert layers.choose_layers(asked_for, phi3, targets, 2048, GPU, job)[0].compile == asked
+    offloaded = dataclasses.replace(config, offload_checkpoints=True, gradient_checkpointing="full")
+    assert layers.choose_layers(offloaded, phi3, targets, 2048, GPU, job)[0].compile == "layers"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Where compiled kernels are kept: a folder of the user's, as they are code."""
+
+import os
+import stat
+import sys
+import time
+
+import pytest
+import torch
+import torch.compiler.config
+
+from qlora.cli import train as command_line
+from qlora.errors import ExitCode, UserError
+from qlora.run import prepare
+from qlora.speed import compile_cache
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder of this version, in a new cache folder."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with torch.compiler.config.patch(force_disable_caches=False):
+        yield tmp_path / "qlora-train" / "compiled" / f"torch-{torch.__version__}-python-3.{sys.version_info[1]}"
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+
+
+def test_kernels_are_kept_where_only_the_user_may_write(cache):
+    for _ in range(2):
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        compile_cache.use(keep=True)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache) and stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert not torch.compiler.config.force_disable_caches
+
+
+def test_a_folder_of_the_user_s_stays(cache, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    compile_cache.use(keep=True)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere" and not cache.exists()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_may_write_is_refused(cache, mode):
+    cache.mkdir(parents=True)
+    cache.chmod(mode)
+    with pytest.raises(UserError, match=rf"others than you may write to .*mode {mode:o}\).* Remove it") as refused:
+        compile_cache.use(keep=True)
+    assert refused.value.exit_code == ExitCode.ENVIRONMENT and "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_a_folder_of_another_user_is_refused(cache, monkeypatch):
+    cache.mkdir(parents=True, mode=0o700)
+    monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
+    with pytest.raises(UserError, match="others than you may write"):
+        compile_cache.use(keep=True)
+
+
+def test_a_folder_that_cannot_be_made_says_what_to_do(cache):
+    cache.parent.parent.write_text("a file")
+    with pytest.raises(UserError, match=r"cannot be kept in .* Set TORCHINDUCTOR_CACHE_DIR"):
+        compile_cache.use(keep=True)
+
+
+def test_folders_of_other_versions_go_when_they_are_long_unused(cache):
+    old, recent = cache.with_name("torch-1"), cache.with_name("torch-2")
+    for folder, days in ((old, 61), (recent, 59)):
+        (folder / "kernels").mkdir(parents=True)
+        os.utime(folder, (0, time.time() - days * 24 * 3600))
+    compile_cache.use(keep=True)
+    assert not old.exists() and recent.exists() and cache.exists()
+
+
+@pytest.mark.parametrize(("flags", "disabled"), [([], False), (["--no-compile-cache"], True)])
+def test_the_command_line_decides_whether_kernels_are_loaded(cache, tiny, tmp_path, monkeypatch, flags, disabled):
+    class Enough(Exception):
+        pass
+
+    def stop(*_):
+        raise Enough
+
+    monkeypatch.setattr(prepare, "memory_terms", stop)
+    command = ["--model", "tiny-random", "--compile", "layers", "--output-dir", str(tmp_path / "run")]
+    with pytest.raises(Enough):
+        command_line([*command, *flags])
+    assert torch.compiler.config.force_disable_caches == disabled and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache)
