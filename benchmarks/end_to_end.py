@@ -1,11 +1,14 @@
 """Wall-clock time of whole jobs, from the command to the saved adapter: this loop and a TRL script on the same files.
 
     python -m benchmarks.end_to_end                              # a CUDA GPU: Phi-3-mini's shape, random weights
+    python -m benchmarks.end_to_end --unsloth-site FOLDER --contenders unsloth unsloth_none   # and the packages it pins
+    python -m benchmarks.end_to_end --shape demo --jobs bundled --contenders ours_warm trl trl_no_checkpointing   # a CPU
     python -m benchmarks.end_to_end --shape tiny --jobs bundled  # anywhere, a smoke test
 
 Jobs: `bundled` (22 examples, 20 epochs), `mixed` (600 samples of lognormal lengths, about 500 tokens on average, 1 epoch) and
 `long` (200 samples of about 2,000 tokens, 1 epoch). Each evaluates and saves after every epoch, and each run is a new process.
-A cold run finds no compiled kernels, a warm one those of the run before. TRL's script writes no sample answers and no report.
+A cold run finds no compiled kernels, a warm one those of the run before. The scripts of TRL and unsloth write no sample answers
+and no report. Python's bytecode is cached for all, as it is where packages were installed in the usual way.
 """
 
 import dataclasses
@@ -18,20 +21,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
-from benchmarks.harness import ROOT, Cell, Output, Part, ResultFile, Row, write_random_model
+from benchmarks.harness import ROOT, Cell, Output, Part, ResultFile, Row, Shape, write_random_model
 from benchmarks.tables import load, save, source, table
 
 Job = Literal["bundled", "mixed", "long"]
-Contender = Literal["ours_cold", "ours_warm", "trl", "trl_no_checkpointing"]
+Contender = Literal["ours_cold", "ours_warm", "trl", "trl_no_checkpointing", "unsloth", "unsloth_none"]
 EPOCHS = {"bundled": 20, "mixed": 1, "long": 1}
 EVAL_SAMPLES = 8
 LABELS = {"ours_cold": "this loop, cold", "ours_warm": "this loop, warm", "trl": "TRL, as it comes",
-          "trl_no_checkpointing": "TRL, tuned, no checkpointing"}  # fmt: skip
+          "trl_no_checkpointing": "TRL, tuned, no checkpointing", "unsloth": "unsloth, as it comes",
+          "unsloth_none": "unsloth, no checkpointing"}  # fmt: skip
+BATCH, ACCUMULATION, MAX_LENGTH, RATE = 2, 4, 2048, 2e-4
 PHASES = ("start", "data and checks", "model", "compile and probe", "steps", "evaluation", "checkpoints", "answers", "report")
 
 
@@ -41,15 +47,32 @@ class Options:
 
     output: tyro.conf.OmitArgPrefixes[Output] = Output()
     part: tyro.conf.OmitArgPrefixes[Part] = Part()
-    shape: Literal["phi3-mini", "demo", "tiny"] = "phi3-mini"
-    """Of the model, with random weights."""
+    shape: Shape = "phi3-mini"
+    """Of the model. demo has its pretrained weights, the others random ones."""
     jobs: tuple[Job, ...] = ("bundled", "mixed", "long")
     """What is trained."""
     contenders: tuple[Contender, ...] = ("ours_cold", "ours_warm", "trl", "trl_no_checkpointing")
-    """Who trains. ours_warm needs ours_cold before it."""
+    """Who trains. ours_warm finds the kernels of ours_cold, if that ran before it."""
+    epochs: int | None = None
+    """Of each job. Unset: 20 of bundled, 1 of the others."""
+    unsloth_site: Path | None = None
+    """Folder with unsloth and what it pins."""
 
 
-# -- data ------------------------------------------------------------------------------------------------------------
+# -- models and data ----------------------------------------------------------------------------------------------
+
+
+def write_models(shape: Shape, folder: Path, split: bool) -> None:
+    """`folder`/model, with random weights unless it is the demo; and `folder`/split, the same for unsloth."""
+    from benchmarks.peers.work import write_split
+    from qlora.model.demo import demo_model
+
+    if shape == "demo":
+        (folder / "model").symlink_to(demo_model())
+    else:
+        write_random_model(shape, folder / "model")
+    if split:
+        write_split(folder / "model", folder / "split")
 
 
 def write_data(job: Job, folder: Path) -> None:
@@ -86,16 +109,23 @@ def write_data(job: Job, folder: Path) -> None:
 # -- contenders ------------------------------------------------------------------------------------------------------
 
 
-def trl_script(contender: str, job: str, folder: str) -> None:
-    """A script as TRL's documentation has it. Prints its phases as JSON."""
-    import datasets
-    import peft
+def trainer_arguments(job: str, out: str, epochs: int) -> dict[str, Any]:
+    """What the scripts of TRL and unsloth share: what this loop does, and no progress bar."""
     import torch
-    import transformers
-    import trl
 
-    from benchmarks.peers.contenders import LORA, trl_options
-    from qlora.model.load import quantization_of
+    return {
+        "output_dir": out, "num_train_epochs": epochs, "eval_strategy": "epoch", "save_strategy": "epoch",
+        "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATION,
+        "max_length": MAX_LENGTH, "learning_rate": RATE, "lr_scheduler_type": "cosine", "optim": "adamw_torch_fused",
+        "logging_steps": 5, "report_to": "tensorboard", "disable_tqdm": True, "save_total_limit": 3,
+        "use_cpu": not torch.cuda.is_available(),
+    }  # fmt: skip
+
+
+def phases_of(train: Callable[[Any], Any]) -> None:
+    """Call `train` with a callback, save the trainer that it makes, and print the phases as JSON."""
+    import transformers
+
     from qlora.run.timing import PhaseClock
 
     clock = PhaseClock()
@@ -110,19 +140,7 @@ def trl_script(contender: str, job: str, folder: str) -> None:
         def on_save(self, *_: Any, **__: Any) -> None:
             clock.end("checkpoints")
 
-    files = {name: f"{folder}/{job}/{name}.jsonl" for name in ("train", "eval")}
-    data = datasets.load_dataset("json", data_files=files, cache_dir=f"{folder}/datasets")
-    arguments = trl.SFTConfig(
-        output_dir=f"{folder}/{job}-{contender}", num_train_epochs=EPOCHS[job], eval_strategy="epoch", save_strategy="epoch",
-        per_device_train_batch_size=2, per_device_eval_batch_size=2, gradient_accumulation_steps=4, max_length=2048,
-        learning_rate=2e-4, lr_scheduler_type="cosine", optim="adamw_torch_fused", logging_steps=5, report_to="tensorboard",
-        disable_tqdm=True, save_total_limit=3, use_cpu=not torch.cuda.is_available(), **trl_options(contender),
-    )  # fmt: skip
-    trainer = trl.SFTTrainer(
-        model=f"{folder}/model", args=arguments, train_dataset=data["train"], eval_dataset=data["eval"],
-        quantization_config=quantization_of("nf4"), peft_config=peft.LoraConfig(lora_dropout=0.05, **LORA),
-        callbacks=[Phases()],
-    )  # fmt: skip
+    trainer = train(Phases())
     clock.end("model")  # and its data
     trainer.train()
     trainer.save_model()
@@ -130,27 +148,94 @@ def trl_script(contender: str, job: str, folder: str) -> None:
     print("PHASES " + json.dumps(clock.seconds))
 
 
-def command_of(contender: str, job: str, folder: Path) -> tuple[list[str], Path]:
+def load_data(job: str, folder: str) -> Any:
+    """train and eval of a job, as datasets."""
+    import datasets
+
+    files = {name: f"{folder}/{job}/{name}.jsonl" for name in ("train", "eval")}
+    return datasets.load_dataset("json", data_files=files, cache_dir=f"{folder}/datasets")
+
+
+def trl_script(contender: str, job: str, folder: str, epochs: int) -> None:
+    """A script as TRL's documentation has it."""
+    import peft
+    import trl
+
+    from benchmarks.peers.contenders import LORA, trl_options
+    from qlora.model.load import quantization_of
+
+    def train(phases: Any) -> Any:
+        data, arguments = load_data(job, folder), trainer_arguments(job, f"{folder}/{job}-{contender}", epochs)
+        return trl.SFTTrainer(
+            model=f"{folder}/model", args=trl.SFTConfig(**arguments, **trl_options(contender)),
+            train_dataset=data["train"], eval_dataset=data["eval"], callbacks=[phases],
+            quantization_config=quantization_of("nf4"), peft_config=peft.LoraConfig(lora_dropout=0.05, **LORA),
+        )  # fmt: skip
+
+    phases_of(train)
+
+
+def unsloth_script(contender: str, job: str, folder: str, epochs: int) -> None:
+    """A script as unsloth's notebooks have it: prompts and completions are one text."""
+    import unsloth  # noqa: I001  before trl, which it patches
+    import trl
+
+    from benchmarks.peers.contenders import ALPHA, SPLIT
+    from benchmarks.peers.work import RANK
+
+    def train(phases: Any) -> Any:
+        checkpointing: Any = "unsloth" if contender == "unsloth" else False
+        model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
+            f"{folder}/split", max_seq_length=MAX_LENGTH, load_in_4bit=True, use_gradient_checkpointing=checkpointing
+        )
+        model = unsloth.FastLanguageModel.get_peft_model(
+            model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, target_modules=SPLIT, use_gradient_checkpointing=checkpointing
+        )
+        data = load_data(job, folder).map(lambda row: {"text": row["prompt"] + row["completion"] + tokenizer.eos_token})
+        data = data.remove_columns(["prompt", "completion"])
+        chosen = {} if checkpointing else {"gradient_checkpointing": False}
+        arguments = trainer_arguments(job, f"{folder}/{job}-{contender}", epochs) | chosen
+        return trl.SFTTrainer(
+            model=model, processing_class=tokenizer, args=trl.SFTConfig(**arguments, dataset_text_field="text"),
+            train_dataset=data["train"], eval_dataset=data["eval"], callbacks=[phases],
+        )  # fmt: skip
+
+    phases_of(train)
+
+
+def command_of(contender: str, job: str, folder: Path, epochs: int) -> tuple[list[str], Path]:
     """The command of a job, and where its adapter will be."""
     out = folder / f"{job}-{contender}"
     if contender in ("ours_cold", "ours_warm"):
         data = {f"{name}-file": folder / job / f"{name}.jsonl" for name in ("train", "eval")}
-        chosen = {"num-train-epochs": EPOCHS[job], "max-length": 2048, "output-dir": out}
-        flags = {"model": folder / "model", **data, **chosen}
+        chosen = {"num-train-epochs": epochs, "max-length": MAX_LENGTH, "learning-rate": RATE, "output-dir": out}
+        step = {"per-device-train-batch-size": BATCH, "gradient-accumulation-steps": ACCUMULATION}
+        flags = {"model": folder / "model", **data, **chosen, **step}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         return [sys.executable, "train_loop.py", *words], out / "adapter"
-    call = f"from benchmarks.end_to_end import trl_script; trl_script({contender!r}, {job!r}, {str(folder)!r})"
+    script = f"{contender.partition('_')[0]}_script"
+    call = f"from benchmarks.end_to_end import {script}; {script}({contender!r}, {job!r}, {str(folder)!r}, {epochs})"
     return [sys.executable, "-c", call], out
 
 
-def time_job(contender: str, job: str, folder: Path) -> Row:
+def environment_of(contender: str, job: str, folder: Path, site: Path | None) -> dict[str, str]:
+    """The variables of a job's process: caches of its own, which ours_warm shares with ours_cold, and cached bytecode."""
+    side = contender.partition("_")[0]
+    kernels = folder / f"kernels-{job}-{side}"
+    paths = [*([str(site.resolve())] if site and side == "unsloth" else []), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    changes = {"XDG_CACHE_HOME": str(kernels), "TRITON_CACHE_DIR": str(kernels / "triton"), "PYTHONPATH": ":".join(paths)}
+    changes |= {"PYTHONPYCACHEPREFIX": str(folder / f"bytecode-{side}"), "UNSLOTH_DISABLE_STATISTICS": "1"}
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | changes
+
+
+def time_job(contender: str, job: str, folder: Path, epochs: int, site: Path | None = None) -> Row:
     """Run a job in a new process, and say how long its parts took."""
-    command, adapter = command_of(contender, job, folder)
-    kernels = folder / f"kernels-{job}-{contender.partition('_')[0]}"  # ours_warm finds those of ours_cold
-    changes = {"TORCHINDUCTOR_CACHE_DIR": str(kernels), "TRITON_CACHE_DIR": str(kernels / "triton")}
-    changes |= {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command, adapter = command_of(contender, job, folder, epochs)
+    environment = environment_of(contender, job, folder, site)
+    imports = {"ours": "train_loop", "trl": "trl.trainer.sft_trainer, peft", "unsloth": "unsloth"}[contender.partition("_")[0]]
+    subprocess.run([sys.executable, "-c", f"import {imports}"], cwd=ROOT, env=environment, capture_output=True, check=False)
     began, clock = time.time(), time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | changes, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     total_s = time.perf_counter() - clock
     if done.returncode:
         return {"unavailable": " / ".join((done.stdout + done.stderr).strip().splitlines()[-3:])[-400:]}
@@ -174,13 +259,15 @@ def main(options: Options) -> None:
     wanted = [(job, contender) for job in options.jobs for contender in options.contenders]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        Cell(write_random_model, options.shape, folder / "model").result()
+        Cell(write_models, options.shape, folder, options.unsloth_site is not None).result()
         for job in options.jobs:
             Cell(write_data, job, folder).result()
         for job, contender in wanted:
             if file.is_late(options.part.minutes):
                 break
-            cell = {"job": job, "contender": contender, **time_job(contender, job, folder)}
+            epochs = options.epochs or EPOCHS[job]
+            row = time_job(contender, job, folder, epochs, options.unsloth_site)
+            cell = {"job": job, "contender": contender, "epochs": epochs, **row}
             cell["commit"] = file.environment["commit"]
             kept = [other for other in file.record["cells"] if (other["job"], other["contender"]) != (job, contender)]
             file.record["cells"] = [*kept, cell]
