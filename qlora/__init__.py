@@ -2,7 +2,8 @@
 
 config.py, errors.py   options (flags, YAML, checks of values); exit codes and errors; neither imports torch
 terminal.py            text for the terminal, without secrets and escape sequences
-cache.py               where demo models and tokenized data are kept
+cache.py               where demo models, tokenized data and compiled kernels are kept
+checksum.py            whether two tensors are the same, on their device
 validation.py          checks of values from files, by pydantic models
 data/                  from files to micro-batches: sources (read, kinds, tables), formats, messages, template, dataset, batch
 model/                 NF4 loading, LoRA adapters, attention, loss, optimizer, the demo model

@@ -121,6 +121,7 @@ ORDER = (
     "terminal",
     "errors",
     "cache",
+    "checksum",
     "validation",
     "config",
     "distributed",

@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from benchmarks.kill_resume import metrics
+from qlora.checksum import checksum
 from qlora.cli import main as any_command
 from qlora.cli import train as command_line
 from qlora.commands import doctor, merge
@@ -29,7 +30,7 @@ from qlora.data.template import TokenizedExample
 from qlora.errors import ExitCode
 from qlora.eval import generate
 from qlora.model import attention
-from qlora.model.load import load_nf4_model
+from qlora.model.load import fingerprint, load_nf4_model
 from qlora.model.lora import add_lora, audit_targets
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
@@ -253,6 +254,27 @@ def test_graphs_of_rows_with_any_number_of_samples_compile_nothing_while_capturi
     assert losses[0] == pytest.approx(losses[1], rel=1e-2) and len(set(losses[0])) >= 4
     if backend == "sdpa":
         assert all(torch.equal(x, y) for one, other in zip(*found, strict=True) for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 8, 1001, 2**22 * 8 + 5])
+def test_a_checksum_is_the_same_on_any_device(size):
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8)  # [size]
+    assert checksum(data.to(GPU)).item() == checksum(data).item()
+    data[size // 2] ^= 1
+    assert checksum(data.to(GPU)).item() == checksum(data).item()
+
+
+def test_the_fingerprint_on_a_gpu_knows_each_weight(config):
+    model = gpu_model(config, "sdpa")
+    before = fingerprint(model)
+    assert fingerprint(gpu_model(config, "sdpa")) == before
+    for tensor in (model.get_decoder().layers[1].mlp.down_proj.base_layer.weight.data, model.get_decoder().norm.weight.data):
+        kept = tensor.clone()
+        tensor.view(-1)[-1] += 1
+        assert fingerprint(model) != before
+        tensor.copy_(kept)
+    wake_adapters(model, scale=2.0)
+    assert fingerprint(model) == before
 
 
 def test_a_later_shape_needs_no_memory_beside_the_pool(config):

@@ -12,6 +12,7 @@ from qlora.data.batch import batched
 from qlora.data.formats import Example
 from qlora.data.template import PromptTemplate, encode_prompt
 from qlora.errors import UserError, is_out_of_memory
+from qlora.model.load import prepare_inference
 from qlora.speed.decode import TokenGraph, adapters_by_row, decode, decode_unavailable_reason
 from qlora.speed.lora_linear import answering
 
@@ -147,20 +148,16 @@ def answer_limit(examples: list[Example], template: PromptTemplate) -> int:
 def sample_responses(model: Any, examples: list[Example], template: PromptTemplate) -> list[Completion]:
     """Greedy answers to the prompts of `examples`, without and with the adapter, of at most 256 tokens.
 
-    On a GPU both are one batch, and generation ends after 5 s, however long an answer is by then.
+    Both are one batch. On a GPU generation ends after 5 s, however long an answer is by then.
     """
     prompts = [encode_prompt(example.prompt, template, example.tools) for example in examples]
     settings = _settings(model, template, min(answer_limit(examples, template), MAX_SAMPLE_TOKENS), sampling=None)
-    with torch.autocast(model.device.type, torch.bfloat16):  # as training runs
-        if decode_unavailable_reason(model) is None:
-            settings.max_time = MAX_SAMPLE_S
-            with adapters_by_row(model, torch.arange(2 * len(prompts), device=model.device) < len(prompts)):
-                (answers,) = _answer(model, [prompts + prompts], template, settings)
-            tuned, base = answers[: len(prompts)], answers[len(prompts) :]
-        else:
-            (tuned,) = _answer(model, [prompts], template, settings)
-            with model.disable_adapter():
-                (base,) = _answer(model, [prompts], template, settings)
+    if model.device.type == "cuda":
+        settings.max_time = MAX_SAMPLE_S
+    has_adapter = torch.arange(2 * len(prompts), device=model.device) < len(prompts)  # [B]
+    with torch.autocast(model.device.type, torch.bfloat16), adapters_by_row(model, has_adapter):  # as training runs
+        (answers,) = _answer(model, [prompts + prompts], template, settings)
+    tuned, base = answers[: len(prompts)], answers[len(prompts) :]
     rows = zip(examples, base, tuned, strict=True)
     return [Completion(example.prompt[-1].content or "", base, tuned, example.response) for example, base, tuned in rows]
 
@@ -174,7 +171,8 @@ def try_samples(
 ) -> None:
     """Like sample_responses, but whatever fails is a warning with the reason, and no samples.
 
-    By the time of the samples the run is complete and saved: an answer that cannot be generated must not end it with an error.
+    By the time of the samples the run is complete and saved: an answer that cannot be generated must not end it with an error,
+    and the model is not trained any more, so that a CPU may repack its weights.
 
     Args:
         model: with its adapter.
@@ -188,6 +186,7 @@ def try_samples(
         if not found:
             say("No sample answers: rows that are one text have no prompts.")
             return
+        prepare_inference(model)
         record(sample_responses(model, found, template))
     except FAILURES as error:
         reason = " ".join(str(error).split())[:200]
