@@ -20,6 +20,7 @@ from qlora.model.random_state import random_state, set_random_state
 
 ATTENTION_INPUTS = ("qkv_proj", "q_proj", "k_proj", "v_proj")  # layers whose output attention reads
 LEAST_LENGTH, LEAST_RANK = 128, 4  # below which a run would hardly be the one that was wanted
+AMPLE = 0.5  # of the free memory: a prediction below it is not as wrong as that
 NF4_BYTES = 4.127 / 8  # of a parameter, scales in double quantization included
 
 
@@ -177,6 +178,13 @@ def oom_as_user_error(
     )
 
 
+def _free_gb(device: torch.device) -> float:
+    """Memory of a GPU that this process has or could get, in GB; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 1e9
+
+
 def probe_memory(
     step: Callable[..., Any],
     optimizer: torch.optim.Optimizer,
@@ -185,6 +193,8 @@ def probe_memory(
     predicted_gb: float,
 ) -> str:
     """Take steps at rate zero on the longest rows, so that what does not fit shows at the start.
+
+    Where memory is ample it is one step of one micro-batch, which compiles and records nothing.
 
     Nothing is left of it but the measured peak: no weight moves, no gradient stays, generators are put back.
 
@@ -198,15 +208,18 @@ def probe_memory(
     Returns:
         A line with the peak beside the prediction.
     """
+    device = optimizer.param_groups[0]["params"][0].device
+    free_gb = _free_gb(device)
+    ample = predicted_gb < AMPLE * free_gb
     batch = next(training_batches(samples, longest_rows(samples, config), config))
-    micro_batches = min(2, config.gradient_accumulation_steps) * [batch]
+    micro_batches = [batch] if ample else min(2, config.gradient_accumulation_steps) * [batch]
     before = random_state()
     # bitsandbytes never frees pages: those of a paged `scratch`, 2 bytes a parameter, move to the host when room is needed.
     same_kind: Any = type(optimizer)
     scratch = same_kind([dict(group) for group in optimizer.param_groups])
-    for _ in range(2):  # the first makes the moments, which lie in memory beside the activations ever after
+    for _ in range(1 if ample else 2):  # the first makes the moments, which lie in memory beside the activations ever after
         step(optimizer=scratch, micro_batches=micro_batches)
     scratch.zero_grad(set_to_none=True)  # the parameters' own
     set_random_state(before)
-    peak_gb = peak_memory_gb(optimizer.param_groups[0]["params"][0].device)
-    return f"Memory: the longest batch peaks at {peak_gb:.2f} GB, {predicted_gb:.2f} were predicted"
+    once = f" (one step, as {free_gb:.1f} GB are free)" if ample else ""
+    return f"Memory: the longest batch peaks at {peak_memory_gb(device):.2f} GB, {predicted_gb:.2f} were predicted{once}"

@@ -165,6 +165,20 @@ def test_the_probe_takes_the_largest_batch_of_an_epoch(config, samples, compile,
     assert seen == 2 * [2 * [rows]]
 
 
+@pytest.mark.parametrize(("free_gb", "steps"), [(3.1, [1]), (2.9, [2, 2])])
+def test_where_memory_is_ample_the_probe_is_one_micro_batch(config, samples, monkeypatch, free_gb, steps):
+    monkeypatch.setattr(memory, "_free_gb", lambda _: free_gb)
+    monkeypatch.setattr(memory, "peak_memory_gb", lambda _: 1.25)
+    seen = []
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])
+    line = memory.probe_memory(
+        lambda optimizer, micro_batches: seen.append(len(micro_batches)), optimizer, samples, config, 1.5
+    )
+    assert seen == steps
+    once = " (one step, as 3.1 GB are free)" if steps == [1] else ""
+    assert line == f"Memory: the longest batch peaks at 1.25 GB, 1.50 were predicted{once}"
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("no"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
 @pytest.mark.parametrize("where", ["load_nf4_model", "train_step"])
