@@ -1,6 +1,7 @@
 """Compiled kernels, kept in the user's cache folder, so that the second run finds what the first has compiled."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import sys
@@ -28,6 +29,7 @@ def use(keep: bool) -> None:
         EnvironmentProblem: if the folder cannot be made, belongs to another user, or may be written by others.
     """
     torch.compiler.config.force_disable_caches = not keep
+    torch.compiler.config.cache_key_tag = _code_digest()
     if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
     folder = cache_folder() / "compiled" / f"torch-{torch.__version__}-python-{sys.version_info[0]}.{sys.version_info[1]}"
@@ -49,6 +51,13 @@ def use(keep: bool) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.utime(folder)
     _remove_unused(folder)
+
+
+def _code_digest() -> str:
+    """Of what torch's own key leaves out: backward passes of our operators, and what is recomputed. Users may edit them."""
+    here = Path(__file__).parent
+    files = sorted((*here.glob("*.py"), *(here.parent / "model").glob("*.py")))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _remove_unused(folder: Path) -> None:

@@ -256,6 +256,7 @@ def _policy(config: TrainConfig, preserve_rng_state: bool = True) -> Run:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     if keep is not None:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, keep)
+        options["context_fn"].cache_hash = keep.__name__  # lets torch cache what it traces; see compile_cache
     return lambda layer, *args, **kwargs: checkpoint(type(layer).forward, layer, *args, **options, **kwargs)
 
 

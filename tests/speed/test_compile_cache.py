@@ -1,18 +1,28 @@
 """Where compiled kernels are kept: a folder of the user's, as they are code."""
 
+import dataclasses
+import functools
 import os
+import shutil
 import stat
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.compiler.config
 
 from qlora.cli import train as command_line
+from qlora.data.batch import iter_batches
 from qlora.errors import ExitCode, UserError
+from qlora.model import attention
+from qlora.model.loss import read_head, token_loss_sum
 from qlora.run import prepare
 from qlora.speed import compile_cache
+from qlora.speed.accelerate import accelerate
+from tests.helpers import adapted_model, decoder_of, gradients, wake_adapters
+from train_loop import train_step
 
 
 @pytest.fixture
@@ -20,7 +30,7 @@ def cache(tmp_path, monkeypatch):
     """The folder of this version, in a new cache folder."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with torch.compiler.config.patch(force_disable_caches=False):
+    with torch.compiler.config.patch(force_disable_caches=False, cache_key_tag=""):
         yield tmp_path / "qlora-train" / "compiled" / f"torch-{torch.__version__}-python-3.{sys.version_info[1]}"
     os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
 
@@ -31,6 +41,46 @@ def test_kernels_are_kept_where_only_the_user_may_write(cache):
         compile_cache.use(keep=True)
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache) and stat.S_IMODE(cache.stat().st_mode) == 0o700
     assert not torch.compiler.config.force_disable_caches
+
+
+def test_code_that_was_edited_is_compiled_again(cache, tmp_path, monkeypatch):
+    package = tmp_path / "package"
+    for folder in ("speed", "model"):
+        shutil.copytree(Path(compile_cache.__file__).parents[1] / folder, package / folder)
+    monkeypatch.setattr(compile_cache, "__file__", str(package / "speed" / "compile_cache.py"))
+    tags = []
+    for edited in (None, package / "speed" / "lora_linear.py", package / "model" / "attention.py", package / "model" / "x.py"):
+        if edited is not None:
+            edited.write_text(edited.read_text() + "\n" if edited.exists() else "")
+        compile_cache.use(keep=True)
+        tags.append(torch.compiler.config.cache_key_tag)
+    assert len(set(tags[:3])) == 3 and all(tags)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    "policy", ["none", pytest.param("selective", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)]
+)
+def test_what_was_traced_is_found_again(cache, config, samples, policy):
+    """After dynamo has forgotten, as in another process: the cache of traced graphs is hit, and gradients are the same."""
+    compile_cache.use(keep=True)
+    found = []
+    for expected in ("autograd_cache_miss", "autograd_cache_hit"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        changed = dataclasses.replace(config, attn_implementation="sdpa")
+        model = adapted_model(changed)
+        wake_adapters(model)
+        model.accelerated = accelerate(model, dataclasses.replace(changed, gradient_checkpointing=policy, compile="layers"))
+        loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        with attention.for_training(model.train(), changed):
+            batches = list(iter_batches(samples, range(2), 2))
+            loss, _ = train_step(decoder_of(model), optimizer, batches, loss_sum, 0.0, None)
+        assert torch._dynamo.utils.counters["aot_autograd"][expected] == 1
+        found.append((loss.item(), gradients(model)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
 
 
 def test_a_folder_of_the_user_s_stays(cache, monkeypatch):
