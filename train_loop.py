@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from qlora import terminal
+from qlora import distributed, terminal
 from qlora.config import TrainConfig
-from qlora.data.batch import Batch, batched, count_steps, epoch_rows, eval_batches, training_batches
+from qlora.data.batch import Batch, count_steps, epoch_rows, eval_batches, training_steps
 from qlora.data.dataset import first_examples
 from qlora.eval.generate import try_samples
 from qlora.eval.loss import EvalResult, evaluate_loss, has_stalled
@@ -42,7 +42,7 @@ from qlora.run import checkpoint, explain, log
 from qlora.run.files import write_folder
 from qlora.run.folder import RunFolder
 from qlora.run.guards import check_finite, check_first_gradients
-from qlora.run.prepare import Prepared, prepare, resolve, set_up_torch
+from qlora.run.prepare import Prepared, prepare_everywhere, resolve, set_up_torch
 from qlora.run.signals import Signals
 from qlora.run.timing import PhaseClock
 from qlora.speed import memory
@@ -101,7 +101,9 @@ def train_step(
     loss = torch.zeros((), device=device)  # []
     # The gradients of the last step stayed until now so that they could be looked at.
     optimizer.zero_grad(set_to_none=True)
-    for micro_batch in micro_batches:
+    for micro_batch in (each for each in micro_batches if each.is_here):
+        # Those of other GPUs are left out. Dropout is drawn from a seed, to be the same after a resume and on any of them.
+        torch.manual_seed(micro_batch.seed)
         # The copy does not wait: the batch is in pinned memory.
         batch = micro_batch.to(device)
         # Autocast runs matrix products in bf16 and casts the fp32 adapters on the fly. Norms and the loss stay in fp32.
@@ -114,6 +116,7 @@ def train_step(
         micro_loss.backward()
         # The loss stays on the device: reading it here would wait for the backward pass.
         loss += micro_loss.detach()
+    distributed.sum_gradients(parameters, loss)  # over all GPUs; each goes on with those of the whole step
     # Returns the norm even where nothing is clipped.
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     # The schedule is a function of the step, so there is no scheduler to save and restore.
@@ -154,6 +157,7 @@ def train(
     model, decoder, loss_sum, optimizer = trainee
     # Only from pinned memory can a batch be copied to the GPU asynchronously.
     pin = prep.device.type == "cuda"
+    ranks = distributed.ranks()
     adapters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     # The last step of an epoch may have fewer micro-batches.
     steps_per_epoch, total_steps = count_steps(config, len(epoch_rows(prep.train_set, config, 1)))
@@ -162,7 +166,7 @@ def train(
     # The end of each epoch is saved in any case.
     save_steps = config.save_steps or total_steps
     # Early stopping counts the evaluations of earlier processes too.
-    evaluations = dict(tracker.known_evaluations)
+    evaluations = distributed.by_first(lambda: dict(tracker.known_evaluations))
     # Steps taken; epoch to resume in; rows of it that were trained on; steps skipped as not finite.
     step, first_epoch, seen, skipped = state
 
@@ -170,10 +174,10 @@ def train(
         # A resumed run may know this evaluation already.
         if prep.eval_set is None or step in evaluations:
             return
-        # Everything is saved or on its way to disk, so a signal may end the loop on the spot.
-        with stop.immediate():
+        # Everything is saved or on its way to disk, so a signal may end the loop on the spot, unless others wait for this one.
+        with stop.immediate(ranks.size == 1):
             batches = eval_batches(prep.eval_set, config.per_device_train_batch_size * prep.longest, pin)
-            evaluations[step] = evaluate_loss(model, batches, loss_sum)
+            evaluations[step] = evaluate_loss(model, itertools.islice(batches, ranks.rank, None, ranks.size), loss_sum)
         tracker.evaluation(step, epoch, evaluations[step])
 
     # A progress bar in a terminal, a line every few steps elsewhere.
@@ -191,9 +195,10 @@ def train(
             # -- batch --
             # The order is a function of seed and epoch, so a resumed run finds it again and leaves out what it has seen.
             rows_left = epoch_rows(prep.train_set, config, epoch)[seen:]
-            # Batches are collated as they are asked for; the data may be larger than memory.
-            batches = training_batches(prep.train_set, rows_left, config, pin)
-            steps = batched(batches, config.gradient_accumulation_steps)
+            # Batches are collated as they are asked for; the data may be larger than memory. Each has the seed of its dropout,
+            # a function of seed, epoch and micro-batch. A resumed run starts at the micro-batch after those it has seen.
+            at = (epoch, seen // config.per_device_train_batch_size)
+            steps = training_steps(prep.train_set, rows_left, config, ranks, at, pin)
             for micro_batches in itertools.islice(steps, total_steps - step):
                 # -- step --
                 learning_rate = prep.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
@@ -202,6 +207,8 @@ def train(
                 seen += sum(len(micro_batch.input_ids) for micro_batch in micro_batches)
                 # Checkpoints are written while training continues; a full disk shows here.
                 run.raise_if_not_saved()
+                # A signal to one process stops all of them, at the same step.
+                stopping = distributed.largest(stop.received or 0)
                 # A target that gets no gradient would train nothing, in silence.
                 if step == 1:
                     check_first_gradients(adapters, grad_norm)
@@ -209,7 +216,7 @@ def train(
                 # Reading a loss waits for the GPU, so rows are read every few steps. The first step is read at once.
                 step_log.add(step, epoch, learning_rate, loss, grad_norm, micro_batches)
                 # Due after a signal, every save_steps, at the end of an epoch, and at the end.
-                save = stop.received is not None or step % save_steps == 0 or step in (epoch * steps_per_epoch, total_steps)
+                save = stopping or step % save_steps == 0 or step in (epoch * steps_per_epoch, total_steps)
                 if save or step == 1 or step % config.logging_steps == 0:
                     step_log.flush()  # sync
                     explain.explain_step(config, model, optimizer, step, tracker, first=not step_log.before)
@@ -222,11 +229,12 @@ def train(
                 if save:
                     state = checkpoint.TrainState(step, epoch, seen, skipped)
                     run.save(model, optimizer, state, config.save_total_limit, evaluations)
-                    stop.raise_if_received()
+                    stop.raise_for(stopping)
                     step_log.restart_clock()
             # -- evaluate --
             seen = 0
             evaluate(step, epoch)
+            stop.raise_for(distributed.largest(stop.received or 0))
             if step < total_steps and has_stalled(evaluations, config.early_stopping_patience):
                 tracker.ended_early(step, config.early_stopping_patience)
                 break
@@ -241,6 +249,8 @@ def finish(prep: Prepared, trainee: Trainee, evaluations: dict[int, EvalResult],
         Peak memory in training, in GB.
     """
     model, decoder, _, optimizer = trainee
+    if not distributed.ranks().is_first:
+        return math.nan
     run.wait_until_saved()
     adapter_step = run.step
     # Early stopping hands over the best adapter; without it, the last one is what was asked for.
@@ -264,32 +274,30 @@ def finish(prep: Prepared, trainee: Trainee, evaluations: dict[int, EvalResult],
 
 
 def main(options: TrainConfig, stop: Signals) -> None:
-    """One run, from the command line's options to a finished adapter.
-
-    Raises:
-        UserError: with the exit code of its kind.
-        Stopped: after a signal, as soon as all is saved.
-    """
+    """One run, from options to a finished adapter. Raises UserError with an exit code, or Stopped after a signal."""
     # From here on a signal ends the process in an orderly way; during imports it would end it on the spot.
     stop.armed = True
     # Where the time goes, printed at the end: each phase ends with a call.
     clock = PhaseClock()
-    console = Console()
-    say = functools.partial(terminal.say, console)
     device = set_up_torch(options)
+    # One process, unless torchrun has started more. The first of them writes and prints.
+    ranks = distributed.start()
+    console = Console(quiet=not ranks.is_first)
+    say = functools.partial(terminal.say, console)
     asked = resolve(options, device, say)
-    with RunFolder.open(asked) as run:
+    with RunFolder.open(asked, ranks) as run:
         # What a signal or an error prints: what is safe, and the command that resumes.
         stop.advice = run.advice
         # A mistake should not cost a download, so everything that needs no weights comes first.
-        prep = prepare(asked, device, run, console)
+        prep = prepare_everywhere(asked, device, run, console, ranks)
         if prep is None:
-            say(html.when_complete(run.folder))
+            if ranks.is_first:
+                say(html.when_complete(run.folder))
             return
         config = prep.config
         clock.end("data and checks")
         with memory.oom_as_user_error(config, device, prep.predicted_gb, prep.longest):
-            # Adapters start from the seed; order and dropout follow from it too.
+            # Adapters start from the seed. Order and dropout follow from it too, by functions that need no generator's state.
             seed_generators(config.seed)
             # QLoRA in five lines: a frozen base in 4 bits per weight, fp32 adapters, a fast decoder, the loss, the optimizer.
             # 3.8 billion parameters take 2.3 GB; no weight of the base ever gets a gradient.
@@ -311,15 +319,17 @@ def main(options: TrainConfig, stop: Signals) -> None:
                 with attention.for_training(model.train(), config):
                     say(memory.probe_memory(probe_step, optimizer, prep.train_set, config, prep.predicted_gb))
                 clock.end("compile and probe")
-            # Adapters, moments and generators, each tensor in its dtype; or step 0.
+            # Adapters and moments, each tensor in its dtype; or step 0.
             state = run.restore(model, optimizer, base)
             # Only from here on does the run folder change.
             run.take_over(config)
-            with log.Tracker(run.folder, console, clock, state.step, prep.eval_set) as tracker:
+            with log.Tracker(run.logs, console, clock, state.step, prep.eval_set) as tracker:
                 tracker.say(f"Learning rate: {config.learning_rate:g}; run folder: {run.folder}")
                 explain.explain_start(config, model, prep.train_set, prep.template.tokenizer, console)
                 # Phi-3's sliding window is off where it changes nothing: it would cost sdpa its flash kernel.
                 with attention.for_training(model, config):
                     evaluations = train(prep, trainee, state, run, tracker, stop)
                 peak_gb = finish(prep, trainee, evaluations, run, tracker)
-        say(log.closing_words(run.folder, html.after_training(run.folder), peak_gb, prep.predicted_gb, clock))
+        distributed.leave()
+        if ranks.is_first:
+            say(log.closing_words(run.folder, html.after_training(run.folder), peak_gb, prep.predicted_gb, clock))

@@ -148,12 +148,12 @@ def phases_of(train: Callable[[Any], Any]) -> None:
     print("PHASES " + json.dumps(clock.seconds))
 
 
-def load_data(job: str, folder: str) -> Any:
+def load_data(contender: str, job: str, folder: str) -> Any:
     """train and eval of a job, as datasets."""
     import datasets
 
     files = {name: f"{folder}/{job}/{name}.jsonl" for name in ("train", "eval")}
-    return datasets.load_dataset("json", data_files=files, cache_dir=f"{folder}/datasets")
+    return datasets.load_dataset("json", data_files=files, cache_dir=f"{folder}/datasets-{contender}")
 
 
 def trl_script(contender: str, job: str, folder: str, epochs: int) -> None:
@@ -165,7 +165,7 @@ def trl_script(contender: str, job: str, folder: str, epochs: int) -> None:
     from qlora.model.load import quantization_of
 
     def train(phases: Any) -> Any:
-        data, arguments = load_data(job, folder), trainer_arguments(job, f"{folder}/{job}-{contender}", epochs)
+        data, arguments = load_data(contender, job, folder), trainer_arguments(job, f"{folder}/{job}-{contender}", epochs)
         return trl.SFTTrainer(
             model=f"{folder}/model", args=trl.SFTConfig(**arguments, **trl_options(contender)),
             train_dataset=data["train"], eval_dataset=data["eval"], callbacks=[phases],
@@ -191,7 +191,9 @@ def unsloth_script(contender: str, job: str, folder: str, epochs: int) -> None:
         model = unsloth.FastLanguageModel.get_peft_model(
             model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, target_modules=SPLIT, use_gradient_checkpointing=checkpointing
         )
-        data = load_data(job, folder).map(lambda row: {"text": row["prompt"] + row["completion"] + tokenizer.eos_token})
+        data = load_data(contender, job, folder).map(
+            lambda row: {"text": row["prompt"] + row["completion"] + tokenizer.eos_token}
+        )
         data = data.remove_columns(["prompt", "completion"])
         chosen = {} if checkpointing else {"gradient_checkpointing": False}
         arguments = trainer_arguments(job, f"{folder}/{job}-{contender}", epochs) | chosen

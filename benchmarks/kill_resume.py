@@ -71,7 +71,7 @@ def kill_after_progress(arguments: list[str], folder: Path, log: Path, pause_s: 
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of what a checkpoint or adapter folder holds in tensors: adapter, and moments with generators."""
+    """SHA-256 of what a checkpoint or adapter folder holds in tensors: adapter and moments."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
 
 

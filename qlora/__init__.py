@@ -5,6 +5,7 @@ terminal.py            text for the terminal, without secrets and escape sequenc
 cache.py               where demo models, tokenized data and compiled kernels are kept
 checksum.py            whether two tensors are the same, on their device
 validation.py          checks of values from files, by pydantic models
+distributed.py         several processes, each on a GPU: who computes what, sums, stopping together
 data/                  from files to micro-batches: sources (read, kinds, tables), formats, messages, template, dataset, batch
 model/                 NF4 loading, LoRA adapters, attention, loss, optimizer, the demo model
 speed/                 checkpointing, compilation, CUDA graphs, the fused NF4 layer, memory

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import importlib
+import os
 import sys
 import traceback
 from types import TracebackType
@@ -18,7 +19,7 @@ from qlora.commands.options import (
     ReportOptions,
 )
 from qlora.config import parse
-from qlora.errors import CheckpointError, ConfigError, EnvironmentProblem, UserError
+from qlora.errors import CheckpointError, ConfigError, EnvironmentProblem, NonFiniteError, UserError
 from qlora.run.signals import Signals
 from qlora.terminal import echo, redacted_stderr
 
@@ -34,7 +35,7 @@ def train(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
-    sys.excepthook = _print_traceback
+    sys.excepthook = _print_and_leave
     with Signals() as stop:
         try:
             config = parse(argv)
@@ -43,19 +44,40 @@ def train(argv: list[str] | None = None) -> int:
 
             train_loop.main(config, stop)
         except UserError as error:
-            return _told(error, debug)
+            return _left(_told(error, debug))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             text = f"{error.filename or 'A file'} cannot be written: {error.strerror}."
-            return _told(CheckpointError(text, hint=stop.advice()), debug)
+            return _left(_told(CheckpointError(text, hint=stop.advice()), debug))
+        except SystemExit as error:
+            if not isinstance(error.code, int) or not _of_several():
+                raise
+            return _left(error.code)  # the first process has ended with it
         return 0
     assert stop.received is not None  # only then does the context swallow an exception
-    echo(f"Stopped by {stop.received.name}. {stop.advice()}", file=sys.stderr)
-    return 128 + stop.received
+    if os.environ.get("RANK", "0") == "0":
+        echo(f"Stopped by {stop.received.name}. {stop.advice()}", file=sys.stderr)
+    return _left(128 + stop.received)
+
+
+def _of_several() -> bool:
+    """Whether torchrun has started this process beside others."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _left(code: int) -> int:
+    """`code`; but one of several processes exits at once, as the interpreter's own exit waits for ranks that may be gone."""
+    if _of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _told(error: UserError, debug: bool) -> int:
+    if isinstance(error, NonFiniteError) and os.environ.get("RANK", "0") != "0":
+        return error.exit_code  # the first process says the same
     if debug:
         _print_traceback(type(error), error, error.__traceback__)
     else:
@@ -66,6 +88,11 @@ def _told(error: UserError, debug: bool) -> int:
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Python's own traceback, with secrets masked: exception texts may quote what was sent."""
     echo("".join(traceback.format_exception(kind, error, trace)), file=sys.stderr, end="")
+
+
+def _print_and_leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _print_traceback(kind, error, trace)
+    _left(1)
 
 
 def main(argv: list[str] | None = None) -> int:

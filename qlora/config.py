@@ -130,7 +130,7 @@ class SpeedOptions:
     """layers: each decoder layer is compiled by torch.compile. graphs: and all of them are replayed as CUDA graphs, rows padded
     to a multiple of 128. none: they run as written. auto: graphs on a CUDA GPU."""
     compile_cache: bool = True
-    """Keep compiled kernels in ~/.cache/qlora-train for later runs. They are code: nobody else may write there."""
+    """Keep compiled kernels in ~/.cache/qlora-train for later runs, unless others may write there: they are code."""
     offload_checkpoints: bool = False
     """Keep the inputs of layers in host memory until the backward pass; needs a CUDA GPU and compiled layers."""
     cache_dequantized: bool = False

@@ -24,7 +24,7 @@ from qlora.model.lora import add_lora, audit_targets, with_init_adapter
 from qlora.model.loss import Head, token_loss_sum
 from qlora.run import checkpoint
 from qlora.run.environment import environment
-from qlora.run.schema import Environment, RunInfo
+from qlora.run.schema import FORMAT, Environment, RunInfo
 from qlora.speed.accelerate import accelerate
 
 CPU = torch.device("cpu")
@@ -33,6 +33,7 @@ SHORT_TRAIN, SHORT_EVAL = (Path(__file__).with_name(f"short_{name}.jsonl") for n
 SHORT_DATA = ["--train-file", str(SHORT_TRAIN), "--eval-file", str(SHORT_EVAL)]
 ENVIRONMENT = {"packages": {"torch": "2", "flash-attn": None}, "python": "3", "device": "cpu", "cuda": None, "commit": None}
 RUN_INFO = RunInfo(
+    format=FORMAT,
     config={"seed": 1},
     data="d",
     eval_data=None,
@@ -156,6 +157,7 @@ LONG_WORD = "an_identifier_without_a_place_to_break_it" * 6
 def write_run(folder: Path, finished: bool = True, steps: int = 60, **changes) -> Path:
     """A run folder as training leaves it, made up: 60 steps, 10 an epoch. `changes` replace options or keys of run.json."""
     run_info = {
+        "format": FORMAT,
         "config": {},
         "device": "cpu",
         "data": "a" * 64,
@@ -243,6 +245,6 @@ def of_peft(tiny, folder, tied: bool = False, save_embedding_layers=False, **set
 
 
 def tensors(folder: Path) -> list[str]:
-    """Digests of what a checkpoint holds in tensors: adapter, moments, generators."""
+    """Digests of what a checkpoint holds in tensors: adapter and moments."""
     names = (checkpoint.ADAPTER, checkpoint.TRAINER_STATE)
     return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]

@@ -1,8 +1,8 @@
 """The loop against transformers.Trainer and trl.SFTTrainer, step by step, and against itself cut into other micro-batches.
 
 Ours is the whole of `train_loop.main`, and what is compared are its files: it reads the data, orders, collates, accumulates,
-schedules, clips, decays and saves. Theirs gets the same order by a sampler. Both run in NF4 with double quantization under
-bf16 autocast, each layer computed again in backward, on a CPU.
+schedules, clips, decays and saves. Theirs gets the same order by a sampler, and the same seed before each micro-batch. Both run
+in NF4 with double quantization under bf16 autocast, each layer computed again in backward, on a CPU.
 
 What differs on purpose is made theirs here, by hand: the rate of update 0, which is zero in transformers; adapters in bf16,
 which TRL makes of them. What differs by rounding has a tolerance: our head, our layers, and, with sdpa, a padding mask.
@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 import train_loop
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN
-from qlora.data.batch import Batch, batched, collate, epoch_order, epoch_rows, iter_batches
+from qlora.data.batch import Batch, batched, collate, dropout_seed, epoch_order, epoch_rows, iter_batches
 from qlora.data.dataset import TokenizedDataset
 from qlora.data.formats import Example, read_examples
 from qlora.data.messages import Message
@@ -41,7 +41,7 @@ SHORT, BUNDLED = (
     {"train_file": str(train), "eval_file": str(evaluation)}
     for train, evaluation in ((SHORT_TRAIN, SHORT_EVAL), (BUNDLED_TRAIN, BUNDLED_EVAL))
 )  # 22 samples each; tolerances are for the bundled ones, over whose tokens rounding averages out
-EPOCHS, STEPS, WARMUP = 3, 18, 2  # 22 samples: 11 micro-batches, 6 steps per epoch, the last of one micro-batch
+EPOCHS, MICRO_BATCHES, STEPS, WARMUP = 3, 11, 18, 2  # 22 samples: 11 micro-batches per epoch, 6 steps, the last of one
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # an old name, still in TRL's
 
 
@@ -95,14 +95,6 @@ class EpochOrder(torch.utils.data.Sampler):
         return iter(epoch_rows(self.samples, self.config, self.epoch + 1))
 
 
-class Reseed(transformers.TrainerCallback):
-    """Seeds torch before the first forward of each epoch: a DataLoader has drawn a number from it by then, and we have not."""
-
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step % (STEPS // EPOCHS) == 0:
-            torch.manual_seed(state.global_step)
-
-
 def without_mask(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Our collation, in the form that Trainer takes."""
     batch = collate([TokenizedExample(row["input_ids"], row["labels"], 0) for row in rows])
@@ -113,9 +105,19 @@ def theirs(config, samples, folder: Path, rows: list[dict[str, Any]], trainer=tr
            arguments=transformers.TrainingArguments, exact: bool = False, **options) -> Course:  # fmt: skip
     """A run of a Trainer over `rows`, `samples` in the same order, in whatever form it takes them; in fp32 if exact."""
 
-    class Ordered(trainer):
+    class Seeded(trainer):
+        """In our order, and with our seed before each micro-batch: a Trainer draws all masks of a run from one generator."""
+
+        micro_batches_taken = 0
+
         def _get_train_sampler(self, *_):
             return EpochOrder(samples, config)
+
+        def training_step(self, *arguments, **named):
+            epoch, index = divmod(self.micro_batches_taken, MICRO_BATCHES)
+            torch.manual_seed(dropout_seed(config.seed, epoch + 1, index))
+            self.micro_batches_taken += 1
+            return super().training_step(*arguments, **named)
 
     model = adapted_model(config, config.attn_implementation)
     if exact:
@@ -141,9 +143,9 @@ def theirs(config, samples, folder: Path, rows: list[dict[str, Any]], trainer=tr
         report_to="none",
         disable_tqdm=True,
     )
-    callbacks = [Reseed()] if config.lora_dropout else []
-    started = Ordered(model=model, args=settings, train_dataset=Dataset.from_list(rows), callbacks=callbacks, **options)
+    started = Seeded(model=model, args=settings, train_dataset=Dataset.from_list(rows), **options)
     started.train()
+    assert started.micro_batches_taken == EPOCHS * MICRO_BATCHES
     logged = [row for row in started.state.log_history if "grad_norm" in row]
     numbers = ([float(row[name]) for row in logged] for name in ("learning_rate", "loss", "grad_norm"))
     return Course(*numbers, peft.get_peft_model_state_dict(model, save_embedding_layers=False))
@@ -163,18 +165,11 @@ def ours(config, folder: Path, monkeypatch, loss_sum=trainers_loss_sum, own_laye
                 parameter.data = parameter.data.to(dtype)
         return to_fp32(model) if exact else model
 
-    def reseeded(*arguments, **settings):
-        step = next(steps_done)
-        if config.lora_dropout and step % (STEPS // EPOCHS) == 0:
-            torch.manual_seed(step)
-        return train_step(*arguments, **settings)
-
-    original_adapters, steps_done = train_loop.add_lora, iter(range(STEPS))
+    original_adapters = train_loop.add_lora
     with monkeypatch.context() as patch:
         patch.setattr(train_loop, "lr_multiplier", transformers_multiplier)
         patch.setattr(train_loop, "token_loss_sum", loss_sum)
         patch.setattr(train_loop, "add_lora", add_lora)
-        patch.setattr(train_loop, "train_step", reseeded)
         patch.setattr("qlora.eval.generate.sample_responses", lambda *_: [])
         if not own_layers:
             patch.setattr("qlora.speed.lora_linear.install", lambda *_: [])
@@ -252,8 +247,8 @@ def test_so_it_is_with_a_collator_of_transformers_own(course, samples, bundled, 
         assert error < 0.01 and result.norms == pytest.approx(reference.norms, rel=0.01), error
 
 
-def test_dropout_is_drawn_in_the_trainers_order(course, samples, tmp_path, monkeypatch):
-    """Within an epoch, computed again in backward included. Between epochs a DataLoader draws a number for its workers."""
+def test_dropout_masks_are_the_trainers_in_all_epochs(course, samples, tmp_path, monkeypatch):
+    """With our seed before each of its micro-batches; those computed again in backward included."""
     config = course(lora_dropout=0.1)
     reference = theirs(config, samples, tmp_path, encoded(samples), data_collator=without_mask)
     assert largest_difference(ours(config, tmp_path, monkeypatch), reference) == SAME

@@ -184,11 +184,12 @@ def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend
         loss_sum = functools.partial(token_loss_sum, head=read_head(model))
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
-        torch.manual_seed(11)
         with attention.for_training(model.train(), config):
             for number in range(4):
                 order = [*rows[number:-1], *rows[:number], rows[-1]]
-                batches = [next(training_batches(samples, two, recorded)) for two in order]
+                batches = [
+                    next(training_batches(samples, two, recorded, epoch=number, first=at)) for at, two in enumerate(order)
+                ]
                 shapes |= {batch.input_ids.shape for batch in batches}
                 loss, norm = train_step(decoder_of(model), optimizer, batches, loss_sum, 1e-3, 1.0)
                 run.append([loss.clone(), norm.clone(), *(p.detach().clone() for p in parameters)])
@@ -204,16 +205,19 @@ def test_graphs_give_the_bits_of_the_layers_they_record(config, samples, backend
 
 
 def test_each_replay_of_a_graph_draws_dropout_of_its_own(config, samples):
-    """The same batch at rate 0: run once, recorded and replayed, and replayed again."""
+    """The same batch at rate 0: run once, recorded and replayed, and replayed again; one seed gives one mask."""
     config = dataclasses.replace(config, attn_implementation="sdpa", lora_dropout=0.3)
     model = gpu_model(config, "sdpa")
     run_layers(model, config, "selective", "graphs")
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    micro_batches = [next(iter_batches(samples, [0, 1], 2, multiple=128))]
+    (batch,) = iter_batches(samples, [0, 1], 2, multiple=128)
     with attention.for_training(model.train(), config):
-        losses = [train_step(decoder_of(model), optimizer, micro_batches, loss_sum, 0.0, None)[0].item() for _ in range(3)]
-    assert len(decoder_of(model).graphs.recordings) == 1 and len(set(losses)) == 3
+        losses = [
+            train_step(decoder_of(model), optimizer, [batch._replace(seed=seed)], loss_sum, 0.0, None)[0].item()
+            for seed in (1, 2, 3, 2)
+        ]
+    assert len(decoder_of(model).graphs.recordings) == 1 and len(set(losses)) == 3 and losses[1] == losses[3]
 
 
 def short_samples(count: int, length: int) -> list[TokenizedExample]:

@@ -300,7 +300,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
         "qlora/run/checkpoint.py:lowest",
         "min(known, key=lambda step: losses[step])",
     ),
-    ({"_save_rng_state": (SAVE, "self._save_rng_state(")}, "qlora/model/random_state.py:random_state", "torch.get_rng_state()"),
+    ({"_save_rng_state": (SAVE, "self._save_rng_state(")}, "train_loop.py:train_step", "torch.manual_seed(micro_batch.seed)"),
     (
         {"_save_optimizer_and_scheduler": (SAVE, "self._save_optimizer_and_scheduler(")},
         "qlora/run/checkpoint.py:trainer_state",

@@ -15,12 +15,12 @@ import transformers
 import train_loop
 from qlora.cli import train as command_line
 from qlora.config import parse
-from qlora.data.batch import batched, collate, epoch_rows, iter_batches
+from qlora.data.batch import batched, collate, epoch_rows, iter_batches, training_batches
 from qlora.data.template import IGNORED, TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.speed import layers
-from tests.helpers import SHORT_DATA, SHORT_TRAIN, adapted_model, plain_loss_sum, relative_error, wake_adapters
+from tests.helpers import SHORT_DATA, SHORT_TRAIN, adapted_model, gradients, plain_loss_sum, relative_error, wake_adapters
 from train_loop import lr_multiplier, train_step
 
 # -- schedule --------------------------------------------------------------------------------------------------------
@@ -90,6 +90,47 @@ def test_a_step_counts_as_one_batch_however_it_is_cut(config):
     means = [updates(config, [batch])[0] for batch in iter_batches(rows, range(8), 1)]
     mean_of_means = {name: sum(mean[name] for mean in means) / 8 for name in whole}
     assert relative_error(mean_of_means, whole) > 0.3  # the test would see it
+
+
+def summed_gradients(config, micro_batches, num_tokens: int) -> dict[str, torch.Tensor]:
+    """Adapter gradients of a step that takes only these of its micro-batches, as one of several processes would."""
+    model = adapted_model(config)
+    wake_adapters(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    share = num_tokens / sum(batch.num_tokens for batch in micro_batches)  # train_step divides by its own tokens
+    loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+    train_step(model.get_decoder(), optimizer, micro_batches, lambda *args: loss_sum(*args) / share, 0.0, None)
+    return gradients(model)
+
+
+def test_dropout_is_the_same_however_micro_batches_are_shared_among_processes(config, samples):
+    """Gradients of micro-batch 0 alone and of micro-batch 1 alone add up to those of both in one step, dropout on."""
+    config = dataclasses.replace(config, lora_dropout=0.1)
+    both = list(training_batches(samples, range(4), config))
+    num_tokens = sum(batch.num_tokens for batch in both)
+    whole = summed_gradients(config, both, num_tokens)
+    torch.rand(5)  # whatever else the other process draws
+    parts = [summed_gradients(config, [batch], num_tokens) for batch in both]
+    assert relative_error({name: parts[0][name] + parts[1][name] for name in whole}, whole) < 1e-5
+    swapped = [batch._replace(seed=other.seed) for batch, other in zip(both, reversed(both), strict=True)]
+    assert relative_error(summed_gradients(config, swapped, num_tokens), whole) > 0.05  # the test would see it
+
+
+def test_dropout_does_not_depend_on_what_was_drawn_before(config, samples):
+    config = dataclasses.replace(config, lora_dropout=0.1)
+    steps = list(batched(training_batches(samples, range(8), config), 2))
+    losses = []
+    for garbage in (False, True):
+        model = adapted_model(config)
+        wake_adapters(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        loss_sum = functools.partial(token_loss_sum, head=read_head(model))
+        losses.append([])
+        for micro_batches in steps:
+            if garbage:
+                torch.rand(7)
+            losses[-1].append(train_step(model.get_decoder(), optimizer, micro_batches, loss_sum, 1e-3, 1.0)[0].item())
+    assert losses[0] == losses[1]
 
 
 def test_a_step_equals_a_plain_loop_with_the_plain_head(config, samples):

@@ -15,6 +15,7 @@ import torch
 from qlora.config import TrainConfig
 from qlora.data.dataset import TokenizedDataset
 from qlora.data.template import IGNORED, TokenizedExample
+from qlora.distributed import Ranks, shares
 
 Item = TypeVar("Item")
 LEAST_EVAL_POSITIONS = 2048  # 0.2 GB for a layer of Phi-3-mini; a GPU waits for the CPU with fewer
@@ -38,6 +39,12 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor | None = None  # [B, T] int64: from 0 in each sample, and in the padding of a row
     cu_seqlens: torch.Tensor | None = None  # [S + 1] int32: where each begins in the flattened rows, and B * T
     max_seqlen: int | None = None  # of the longest, padding included
+    seed: int = 0  # of the dropout in this micro-batch
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process computes it; if not, it holds no ids, but says what they are of."""
+        return self.input_ids.numel() > 0
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch there; the copy does not wait when the source is pinned."""
@@ -187,14 +194,88 @@ def iter_batches(
         yield batch.pin() if pin else batch
 
 
+def dropout_seed(seed: int, epoch: int, index: int) -> int:
+    """The seed of the dropout in a micro-batch: a pure function, so that no generator's state has to be saved or shared.
+
+    Every micro-batch of a run gets another seed, up to a million of them in an epoch. That holds for the low 32 bits too, and
+    a CPU's generator reads no others.
+
+    Args:
+        seed: of the run.
+        epoch: from 1.
+        index: of the micro-batch in its epoch, from 0.
+
+    Returns:
+        A number from 0 to 2**63 - 1.
+    """
+    return ((seed * 1_000_003 + epoch) * 1_000_003 + index) % 2**63
+
+
 def training_batches(
-    samples: Sequence[TokenizedExample], rows: Iterable[Row], config: TrainConfig, pin: bool = False
+    samples: Sequence[TokenizedExample],
+    rows: Iterable[Row],
+    config: TrainConfig,
+    pin: bool = False,
+    epoch: int = 1,
+    first: int = 0,
 ) -> Iterator[Batch]:
-    """The micro-batches of training. Where layers are compiled all have the same number of rows, so that one layer's code, and
-    memory, is that of all: rows of padding fill up the last of an epoch."""
+    """The micro-batches of training, each with the seed of its dropout.
+
+    Where layers are compiled all have the same number of rows, so that one layer's code, and memory, is that of all: rows of
+    padding fill up the last of an epoch.
+
+    Args:
+        samples: all of the training data.
+        rows: those to collate, in order: all rows of an epoch, or its last ones.
+        config: batch size, compile and seed are read.
+        pin: whether in page-locked memory.
+        epoch: that the rows belong to.
+        first: index, in the epoch, of the micro-batch that begins with the first of `rows`.
+    """
     size = config.per_device_train_batch_size
-    least = 1 if config.compile == "none" else size
-    return iter_batches(samples, rows, size, pin, config.length_multiple, least)
+    batches = iter_batches(samples, rows, size, pin, config.length_multiple, _least_rows(config))
+    for index, batch in enumerate(batches, first):
+        yield batch._replace(seed=dropout_seed(config.seed, epoch, index))
+
+
+def _least_rows(config: TrainConfig) -> int:
+    """Rows that a micro-batch of training has at least."""
+    return 1 if config.compile == "none" else config.per_device_train_batch_size
+
+
+def training_steps(
+    samples: TokenizedDataset, rows: Iterable[Row], config: TrainConfig, ranks: Ranks, at: tuple[int, int], pin: bool = False
+) -> Iterator[list[Batch]]:
+    """The micro-batches of each optimizer step. Those that another rank computes hold no ids, but say what they are of.
+
+    Args:
+        samples: all of the training data.
+        rows: of an epoch, those that were not trained on yet.
+        config: batch size, accumulation, compile and seed are read.
+        ranks: this process among the others.
+        at: epoch, and index in it of the first micro-batch of `rows`.
+        pin: whether in page-locked memory.
+    """
+    epoch, first = at
+    groups = enumerate(batched(rows, config.per_device_train_batch_size), first)
+    for step in batched(groups, config.gradient_accumulation_steps):
+        positions = [len(group) * max(row_length(samples, row) for row in group) for _, group in step]
+        batches: list[Batch] = []
+        for (index, group), owner in zip(step, shares(positions, ranks.size), strict=True):
+            if owner == ranks.rank:
+                batches += training_batches(samples, group, config, pin, epoch, index)
+            else:
+                batches.append(_elsewhere(samples, group, config))
+        yield batches
+
+
+def _elsewhere(samples: TokenizedDataset, group: list[Row], config: TrainConfig) -> Batch:
+    """What a step has to know of a micro-batch that another rank computes."""
+    found = [samples[index] for row in group for index in ([row] if isinstance(row, int) else row)]
+    nothing = torch.zeros((max(len(group), _least_rows(config)), 0), dtype=torch.int64)  # [B, 0]
+    num_tokens = sum(label != IGNORED for sample in found for label in sample.labels[1:])
+    num_input_tokens, lines = sum(len(sample.input_ids) for sample in found), tuple(sample.line for sample in found)
+    return Batch(nothing, nothing, torch.zeros(0, dtype=torch.int64), num_tokens, num_input_tokens, lines)
 
 
 def eval_batches(samples: TokenizedDataset, most_positions: int, pin: bool = False) -> Iterator[Batch]:

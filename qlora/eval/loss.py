@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qlora import distributed
 from qlora.data.batch import Batch
 from qlora.model import attention
 
@@ -24,7 +25,7 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torc
 
     Args:
         model: with adapters; it is put back into the mode it came in.
-        batches: at least one, with at least one token.
+        batches: of this rank; of all ranks at least one, with at least one token.
         loss_sum: (hidden [B, T, D], batch) -> fp32 scalar, the one that training uses.
     """
     training = model.training
@@ -40,7 +41,8 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torc
             total += loss_sum(hidden, batch)  # []
         num_tokens += batch.num_tokens
     model.train(training)
-    loss = total.item() / num_tokens  # sync
+    loss_sum_of_all, num_tokens_of_all = distributed.sum_numbers(total.item(), num_tokens)  # sync
+    loss, num_tokens = loss_sum_of_all / num_tokens_of_all, int(num_tokens_of_all)
     return EvalResult(loss, math.exp(min(loss, 700.0)), num_tokens)
 
 

@@ -1,7 +1,8 @@
 """Atomic checkpoints: folders written aside, with a manifest, and verified before older ones are removed.
 
-A checkpoint holds all that the loop needs to resume as if it had not stopped: adapter, optimizer state, generators, place in
-the data. Tensors as safetensors, the rest as JSON; nothing in it is ever executed, and no path in it is ever opened.
+A checkpoint holds all that the loop needs to resume as if it had not stopped: adapter, optimizer state, place in the data. It
+holds no state of a generator, since order and dropout are functions of seed, epoch and micro-batch. Tensors as safetensors, the
+rest as JSON; nothing in it is ever executed, and no path in it is ever opened.
 """
 
 import contextlib
@@ -20,7 +21,6 @@ from safetensors import SafetensorError
 
 from qlora.errors import CheckpointError, ConfigError
 from qlora.model.optimizer import init_optimizer_state
-from qlora.model.random_state import random_state, set_random_state
 from qlora.run.files import MANIFEST, Content, Pieces, require_space, size_of, verify, write_folder
 from qlora.run.schema import RunInfo, State, read_json
 from qlora.validation import UNREADABLE, reason
@@ -121,7 +121,7 @@ class Snapshot(NamedTuple):
 
     step: int
     adapter: dict[str, torch.Tensor]  # in PEFT's names
-    trainer: dict[str, torch.Tensor]  # optimizer state and generators
+    trainer: dict[str, torch.Tensor]  # optimizer state
     files: dict[str, bytes]
     copied: torch.cuda.Event | None  # when the copies are complete; None if they are
 
@@ -239,8 +239,8 @@ def config_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, bytes
 
 
 def trainer_state(model: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Optimizer state as KIND.PARAMETER -> tensor, with the generators' as rng.NAME; and the part that is no tensor."""
-    tensors = {f"rng.{name}": value for name, value in random_state().items()}
+    """Optimizer state as KIND.PARAMETER -> tensor, and the part that is no tensor."""
+    tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
@@ -248,8 +248,14 @@ def trainer_state(model: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[st
     return tensors, plain
 
 
+def trained_tensors(model: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Adapters and what the optimizer keeps for them, in the order of their names."""
+    state = trainer_state(model, optimizer)[0]
+    return [*_trained(model).values(), *(state[name] for name in sorted(state))]
+
+
 def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Put adapter, optimizer and generators back as they were, each tensor in its dtype.
+    """Put adapter and optimizer back as they were, each tensor in its dtype.
 
     Args:
         folder: a checkpoint that has been verified.
@@ -267,7 +273,6 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Train
         )
     tensors = _tensors(folder / TRAINER_STATE)
     load_adapter(folder, model)
-    set_random_state({name[4:]: tensors.pop(name) for name in list(tensors) if name.startswith("rng.")})
     _restore_optimizer(folder, optimizer, _trained(model), {**tensors, **state.optimizer})
     return TrainState(state.step, state.epoch, state.samples, state.skipped)
 

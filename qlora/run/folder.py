@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,12 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora import distributed
 from qlora.config import Overridable, TrainConfig
-from qlora.errors import CheckpointError, ConfigError
+from qlora.distributed import Ranks
+from qlora.errors import CheckpointError, ConfigError, EnvironmentProblem, NonFiniteError
 from qlora.eval.loss import EvalResult
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, remove_leftovers, require_space, sync_folder, whole_rows, write_file, write_folder
-from qlora.run.schema import Environment, Finished, Resume, RunInfo, State, eval_rows, read_json
+from qlora.run.schema import FORMAT, Environment, Finished, Resume, RunInfo, State, eval_rows, read_json
 from qlora.run.signals import Stopped
 from qlora.terminal import redact
 from qlora.validation import UNREADABLE, reason
@@ -37,7 +41,7 @@ LOCK, RUN, FINISHED, METRICS, SAMPLES = "run.lock", "run.json", "finished.json",
 LOCK_WAIT_S = 0.2  # is_going holds the lock for less than a millisecond
 # Options that may differ without a word: they change no number of the training, or are compared by what they give.
 FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save_total_limit", "skip_nonfinite", "debug",
-        "explain", "trust_remote_code", "target_modules", "eval_file"}  # fmt: skip
+        "explain", "trust_remote_code", "target_modules", "eval_file", "compile_cache"}  # fmt: skip
 OF_THE_DATA = {"train_file", "columns", "ignore_columns", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop"}
 EARLIER = TrainConfig(compile="none").plain()  # what an option was before there was that option
 RESOLVED = ("attn_implementation", "compile", "gradient_checkpointing")  # from auto, by what the machine has
@@ -55,12 +59,13 @@ class RunFolder:
         notes: lines for the log: what was found, and what was wrong with it.
     """
 
-    def __init__(self, folder: Path, resume: str):
+    def __init__(self, folder: Path, resume: str, follows: bool = False):
         """Lock the folder and find the checkpoint to resume from; only leftovers of dead processes are removed.
 
         Args:
             folder: made if it is not there.
             resume: auto, never, or the path of a checkpoint or run folder.
+            follows: whether another rank has locked it and writes to it; this one only reads.
 
         Raises:
             CheckpointError: if it cannot be written, holds something else, is in use, or has no sound checkpoint left.
@@ -72,21 +77,30 @@ class RunFolder:
         self._taken_over = False
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
-        self._lock = _locked(folder)
+        self._follows = follows
+        self._lock = None if follows else _locked(folder)
+        self.logs = Path(tempfile.mkdtemp()) if follows else folder  # where this rank writes metrics
         try:
-            for place in (folder, self.checkpoints, folder / "adapter"):
+            for place in () if follows else (folder, self.checkpoints, folder / "adapter"):
                 remove_leftovers(place)
             self._known, self._finished = _read(folder / RUN, RunInfo), _read(folder / FINISHED, Finished)
             self.checkpoint = self._find(resume)
         except BaseException:
-            self._lock.release()
+            self._close()
             raise
 
     @classmethod
-    def open(cls, config: TrainConfig) -> "RunFolder":
-        """The run folder of a resolved configuration; errors are those of RunFolder itself."""
+    def open(cls, config: TrainConfig, ranks: Ranks = Ranks()) -> "RunFolder":  # noqa: B008  a tuple
+        """The run folder of a resolved configuration, which one rank locks; errors are those of RunFolder itself."""
         assert config.output_dir is not None  # as resolved
-        return cls(config.output_dir, config.resume)
+        folder, resume = config.output_dir, config.resume
+        return distributed.in_turn(lambda: cls(folder, resume, follows=not ranks.is_first))
+
+    def _close(self) -> None:
+        if self._lock is None:
+            shutil.rmtree(self.logs, ignore_errors=True)
+        else:
+            self._lock.release()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -97,9 +111,13 @@ class RunFolder:
             is_error = kind is not None and not issubclass(kind, Stopped)
             with contextlib.suppress(CheckpointError) if is_error else contextlib.nullcontext():
                 self.wait_until_saved()
+            # Where all ranks end together, none leaves before the first has written: torchrun would end that one too.
+            if kind is None or issubclass(kind, Stopped | NonFiniteError):
+                with contextlib.suppress(EnvironmentProblem):
+                    distributed.largest(0)
         finally:
             self._writer.shutdown()
-            self._lock.release()
+            self._close()
 
     def _find(self, resume: str) -> Path | None:
         own = checkpoint.by_step(self.checkpoints)
@@ -187,16 +205,19 @@ class RunFolder:
             Whether there is anything left to do.
 
         Raises:
-            ConfigError: with a table of what differs and was not named in `--override`.
+            ConfigError: if run or checkpoint has another format; or with a table of what differs and is not in `--override`.
         """
         self.info = info
         there, before = self._before()
         if before is None and not self._finished:
             return True
+        if not self._finished:  # one that is complete says so first, whatever its format
+            self._require_format(config.resume)
         at_step = there.step if there else self._finished.step if self._finished else 0
         overrides = _differences(before, info, config, at_step) if before else {}
         if self._finished and not overrides:
             return False
+        self._require_format(config.resume)
         if before is None or there is None:
             raise CheckpointError(
                 f"{self.folder} holds a finished run whose checkpoints are gone, so that it cannot be extended.",
@@ -216,8 +237,35 @@ class RunFolder:
         self.notes.append(f"Resuming after step-{self.step:06d}{changed}. {close}")
         return True
 
+    def _require_format(self, resume: str) -> None:
+        """Refuse to resume what a version of another format saved.
+
+        Args:
+            resume: the option of that name.
+        """
+        there, before = self._before()
+        if there is None or before is None or self.checkpoint is None:  # nothing to resume
+            return
+        other = there if there.format != FORMAT else before
+        if other.format == FORMAT:
+            return
+        run_folder = self.checkpoint.parent.parent
+        adapter = run_folder / "adapter" if (run_folder / FINISHED).exists() else self.checkpoint
+        why = "Its dropout was drawn from a generator whose state this version does not keep."
+        if other.format > FORMAT:
+            why = "A newer version of this program wrote it."
+        instead = "" if resume == "auto" else " instead of --resume"
+        raise ConfigError(
+            f"{self.checkpoint if other is there else self.folder} has format {other.format}, and this version resumes format "
+            f"{FORMAT} only. {why}",
+            hint=f"To start a new run from its adapter, pass --init-adapter {adapter}{instead} and a new --output-dir.",
+        )
+
     def take_over(self, config: TrainConfig) -> None:
         """Make the folder that of this run: once all that can be checked has been, and before the first file is changed."""
+        distributed.largest(0)  # waits until every rank has read what it resumes from
+        if self._follows:
+            return
         (self.folder / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         self.checkpoints.mkdir(exist_ok=True)
         for folder in (self.folder, self.folder.parent):
@@ -262,11 +310,13 @@ class RunFolder:
         Raises:
             CheckpointError: with the bytes needed and free.
         """
+        if self._follows:
+            return
         missing = max(keep + 1 - len(checkpoint.by_step(self.checkpoints)), 1)
         require_space(self.folder, trained_parameters * (SAVED_BYTES * missing + 4))
 
     def restore(self, model: Any, optimizer: torch.optim.Optimizer, weights: str) -> checkpoint.TrainState:
-        """Put model, optimizer and generators in the state of the checkpoint, if there is one.
+        """Put model and optimizer in the state of the checkpoint, if there is one.
 
         Args:
             model: with adapters.
@@ -278,7 +328,13 @@ class RunFolder:
         """
         assert self.info is not None  # as accepted
         self.info = self.info.model_copy(update={"weights": weights})
-        self._writer.submit(checkpoint.reserve_host_memory, optimizer)
+        state = self._restored(model, optimizer, weights)
+        distributed.require_same(checkpoint.trained_tensors(model, optimizer), "adapters or moments")
+        if not self._follows:
+            self._writer.submit(checkpoint.reserve_host_memory, optimizer)
+        return state
+
+    def _restored(self, model: Any, optimizer: torch.optim.Optimizer, weights: str) -> checkpoint.TrainState:
         if self.checkpoint is None:
             return checkpoint.TrainState()
         if checkpoint.read_state(self.checkpoint).weights != weights:
@@ -304,6 +360,9 @@ class RunFolder:
             CheckpointError: if the one before could not be written.
         """
         assert self.info is not None  # as accepted
+        distributed.require_same(checkpoint.trained_tensors(model, optimizer), "adapters or moments")
+        if self._follows:
+            return
         self.wait_until_saved()
         taken = checkpoint.snapshot(model, optimizer, state, self.info)
         self._saving = self._writer.submit(self._write, taken, keep, dict(evaluations))
@@ -330,6 +389,8 @@ class RunFolder:
 
     def prune(self, keep: int, evaluations: dict[int, EvalResult]) -> None:
         """Remove old checkpoints; see checkpoint.prune."""
+        if self._follows:
+            return
         checkpoint.prune(self.checkpoints, keep, {step: result.loss for step, result in evaluations.items()})
 
     def load_best(self, model: Any, evaluations: dict[int, EvalResult], say: Callable[[str], None]) -> int:
@@ -385,6 +446,8 @@ class RunFolder:
         start = ["python", "-m", "qlora"] if program.name == "__main__.py" else [program.name]
         if program.name.endswith(".py") and program.name != "__main__.py":
             start = ["python", sys.argv[0]]
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), sys.argv[0]]
         command = shlex.join([*start, "--config", str(self.folder / "config.yaml")])
         return f"{safe} Resume with:\n  {command}"
 

@@ -4,16 +4,18 @@ import dataclasses
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 
-from qlora import terminal
+from qlora import distributed, terminal
 from qlora.config import TrainConfig
 from qlora.data.batch import count_steps, epoch_rows, longest_rows, row_length
 from qlora.data.dataset import TokenizedDataset, check_files, encode_files
 from qlora.data.template import PromptTemplate, load_template
+from qlora.distributed import Ranks
+from qlora.errors import ConfigError, EnvironmentProblem
 from qlora.model.attention import Attention, choose_attention
 from qlora.model.demo import model_source
 from qlora.model.load import load_meta_model, load_tokenizer
@@ -21,7 +23,7 @@ from qlora.model.lora import Target, checked_targets, with_init_adapter
 from qlora.run import log
 from qlora.run.environment import environment
 from qlora.run.folder import RunFolder
-from qlora.run.schema import DataCounts, Environment, RunConfig, RunInfo
+from qlora.run.schema import FORMAT, DataCounts, Environment, RunConfig, RunInfo
 from qlora.speed import compile_cache
 from qlora.speed.layers import Job, choose_layers
 from qlora.speed.memory import leave_no_gaps, memory_terms
@@ -50,12 +52,28 @@ class Prepared:
 
 
 def set_up_torch(config: TrainConfig) -> torch.device:
-    """Switch on what must be on before CUDA starts, and choose the device: the first GPU if there is one."""
+    """Switch on what must be on before CUDA starts, and choose the device: this rank's GPU if there is one.
+
+    Raises:
+        EnvironmentProblem: if torchrun has started more processes on this machine than it has GPUs.
+    """
     torch.use_deterministic_algorithms(config.deterministic)
     leave_no_gaps()
     if config.deterministic:  # read when CUDA starts, and by flash attention's backward
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    local, count = 0 if alone else int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count == 1:  # as where each process is shown a GPU of its own
+        local = 0
+    if local >= count:
+        raise EnvironmentProblem(
+            f"This is process {local + 1} on a machine with {count} GPUs.", hint=f"Pass torchrun --nproc-per-node {count}."
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
 
 
 def resolve(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> TrainConfig:
@@ -70,20 +88,45 @@ def resolve(config: TrainConfig, device: torch.device, say: Callable[[str], None
     return resolved
 
 
-def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: Console) -> Prepared | None:
+def prepare_everywhere(
+    config: TrainConfig, device: torch.device, run: RunFolder, console: Console, ranks: Ranks
+) -> Prepared | None:
+    """`prepare` on the first rank, then on the others.
+
+    Raises:
+        UserError: as `prepare`; or if the ranks see other options, data or checkpoints.
+    """
+    prep = distributed.in_turn(lambda: prepare(config, device, run, console, ranks))
+    facts: dict[str, Any] = {"run folder": (run.step, prep is None)}
+    if prep is not None:
+        sets = [each and each.sha256 for each in (prep.train_set, prep.eval_set)]
+        facts |= {"options": prep.config.plain(), "training data": sets[0], "eval data": sets[1], "model": str(prep.targets)}
+    theirs = distributed.by_first(lambda: facts)
+    different = [name for name, value in facts.items() if theirs.get(name) != value]
+    if distributed.largest(len(different)):
+        seen = f"This process has other {', '.join(different)} than the first" if different else "Another process differs"
+        raise ConfigError(f"{seen}.", hint="All of them need the same options, and see the same files and run folder.")
+    return prep
+
+
+def prepare(
+    config: TrainConfig,
+    device: torch.device,
+    run: RunFolder,
+    console: Console,
+    ranks: Ranks = Ranks(),  # noqa: B008  a tuple
+) -> Prepared | None:
     """Check everything that needs no weights, from what is cheapest to what is dearest. Nothing on disk changes.
 
     Args:
-        config: from `resolve`.
+        config: from `resolve`. What is `auto` stays what it was when the run began.
         device: where the model will be.
-        run: the run folder; what is `auto` stays what it was when the run began.
+        run: the run folder.
         console: for what was found and chosen.
+        ranks: how many share the work, and the memory of the GPU that has the least.
 
     Returns:
-        None if the folder holds this run and it is complete.
-
-    Raises:
-        UserError: with the exit code of its kind.
+        None if the folder holds this run and it is complete. Raises UserError with the exit code of its kind.
     """
     assert config.model is not None  # as resolved
     say = partial(terminal.say, console)
@@ -99,15 +142,11 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
     template = load_template(load_tokenizer(source, meta_model, config), config.prompt_format, run.date)
     train_set, eval_set = encode_files(config, columns, template, console)
     longest = row_length(train_set, longest_rows(train_set, config)[-1])
-    rows = len(epoch_rows(train_set, config, 1))
-    steps_per_epoch, total_steps = count_steps(config, rows)
-    epochs = total_steps / steps_per_epoch
-    job = Job(rows / config.per_device_train_batch_size * epochs, sum(train_set.lengths) * epochs)
+    job, total_steps = _job(config, train_set, ranks)
     config, line = choose_layers(config, meta_model, targets, longest, device, job)
-    if config.compile != "none":
-        compile_cache.use(config.compile_cache)
     terms_gb = memory_terms(meta_model, targets, config, longest)
     info = RunInfo(
+        format=FORMAT,
         config=cast(RunConfig, config.plain()),
         data=train_set.sha256,
         eval_data=eval_set.sha256 if eval_set else None,
@@ -125,8 +164,17 @@ def prepare(config: TrainConfig, device: torch.device, run: RunFolder, console: 
     )
     if not run.accept(config, info):
         return None
-    say(line)
     run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
-    for note in run.notes:
+    uncached = compile_cache.use(config.compile_cache) if config.compile != "none" else None
+    for note in filter(None, [line, uncached, *run.notes]):
         say(note)
     return Prepared(config, device, source, attention, targets, template, train_set, eval_set, longest, sum(terms_gb.values()))
+
+
+def _job(config: TrainConfig, train_set: TokenizedDataset, ranks: Ranks) -> tuple[Job, int]:
+    """How much each rank trains, and in how many steps."""
+    rows = len(epoch_rows(train_set, config, 1))
+    steps_per_epoch, total_steps = count_steps(config, rows)
+    share = total_steps / steps_per_epoch / ranks.size  # of an epoch, times epochs
+    micro_batches, tokens = rows / config.per_device_train_batch_size * share, sum(train_set.lengths) * share
+    return Job(micro_batches, tokens, ranks.free_gb), total_steps

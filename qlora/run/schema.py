@@ -18,6 +18,9 @@ Number = Annotated[float, Field(gt=-1e300, lt=1e300)]  # which NaN is not
 Names = Annotated[
     list[str], Field(min_length=1), pydantic.BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
+# Of run.json and state.json; to be raised when earlier runs can no longer be resumed. 2: each micro-batch seeds its dropout.
+# Format 1 drew it from generators and saved their states.
+FORMAT = 2
 RENAMED = {"held_out": "eval_data", "held_out_sha256": "eval_data_sha256"}  # old key -> key
 
 
@@ -143,6 +146,7 @@ class RunInfo(BaseModel):
 
     model_config = STRICT
 
+    format: Count = 1  # FORMAT of the version that wrote it; versions before 2 did not store it
     config: RunConfig
     data: str  # SHA-256 of the ids and labels of the training data
     eval_data: str | None  # the same of the eval data

@@ -5,8 +5,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+SAME_SIGNAL_S = 30.0  # under torchrun, a second signal so soon is the first one again
 
 
 class Stopped(KeyboardInterrupt):
@@ -27,6 +30,7 @@ class Signals:
         self.advice: Callable[[], str] = lambda: "Nothing was to be saved yet; the same command starts again."
         self.armed = False
         self._deferred = False
+        self._since = 0.0
 
     def __enter__(self) -> "Signals":
         self._before = {}
@@ -43,12 +47,21 @@ class Signals:
         return kind is not None and self.received is not None
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None and "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() < self._since + SAME_SIGNAL_S:
+            return  # torchrun passes on a signal that the terminal has sent to every process already
         if self.received is not None or not self.armed:
             if sys.stdout.isatty():
                 os.write(sys.stdout.fileno(), b"\x1b[?25h")  # the cursor, which a progress bar hides
             os._exit(128 + number)
-        self.received = signal.Signals(number)
+        self.received, self._since = signal.Signals(number), time.monotonic()
         if not self._deferred:
+            raise Stopped
+
+    def raise_for(self, number: int) -> None:
+        """Leave now for a signal that this process, or another one of its run, has received; 0 is none."""
+        if number:
+            if self.received is None:
+                self.received, self._since = signal.Signals(number), time.monotonic()
             raise Stopped
 
     def raise_if_received(self) -> None:
@@ -67,11 +80,16 @@ class Signals:
         self.raise_if_received()
 
     @contextlib.contextmanager
-    def immediate(self) -> Iterator[None]:
-        """A block within `deferred` in which it is raised after all, also if it came just before."""
-        self._deferred = False
+    def immediate(self, alone: bool = True) -> Iterator[None]:
+        """A block within `deferred` in which it is raised after all, also if it came just before.
+
+        Args:
+            alone: if not, others wait for this process, and the signal is still only noted.
+        """
+        self._deferred = not alone
         try:
-            self.raise_if_received()
+            if alone:
+                self.raise_if_received()
             yield
         finally:
             self._deferred = True

@@ -83,10 +83,11 @@ MARGIN = 0.9  # of the memory that is free: predictions are good to a tenth, and
 
 
 class Job(NamedTuple):
-    """How much a run trains."""
+    """How much a run trains, and the memory that it finds."""
 
     micro_batches: float
     tokens: float
+    free_gb: float = math.inf  # of the rank that has the least; not finite: what this GPU has
 
 
 # Measured on an H200 with Phi-3-mini: a micro-batch of few tokens takes 270 ms as written, for launches, and 27 ms replayed;
@@ -134,7 +135,7 @@ def choose_layers(
     if device.type != "cuda":
         how = COMPILE_LABELS[config.compile] + (f" ({why})" if why else "")
         return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing}"
-    free_gb = torch.cuda.mem_get_info(device)[0] / 1e9
+    free_gb = job.free_gb if job and math.isfinite(job.free_gb) else torch.cuda.mem_get_info(device)[0] / 1e9
     # A smaller policy costs more than graphs gain, so all ways to compile come first.
     for policy, compile in itertools.product(policies, candidates):
         config = dataclasses.replace(config, compile=compile, gradient_checkpointing=policy)
@@ -235,8 +236,8 @@ def compile_unavailable_reason(model_type: str, device: torch.device) -> str | N
 def dropout_unavailable_reason(meta_model: Any) -> str | None:
     """Why a model whose own layers have dropout is never compiled, or None. (Adapters' dropout draws from seeds.)
 
-    Where torch.compile recomputes dropout in backward, it draws from its own generator, which neither `--seed` nor a checkpoint
-    holds and which cannot be captured in a CUDA graph.
+    Where torch.compile recomputes dropout in backward, it draws from its own generator, which no seed of the loop reaches and
+    which cannot be captured in a CUDA graph.
 
     Args:
         meta_model: the base model without weights.

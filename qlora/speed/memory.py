@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qlora import distributed
 from qlora.config import TrainConfig
 from qlora.data.batch import longest_rows, rounded, training_batches
 from qlora.data.dataset import TokenizedDataset
@@ -16,7 +17,6 @@ from qlora.errors import user_error_on_oom
 from qlora.model.coverage import nf4_layers, uncovered
 from qlora.model.lora import Target
 from qlora.model.loss import CHUNK_TOKENS
-from qlora.model.random_state import random_state, set_random_state
 
 ATTENTION_INPUTS = ("qkv_proj", "q_proj", "k_proj", "v_proj")  # layers whose output attention reads
 LEAST_LENGTH, LEAST_RANK = 128, 4  # below which a run would hardly be the one that was wanted
@@ -179,10 +179,10 @@ def oom_as_user_error(
 
 
 def _free_gb(device: torch.device) -> float:
-    """Memory of a GPU that this process has or could get, in GB; 0 on a CPU."""
+    """Memory of a GPU that this process, or another rank, has or could get, in GB; 0 on a CPU."""
     if device.type != "cuda":
         return 0.0
-    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 1e9
+    return distributed.smallest((torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 1e9)
 
 
 def probe_memory(
@@ -196,7 +196,7 @@ def probe_memory(
 
     Where memory is ample it is one step of one micro-batch, which compiles and records nothing.
 
-    Nothing is left of it but the measured peak: no weight moves, no gradient stays, generators are put back.
+    Nothing is left of it but the measured peak: no weight moves, and no gradient stays.
 
     Args:
         step: the loop's own, called with `optimizer` and `micro_batches`.
@@ -213,13 +213,11 @@ def probe_memory(
     ample = predicted_gb < AMPLE * free_gb
     batch = next(training_batches(samples, longest_rows(samples, config), config))
     micro_batches = [batch] if ample else min(2, config.gradient_accumulation_steps) * [batch]
-    before = random_state()
     # bitsandbytes never frees pages: those of a paged `scratch`, 2 bytes a parameter, move to the host when room is needed.
     same_kind: Any = type(optimizer)
     scratch = same_kind([dict(group) for group in optimizer.param_groups])
     for _ in range(1 if ample else 2):  # the first makes the moments, which lie in memory beside the activations ever after
         step(optimizer=scratch, micro_batches=micro_batches)
     scratch.zero_grad(set_to_none=True)  # the parameters' own
-    set_random_state(before)
     once = f" (one step, as {free_gb:.1f} GB are free)" if ample else ""
     return f"Memory: the longest batch peaks at {peak_memory_gb(device):.2f} GB, {predicted_gb:.2f} were predicted{once}"

@@ -13,7 +13,7 @@ from qlora.model.load import fingerprint, load_meta_model
 from qlora.run import checkpoint
 from qlora.run.files import write_folder
 from qlora.run.folder import FINISHED, LOCK, RUN
-from qlora.run.schema import Environment, RunInfo
+from qlora.run.schema import FORMAT, Environment, RunInfo
 from tests.helpers import adapted_model, save_checkpoint, wake_adapters
 
 
@@ -28,8 +28,8 @@ def finished(tiny, tmp_path_factory) -> Path:
     wake_adapters(model)
     tokenizer = adapter.load_tokenizer(str(tiny), load_meta_model(str(tiny), config), config)
     options, environment = config.plain(), Environment(python="3", device="cpu", packages={})
-    run_info = RunInfo(config=options, data="d", eval_data=None, targets=[], device="cpu", history=[], origin=None,
-                       weights=fingerprint(model), environment=environment)  # fmt: skip
+    run_info = RunInfo(format=FORMAT, config=options, data="d", eval_data=None, targets=[], device="cpu", history=[],
+                       origin=None, weights=fingerprint(model), environment=environment)  # fmt: skip
     write_folder(run / "adapter", dict(checkpoint.adapter_files(model, tokenizer)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     save_checkpoint(run / "checkpoints", model, optimizer, checkpoint.TrainState(step=4), run_info)

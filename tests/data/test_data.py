@@ -29,6 +29,7 @@ from qlora.data.batch import (
     batched,
     collate,
     collate_packed,
+    dropout_seed,
     epoch_order,
     epoch_rows,
     eval_batches,
@@ -815,6 +816,51 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
     assert all(sorted(order) == list(range(22)) for order in orders.values())
     assert len({tuple(order) for order in orders.values()}) == 4
     assert epoch_order(3, 2**63 - 1, 1)  # the largest seed
+
+
+def test_dropout_seeds_are_a_pure_function_that_differs_for_each_micro_batch():
+    keys = list(itertools.product((0, 1, 2, 42, 43), range(1, 12), range(300)))
+    seeds = [dropout_seed(*key) for key in keys]
+    torch.rand(3)
+    assert [dropout_seed(*key) for key in keys] == seeds and all(0 <= seed < 2**63 for seed in seeds)
+    assert len(set(seeds)) == len({seed % 2**32 for seed in seeds}) == len(keys)
+    drawn = [torch.rand(9, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5 + 2**32)]
+    assert torch.equal(*drawn)  # why the low 32 bits must differ
+    largest = {dropout_seed(2**63 - 1, epoch, index) for epoch in (1, 10**6) for index in (0, 10**6)}
+    assert len(largest) == 4 and all(0 <= seed < 2**63 for seed in largest)
+
+
+def test_dropout_seeds_next_to_each_other_give_masks_that_have_nothing_to_do_with_each_other():
+    seeds = [dropout_seed(42, epoch, index) for epoch in (1, 2) for index in range(32)]
+    masks = torch.stack([torch.rand(4096, generator=torch.Generator().manual_seed(seed)) < 0.1 for seed in seeds])  # [64, 4096]
+    agreement = torch.corrcoef(masks.float()) - torch.eye(len(seeds))  # [64, 64]
+    assert agreement.abs().max() < 5 / 64  # five standard deviations
+
+
+@pytest.mark.parametrize("compile", ["none", "layers"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_epoch_that_is_resumed_finds_the_same_dropout_seeds(samples, config, packing, compile):
+    """As train() counts what it has seen, in rows: after each micro-batch, the last and smaller one included."""
+    changes = {"packing": packing, "max_length": 100, "compile": compile, "per_device_train_batch_size": 4, "seed": 7}
+    config = dataclasses.replace(config, **changes)
+    for epoch in (1, 2):
+        rows = epoch_rows(samples, config, epoch)
+        whole = list(training_batches(samples, rows, config, epoch=epoch))
+        assert [batch.seed for batch in whole] == [dropout_seed(7, epoch, index) for index in range(len(whole))]
+        assert len(rows) % 4 and len(whole[-1].input_ids) == (len(rows) % 4 if compile == "none" else 4)
+        seen = 0
+        for index, batch in enumerate(whole):
+            rest = training_batches(samples, rows[seen:], config, epoch=epoch, first=seen // 4)
+            assert [(b.seed, b.lines) for b in rest] == [(b.seed, b.lines) for b in whole[index:]]
+            seen += len(batch.input_ids)
+        assert not list(training_batches(samples, rows[seen:], config, epoch=epoch, first=seen // 4))
+    (first, *_), (other, *_) = (training_batches(samples, rows, config, epoch=epoch) for epoch in (1, 2))
+    assert first.seed != other.seed and first.seed == next(training_batches(samples, rows, config)).seed
+
+
+def test_a_batch_that_moves_keeps_its_seed():
+    batch = collate([TokenizedExample([1, 2], [1, 2], 1)])
+    assert batch.seed == 0 and batch._replace(seed=5).to(torch.device("cpu")).seed == 5
 
 
 # -- packing ---------------------------------------------------------------------------------------------------------

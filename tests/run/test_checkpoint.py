@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import threading
 from pathlib import Path
 
 import bitsandbytes
-import numpy
 import peft
 import pytest
 import safetensors.torch
@@ -28,7 +26,6 @@ from safetensors.torch import load_file
 from qlora.data.batch import collate
 from qlora.errors import CheckpointError, ExitCode, UserError
 from qlora.model.loss import read_head, token_loss_sum
-from qlora.model.random_state import random_state, seed_generators, set_random_state
 from qlora.run import checkpoint, files
 from qlora.run.files import MANIFEST, _write, remove_leftovers, verify, write_file, write_folder
 from qlora.run.folder import RunFolder
@@ -55,7 +52,7 @@ def save(checkpoints: Path, trained, step: int) -> Path:
     return save_checkpoint(checkpoints, *trained, checkpoint.TrainState(step=step), RUN_INFO)
 
 
-def test_a_checkpoint_holds_adapter_moments_generators_and_place(trained, tmp_path):
+def test_a_checkpoint_holds_adapter_moments_and_place(trained, tmp_path):
     model, optimizer = trained
     progress = checkpoint.TrainState(step=12, epoch=2, samples=7, skipped=1)
     folder = save_checkpoint(tmp_path, model, optimizer, progress, RUN_INFO)
@@ -68,7 +65,7 @@ def test_a_checkpoint_holds_adapter_moments_generators_and_place(trained, tmp_pa
     stored = load_file(folder / "trainer_state.safetensors")
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     moments = {f"{kind}.{name}" for name in named for kind in ("step", "exp_avg", "exp_avg_sq")}
-    assert stored.keys() == moments | {f"rng.{name}" for name in random_state()}
+    assert stored.keys() == moments  # and no generator
     for name, parameter in named.items():
         for kind, value in optimizer.state[parameter].items():
             assert (
@@ -82,7 +79,6 @@ def test_a_snapshot_stays_as_it_was_taken_while_training_continues(trained, tmp_
     at_once = save_checkpoint(tmp_path, *trained, state, RUN_INFO)
     taken = checkpoint.snapshot(*trained, state, RUN_INFO)
     files = {path.name: path.read_bytes() for path in at_once.iterdir()}
-    torch.rand(1)
     with torch.no_grad():
         for parameter in optimizer.param_groups[0]["params"]:
             parameter.add_(1)
@@ -243,7 +239,7 @@ def test_a_checkpoint_of_damaged_state_is_not_gone_on_from(trained, tmp_path):
     lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3),  # of tensors of 3,072 to 8,192 elements: the smallest keep fp32
 ], ids=["AdamW", "SGD", "AdamW8bit"])  # fmt: skip
 def test_what_is_restored_goes_on_bit_for_bit(config, samples, tmp_path, make):
-    """Adapter, moments and generators into a model and optimizer that have other values, dropout on."""
+    """Adapter and moments into a model and optimizer that have other values, dropout on; no generator is touched."""
     config = dataclasses.replace(config, lora_dropout=0.1, lora_r=16)
 
     def start():
@@ -253,18 +249,18 @@ def test_what_is_restored_goes_on_bit_for_bit(config, samples, tmp_path, make):
 
     def steps(model, optimizer, rows):
         loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-        return [train_step(model.get_decoder(), optimizer, [collate([r])], loss_sum, 1e-3, 1.0)[0].item() for r in rows]
+        batches = [collate([row])._replace(seed=row.line) for row in rows]
+        return [train_step(model.get_decoder(), optimizer, [batch], loss_sum, 1e-3, 1.0)[0].item() for batch in batches]
 
     model, optimizer = start()
     steps(model, optimizer, samples[:2])
     folder = save_checkpoint(tmp_path, model, optimizer, checkpoint.TrainState(step=2, samples=2), RUN_INFO)
-    drawn = [random.random(), random.gauss(0, 1), numpy.random.rand(), torch.rand(1).item()]
     straight = steps(model, optimizer, samples[2:4])
     again, other = start()
     steps(again, other, samples[5:8])
-    random.gauss(0, 1)
+    before = torch.get_rng_state()  # [bytes]
     assert checkpoint.restore(folder, again, other) == checkpoint.TrainState(step=2, samples=2)
-    assert [random.random(), random.gauss(0, 1), numpy.random.rand(), torch.rand(1).item()] == drawn
+    assert torch.equal(torch.get_rng_state(), before)
     assert steps(again, other, samples[2:4]) == straight
     for (name, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
@@ -273,22 +269,6 @@ def test_what_is_restored_goes_on_bit_for_bit(config, samples, tmp_path, make):
         for kind, value in ours_state.items():  # a step is a number in bitsandbytes' state
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs_state[kind]))
             assert checkpoint._shape_and_dtype(value) == checkpoint._shape_and_dtype(theirs_state[kind])
-
-
-def test_every_generator_is_kept_gaussian_leftovers_included():
-    for half in (False, True):  # gauss() makes two numbers and keeps one
-        seed_generators(2**63 - 1)
-        if half:
-            random.gauss(0, 1), numpy.random.randn()
-        before = random_state()
-
-        def draw():
-            return [random.gauss(0, 1), random.random(), *numpy.random.randn(3), *torch.rand(2).tolist(), torch.randn(1).item()]
-
-        first = draw()
-        assert draw() != first
-        set_random_state(before)
-        assert draw() == first
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(config, trained, tmp_path):
@@ -346,7 +326,8 @@ def test_a_save_that_reads_back_otherwise_is_an_error(trained, tmp_path, monkeyp
 
     def lying(path: Path, data: files.Content) -> None:
         if path.name == checkpoint.TRAINER_STATE:
-            data = b"".join(files.pieces_of(data))[:-1] + b"?"
+            data = b"".join(files.pieces_of(data))
+            data = data[:-1] + bytes([data[-1] ^ 1])
         write(path, data)
 
     monkeypatch.setattr(files, "_write", lying)

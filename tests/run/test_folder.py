@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import train_loop
 from benchmarks.kill_resume import metrics as rows
+from qlora.cli import main as any_command
 from qlora.cli import train as command_line
 from qlora.commands.adapter import open_adapter
 from qlora.config import parse
@@ -35,7 +36,7 @@ from qlora.report.html import _evaluations
 from qlora.run import checkpoint, prepare
 from qlora.run.files import verify, write_folder
 from qlora.run.folder import LOCK, RunFolder, _exactness, is_going
-from qlora.run.schema import Environment
+from qlora.run.schema import FORMAT, Environment
 from tests.faults.harness import fork, wait
 from tests.helpers import SHORT_DATA, SHORT_EVAL, SHORT_TRAIN, tensors
 
@@ -517,26 +518,121 @@ def with_old_keys(values: Any) -> Any:
     return old
 
 
-def test_a_run_with_the_keys_of_older_versions_goes_on_and_is_reported(stopped, straight):
-    path = stopped / "checkpoints" / "step-000004"
+def test_a_run_with_the_keys_of_older_versions_is_reported_and_may_be_complete(straight, tmp_path, capsys):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    set_format(folder, None)
+    path = folder / "checkpoints" / "step-000008"
     files = {name: (path / name).read_bytes() for name in json.loads((path / "MANIFEST.json").read_text())["files"]}
     state = json.dumps(with_old_keys(json.loads(files["state.json"])))
     write_folder(path, files | {"state.json": state.encode()})
     for name in ("run.json", "env.json"):
-        (stopped / name).write_text(json.dumps(with_old_keys(json.loads((stopped / name).read_text()))))
-    before = [json.loads(line) for line in (stopped / "metrics.jsonl").read_text().splitlines()]
+        (folder / name).write_text(json.dumps(with_old_keys(json.loads((folder / name).read_text()))))
+    before = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics = "".join(json.dumps(with_old_keys(row)) + "\n" for row in before)
-    (stopped / "metrics.jsonl").write_text(metrics)
+    (folder / "metrics.jsonl").write_text(metrics)
     assert "held_out" in metrics and "peak_memory_gib" in metrics and "held_out" in state and "predicted_terms_gib" in state
-    found = record.read(stopped)
+    found = record.read(folder)
     assert found.peak_memory_gb() == pytest.approx(max(row["peak_memory_gb"] for row in before if row["event"] == "step"))
     assert found.run_info.predicted_gb == pytest.approx(sum(found.run_info.predicted_terms_gb.values()))
     assert [row["step"] for row in found.evaluations] == [0, 6, 8]
-    assert run(stopped, "--max-steps", "8") == 0
-    assert tensors(stopped / "checkpoints" / "step-000008") == tensors(straight / "checkpoints" / "step-000008")
-    assert [(row["event"], row["step"]) for row in rows(stopped)] == [(row["event"], row["step"]) for row in before]
-    text = (stopped / "metrics.jsonl").read_text() + (stopped / "run.json").read_text() + (stopped / "env.json").read_text()
-    assert "held_out" not in text and "_gib" not in text
+    assert run(folder, "--max-steps", "8") == 0 and "it is complete" in capsys.readouterr().out
+    (folder / "finished.json").unlink()
+    assert run(folder, "--max-steps", "8") == ExitCode.CONFIGURATION and "has format 1" in capsys.readouterr().err
+
+
+def set_format(folder: Path, format: int | None, *names: str) -> None:
+    """Give run.json and the state.json of all checkpoints, or those of them that are named, this format; None removes the key,
+    which versions before format 2 did not write."""
+    for path in [folder / "run.json", *sorted(folder.glob("checkpoints/*/state.json"))]:
+        values = json.loads(path.read_text())
+        assert values.pop("format", FORMAT) == FORMAT == 2
+        changed = json.dumps(values | ({} if format is None else {"format": format})).encode()
+        if names and path.name not in names:
+            continue
+        if path.name == "run.json":
+            path.write_bytes(changed)
+        else:
+            files = json.loads((path.parent / "MANIFEST.json").read_text())["files"]
+            write_folder(path.parent, {name: (path.parent / name).read_bytes() for name in files} | {"state.json": changed})
+
+
+def of_one_paragraph(error: str) -> str:
+    """An error as it was before it was wrapped."""
+    assert error.startswith("error: ") and "Traceback" not in error
+    return " ".join(error.split())
+
+
+@pytest.mark.parametrize("names", [("run.json", "state.json"), ("run.json",), ("state.json",)])
+def test_a_run_of_an_earlier_format_is_refused_and_its_adapter_starts_a_new_one(stopped, capsys, names):
+    set_format(stopped, None, *names)
+    newest = stopped / "checkpoints" / "step-000004"
+    before = contents(stopped)
+    for flags in (["--max-steps", "8"], ["--max-steps", "9", "--override", "max_steps"], ["--max-steps", "8", "--seed", "1"]):
+        assert run(stopped, *flags) == ExitCode.CONFIGURATION
+        error = of_one_paragraph(capsys.readouterr().err)
+        place = newest if "state.json" in names else stopped
+        assert f"{place} has format 1, and this version resumes format 2 only. Its dropout was drawn from a gen" in error
+        assert f"pass --init-adapter {newest} and a new --output-dir." in error
+    assert contents(stopped) == before
+    assert run(stopped.parent / "new", "--max-steps", "1", "--init-adapter", str(newest)) == 0
+
+
+@pytest.mark.parametrize("named", ["checkpoint", "run folder"])
+def test_no_branch_starts_from_a_checkpoint_of_an_earlier_format(stopped, capsys, named):
+    set_format(stopped, None)
+    before, newest = contents(stopped), stopped / "checkpoints" / "step-000004"
+    branch, flags = stopped.parent / "branch", ["--max-steps", "8"]
+    assert run(branch, *flags, "--resume", str(newest if named == "checkpoint" else stopped)) == ExitCode.CONFIGURATION
+    error = of_one_paragraph(capsys.readouterr().err)
+    assert f"{newest} has format 1" in error and f"pass --init-adapter {newest} instead of --resume" in error
+    assert contents(stopped) == before and [path.name for path in branch.iterdir()] == [LOCK]
+    assert run(branch, "--max-steps", "1", "--init-adapter", str(newest)) == 0
+
+
+def test_a_finished_run_of_an_earlier_format_is_complete_but_not_extended(straight, tmp_path, capsys):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    set_format(folder, None)
+    before = contents(folder)
+    assert run(folder, "--max-steps", "8") == 0 and "it is complete" in capsys.readouterr().out
+    assert run(folder, "--max-steps", "8", "--seed", "1") == ExitCode.CONFIGURATION
+    assert "holds another run, at step 8" in capsys.readouterr().err
+    assert run(folder, "--max-steps", "9", "--override", "max_steps") == ExitCode.CONFIGURATION
+    error = of_one_paragraph(capsys.readouterr().err)
+    assert "has format 1" in error and f"pass --init-adapter {folder / 'adapter'} and a new --output-dir." in error
+    assert contents(folder) == before
+    assert run(tmp_path / "new", "--max-steps", "1", "--init-adapter", str(folder / "adapter")) == 0
+
+
+def test_a_run_that_a_newer_version_wrote_is_refused(stopped, capsys):
+    set_format(stopped, FORMAT + 1)
+    assert run(stopped, "--max-steps", "8") == ExitCode.CONFIGURATION
+    error = of_one_paragraph(capsys.readouterr().err)
+    assert "has format 3, and this version resumes format 2 only. A newer version of this program wrote it." in error
+
+
+def test_a_run_of_an_earlier_format_without_a_checkpoint_starts_again(straight, tmp_path):
+    folder = shutil.copytree(straight, tmp_path / "run", ignore=shutil.ignore_patterns("adapter", "finished.json", "step-*"))
+    set_format(folder, None)
+    assert run(folder, "--max-steps", "2") == 0
+    assert json.loads((folder / "run.json").read_text())["format"] == FORMAT
+    assert checkpoint.read_state(folder / "checkpoints" / "step-000002").format == FORMAT
+    ours, theirs = ([row for row in rows(path) if row["event"] == "step"] for path in (folder, straight))
+    assert [row["lines"] for row in ours] == [row["lines"] for row in theirs[:2]]
+
+
+@pytest.mark.draws_report
+def test_runs_of_an_earlier_format_are_still_read(straight, tmp_path, capsys):
+    folder = shutil.copytree(straight, tmp_path / "run")
+    set_format(folder, None)
+    assert record.read(folder).run_info.format == checkpoint.read_state(folder / "checkpoints" / "step-000008").format == 1
+    for command in (
+        ["report", str(folder)],
+        ["generate", str(folder), "--prompt", "a", "--max-new-tokens", "1", "--device", "cpu"],
+        ["evaluate", str(folder), "--limit", "1", "--max-new-tokens", "1", "--device", "cpu"],
+        ["merge", str(folder), "--into", "bf16", "--output-dir", str(tmp_path / "merged"), "--limit", "1", "--device", "cpu"],
+    ):
+        assert any_command(command) == 0, capsys.readouterr().err
+    assert (folder / "report.html").exists() and (tmp_path / "merged" / "config.json").exists()
 
 
 def test_what_is_named_may_change_and_is_recorded(stopped, capsys):
