@@ -351,6 +351,8 @@ def _fitting(
             encoded = encode(example, template, config.loss_on)
         except CannotRender as error:
             raise _Refused(example.line, f"{error}.", error.hint) from None
+        if not any(label != IGNORED for label in encoded.labels[1:]):  # the first id is never predicted
+            raise _Refused(example.line, "Its text is a single token, of which nothing can be predicted.", "Remove the row.")
         length = len(encoded.input_ids)
         if length > config.max_length and config.on_long == "error":
             raise _Refused(example.line, f"{length} tokens, more than --max-length {config.max_length}.")

@@ -59,6 +59,14 @@ def trained(encoded: TokenizedExample) -> list[int]:
     return [label for label in encoded.labels if label != IGNORED]
 
 
+def test_a_text_of_a_single_token_is_refused_with_its_line(template, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "two words"}\n{"text": "<|endoftext|>"}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl:2: Its text is a single token, .*Remove the row") as refused:
+        encode_all(read_examples(path, "train"), path, template, TrainConfig(max_length=40))
+    assert refused.value.exit_code == ExitCode.DATA
+
+
 @settings(max_examples=50)
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=40), st.sampled_from([1, 2048, 5000]))
 def test_eval_batches_hold_each_sample_once_and_no_more_positions_than_they_may(lengths, most):
