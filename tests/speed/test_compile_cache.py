@@ -130,7 +130,7 @@ def test_the_command_line_decides_whether_kernels_are_kept(cache, tiny, tmp_path
     def stop(*_):
         raise Enough
 
-    monkeypatch.setattr(prepare, "memory_terms", stop)
+    monkeypatch.setattr(prepare, "Prepared", stop)
     command = ["--model", "tiny-random", "--compile", "layers", "--output-dir", str(tmp_path / "run")]
     with pytest.raises(Enough):
         command_line([*command, *flags])
