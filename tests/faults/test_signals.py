@@ -20,6 +20,7 @@ from qlora.cli import train as command_line
 from qlora.data import dataset
 from qlora.eval import generate
 from qlora.run import checkpoint, files
+from qlora.run.files import whole_rows
 from tests.faults.harness import Case, all_pass, fork, log, wait
 from tests.helpers import tensors
 
@@ -165,6 +166,9 @@ def test_one_signal(case: Case, tmp_path, record, name: str):
             folder = tmp_path / number.name
             assert wait(case.start(folder, before=send(phase, number))) == 128 + number, log(folder).read_text()
             check_stopped(case, folder, number, phase.once)
+            if name == "evaluation":  # it ended at once: its result was not recorded
+                events = [row["event"] for row in whole_rows(folder / "metrics.jsonl")]
+                assert events[-1] == "step", events
             if phase.once != [[]]:
                 go_on(case, folder, phase.start)
             else:
