@@ -27,7 +27,8 @@ from typing import Any, Literal
 
 import tyro
 
-from benchmarks.harness import ROOT, Cell, Output, Part, ResultFile, Row, Shape, write_random_model
+from benchmarks.harness import ROOT, Cell, Output, Part, ResultFile, Row, Shape
+from benchmarks.peers.work import write_models
 from benchmarks.tables import load, save, source, table
 
 Job = Literal["bundled", "mixed", "long"]
@@ -59,20 +60,7 @@ class Options:
     """Folder with unsloth and what it pins."""
 
 
-# -- models and data ----------------------------------------------------------------------------------------------
-
-
-def write_models(shape: Shape, folder: Path, split: bool) -> None:
-    """`folder`/model, with random weights unless it is the demo; and `folder`/split, the same for unsloth."""
-    from benchmarks.peers.work import write_split
-    from qlora.model.demo import demo_model
-
-    if shape == "demo":
-        (folder / "model").symlink_to(demo_model())
-    else:
-        write_random_model(shape, folder / "model")
-    if split:
-        write_split(folder / "model", folder / "split")
+# -- data ------------------------------------------------------------------------------------------------------------
 
 
 def write_data(job: Job, folder: Path) -> None:
@@ -89,7 +77,7 @@ def write_data(job: Job, folder: Path) -> None:
             texts = [{"prompt": row["instruction"], "completion": row["response"]} for row in rows]
             (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
         return
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "fused")
     pieces = [tokenizer.decode([index]) for index in range(len(tokenizer))]
     words = [piece.strip() for piece in pieces if piece.strip().isalpha() and piece.isascii()]
     draw = random.Random(0)
@@ -167,7 +155,7 @@ def trl_script(contender: str, job: str, folder: str, epochs: int) -> None:
     def train(phases: Any) -> Any:
         data, arguments = load_data(contender, job, folder), trainer_arguments(job, f"{folder}/{job}-{contender}", epochs)
         return trl.SFTTrainer(
-            model=f"{folder}/model", args=trl.SFTConfig(**arguments, **trl_options(contender)),
+            model=f"{folder}/fused", args=trl.SFTConfig(**arguments, **trl_options(contender)),
             train_dataset=data["train"], eval_dataset=data["eval"], callbacks=[phases],
             quantization_config=quantization_of("nf4"), peft_config=peft.LoraConfig(lora_dropout=0.05, **LORA),
         )  # fmt: skip
@@ -212,7 +200,7 @@ def command_of(contender: str, job: str, folder: Path, epochs: int) -> tuple[lis
         data = {f"{name}-file": folder / job / f"{name}.jsonl" for name in ("train", "eval")}
         chosen = {"num-train-epochs": epochs, "max-length": MAX_LENGTH, "learning-rate": RATE, "output-dir": out}
         step = {"per-device-train-batch-size": BATCH, "gradient-accumulation-steps": ACCUMULATION}
-        flags = {"model": folder / "model", **data, **chosen, **step}
+        flags = {"model": folder / "fused", **data, **chosen, **step}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         return [sys.executable, "train_loop.py", *words], out / "adapter"
     script = f"{contender.partition('_')[0]}_script"

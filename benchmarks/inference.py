@@ -158,8 +158,9 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if options.run is None:
             Cell(write_random_adapter, options.shape, Path(scratch)).result()
-        cells = [Cell(time_generation, options, Path(scratch), precision) for precision in options.precisions]
-        rows = [row for cell in cells for row in cell.result(3600.0)]
+        rows = []
+        for precision in options.precisions:  # one process at a time
+            rows += Cell(time_generation, options, Path(scratch), precision).result(3600.0)
     file.record = {"environment": file.environment, "new_tokens": options.new_tokens, "generate": rows}
     file.record["load_average"] = os.getloadavg()  # of the last 1, 5 and 15 minutes: 1 is a machine that does nothing else
     evaluated = options.precisions if options.evaluate and options.run else ()

@@ -124,19 +124,24 @@ def flops_per_token(shape: dict[str, Any], lengths: Iterable[int], adapters: int
 def prepare(
     shape_of_model: str, folder: Path, split: bool, shapes: list[str], seed: int, warm_up: int, steps: int
 ) -> dict[str, Work]:
-    """Write the model that all contenders load, and draw the samples of each shape.
+    """Write the models, and draw the samples of each shape."""
+    write_models(shape_of_model, folder, split)
+    return {shape: draw(shape, folder / "fused", seed, warm_up, steps) for shape in shapes}
 
-    With `split` there is one more beside it, with split projections, as unsloth knows no Phi-3 with fused ones.
+
+def write_models(shape: str, folder: Path, split: bool) -> None:
+    """`folder`/fused, which all contenders load: the pretrained demo, or a shape with random weights.
+
+    With `split` there is `folder`/split beside it, with split projections, as unsloth knows no Phi-3 with fused ones.
     """
     from qlora.model.demo import demo_model
 
-    if shape_of_model == "demo":
+    if shape == "demo":
         (folder / "fused").symlink_to(demo_model())
     else:
-        write_random_model(shape_of_model, folder / "fused")
+        write_random_model(shape, folder / "fused")
     if split:
         write_split(folder / "fused", folder / "split")
-    return {shape: draw(shape, folder / "fused", seed, warm_up, steps) for shape in shapes}
 
 
 def write_split(fused: Path, folder: Path) -> None:

@@ -446,7 +446,7 @@ class RunFolder:
         start = ["python", "-m", "qlora"] if program.name == "__main__.py" else [program.name]
         if program.name.endswith(".py") and program.name != "__main__.py":
             start = ["python", sys.argv[0]]
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if distributed.ranks().size > 1:
             start = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), sys.argv[0]]
         command = shlex.join([*start, "--config", str(self.folder / "config.yaml")])
         return f"{safe} Resume with:\n  {command}"

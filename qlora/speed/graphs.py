@@ -192,7 +192,7 @@ class Graphs:
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     def _place(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """Where a pass runs without a recording: on the stream that captures and, but for the first, in the pool.
+        """Where a pass runs without a recording: on the stream that captures and, except for the first, in the pool.
 
         Later passes then need no memory beside the pool. The first compiles, and makes the workspace of cuBLAS, which stays.
         """
