@@ -176,8 +176,8 @@ def train(
             return
         # Everything is saved or on its way to disk, so a signal may end the loop on the spot, unless others wait for this one.
         with stop.immediate(ranks.size == 1):
-            batches = eval_batches(prep.eval_set, config.per_device_train_batch_size * prep.longest, pin)
-            evaluations[step] = evaluate_loss(model, itertools.islice(batches, ranks.rank, None, ranks.size), loss_sum)
+            batches = eval_batches(prep.eval_set, config.per_device_train_batch_size * prep.longest, config, ranks, pin)
+            evaluations[step] = evaluate_loss(model, batches, loss_sum)
         tracker.evaluation(step, epoch, evaluations[step])
 
     # A progress bar in a terminal, a line every few steps elsewhere.
@@ -204,7 +204,7 @@ def train(
                 learning_rate = prep.learning_rate * lr_multiplier(step, warmup_steps, total_steps)
                 loss, grad_norm = train_step(decoder, optimizer, micro_batches, loss_sum, learning_rate, config.max_grad_norm)
                 step += 1
-                seen += sum(len(micro_batch.input_ids) for micro_batch in micro_batches)
+                seen += sum(len(micro_batch.input_ids) for micro_batch in micro_batches if micro_batch.lines)
                 # Checkpoints are written while training continues; a full disk shows here.
                 run.raise_if_not_saved()
                 # A signal to one process stops all of them, at the same step.

@@ -23,7 +23,7 @@ Overridable = Literal["learning_rate", "warmup_ratio", "num_train_epochs", "max_
                       "lora_dropout", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
                       "early_stopping_patience",
                       "attn_implementation", "compile", "cache_dequantized", "offload_checkpoints",
-                      "deterministic", "eval_file", "model"]  # fmt: skip
+                      "shard_base", "deterministic", "eval_file", "model"]  # fmt: skip
 EMBEDDED = ("demo", "tiny-random")
 PHI3_MINI = "microsoft/Phi-3-mini-4k-instruct"
 DEMO_LEARNING_RATE = 4e-4
@@ -135,6 +135,8 @@ class SpeedOptions:
     """Keep the inputs of layers in host memory until the backward pass; needs a CUDA GPU and compiled layers."""
     cache_dequantized: bool = False
     """Also keep the base weights dequantized in bf16. Faster, but needs 2 more bytes per parameter."""
+    shard_base: bool = False
+    """On several GPUs, keep a part of the base weights on each and gather a layer when it runs: for models beyond one GPU."""
     deterministic: bool = False
     """Reproduce results bit for bit on a GPU, at some cost in speed. CPU runs always do."""
 
@@ -225,6 +227,8 @@ class TrainConfig(OutputOptions, SpeedOptions, TrainingOptions, LoraOptions, Dat
             raise _refused("optimizer", self.optimizer, "adamw or adamw_8bit, as there is no CUDA GPU to page for")
         if self.offload_checkpoints and (not on_gpu or self.compile not in ("auto", "layers")):
             raise _refused("offload_checkpoints", True, "given on a CUDA GPU, and without --compile or with --compile layers")
+        if self.shard_base and (self.cache_dequantized or self.compile == "graphs"):
+            raise _refused("shard_base", True, "given without --cache-dequantized and without --compile graphs")
         if self.early_stopping_patience is not None and self.eval_file is None and self.train_file is not None:
             raise _refused("early_stopping_patience", self.early_stopping_patience, "given together with --eval-file")
         model = self.model or (PHI3_MINI if on_gpu else "demo")

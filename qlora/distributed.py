@@ -81,7 +81,7 @@ def leave() -> None:
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """A block in which this rank waits for the others; the error if one of them is gone."""
     try:
         yield
@@ -94,15 +94,15 @@ def _together() -> Iterator[None]:
         ) from error
 
 
-def shares(sizes: Sequence[int], ranks: int) -> list[int]:
+def shares(sizes: Sequence[int], ranks: int, even: bool = False) -> list[int]:
     """Which rank computes each micro-batch of a step: the largest first, to the rank that has the least so far.
 
-    `sizes` are tokens. Some ranks get nothing if there are fewer micro-batches.
+    `sizes` are tokens. Some ranks get nothing if there are fewer micro-batches. If `even`, no rank gets two more than another.
     """
-    load, owner = [0] * ranks, [0] * len(sizes)
+    load, owner = [(0, 0)] * ranks, [0] * len(sizes)  # load: micro-batches if even, else 0; and tokens
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        owner[index] = load.index(min(load))
-        load[owner[index]] += sizes[index]
+        owner[index] = rank = load.index(min(load))
+        load[rank] = load[rank][0] + even, load[rank][1] + sizes[index]
     return owner
 
 
@@ -118,7 +118,7 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], loss: torch.Tensor) 
             parameter.grad = torch.zeros_like(parameter)
     parts = [loss, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
     message = torch.cat([part.reshape(-1) for part in parts])  # [1 + all adapter parameters]
-    with _together():
+    with together():
         dist.all_reduce(message)
     pieces = message.split([part.numel() for part in parts])
     torch._foreach_copy_(parts, [piece.view_as(part) for part, piece in zip(parts, pieces, strict=True)])
@@ -143,7 +143,7 @@ def _over_ranks(numbers: Sequence[float], how: str) -> list[float]:
     if not dist.is_initialized():
         return list(numbers)
     found = torch.tensor(numbers, dtype=torch.float64)  # [numbers], which go by gloo
-    with _together():
+    with together():
         dist.all_reduce(found, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how])
     return found.tolist()
 
@@ -165,7 +165,7 @@ def by_first(make: Callable[[], Value]) -> Value:
             message[1] = int(error.exit_code)
             dist.broadcast_object_list(message)
             raise
-    with _together():
+    with together():
         dist.broadcast_object_list(message)
     if message[1] is not None:
         raise SystemExit(message[1])  # the first rank says why

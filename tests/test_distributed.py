@@ -147,6 +147,21 @@ def test_one_two_and_four_ranks_train_the_same(tiny, tmp_path, more):
     assert not list((tmp_path / "4").rglob("*.tmp"))
 
 
+def test_a_sharded_base_trains_the_same(tiny, tmp_path):
+    """Two and three ranks, of which each keeps a part of every layer, and some have nothing to compute in the last step."""
+    steps = ("--max-steps", "5", "--lora-dropout", "0.1")
+    alone = trained(1, tmp_path / "1", *steps)
+    for size, policy in ((2, "full"), (3, "none")):
+        run = tmp_path / str(size)
+        found = trained(size, run, *steps, "--shard-base", "--gradient-checkpointing", policy)
+        assert same(found, alone)
+        assert "No sample answers: no GPU holds the whole base" in run.with_name(f"{size}.0.log").read_text()
+    # The base is the same to a checkpoint, so a run may go on without its other half.
+    resumed = trained(1, tmp_path / "2", "--max-steps", "7", "--shard-base", "--gradient-checkpointing", "full",
+                      "--lora-dropout", "0.1", "--override", "max_steps")  # fmt: skip
+    assert resumed[0][-1]["step"] == 7
+
+
 def test_a_run_resumes_on_another_number_of_ranks(tiny, tmp_path):
     straight = trained(2, tmp_path / "straight", "--max-steps", "6")
     for name, sizes in (("same", (2, 2)), ("fewer", (2, 1)), ("more", (1, 3))):

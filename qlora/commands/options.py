@@ -187,6 +187,12 @@ class PlanOptions:
     """As in training; layers are compiled, without graphs."""
     cache_dequantized: bool = False
     """As in training."""
+    gpus: int = 1
+    """On more than one, also predict the time of a step, with the whole base on each GPU and with --shard-base."""
+    interconnect: float = 300.0
+    """What a GPU sends to another per second, in GB: about 300 by NVLink, 50 by InfiniBand NDR, 12.5 by 100 Gb/s Ethernet."""
+    gradient_accumulation_steps: int = 2
+    """Micro-batches of each GPU in one step; only its predicted time depends on them."""
     json: Path | None = None
     """Also write all numbers to this file."""
 

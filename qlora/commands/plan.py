@@ -20,6 +20,7 @@ from qlora.model.lora import Target, audit_targets
 from qlora.run.files import require_writable, write_file
 from qlora.speed.layers import MARGIN
 from qlora.speed.memory import LEAST_LENGTH, LEAST_RANK, memory_terms, settings_to_try
+from qlora.speed.scaling import StepTime, reduced_bytes, step_time
 
 SHAPES: dict[str, dict[str, Any]] = {  # arguments of transformers' Phi3Config, whose own defaults are Phi-3-mini
     "phi3-mini": {"sliding_window": 2047},
@@ -48,10 +49,11 @@ CONTEXT_GB = 0.54  # of CUDA and cuBLAS, which torch does not count
 
 
 class Plan(NamedTuple):
-    """Settings, and the memory that they are predicted to need, in GB by term."""
+    """Settings, and the memory that they are predicted to need, in GB by term; on several GPUs, the time of a step."""
 
     config: TrainConfig
     terms_gb: dict[str, float]
+    time: StepTime | None = None
 
     @property
     def total_gb(self) -> float:
@@ -69,7 +71,9 @@ def run(options: PlanOptions) -> int:
     Raises:
         UserError: exit 2 for values that no run could use, 7 if the model's configuration cannot be read.
     """
-    refuse_below(1, options, "max_length", "per_device_train_batch_size", "lora_r")
+    refuse_below(1, options, "max_length", "per_device_train_batch_size", "lora_r", "gpus", "gradient_accumulation_steps")
+    if not options.interconnect > 0:
+        raise ConfigError(f"--interconnect {options.interconnect:g} cannot be used: it must be above 0.")
     if options.json is not None:
         require_writable(options.json)
     config = configuration(options)
@@ -86,6 +90,11 @@ def run(options: PlanOptions) -> int:
     console.print(f"Rank {config.lora_r}: {trained:,} parameters trained of {meta_model.num_parameters() + trained:,}.")
     if (rest := uncovered(meta_model)).share > UNCOVERED_LIMIT:
         console.print(f"Warning: {rest}. Training refuses such a model unless --target-modules names the layers to adapt.")
+    several = list(plans_on_several(meta_model, [plan.config for plan in plans], options)) if options.gpus > 1 else []
+    if several:
+        console.print(several_table(several, options))
+        sent = 2 * (options.gpus - 1) / options.gpus * reduced_bytes(targets) / 1e9
+        console.print(f"To sum the gradients each GPU sends {sent:.2f} GB per step, at {options.interconnect:g} GB/s.")
     steps: list[tuple[str, Plan]] = []
     if free_gb is not None:
         fitting = [plan for plan in plans if plan.fits(free_gb)]
@@ -99,7 +108,11 @@ def run(options: PlanOptions) -> int:
                 least = f"down to {LEAST_LENGTH} tokens and rank {LEAST_RANK}"
                 console.print(f"No setting, {least}, makes it fit; use a smaller model or a larger card.")
     if options.json is not None:
-        write_file(options.json, json.dumps(_record(what, free_gb, plans, steps), indent=1).encode() + b"\n")
+        record = _record(what, free_gb, plans, steps)
+        if several:
+            record["gpus"], record["interconnect_gb_per_s"] = options.gpus, options.interconnect
+            record["several"] = [_several_row(plan, options) for plan in several]
+        write_file(options.json, json.dumps(record, indent=1).encode() + b"\n")
     return 0
 
 
@@ -139,6 +152,48 @@ def planned(meta_model: Any, config: TrainConfig) -> Plan:
     """The memory of rows of --max-length tokens."""
     targets: list[Target] = audit_targets(meta_model, config)
     return Plan(config, memory_terms(meta_model, targets, config, config.max_length))
+
+
+def plans_on_several(meta_model: Any, configs: list[TrainConfig], options: PlanOptions) -> Iterator[Plan]:
+    """Each setting on --gpus GPUs: with the whole base on each, and with --shard-base, if that goes with the setting."""
+    for config in configs:
+        for shard_base in (False, True) if not config.cache_dequantized else (False,):
+            compiled = dataclasses.replace(config, compile="layers") if config.compile == "graphs" and shard_base else config
+            each = dataclasses.replace(compiled, shard_base=shard_base)
+            targets = audit_targets(meta_model, each)
+            tokens = each.per_device_train_batch_size * each.max_length
+            time = step_time(meta_model, targets, each, tokens, options.gpus, options.interconnect)
+            yield Plan(each, memory_terms(meta_model, targets, each, each.max_length, options.gpus), time)
+
+
+def _several_row(plan: Plan, options: PlanOptions) -> dict[str, Any]:
+    """What the table shows, in GB, ms and tokens/s of all GPUs together."""
+    assert plan.time is not None  # as plans_on_several makes them
+    config, time = plan.config, plan.time
+    tokens = options.gpus * config.gradient_accumulation_steps * config.per_device_train_batch_size * config.max_length
+    times = {name.replace("_s", "_ms"): 1000 * value for name, value in time._asdict().items()}
+    return {
+        "shard_base": config.shard_base, "gradient_checkpointing": config.gradient_checkpointing, "compile": config.compile,
+        "peak_gb": plan.total_gb, **times, "step_ms": 1000 * time.total_s, "tokens_per_s": tokens / time.total_s,
+        "efficiency": time.efficiency,
+    }  # fmt: skip
+
+
+def several_table(plans: list[Plan], options: PlanOptions) -> Table:
+    """A row for each setting on several GPUs."""
+    caption = "Memory of each GPU. Times are those of an H100, compiled, with every GPU at the same number of micro-batches."
+    table = Table(title=f"On {options.gpus} GPUs", caption=caption)
+    table.add_column("base")
+    table.add_column("checkpointing")
+    for header in ("peak GB", "compute ms", "sum ms", "gather ms", "step ms", "tokens/s", "efficiency"):
+        table.add_column(header, justify="right")
+    for plan in plans:
+        row = _several_row(plan, options)
+        names = ("compute_ms", "reduce_ms", "gather_ms", "step_ms")
+        cells = [f"{row['peak_gb']:.2f}", *(f"{row[name]:.1f}" for name in names), f"{row['tokens_per_s']:,.0f}"]
+        base = "sharded" if row["shard_base"] else "whole"
+        table.add_row(base, row["gradient_checkpointing"], *cells, f"{100 * row['efficiency']:.1f} %")
+    return table
 
 
 def steps_down(meta_model: Any, config: TrainConfig, free_gb: float) -> Iterator[tuple[str, Plan]]:

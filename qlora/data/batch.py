@@ -5,6 +5,7 @@ A supervised token is a label that is trained after the shift by one: the hidden
 """
 
 import bisect
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from qlora.data.template import IGNORED, TokenizedExample
 from qlora.distributed import Ranks, shares
 
 Item = TypeVar("Item")
+FILLER_POSITIONS = 8  # few, but torch.compile would compile for 0 and 1 alone
 LEAST_EVAL_POSITIONS = 2048  # 0.2 GB for a layer of Phi-3-mini; a GPU waits for the CPU with fewer
 
 
@@ -260,13 +262,23 @@ def training_steps(
     groups = enumerate(batched(rows, config.per_device_train_batch_size), first)
     for step in batched(groups, config.gradient_accumulation_steps):
         positions = [len(group) * max(row_length(samples, row) for row in group) for _, group in step]
-        batches: list[Batch] = []
-        for (index, group), owner in zip(step, shares(positions, ranks.size), strict=True):
+        owners, batches = shares(positions, ranks.size, config.shard_base), list[Batch]()
+        for (index, group), owner in zip(step, owners, strict=True):
             if owner == ranks.rank:
                 batches += training_batches(samples, group, config, pin, epoch, index)
             else:
                 batches.append(_elsewhere(samples, group, config))
+        if config.shard_base and owners.count(ranks.rank) < math.ceil(len(step) / ranks.size):
+            batches += _fillers(config, pin)
         yield batches
+
+
+def _fillers(config: TrainConfig, pin: bool) -> Iterator[Batch]:
+    """A micro-batch of padding: a rank that has nothing to compute takes part in gathering layers for those that have."""
+    nothing = TokenizedExample([0] * FILLER_POSITIONS, [IGNORED] * FILLER_POSITIONS, 0)
+    rows: list[Row] = [[0]] if config.packing else [0]
+    for batch in iter_batches([nothing], rows, 1, pin, config.length_multiple, _least_rows(config)):
+        yield batch._replace(num_input_tokens=0, lines=())
 
 
 def _elsewhere(samples: TokenizedDataset, group: list[Row], config: TrainConfig) -> Batch:
@@ -278,19 +290,28 @@ def _elsewhere(samples: TokenizedDataset, group: list[Row], config: TrainConfig)
     return Batch(nothing, nothing, torch.zeros(0, dtype=torch.int64), num_tokens, num_input_tokens, lines)
 
 
-def eval_batches(samples: TokenizedDataset, most_positions: int, pin: bool = False) -> Iterator[Batch]:
-    """All samples, the shortest first, as many at a time as `most_positions` hold with their padding; one at least.
+def eval_batches(
+    samples: TokenizedDataset,
+    most_positions: int,
+    config: TrainConfig,
+    ranks: Ranks = Ranks(),  # noqa: B008  a tuple
+    pin: bool = False,
+) -> Iterator[Batch]:
+    """This rank's share of all samples, the shortest first, as many at a time as `most_positions` hold with their padding.
 
     Nothing is kept for backward, so what fits in training fits here, and up to LEAST_EVAL_POSITIONS always do.
     """
     most = max(most_positions, LEAST_EVAL_POSITIONS)
-    group: list[int] = []
+    groups: list[list[int]] = [[]]
     for index in sorted(range(len(samples)), key=samples.length):
-        if group and (len(group) + 1) * samples.length(index) > most:
-            yield from iter_batches(samples, group, len(group), pin)
-            group = []
-        group.append(index)
-    yield from iter_batches(samples, group, len(group), pin)
+        if groups[-1] and (len(groups[-1]) + 1) * samples.length(index) > most:
+            groups.append([])
+        groups[-1].append(index)
+    ours = groups[ranks.rank :: ranks.size]
+    for group in ours:
+        yield from iter_batches(samples, group, len(group), pin)
+    if config.shard_base and len(ours) < math.ceil(len(groups) / ranks.size):
+        yield from _fillers(dataclasses.replace(config, packing=False), pin)
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -13,6 +13,7 @@ from qlora.data.formats import Example
 from qlora.data.template import PromptTemplate, encode_prompt
 from qlora.errors import UserError, is_out_of_memory
 from qlora.model.load import prepare_inference
+from qlora.model.shards import shard_of
 from qlora.speed.decode import TokenGraph, adapters_by_row, decode, decode_unavailable_reason
 from qlora.speed.lora_linear import answering
 
@@ -185,6 +186,9 @@ def try_samples(
         found = examples()
         if not found:
             say("No sample answers: rows that are one text have no prompts.")
+            return
+        if any(shard_of(module) for module in model.modules()):
+            say("No sample answers: no GPU holds the whole base. `python -m qlora generate` writes them where one does.")
             return
         prepare_inference(model)
         record(sample_responses(model, found, template))

@@ -12,10 +12,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from qlora import distributed
 from qlora.checksum import checksum
 from qlora.config import TrainConfig
 from qlora.errors import ConfigError, EnvironmentProblem, is_out_of_memory
 from qlora.model.coverage import linear_classes
+from qlora.model.shards import shard_of
 from qlora.model.third_party import bitsandbytes, transformers
 
 Precision = Literal["nf4", "int8", "bf16"]  # of a base model's linear layers
@@ -35,7 +37,7 @@ def load_meta_model(source: str, config: TrainConfig) -> Any:
             another way than load_nf4_model does.
     """
     origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    with _environment_errors(source):
+    with environment_errors(source):
         model_config = transformers.AutoConfig.from_pretrained(source, **origin)
         with torch.device("meta"):
             meta_model = transformers.AutoModelForCausalLM.from_config(
@@ -76,7 +78,7 @@ def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:
     Raises:
         UserError: exit 7 if it is not there, 2 if it has more tokens than the model has embeddings.
     """
-    with _environment_errors(source):
+    with environment_errors(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -91,9 +93,15 @@ def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:
 def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, device: torch.device) -> Any:
     """The base model to train on: linear layers in NF4 with double quantization, the rest in bf16, all frozen, on one device.
 
+    With shard_base on several ranks it is that of load_sharded_model: each rank keeps a part of the bytes.
+
     Not `prepare_model_for_kbit_training`: it casts embeddings, norms and head to fp32, which costs 0.4 GB on Phi-3-mini and
     makes the residual stream fp32. Arguments and errors are those of load_base_model.
     """
+    if config.shard_base and distributed.ranks().size > 1:
+        from qlora.model.load_sharded import load_sharded_model  # here, as it imports this module
+
+        return load_sharded_model(source, config, attn_implementation, device)
     return load_base_model(source, config, attn_implementation, device, "nf4")
 
 
@@ -113,7 +121,7 @@ def load_base_model(
         EnvironmentProblem: if the weights are not there or are broken.
     """
     load: Any = transformers.AutoModelForCausalLM.from_pretrained  # Any: its stub knows no output_loading_info
-    with _environment_errors(source), warnings.catch_warnings():
+    with environment_errors(source), warnings.catch_warnings():
         # A checkpoint that is quantized already is loaded as it is; check_quantization saw that it is what is asked for.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
         model, loaded = load(
@@ -142,11 +150,11 @@ def load_base_model(
         )
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            _prepare_nf4(module, source)
+            prepare_nf4(module, source)
     return model
 
 
-def _prepare_nf4(module: Any, source: str) -> None:
+def prepare_nf4(module: Any, source: str) -> None:
     """Let a layer compute in bf16, keep its weights as they are packed, and check that they are of its shape."""
     # A checkpoint brings its own dtypes, often fp16 or fp32. Evaluation would compute in them, training never does,
     # and activations of 7e4 are infinite in fp16.
@@ -202,8 +210,11 @@ def fingerprint(model: Any) -> str:
     with _stored_dtypes(model):
         tensors = model.state_dict()
     sums = [torch.zeros((), dtype=torch.int64, device=model.device)]  # [] each
+    shards = {f"{name}.": module.shard for name, module in model.named_modules() if shard_of(module)}
     for name, tensor in tensors.items():
         if "lora_" not in name:
+            for shard in (shard for prefix, shard in shards.items() if name.startswith(prefix)):
+                shard.base.gather(shard.index)
             digest.update(name.encode())
             if tensor.is_cuda:
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -241,7 +252,7 @@ def _check_layout(source: str, state: Any) -> None:
 
 
 @contextlib.contextmanager
-def _environment_errors(source: str) -> Iterator[None]:
+def environment_errors(source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:

@@ -120,9 +120,7 @@ class Snapshot(NamedTuple):
     """All that a checkpoint holds, copied to the host, so that it can be written while training continues."""
 
     step: int
-    adapter: dict[str, torch.Tensor]  # in PEFT's names
-    trainer: dict[str, torch.Tensor]  # optimizer state
-    files: dict[str, bytes]
+    files: dict[str, Content]
     copied: torch.cuda.Event | None  # when the copies are complete; None if they are
 
 
@@ -137,26 +135,22 @@ def snapshot(model: Any, optimizer: torch.optim.Optimizer, train_state: TrainSta
     """
     tensors, plain = trainer_state(model, optimizer)
     state = {**train_state._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain}
-    files = dict(config_files(model)) | {STATE: json.dumps(info.model_dump() | state, indent=1).encode()}
-    adapter, trainer = ({name: _on_host(tensor) for name, tensor in part.items()} for part in (_adapter(model), tensors))
+    files: dict[str, Content] = {ADAPTER: serialized(_adapter(model), PEFT), TRAINER_STATE: serialized(tensors)}
+    files |= {**dict(config_files(model)), STATE: json.dumps(info.model_dump() | state, indent=1).encode()}
     copied = None
     if torch.cuda.is_initialized():
         copied = torch.cuda.Event()
         copied.record()
-    return Snapshot(train_state.step, adapter, trainer, files, copied)
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in the host's memory, page-locked if it comes from a GPU, which is then not waited for."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return host.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+    return Snapshot(train_state.step, files, copied)
 
 
 def reserve_host_memory(optimizer: torch.optim.Optimizer) -> None:
     """Have torch page-lock the memory of a snapshot and keep it: 0.6 s for 0.6 GB, for which the first save would wait."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    copies = 3 if isinstance(optimizer, torch.optim.AdamW) else 1  # weights and two moments; those in 8 bits are small
-    kept = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in copies * parameters if p.is_cuda]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.is_cuda]
+    adapter = sum(parameter.numel() * parameter.element_size() for parameter in parameters)  # bytes
+    # Two moments and a counter each; those in 8 bits are small, and reserved when they are first saved.
+    moments = 2 * adapter + 4 * len(parameters) if isinstance(optimizer, torch.optim.AdamW) else 0
+    kept = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in (adapter, moments) if size]
     del kept  # the allocator hands them out again
 
 
@@ -173,38 +167,34 @@ def write(checkpoints: Path, taken: Snapshot) -> Path:
     if taken.copied is not None:
         taken.copied.synchronize()
     folder = checkpoints / f"step-{taken.step:06d}"
-    files: dict[str, Content] = {
-        ADAPTER: serialized(taken.adapter, PEFT),
-        TRAINER_STATE: serialized(taken.trainer),
-        **taken.files,
-    }
-    require_space(checkpoints, sum(map(size_of, files.values())))
-    write_folder(folder, files)
+    require_space(checkpoints, sum(map(size_of, taken.files.values())))
+    write_folder(folder, taken.files)
     return folder
 
 
 def serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Pieces:
-    """Tensors in safetensors' format: the header, then each tensor's memory.
+    """Tensors in safetensors' format: the header, then a block of the host's memory that the tensors are copied to.
 
-    See https://github.com/huggingface/safetensors#format. Nothing is copied: safetensors.torch.save copies all of it twice,
-    which takes as long as writing it to a disk.
+    See https://github.com/huggingface/safetensors#format. One block, as the thread that hashes and writes it would wait for
+    Python's lock after each piece. Copies from a GPU are queued, and the block is page-locked: synchronize before reading it.
 
     Args:
-        tensors: on the CPU, contiguous.
+        tensors: on any device.
         metadata: text for the header.
     """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    pieces: list[bytes | memoryview] = []
+    on_gpu = any(tensor.is_cuda for tensor in tensors.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    block = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)  # [bytes]
     end = 0
     # Those with the largest elements first, so that each is aligned to its own.
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-        piece = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [end, end + len(piece)]}
-        end += len(piece)
-        pieces.append(piece)
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+        block[begin:end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach(), non_blocking=on_gpu)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little"), text, *pieces]
+    return [len(text).to_bytes(8, "little"), text, memoryview(block.numpy())]
 
 
 def adapter_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, Content]]:
@@ -212,7 +202,10 @@ def adapter_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, Cont
 
     By hand rather than `save_pretrained`, which asks the hub about the base model and adds a model card of blank fields.
     """
-    yield ADAPTER, serialized({name: tensor.detach().cpu().contiguous() for name, tensor in _adapter(model).items()}, PEFT)
+    content = serialized(_adapter(model), PEFT)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    yield ADAPTER, content
     yield from config_files(model, tokenizer)
 
 

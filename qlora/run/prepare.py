@@ -144,7 +144,7 @@ def prepare(
     longest = row_length(train_set, longest_rows(train_set, config)[-1])
     job, total_steps = _job(config, train_set, ranks)
     config, line = choose_layers(config, meta_model, targets, longest, device, job)
-    terms_gb = memory_terms(meta_model, targets, config, longest)
+    terms_gb = memory_terms(meta_model, targets, config, longest, ranks.size)
     info = RunInfo(
         format=FORMAT,
         config=cast(RunConfig, config.plain()),
@@ -177,4 +177,4 @@ def _job(config: TrainConfig, train_set: TokenizedDataset, ranks: Ranks) -> tupl
     steps_per_epoch, total_steps = count_steps(config, rows)
     share = total_steps / steps_per_epoch / ranks.size  # of an epoch, times epochs
     micro_batches, tokens = rows / config.per_device_train_batch_size * share, sum(train_set.lengths) * share
-    return Job(micro_batches, tokens, ranks.free_gb), total_steps
+    return Job(micro_batches, tokens, ranks.free_gb, ranks.size), total_steps

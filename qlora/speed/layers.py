@@ -30,6 +30,7 @@ from qlora.config import Compile, GradientCheckpointing, TrainConfig
 from qlora.errors import ConfigError, EnvironmentProblem
 from qlora.model.families import FAMILIES
 from qlora.model.lora import Target
+from qlora.model.shards import shard_of
 from qlora.speed.graphs import graphs_unavailable_reason
 from qlora.speed.memory import ATTENTION_INPUTS, memory_terms
 
@@ -88,6 +89,7 @@ class Job(NamedTuple):
     micro_batches: float
     tokens: float
     free_gb: float = math.inf  # of the rank that has the least; not finite: what this GPU has
+    ranks: int = 1
 
 
 # Measured on an H200 with Phi-3-mini: a micro-batch of few tokens takes 270 ms as written, for launches, and 27 ms replayed;
@@ -140,7 +142,7 @@ def choose_layers(
     # A smaller policy costs more than graphs gain, so all ways to compile come first.
     for policy, compile in itertools.product(policies, candidates):
         config = dataclasses.replace(config, compile=compile, gradient_checkpointing=policy)
-        terms_gb = memory_terms(meta_model, targets, config, longest)
+        terms_gb = memory_terms(meta_model, targets, config, longest, job.ranks if job else 1)
         predicted_gb = sum(terms_gb.values())
         if predicted_gb < MARGIN * free_gb:
             break
@@ -164,7 +166,11 @@ def _ways_to_compile(
         raise EnvironmentProblem(f"--compile {config.compile} cannot be used: {dropout}.", hint="Leave it out.")
     unavailable_reason = compile_unavailable_reason(meta_model.config.model_type, device) or dropout
     unrecorded = unavailable_reason or (
-        "checkpoints go to the host" if config.offload_checkpoints else graphs_unavailable_reason(meta_model)
+        "checkpoints go to the host"
+        if config.offload_checkpoints
+        else "layers are gathered as they run"
+        if config.shard_base
+        else graphs_unavailable_reason(meta_model)
     )
     candidates: tuple[Compile, ...] = (config.compile,)
     why = "as asked"
@@ -279,6 +285,7 @@ class TrainingLayer(torch.nn.Module):
         """
         super().__init__()
         self._layer = layer
+        self._shard = shard_of(layer)
         self._run = run
         self._compiled = compiled
         self._config = config
@@ -292,6 +299,12 @@ class TrainingLayer(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""
+        if self._shard is None:
+            return self._run_layer(hidden, *args, **kwargs)
+        self._shard.before_forward()
+        return self._shard.before_backward(self._run_layer(hidden, *args, **kwargs))  # [B, T, D]
+
+    def _run_layer(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._compiled is None:
             return self._run(self._layer, hidden, *args, **kwargs)
         if torch.is_grad_enabled() and not hidden.requires_grad:

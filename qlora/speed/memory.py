@@ -45,7 +45,7 @@ def leave_no_gaps() -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest: int) -> dict[str, float]:
+def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest: int, ranks: int = 1) -> dict[str, float]:
     """What a step's tensors take on a GPU when they take the most, in GB, term by term, from the shape alone.
 
     The sum is within 5 % of the peaks of Phi-3-mini in benchmarks/results (plan, tokens, train_step, ladders and peers of the
@@ -57,6 +57,7 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
         targets: from audit_targets.
         config: resolved, but that compile and gradient_checkpointing may be anything but auto.
         longest: tokens of the longest row.
+        ranks: GPUs that share the base with shard_base.
     """
     shape = model.config.get_text_config()
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
@@ -85,7 +86,8 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
     score_copies = 6 * layers if config.gradient_checkpointing == "none" else 13 if config.compile == "none" else 8  # bytes
     staying, scored = tokens * layers * kept[config.gradient_checkpointing], score_copies * scores
     terms = {
-        "base in NF4": NF4_BYTES * linear,
+        "base in NF4": (NF4_BYTES - 0.5 + 0.5 / (ranks if config.shard_base else 1)) * linear,
+        "layers gathered": linear / layers if config.shard_base and ranks > 1 else 0,  # two, half a byte per parameter
         "weights not in NF4": 2 * in_bf16,
         "embeddings, head, norms": 2 * (model.num_parameters() - linear - in_bf16),
         "base in bf16": 2 * sum(model.get_submodule(name).weight.numel() for name in names),
