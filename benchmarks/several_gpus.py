@@ -269,8 +269,9 @@ def speeds(pattern: str) -> str:
     if "killed" in cells and cells["killed"].get("equal"):
         killed = cells["killed"]
         text += (
-            f"\n\nOne of two ranks was killed after step {killed['killed_after_step']}; torchrun ended {killed['ended_s']:.1f} s "
-            f"later. Resumed, `--deterministic`, the run ended after {killed['steps']} steps bit for bit like one left alone."
+            f"\n\nOne of two ranks was killed after step {killed['killed_after_step']}, and torchrun ended "
+            f"{killed['ended_s']:.1f} s later. Resumed, `--deterministic`, the run ended after {killed['steps']} steps bit for bit "
+            "like one left alone."
         )
     if isinstance(cells.get("sums", {}).get("ms"), float):
         text += f" The message of a step, 0.2 GB, takes {cells['sums']['ms']:.1f} ms."

@@ -1,7 +1,9 @@
 """The command line. It parses before it imports torch (1 s) and transformers (3.5 s), so --help and a typo answer at once."""
 
+import atexit
 import difflib
 import errno
+import gc
 import importlib
 import os
 import sys
@@ -36,6 +38,7 @@ def train(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     sys.excepthook = _print_and_leave
+    atexit.register(gc.freeze)  # else the interpreter's exit looks for cycles among torch's objects for 2 s
     with Signals() as stop:
         try:
             config = parse(argv)

@@ -214,7 +214,7 @@ def fingerprint(model: Any) -> str:
     for name, tensor in tensors.items():
         if "lora_" not in name:
             for shard in (shard for prefix, shard in shards.items() if name.startswith(prefix)):
-                shard.base.gather(shard.index)
+                shard.base.gather(shard.number)
             digest.update(name.encode())
             if tensor.is_cuda:
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())

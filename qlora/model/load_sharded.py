@@ -26,8 +26,8 @@ class _Weights:
     def __init__(self, folder: Path, device: torch.device) -> None:
         index = folder / "model.safetensors.index.json"
         files = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        self._open = [safe_open(folder / name, framework="pt", device=str(device)) for name in files]
-        self._file_of = {name: file for file in self._open for name in file.keys()}  # noqa: SIM118  not a dict
+        opened: list[Any] = [safe_open(folder / name, framework="pt", device=str(device)) for name in files]
+        self._file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118  not a dict
 
     @property
     def names(self) -> set[str]:
@@ -36,14 +36,12 @@ class _Weights:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor."""
-        file: Any = self._file_of[name]
-        tensor: torch.Tensor = file.get_tensor(name)
+        tensor: torch.Tensor = self._file_of[name].get_tensor(name)
         return tensor
 
     def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Some rows of a tensor; no others are read."""
-        file: Any = self._file_of[name]
-        rows: torch.Tensor = file.get_slice(name)[begin:end]
+        rows: torch.Tensor = self._file_of[name].get_slice(name)[begin:end]
         return rows
 
     def of(self, prefix: str) -> dict[str, torch.Tensor]:
@@ -118,7 +116,7 @@ def _require_names(source: str, model: Any, weights: _Weights) -> None:
     wanted = {name for name, _ in model.named_parameters()} - tied
     if missing := sorted(wanted - weights.names):
         raise EnvironmentProblem(
-            f"Model {source} lacks {len(missing)} tensors, {missing[0]} first. --shard-base reads them by the model's own names.",
+            f"Model {source} lacks {len(missing)} tensors, {missing[0]} first. --shard-base finds them by their names only.",
             hint="Load the model with transformers and save it with save_pretrained, or leave out --shard-base.",
         )
 

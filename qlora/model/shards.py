@@ -1,7 +1,7 @@
-"""A base that is too large for one GPU: each rank keeps a part of every decoder layer's NF4 bytes, and gathers a layer to run it.
+"""A base too large for one GPU: each rank keeps a part of every decoder layer's NF4 bytes, and gathers a layer to run it.
 
 The bytes are plain uint8, as bitsandbytes' `Params4bit` inside `fully_shard` gives a loss of 0 and NaN gradients without an
-error (its issue 1945). Scales, 3 % of the bytes, stay whole on every rank, and so do adapters, so that checkpoints are the same.
+error (its issue 1945). Scales, 3 % of the bytes, and adapters stay whole on every rank, so that checkpoints are the same.
 """
 
 from collections.abc import Sequence
@@ -76,11 +76,11 @@ class Shard(NamedTuple):
     """One decoder layer of a ShardedBase."""
 
     base: ShardedBase
-    index: int
+    number: int
 
     def before_forward(self) -> None:
         """Have the layer's bytes here; the next layer's are on their way."""
-        self.base.gather(self.index, self.index + 1)
+        self.base.gather(self.number, self.number + 1)
 
     def before_backward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` [B, T, D], the layer's output, whose backward gathers the layer's bytes before it reaches the layer."""
@@ -99,7 +99,7 @@ class _GatherInBackward(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.shard.base.gather(ctx.shard.index, ctx.shard.index - 1)
+        ctx.shard.base.gather(ctx.shard.number, ctx.shard.number - 1)
         return d_hidden, None
 
 

@@ -194,7 +194,7 @@ def serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None
         block[begin:end].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach(), non_blocking=on_gpu)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little"), text, memoryview(block.numpy())]
+    return [len(text).to_bytes(8, "little"), text, memoryview(block.numpy())]  # type: ignore[arg-type]
 
 
 def adapter_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, Content]]:
