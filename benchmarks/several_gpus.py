@@ -64,6 +64,8 @@ class Options:
     """Of each run; the first 20 are compared."""
     cells: tuple[Wanted, ...] = (*CELLS, *TRL, "killed", "sums")  # type: ignore[assignment]
     """What is measured. killed: a rank killed in the middle, resumed, and compared bit for bit. sums: the message of a step."""
+    models: Path | None = None
+    """Folder with a model that an earlier call has left there, or is to leave there. Unset: a temporary one."""
 
 
 def write_rows(path: Path, count: int, letters: int) -> None:
@@ -223,7 +225,11 @@ def main(options: Options) -> None:
                   "--dynamo_backend", "no", "--multi_gpu" if file.on_gpu else "--cpu"]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        Cell(write_models, options.shape, folder, False).result()
+        models = options.models or folder / "models"
+        if not models.exists():
+            models.mkdir()
+            Cell(write_models, options.shape, models, False).result()
+        (folder / "fused").symlink_to((models / "fused").resolve())
         letters = 2040 if file.on_gpu else 60
         Cell(write_rows, folder / "rows.jsonl", options.steps * BATCH * 2 * ACCUMULATION, letters).result()
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -270,8 +276,8 @@ def speeds(pattern: str) -> str:
         killed = cells["killed"]
         text += (
             f"\n\nOne of two ranks was killed after step {killed['killed_after_step']}, and torchrun ended "
-            f"{killed['ended_s']:.1f} s later. Resumed, `--deterministic`, the run ended after {killed['steps']} steps bit for bit "
-            "like one left alone."
+            f"{killed['ended_s']:.1f} s later. Resumed with `--deterministic`, the run ended after {killed['steps']} steps "
+            "bit for bit like one left alone."
         )
     if isinstance(cells.get("sums", {}).get("ms"), float):
         text += f" The message of a step, 0.2 GB, takes {cells['sums']['ms']:.1f} ms."

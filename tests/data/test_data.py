@@ -71,7 +71,7 @@ def test_a_text_of_a_single_token_is_refused_with_its_line(template, tmp_path):
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=40), st.sampled_from([1, 2048, 5000]))
 def test_eval_batches_hold_each_sample_once_and_no_more_positions_than_they_may(lengths, most):
     samples = TokenizedDataset([TokenizedExample([5] * length, [5] * length, row) for row, length in enumerate(lengths, 1)])
-    batches = list(eval_batches(samples, most))
+    batches = list(eval_batches(samples, most, TrainConfig()))
     assert sorted(line for batch in batches for line in batch.lines) == list(range(1, len(lengths) + 1))
     sizes = [batch.input_ids.shape for batch in batches]
     assert all(rows == 1 or rows * length <= max(most, 2048) for rows, length in sizes)
