@@ -7,8 +7,8 @@
 
 Jobs: `bundled` (22 examples, 20 epochs), `mixed` (600 samples of lognormal lengths, about 500 tokens on average, 1 epoch) and
 `long` (200 samples of about 2,000 tokens, 1 epoch). Each evaluates and saves after every epoch, and each run is a new process.
-A cold run finds no compiled kernels, a warm one those of the run before. The scripts of TRL and unsloth write no sample answers
-and no report. Python's bytecode is cached for all, as it is where packages were installed in the usual way.
+A cold run finds no compiled kernels, a warm one those of earlier runs, of any job. The scripts of TRL and unsloth write no
+sample answers and no report. Python's bytecode is cached for all, as it is where packages were installed in the usual way.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,11 +54,13 @@ class Options:
     jobs: tuple[Job, ...] = ("bundled", "mixed", "long")
     """What is trained."""
     contenders: tuple[Contender, ...] = ("ours_cold", "ours_warm", "trl", "trl_no_checkpointing")
-    """Who trains. ours_warm finds the kernels of ours_cold, if that ran before it."""
+    """Who trains. ours_warm finds the kernels of ours_cold, and of other jobs, if those ran before it."""
     epochs: int | None = None
     """Of each job. Unset: 20 of bundled, 1 of the others."""
     unsloth_site: Path | None = None
     """Folder with unsloth and what it pins."""
+    scratch: Path | None = None
+    """Folder for models, data and runs, which stay for a later call. Unset: a temporary one."""
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -208,12 +211,13 @@ def command_of(contender: str, job: str, folder: Path, epochs: int) -> tuple[lis
     return [sys.executable, "-c", call], out
 
 
-def environment_of(contender: str, job: str, folder: Path, site: Path | None) -> dict[str, str]:
-    """The variables of a job's process: caches of its own, which ours_warm shares with ours_cold, and cached bytecode."""
+def environment_of(contender: str, folder: Path, site: Path | None) -> dict[str, str]:
+    """The variables of a job's process: caches of its side, and cached bytecode."""
     side = contender.partition("_")[0]
-    kernels = folder / f"kernels-{job}-{side}"
-    paths = [*([str(site.resolve())] if site and side == "unsloth" else []), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    changes = {"XDG_CACHE_HOME": str(kernels), "TRITON_CACHE_DIR": str(kernels / "triton"), "PYTHONPATH": ":".join(paths)}
+    kernels = folder / f"kernels-{side}"
+    # unsloth pins packages that others have in newer versions.
+    own = str(site.resolve()) if site and side == "unsloth" else os.environ.get("PYTHONPATH", "")
+    changes = {"XDG_CACHE_HOME": str(kernels), "TRITON_CACHE_DIR": str(kernels / "triton"), "PYTHONPATH": f"{own}:{ROOT}"}
     changes |= {"PYTHONPYCACHEPREFIX": str(folder / f"bytecode-{side}"), "UNSLOTH_DISABLE_STATISTICS": "1"}
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | changes
 
@@ -221,9 +225,13 @@ def environment_of(contender: str, job: str, folder: Path, site: Path | None) ->
 def time_job(contender: str, job: str, folder: Path, epochs: int, site: Path | None = None) -> Row:
     """Run a job in a new process, and say how long its parts took."""
     command, adapter = command_of(contender, job, folder, epochs)
-    environment = environment_of(contender, job, folder, site)
-    imports = {"ours": "train_loop", "trl": "trl.trainer.sft_trainer, peft", "unsloth": "unsloth"}[contender.partition("_")[0]]
-    subprocess.run([sys.executable, "-c", f"import {imports}"], cwd=ROOT, env=environment, capture_output=True, check=False)
+    environment = environment_of(contender, folder, site)
+    if contender == "ours_cold":
+        shutil.rmtree(environment["XDG_CACHE_HOME"], ignore_errors=True)
+    if not Path(environment["PYTHONPYCACHEPREFIX"]).exists():
+        imports = {"ours": "train_loop", "trl": "trl.trainer.sft_trainer, peft", "unsloth": "unsloth"}
+        first = [sys.executable, "-c", f"import {imports[contender.partition('_')[0]]}"]
+        subprocess.run(first, cwd=ROOT, env=environment, capture_output=True, check=False)
     began, clock = time.time(), time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     total_s = time.perf_counter() - clock
@@ -248,10 +256,13 @@ def main(options: Options) -> None:
     file.begin_run({"shape": options.shape})
     wanted = [(job, contender) for job in options.jobs for contender in options.contenders]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        Cell(write_models, options.shape, folder, options.unsloth_site is not None).result()
+        folder = options.scratch or Path(scratch)
+        folder.mkdir(exist_ok=True)
+        if not (folder / "fused").exists():
+            Cell(write_models, options.shape, folder, options.unsloth_site is not None).result()
         for job in options.jobs:
-            Cell(write_data, job, folder).result()
+            if not (folder / job).exists():
+                Cell(write_data, job, folder).result()
         for job, contender in wanted:
             if file.is_late(options.part.minutes):
                 break

@@ -61,9 +61,8 @@ class TokenGraph:
         with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # first calls allocate workspaces and the cache
-                for _ in range(2):
-                    self._next_scores()
+            with torch.cuda.stream(stream):  # a first call allocates workspaces and the cache
+                self._next_scores()
             torch.cuda.current_stream().wait_stream(stream)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
