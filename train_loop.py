@@ -33,6 +33,7 @@ from qlora.eval.generate import try_samples
 from qlora.eval.loss import EvalResult, evaluate_loss, has_stalled
 from qlora.model import attention
 from qlora.model.load import fingerprint, load_nf4_model
+from qlora.model.load_sharded import load_sharded_model
 from qlora.model.lora import add_lora
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
@@ -301,17 +302,15 @@ def main(options: TrainConfig, stop: Signals) -> None:
             seed_generators(config.seed)
             # QLoRA in five lines: a frozen base in 4 bits per weight, fp32 adapters, a fast decoder, the loss, the optimizer.
             # 3.8 billion parameters take 2.3 GB; no weight of the base ever gets a gradient.
-            model = load_nf4_model(prep.source, config, prep.attention.loaded_as, device)
+            load = load_sharded_model if config.shard_base and ranks.size > 1 else load_nf4_model
+            model = load(prep.source, config, prep.attention.loaded_as, device)
             model = add_lora(model, config, prep.targets, prep.source)
-            # A resumed run must find the very same base.
-            base = fingerprint(model)
             # A callable for training steps. Evaluation, generation and saving use the model itself.
             decoder = accelerate(model, config)
             # The head and cross-entropy, in chunks, over supervised positions only.
             loss_sum = functools.partial(token_loss_sum, head=read_head(model))
             optimizer = build_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
-            # What changes from step to step is in here: adapters and moments.
-            trainee = Trainee(model, decoder, loss_sum, optimizer)
+            trainee = Trainee(model, decoder, loss_sum, optimizer)  # what changes from step to step: adapters and moments
             clock.end("model")
             if device.type == "cuda":
                 # What does not fit should fail now, not in hour three.
@@ -319,8 +318,8 @@ def main(options: TrainConfig, stop: Signals) -> None:
                 with attention.for_training(model.train(), config):
                     say(memory.probe_memory(probe_step, optimizer, prep.train_set, config, prep.predicted_gb))
                 clock.end("compile and probe")
-            # Adapters and moments, each tensor in its dtype; or step 0.
-            state = run.restore(model, optimizer, base)
+            # Adapters and moments, each tensor in its dtype; or step 0. A resumed run must find the very same base.
+            state = run.restore(model, optimizer, fingerprint(model))
             # Only from here on does the run folder change.
             run.take_over(config)
             with log.Tracker(run.logs, console, clock, state.step, prep.eval_set) as tracker:

@@ -69,7 +69,7 @@ class Options:
 
 
 def write_rows(path: Path, count: int, letters: int) -> None:
-    """Rows that are as long as --max-length or a little shorter."""
+    """Rows of random letters, about one token each."""
     draw = random.Random(0)
     rows = [{"prompt": f"row {i}", "completion": "".join(draw.choices("abcdefgh", k=letters))} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -83,7 +83,7 @@ def command_of(name: str, folder: Path, steps: int, more: list[str]) -> list[str
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     values = {"model": folder / "fused", "train-file": folder / "rows.jsonl", "max-steps": steps, "logging-steps": WINDOW,
               "per-device-train-batch-size": BATCH, "gradient-accumulation-steps": accumulation, "max-length": LENGTH,
-              "output-dir": folder / name}  # fmt: skip
+              "on-long": "truncate", "output-dir": folder / name}  # fmt: skip
     words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     return [*launch, "train_loop.py", *words, *flags, *more]
 
@@ -147,11 +147,11 @@ def time_sums(parameters: int) -> None:
 
     from qlora import distributed
 
-    ranks = distributed.start()
     on_gpu = torch.cuda.is_available()
+    place = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(ranks.rank)
-    place = torch.device("cuda", ranks.rank) if on_gpu else torch.device("cpu")
+        torch.cuda.set_device(place)
+    ranks = distributed.start()
     tensors = [torch.nn.Parameter(torch.zeros(parameters // 256, device=place)) for _ in range(256)]
     loss, times = torch.zeros((), device=place), []
     for _ in range(25):
@@ -230,7 +230,7 @@ def main(options: Options) -> None:
             models.mkdir()
             Cell(write_models, options.shape, models, False).result()
         (folder / "fused").symlink_to((models / "fused").resolve())
-        letters = 2040 if file.on_gpu else 60
+        letters = 2 * LENGTH if file.on_gpu else 60  # all rows are cut to LENGTH tokens, or few
         Cell(write_rows, folder / "rows.jsonl", options.steps * BATCH * 2 * ACCUMULATION, letters).result()
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         environment |= {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "HF_HUB_OFFLINE": "1",

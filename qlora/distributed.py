@@ -23,6 +23,7 @@ from qlora.checksum import checksum
 from qlora.errors import CheckpointError, EnvironmentProblem, UserError, is_out_of_memory
 
 Value = TypeVar("Value")
+JOIN_TIMEOUT = datetime.timedelta(minutes=10)  # between the starts of two ranks
 TIMEOUT = datetime.timedelta(hours=2)  # the first rank may tokenize for that long; one that dies is noticed at once
 
 
@@ -51,7 +52,7 @@ def start() -> Ranks:
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
     printing = sys.excepthook
     try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+        store, rank, size = next(iter(rendezvous("env://", timeout=JOIN_TIMEOUT)))
         # torchrun keeps its store when it restarts ranks: what one that died has written must not be read.
         store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         how = {"store": store, "rank": rank, "world_size": size, "timeout": TIMEOUT, "device_id": device}

@@ -6,6 +6,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
+import resource
 import signal
 import socket
 import subprocess
@@ -35,7 +37,7 @@ FLAGS = ["--model", "tiny-random", "--lora-r", "4", "--learning-rate", "1e-2", "
 # -- processes -------------------------------------------------------------------------------------------------------
 
 
-def _rank(rank, size, port, argv, cache, log, breaks, slow):
+def _rank(rank, size, port, argv, cache, log, breaks, slow, full):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
                    "MASTER_PORT": str(port), "XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1"}  # fmt: skip
     tempfile.tempdir = str(Path(log).with_name("scratch"))
@@ -49,8 +51,11 @@ def _rank(rank, size, port, argv, cache, log, breaks, slow):
 
     if breaks == rank:
         train_loop.train_step = broken
+    original = checkpoint.write
+    if full and rank == 0:  # from the first checkpoint on no file may grow beyond this, as on a full disk
+        limit = (resource.RLIMIT_FSIZE, (full, full))
+        checkpoint.write = lambda *arguments: resource.setrlimit(*limit) or original(*arguments)
     if slow:
-        original = checkpoint.write
         checkpoint.write = lambda *arguments: time.sleep(slow) or original(*arguments)
     generate.sample_responses, html.after_training = (lambda *_: []), (lambda folder: "left out")
     with open(log, "a") as file:
@@ -66,7 +71,7 @@ def broken(*_, **__):
 class Started:
     """Ranks of a run, each a process."""
 
-    def __init__(self, size: int, output: Path, *more: str, files=None, breaks=None, slow=None):
+    def __init__(self, size: int, output: Path, *more: str, files=None, breaks=None, slow=None, full=None):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -88,6 +93,7 @@ class Started:
                     log,
                     breaks,
                     slow,
+                    full,
                 ),
                 daemon=True,
             )
@@ -186,6 +192,48 @@ def test_a_rank_that_is_killed_ends_the_run_and_it_resumes_bit_for_bit(tiny, tmp
     assert "Another process of this run has ended" in run.output_of(1 - victim)
     found = trained(2, tmp_path / "killed", *steps)
     assert found[0] == straight[0] and all(torch.equal(found[1][name], tensor) for name, tensor in straight[1].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--shard-base",)], ids=["whole", "sharded"])
+def test_ten_kills_at_random_moments_change_no_bit(tiny, tmp_path, more):
+    steps, draw = ("--max-steps", "30", "--save-steps", "1", *more), random.Random(len(more))
+    straight = trained(2, tmp_path / "straight", *steps)
+    done = 0
+    for _ in range(10):
+        run = Started(2, tmp_path / "killed", *steps)
+        before = len(run.output_of(0))
+        while len(run.output_of(0)) == before:  # they have not found each other yet; that, torchrun watches
+            time.sleep(0.01)
+        # Most get some steps further.
+        wanted = min(done + draw.randint(0, 4), 29)
+        while newest(tmp_path / "killed") < wanted and all(process.is_alive() for process in run.processes):
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.3))
+        victim = draw.randint(0, 1)
+        run.processes[victim].kill()
+        began = time.monotonic()
+        codes = run.wait()
+        assert time.monotonic() - began < 30
+        assert codes in ([0, 0], [0, -signal.SIGKILL], [-signal.SIGKILL, 0]) or codes[1 - victim] in (1, ExitCode.ENVIRONMENT)
+        done = newest(tmp_path / "killed")
+    found = trained(2, tmp_path / "killed", *steps)
+    assert found[0] == straight[0] and all(torch.equal(found[1][name], tensor) for name, tensor in straight[1].items())
+
+
+def newest(output):
+    return max((int(path.name.removeprefix("step-")) for path in (output / "checkpoints").glob("step-*")), default=0)
+
+
+@pytest.mark.slow
+def test_a_full_disk_on_the_first_rank_ends_all(tiny, tmp_path):
+    run = Started(2, tmp_path / "run", "--max-steps", "40", "--save-steps", "1", full=20_000)
+    began = time.monotonic()
+    codes = run.wait()
+    assert codes[0] == ExitCode.CHECKPOINT and codes[1] in (ExitCode.CHECKPOINT, ExitCode.ENVIRONMENT), codes
+    assert time.monotonic() - began < 90 and "cannot be written: File too large" in run.output_of(0)
+    # With room it starts again.
+    assert trained(2, tmp_path / "run", "--max-steps", "3", "--override", "max_steps")[0][-1]["step"] == 3
 
 
 @pytest.mark.parametrize("receivers", [[0], [1], [0, 1]])

@@ -50,7 +50,7 @@ def read_head(model: Any) -> Head:
     model.eval()
     found: list[Any] = []
     # Not `output_hidden_states`, whose hooks transformers leaves in the model, where no compiler can follow them.
-    handle = model.get_decoder().register_forward_hook(lambda _, inputs, output: found.append(output.last_hidden_state))
+    handle = model.get_decoder().register_forward_hook(lambda *of: found.append(of[-1].last_hidden_state))  # [1, 8, D]
     with torch.no_grad(), torch.autocast(probe.device.type, torch.bfloat16):
         theirs = model(input_ids=probe, use_cache=False).logits.float()  # [1, 8, V]
         ours = head.logits(found[0]).float()  # [1, 8, V]

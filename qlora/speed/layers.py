@@ -299,14 +299,11 @@ class TrainingLayer(torch.nn.Module):
 
     def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[B, T, D] -> [B, T, D]."""
-        if self._shard is None:
-            return self._run_layer(hidden, *args, **kwargs)
-        self._shard.before_forward()
-        return self._shard.before_backward(self._run_layer(hidden, *args, **kwargs))  # [B, T, D]
-
-    def _run_layer(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._shard is not None:
+            self._shard.before_forward()
         if self._compiled is None:
-            return self._run(self._layer, hidden, *args, **kwargs)
+            output = self._run(self._layer, hidden, *args, **kwargs)  # [B, T, D]
+            return output if self._shard is None else self._shard.before_backward(output)
         if torch.is_grad_enabled() and not hidden.requires_grad:
             # The first layer. As the others, or it would be compiled on its own; the gradient that nobody reads is one product.
             hidden = hidden.detach().requires_grad_()  # [B, T, D]
@@ -323,7 +320,7 @@ class TrainingLayer(torch.nn.Module):
             kwargs |= {"max_length_q": bound, "max_length_k": bound}
         try:
             with offloaded(hidden) if self._config.offload_checkpoints else contextlib.nullcontext():
-                return self._compiled(self._layer, hidden, *args, **kwargs)
+                output = self._compiled(self._layer, hidden, *args, **kwargs)  # [B, T, D]
         except COMPILE_ERRORS as error:
             kind = type(self._layer).__name__
             raise EnvironmentProblem(
@@ -332,6 +329,7 @@ class TrainingLayer(torch.nn.Module):
                     f"Pass --compile none, which runs it as it is written, but slower. ({' '.join(str(error).split())[:300]})"
                 ),
             ) from error
+        return output if self._shard is None else self._shard.before_backward(output)
 
 
 def training_layers(decoder: Any, config: TrainConfig, backend: str) -> list[tuple[torch.nn.Module, str, TrainingLayer]]:

@@ -48,9 +48,7 @@ def leave_no_gaps() -> None:
 def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest: int, ranks: int = 1) -> dict[str, float]:
     """What a step's tensors take on a GPU when they take the most, in GB, term by term, from the shape alone.
 
-    The sum is within 5 % of the peaks of Phi-3-mini in benchmarks/results (plan, tokens, train_step, ladders and peers of the
-    H100), to which the constants of activations were fit; other models are further off. CUDA's context, about 0.5 GB,
-    comes on top.
+    The sum is within 5 % of Phi-3-mini's peaks in benchmarks/results, to which it was fit. CUDA's context takes 0.5 GB more.
 
     Args:
         model: the base model or the meta model.
@@ -65,6 +63,7 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
     inner = getattr(shape, "intermediate_size", 4 * hidden)
     linear, in_bf16 = sum(layer.weight.numel() for layer in nf4_layers(model).values()), uncovered(model).parameters
     names = [name for target in targets for name in target.layers] if config.cache_dequantized else []
+    parts = ranks if config.shard_base else 1  # of the base, one on each GPU
     trained = sum(target.adapter_parameters for target in targets)
     moment = 4 if config.optimizer == "adamw" else 1 + 4 / 256  # bytes: fp32, or 8 bits and an fp32 scale for each 256
     longest = rounded(longest, config.length_multiple)
@@ -74,8 +73,8 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
     kept["selective"] = kept["full"] + 2 * hidden + 4 * heads + 2 * attention_inputs
     kept["none"] = kept["selective"] + 2 * hidden + 4 * inner
     full = config.gradient_checkpointing == "full"
-    at_work = 27 * hidden + 8 * inner  # bytes of a token in the layer whose backward runs
-    at_work += 3 * hidden + inner if config.lora_dropout else 0  # which of the adapters' inputs were dropped
+    # Bytes of a token in the layer whose backward runs; with dropout, which of the adapters' inputs were dropped.
+    at_work = 27 * hidden + 8 * inner + (3 * hidden + inner if config.lora_dropout else 0)
     if config.compile != "none":
         # As live at the peak: gate, up, their gradients, q, k, v ...; where products are kept, what is beside them.
         at_work = 6 * hidden + 10 * inner + 2 * attention_inputs if full else 2 * hidden + 6 * inner
@@ -86,8 +85,8 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
     score_copies = 6 * layers if config.gradient_checkpointing == "none" else 13 if config.compile == "none" else 8  # bytes
     staying, scored = tokens * layers * kept[config.gradient_checkpointing], score_copies * scores
     terms = {
-        "base in NF4": (NF4_BYTES - 0.5 + 0.5 / (ranks if config.shard_base else 1)) * linear,
-        "layers gathered": linear / layers if config.shard_base and ranks > 1 else 0,  # two, half a byte per parameter
+        "base in NF4": (NF4_BYTES - 0.5 + 0.5 / parts) * linear,
+        "layers gathered": linear / layers if parts > 1 else 0,  # two of them
         "weights not in NF4": 2 * in_bf16,
         "embeddings, head, norms": 2 * (model.num_parameters() - linear - in_bf16),
         "base in bf16": 2 * sum(model.get_submodule(name).weight.numel() for name in names),

@@ -57,10 +57,10 @@ def test_the_table_has_the_ratio_to_trl_and_the_reason_of_what_failed(tmp_path, 
 @pytest.mark.parametrize("contender", ["ours_warm", "trl", "unsloth_none"])
 def test_bytecode_is_cached_and_only_unsloth_sees_its_packages(tmp_path, monkeypatch, contender):
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    found = end_to_end.environment_of(contender, "long", tmp_path, tmp_path / "site")
+    found = end_to_end.environment_of(contender, tmp_path, tmp_path / "site")
     assert "PYTHONDONTWRITEBYTECODE" not in found and found["PYTHONPYCACHEPREFIX"].startswith(str(tmp_path))
     assert found["PYTHONPATH"].startswith(str(tmp_path / "site")) == (contender == "unsloth_none")
-    cold = end_to_end.environment_of("ours_cold", "long", tmp_path, None)
+    cold = end_to_end.environment_of("ours_cold", tmp_path, None)
     assert (found["XDG_CACHE_HOME"] == cold["XDG_CACHE_HOME"]) == (contender == "ours_warm")
 
 

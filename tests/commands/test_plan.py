@@ -122,3 +122,31 @@ def test_what_is_read_is_not_replaced_and_a_folder_is_no_file(tmp_path, capsys):
         assert "cannot be written" in capsys.readouterr().err
     with pytest.raises(UserError, match="it is a folder"):
         require_writable(tmp_path)
+
+
+def test_several_gpus_get_the_time_of_a_step_and_memory_with_a_shared_base(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    assert command_line(["plan", "--gpus", "4", "--interconnect", "12.5", "--json", str(out)]) == 0
+    told, record = " ".join(capsys.readouterr().out.split()), json.loads(out.read_text())
+    assert "On 4 GPUs" in told and "each GPU sends 0.30 GB per step, at 12.5 GB/s" in told
+    whole, sharded = record["several"][-2:]
+    assert (whole["gradient_checkpointing"], whole["shard_base"], sharded["shard_base"]) == ("full", False, True)
+    # 50,331,648 gradients of 4 bytes, of which a ring sends 2 * 3/4; and 3.62 GB / 2 of packed weights, twice 2 micro-batches.
+    assert whole["reduce_ms"] == pytest.approx(1000 * 1.5 * 4 * 50_331_648 / 12.5e9) == sharded["reduce_ms"]
+    assert whole["gather_ms"] == 0 and sharded["gather_ms"] == pytest.approx(1000 * 0.75 * 4 * 1.8119e9 / 12.5e9, rel=1e-3)
+    assert sharded["step_ms"] == pytest.approx(max(sharded["compute_ms"], sharded["gather_ms"]) + sharded["reduce_ms"])
+    assert sharded["gather_ms"] > sharded["compute_ms"] and sharded["efficiency"] < whole["efficiency"] < 1
+    options = PlanOptions()
+    config = dataclasses.replace(plan.configuration(options), shard_base=True, compile="layers", gradient_checkpointing="full")
+    meta_model = plan.shape_meta_model(options, config)
+    one, four = (memory.memory_terms(meta_model, audit_targets(meta_model, config), config, 2048, ranks) for ranks in (1, 4))
+    # Three fourths of the packed bytes go; two layers of 32 come.
+    assert one["base in NF4"] - four["base in NF4"] == pytest.approx(0.75 * 1.8119, rel=1e-3)
+    assert four["layers gathered"] == pytest.approx(2 * 1.8119 / 32, rel=1e-3) and one["layers gathered"] == 0
+    assert sharded["peak_gb"] == pytest.approx(sum(four.values()))
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--gpus", "0"), ("--interconnect", "0"), ("--gradient-accumulation-steps", "0")])
+def test_several_gpus_refuse_what_cannot_be(capsys, flag, value):
+    assert command_line(["plan", flag, value]) == ExitCode.CONFIGURATION
+    assert f"{flag} {value}" in capsys.readouterr().err

@@ -1,0 +1,125 @@
+"""A base of which each rank keeps a part: the parts are those of the whole base, and every rank runs as many passes."""
+
+import dataclasses
+import math
+
+import bitsandbytes
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from qlora import distributed
+from qlora.data.batch import eval_batches, training_steps
+from qlora.distributed import Ranks, shares
+from qlora.errors import ExitCode, UserError
+from qlora.model.load import load_nf4_model
+from qlora.model.load_sharded import load_sharded_model
+from qlora.model.shards import shard_of
+from tests.helpers import CPU
+
+
+def nf4_linears(module):
+    return [(name, each) for name, each in module.named_modules() if isinstance(each, bitsandbytes.nn.Linear4bit)]
+
+
+@pytest.mark.parametrize("stored", ["bf16", "nf4"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_parts_make_the_whole_base(config, tmp_path, monkeypatch, size, stored):
+    """From a checkpoint in bf16, and from one that transformers saved in NF4."""
+    whole = load_nf4_model(config.model, config, "sdpa", CPU)
+    if stored == "nf4":
+        whole.save_pretrained(tmp_path)
+    source = str(tmp_path) if stored == "nf4" else config.model
+    loaded = []
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "ranks", lambda rank=rank: Ranks(rank, size))
+        loaded.append(load_sharded_model(source, config, "sdpa", CPU))
+    for name, layer in nf4_linears(whole):
+        for each in loaded:
+            ours, theirs = each.get_submodule(name).weight.quant_state, layer.weight.quant_state
+            for field in ("absmax", "offset", "code"):
+                assert torch.equal(getattr(ours, field), getattr(theirs, field))
+            assert torch.equal(ours.state2.absmax, theirs.state2.absmax) and ours.shape == theirs.shape
+    for name, layer in whole.model.layers.named_children():
+        shards = [shard_of(each.model.layers.get_submodule(name)) for each in loaded]
+        (part_bytes,) = {len(shard.base.parts[shard.number]) for shard in shards}
+        packed = torch.cat([each.weight.data.flatten() for _, each in nf4_linears(layer)])
+        assert part_bytes == math.ceil(len(packed) / size)
+        assert torch.equal(torch.cat([shard.base.parts[shard.number] for shard in shards])[: len(packed)], packed)
+    for each in loaded:
+        names = {name for name, _ in nf4_linears(whole)}
+        rest = {name: tensor for name, tensor in whole.named_parameters() if name.removesuffix(".weight") not in names}
+        assert all(torch.equal(each.get_parameter(name), tensor) for name, tensor in rest.items())
+        assert {name for name, _ in each.named_parameters()} == {name for name, _ in whole.named_parameters()}
+        buffers = dict(each.named_buffers())
+        assert all(torch.equal(buffers[name], buffer) for name, buffer in whole.named_buffers())
+        settings = [{**model.config.to_dict(), "_name_or_path": ""} for model in (each, whole)]
+        assert settings[0] == settings[1]
+        assert not any(parameter.requires_grad or parameter.is_meta for parameter in each.parameters())
+
+
+def test_a_checkpoint_with_other_names_is_refused(config, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "ranks", lambda: Ranks(0, 2))
+    for path in tiny.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    tensors = load_file(tiny / "model.safetensors")
+    tensors["model.layers.1.mlp.up.weight"] = tensors.pop("model.layers.1.mlp.gate_up_proj.weight")
+    (tmp_path / "model.safetensors").unlink()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 tensors, model\.layers\.1\.mlp\.gate_up_proj\.weight first") as refused:
+        load_sharded_model(str(tmp_path), dataclasses.replace(config, model=str(tmp_path)), "sdpa", CPU)
+    assert refused.value.exit_code == ExitCode.ENVIRONMENT
+
+
+def test_a_checkpoint_without_its_weights_is_refused(config, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "ranks", lambda: Ranks(0, 2))
+    for path in tiny.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(UserError, match="the folder is not a complete model") as refused:
+        load_sharded_model(str(tmp_path), config, "sdpa", CPU)
+    assert refused.value.exit_code == ExitCode.ENVIRONMENT
+
+
+# -- as many passes everywhere ---------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 5000), max_size=40), st.integers(1, 9))
+def test_even_shares_differ_by_one_micro_batch_at_most(sizes, ranks):
+    owner = shares(sizes, ranks, even=True)
+    counts = [owner.count(rank) for rank in range(ranks)]
+    assert len(owner) == len(sizes) and max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_every_rank_runs_as_many_training_passes(config, samples, packing, size):
+    config = dataclasses.replace(config, gradient_accumulation_steps=3, shard_base=True, packing=packing)
+    rows = [[0, 1], [2], [3, 4, 5], [6], [7, 8]] if packing else list(range(13))
+    found = [list(training_steps(samples, rows, config, Ranks(rank, size), (1, 0))) for rank in range(size)]
+    for steps in zip(*found, strict=True):
+        here = [[batch for batch in step if batch.is_here] for step in steps]
+        assert len({len(each) for each in here}) == 1
+        fillers = [batch for each in here for batch in each if not batch.lines]
+        assert len(fillers) == len(here[0]) * size - len([batch for batch in steps[0] if batch.lines])
+        for batch in fillers:
+            assert batch.num_tokens == batch.num_input_tokens == len(batch.positions) == 0
+            assert (batch.cu_seqlens is not None) == packing
+        # Each counts the tokens and rows of the whole step.
+        assert len({sum(batch.num_tokens for batch in step) for step in steps}) == 1
+        assert len({sum(len(batch.input_ids) for batch in step if batch.lines) for step in steps}) == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("shard_base", [False, True])
+def test_the_eval_data_is_shared_out(config, samples, size, shard_base):
+    config = dataclasses.replace(config, shard_base=shard_base, packing=True)
+    alone = list(eval_batches(samples, 1, config))
+    found = [list(eval_batches(samples, 1, config, Ranks(rank, size))) for rank in range(size)]
+    lines = sorted(line for batches in found for batch in batches for line in batch.lines)
+    assert lines == sorted(line for batch in alone for line in batch.lines)
+    counts = {len(batches) for batches in found}
+    assert len(counts) == 1 if shard_base or len(alone) % size == 0 else len(counts) == 2
+    assert sum(batch.num_tokens for batches in found for batch in batches) == sum(batch.num_tokens for batch in alone)
