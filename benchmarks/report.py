@@ -12,14 +12,16 @@ import re
 
 import cogapp
 
-from benchmarks import demo, end_to_end, inference, kill_resume, loading, plan, tokenizing, train_step
+from benchmarks import demo, end_to_end, inference, kill_resume, loading, plan, several_gpus, tokenizing, train_step
 from benchmarks.attention import tables as attention
 from benchmarks.guide_claims import tables as guide_claims
 from benchmarks.harness import ROOT
 from benchmarks.peers import tables as peers
 from benchmarks.tables import table
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "GUIDE_CLAIMS.md")
+DOCUMENTS = tuple(
+    ROOT / name for name in ("README.md", "benchmarks/README.md", "benchmarks/GUIDE_CLAIMS.md", "docs/several_gpus.md")
+)
 COG_FLAGS = ("-I", str(ROOT), "-p", "from benchmarks.report import *")
 
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import tyro
 from benchmarks.harness import ROOT, Cell, Output, ResultFile, Row, Shape, reason
 from benchmarks.kill_resume import digests, newest_step
 from benchmarks.peers.work import write_models
-from benchmarks.tables import load, source, table_of
+from benchmarks.tables import load, source, table, table_of
 
 BATCH, ACCUMULATION, LENGTH, WINDOW = 2, 2, 2048, 5
 NONE = ["--gradient-checkpointing", "none", "--compile", "graphs"]
@@ -281,7 +282,82 @@ def speeds(pattern: str) -> str:
         )
     if isinstance(cells.get("sums", {}).get("ms"), float):
         text += f" The message of a step, 0.2 GB, takes {cells['sums']['ms']:.1f} ms."
-    return f"{text}\n\n{source(name, record)}"
+    note = f"{record['note']} " if "note" in record else ""
+    return f"{text}\n\n{note}{source(name, record)}"
+
+
+# -- on paper --------------------------------------------------------------------------------------------------------
+
+LINKS = {"NVLink 4 (300 GB/s)": 300.0, "InfiniBand NDR (50 GB/s)": 50.0, "100 Gb/s Ethernet (12.5 GB/s)": 12.5,
+         "10 Gb/s Ethernet (1.25 GB/s)": 1.25}  # fmt: skip
+GPUS = (2, 8, 64, 512)
+# What trained parameters at rank 32 follow from: (out, in) of the linear layers of a decoder layer; then how many layers.
+LLAMA_70B = ([(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)], 80)
+
+
+def _phi3(gradient_checkpointing: str, shard_base: bool) -> tuple[Any, list[Any], Any]:
+    """Phi-3-mini's shape, its LoRA targets, and a configuration."""
+    from qlora.commands import plan
+    from qlora.commands.options import PlanOptions
+    from qlora.model.lora import audit_targets
+
+    options = PlanOptions()
+    changes: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing, "shard_base": shard_base, "compile": "layers"}
+    config = dataclasses.replace(plan.configuration(options), **changes)
+    meta_model = plan.shape_meta_model(options, config)
+    return meta_model, audit_targets(meta_model, config), config
+
+
+def efficiency() -> str:
+    """Predicted efficiency on more and more GPUs, by interconnect; data-parallel and with a sharded base."""
+    from qlora.speed.scaling import step_time
+
+    rows = []
+    for shard_base in (False, True):
+        meta_model, targets, config = _phi3("full" if shard_base else "none", shard_base)
+        for link, gb_per_s in LINKS.items():
+            times = [step_time(meta_model, targets, config, BATCH * LENGTH, gpus, gb_per_s) for gpus in GPUS]
+            cells = [f"{100 * time.efficiency:.1f} %" for time in times]
+            rows.append(["`--shard-base`, `full`" if shard_base else "whole base, `none`", link, *cells])
+    return table(["mode, checkpointing", "interconnect", *(f"{gpus} GPUs" for gpus in GPUS)], rows)
+
+
+def derivation() -> str:
+    """The numbers that `efficiency` comes from, in words."""
+    from qlora.model.coverage import nf4_layers
+    from qlora.speed.scaling import reduced_bytes, step_time
+
+    meta_model, targets, config = _phi3("none", False)
+    message, tokens = reduced_bytes(targets), BATCH * LENGTH
+    step = step_time(meta_model, targets, config, tokens, 2, 300.0)
+    full_model, full_targets, full = _phi3("full", True)
+    sharded = step_time(full_model, full_targets, full, tokens, 2, 300.0)
+    packed = sum(layer.weight.numel() for layer in nf4_layers(meta_model).values()) / 2
+    shapes, depth = LLAMA_70B
+    large = 32 * depth * sum(rows + columns for rows, columns in shapes)
+    gathered = 2 * full.gradient_accumulation_steps * packed
+    return "\n".join([
+        f"- **Gradients.** {message // 4:,} adapter parameters in fp32 are {message / 1e9:.2f} GB. A ring of N GPUs sends "
+        f"2 (N - 1) / N times as much per GPU: {message / 1e9:.2f} GB for 2, {2 * message / 1e9:.2f} GB for many.",
+        f"- **Compute.** {config.gradient_accumulation_steps} micro-batches of {tokens:,} tokens per GPU take "
+        f"{1000 * step.compute_s:.0f} ms with `none` and {1000 * sharded.compute_s:.0f} ms with `full`, from the measured "
+        "tokens per second of one H100.",
+        f"- **Where the interconnect stops mattering.** Many GPUs lose 1 % of a step to the message at "
+        f"{2 * message / step.compute_s / 0.01 / 1e9:.0f} GB/s, and 5 % at {2 * message / step.compute_s / 0.05 / 1e9:.0f} "
+        "GB/s. Twice the micro-batches per step need half of that.",
+        f"- **Gathers with `--shard-base`.** The packed weights are {packed / 1e9:.2f} GB, gathered twice per micro-batch: "
+        f"{gathered / 1e9:.2f} GB per step, (N - 1) / N of it from others. They hide behind compute down to "
+        f"{gathered / sharded.compute_s / 1e9:.0f} GB/s.",
+        f"- **Moments.** Adam keeps two per adapter parameter: {2 * message / 1e9:.1f} GB for Phi-3-mini, "
+        f"{8 * large / 1e9:.1f} GB for a Llama of 70 billion parameters ({large:,} at rank 32).",
+    ])  # fmt: skip
+
+
+def loop_lines() -> str:
+    """The lines of train_loop.py that deal with other ranks."""
+    lines = (ROOT / "train_loop.py").read_text().splitlines()
+    found = [line.strip() for line in lines if re.search(r"\b(distributed|ranks)\.|load_sharded_model if", line)]
+    return "\n".join(["```python", *dict.fromkeys(found), "```"])
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ class Job(NamedTuple):
 
 
 # Measured on an H200 with Phi-3-mini: a micro-batch of few tokens takes 270 ms as written, for launches, and 27 ms replayed;
-# one of many takes 74 and 37 us per token. Compiling took 9 s with cached kernels and 28 s without, twice what it compiles now;
-# COMPILE_S is an estimate between the two, not a measurement.
+# one of many takes 74 and 37 us per token. Compiling and the probe took 3 to 4 s with cached kernels, 7 s without, and 16 to
+# 19 s in the first process of a machine (benchmarks/results/end_to_end_h200_*); without compilation the probe takes about 1 s.
 COMPILE_S = 15.0
 AS_WRITTEN, REPLAYED = (8.4e-3, 19.5e-15), (0.8e-3, 9.7e-15)  # s per layer; s per token and parameter
 
