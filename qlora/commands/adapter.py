@@ -302,7 +302,7 @@ def _check_fit(folder: Path, lora: Any, source: str, meta_model: Any) -> None:
         )
     own = copy.deepcopy(lora)
     own.base_model_name_or_path = None  # PEFT puts in the model's, and warns where there was another
-    of_the_base = {f"base_model.model.{name}" for name in meta_model.state_dict()}
+    of_the_base = {f"base_model.model.{name}": tuple(tensor.shape) for name, tensor in meta_model.state_dict().items()}
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # what it warns of is compared, or refused, below
             adapted = peft.get_peft_model(meta_model, own)
@@ -316,9 +316,14 @@ def _check_fit(folder: Path, lora: Any, source: str, meta_model: Any) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differing = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
     if surplus := [name for name in differing if name in of_the_base and name not in wanted]:
-        text = f"{path} holds weights of the base itself, {surplus[0]} first, as PEFT saves them with a resized vocabulary."
-        advice = "That is not supported: save it with save_embedding_layers=False, if the vocabulary is the base's."
-        raise ConfigError(text, hint=advice)
+        name = surplus[0]
+        text = f"{path} holds weights of the base itself, {name} first, which is not supported"
+        if stored[name] != of_the_base[name]:
+            tokens, rows = stored[name][0], of_the_base[name][0]
+            advice = "Merge it with PEFT itself."
+            raise ConfigError(f"{text}: its vocabulary was resized to {tokens} tokens, {source} has {rows}.", hint=advice)
+        advice = "If they were not trained, save the adapter again with PEFT's save_embedding_layers=False."
+        raise ConfigError(f"{text}.", hint=advice)
     if differing:
         name = differing[0]
         here, there = (f"of shape {shapes[name]}" if name in shapes else "not" for shapes in (stored, wanted))

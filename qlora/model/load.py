@@ -17,6 +17,7 @@ from qlora.config import TrainConfig
 from qlora.errors import ConfigError, EnvironmentProblem, is_out_of_memory
 from qlora.model.coverage import linear_classes
 from qlora.model.shards import shard_of
+from qlora.model.supported import check_model
 from qlora.model.third_party import bitsandbytes, transformers
 
 Precision = Literal["nf4", "int8", "bf16"]  # of a base model's linear layers
@@ -32,43 +33,20 @@ def load_meta_model(source: str, config: TrainConfig) -> Any:
         A transformers model on the meta device.
 
     Raises:
-        UserError: exit 7 if it is not there, 2 if --max-length is more than the model was built for or if it is quantized in
-            another way than load_nf4_model does.
+        UserError: exit 7 if it is not there, 2 if check_model refuses it or --max-length is more than it was built for.
     """
     origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with environment_errors(source):
         model_config = transformers.AutoConfig.from_pretrained(source, **origin)
+        check_model(source, model_config)
         with torch.device("meta"):
             meta_model = transformers.AutoModelForCausalLM.from_config(
                 model_config, trust_remote_code=config.trust_remote_code, dtype=torch.bfloat16, attn_implementation="eager"
             )
-    check_quantization(source, getattr(model_config, "quantization_config", None))
     longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.max_length > longest:
         raise ConfigError(f"--max-length {config.max_length} is more than the {longest} positions of {source}.")
     return meta_model
-
-
-def check_quantization(source: str, found: dict[str, Any] | None) -> None:
-    """Refuse a checkpoint that is quantized, but not in NF4 with double quantization.
-
-    Args:
-        source: of the model.
-        found: what its config.json says of quantization, if it does.
-
-    Raises:
-        ConfigError.
-    """
-    wanted = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    wanted |= {"bnb_4bit_quant_storage": "uint8"}  # other dtypes serve FSDP only; the operators here read bytes
-    stored = wanted if found is None else {"bnb_4bit_quant_storage": "uint8", **found}
-    seen = {name: getattr(value := stored.get(name), "value", value) for name in wanted}
-    if seen != wanted:
-        text = f"{source} is quantized already, with {', '.join(f'{name} {value}' for name, value in seen.items())}."
-        advice = (
-            "This loop trains on NF4 with double quantization, stored as uint8. Name the model in bf16, or one saved that way."
-        )
-        raise ConfigError(text, hint=advice)
 
 
 def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:
@@ -116,7 +94,7 @@ def load_base_model(
     """
     load: Any = transformers.AutoModelForCausalLM.from_pretrained  # Any: its stub knows no output_loading_info
     with environment_errors(source), warnings.catch_warnings():
-        # A checkpoint that is quantized already is loaded as it is; check_quantization saw that it is what is asked for.
+        # A checkpoint that is quantized already is loaded as it is; check_model saw that it is what is asked for.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
         model, loaded = load(
             source,
@@ -127,6 +105,7 @@ def load_base_model(
             dtype=torch.bfloat16,
             attn_implementation=attn_implementation,
             device_map={"": device},
+            use_safetensors=True,  # the older format may run code when it is read
         )
     if missing := sorted(loaded["missing_keys"]):  # transformers would make them up
         raise EnvironmentProblem(f"Model {source} lacks {len(missing)} tensors, {missing[0]} first.", hint="Download it again.")
@@ -188,7 +167,8 @@ def prepare_inference(model: Any) -> None:
     """
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = bitsandbytes.functional.has_avx512bf16()
+            fits = module.out_features % 32 == 0 and module.in_features % 64 == 0  # else repacking fails
+            module.support_avx512bf16_for_cpu = fits and bitsandbytes.functional.has_avx512bf16()
 
 
 def fingerprint(model: Any) -> str:
@@ -265,6 +245,8 @@ def _advice(error: BaseException, source: str) -> str:
         return "it comes with its own Python code. Read that code, then pass --trust-remote-code; Phi-3 needs none."
     if "unrecognized configuration class" in text:
         return "it is not a decoder-only language model, which is what this loop trains."
+    if "safetensors" in text and not Path(source).is_dir():
+        return "the hub has no safetensors of it, and this loop does not read pytorch_model.bin, which may run code."
     if isinstance(error, RuntimeError):
         return "its weights and its config.json do not belong together."
     if Path(source).is_dir():

@@ -6,6 +6,7 @@ rest as JSON; nothing in it is ever executed, and no path in it is ever opened.
 """
 
 import contextlib
+import copy
 import json
 import math
 import re
@@ -220,10 +221,10 @@ def config_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, bytes
     """Name and content of adapter_config.json and, with a tokenizer, of its files."""
     lora = model.peft_config["default"]
     with tempfile.TemporaryDirectory() as scratch:
-        training = lora.inference_mode
-        lora.inference_mode = True  # so that loading it freezes it, as PEFT's own save does
-        lora.save_pretrained(scratch)
-        lora.inference_mode = training
+        saved = copy.copy(lora)
+        saved.inference_mode = True  # so that loading it freezes it, as PEFT's own save does
+        saved.target_modules = sorted(lora.target_modules)  # PEFT's is a set, whose order changes from run to run
+        saved.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         for path in sorted(Path(scratch).rglob("*")):

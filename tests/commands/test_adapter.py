@@ -279,6 +279,18 @@ def test_biases_that_stay_when_the_adapter_is_off_are_refused(bare):
     assert "biases of the base itself (bias all)" in refused(ExitCode.CONFIGURATION, bare, prompt_format="plain")
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [(390, "its vocabulary was resized to 390 tokens"), (384, "If they were not trained, save the adapter again")],
+)
+def test_an_adapter_with_an_embedding_is_refused_for_the_true_reason(bare, rows, words):
+    weights = safetensors.torch.load_file(bare / "adapter_model.safetensors")
+    weights["base_model.model.model.embed_tokens.weight"] = torch.ones(rows, 192)
+    safetensors.torch.save_file(weights, bare / "adapter_model.safetensors")
+    told = refused(ExitCode.CONFIGURATION, bare, prompt_format="plain")
+    assert words in told and "model.embed_tokens.weight first" in told
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     ("settings", "words"),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from qlora.eval import generate
 from qlora.model.coverage import nf4_layers, uncovered
 from qlora.model.load import load_meta_model, load_nf4_model
 from qlora.model.lora import add_lora, audit_targets, checked_targets
+from qlora.model.supported import check_model
 from qlora.speed.memory import memory_terms
 from tests.helpers import CPU
 
@@ -237,7 +237,49 @@ def test_plan_has_a_row_for_experts_and_says_that_training_refuses_them(tmp_path
     assert memory_terms(phi3, audit_targets(phi3, dense), dense, 128)["weights not in NF4"] == 0
 
 
-def test_an_encoder_decoder_is_told_to_be_one(tmp_path, capsys):
-    transformers.T5Config(vocab_size=384, d_model=64, num_layers=1).save_pretrained(tmp_path)
-    assert command_line(["--model", str(tmp_path), "--output-dir", str(Path(tmp_path) / "run")]) == ExitCode.ENVIRONMENT
-    assert "it is not a decoder-only language model" in capsys.readouterr().err
+SUPPORTED = "This loop trains decoder-only language models with attention, such as Phi-3"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (transformers.T5Config(architectures=["T5ForConditionalGeneration"]), "an encoder-decoder model (T5ForConditionalG"),
+        (transformers.BertConfig(architectures=["BertForMaskedLM"]), "an encoder (BertForMaskedLM)"),
+        (transformers.ViTConfig(architectures=["ViTForImageClassification"]), "no causal language model (ViTForImageClass"),
+        (transformers.MambaConfig(architectures=["MambaForCausalLM"]), "a model without attention (MambaForCausalLM)"),
+        (transformers.RwkvConfig(architectures=["RwkvForCausalLM"]), "a model without attention (RwkvForCausalLM)"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_what_is_no_decoder_with_attention_is_refused(tmp_path, capsys, settings, words):
+    settings.save_pretrained(tmp_path)
+    assert command_line(["--model", str(tmp_path), "--output-dir", str(tmp_path / "run")]) == ExitCode.CONFIGURATION
+    told = capsys.readouterr().err
+    assert f"{tmp_path} is {words}" in told and SUPPORTED in told
+
+
+def test_hybrids_and_families_with_other_names_for_heads_are_not_refused():
+    for settings in (transformers.GPT2Config(), transformers.FalconConfig(), transformers.BambaConfig(),
+                     transformers.Gemma3Config(), transformers.DbrxConfig()):  # fmt: skip
+        assert check_model("it", settings) is None
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8"])
+def test_other_quantizations_are_named(tiny, tmp_path, method):
+    settings = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": method}}))
+    with pytest.raises(UserError, match=f"is quantized already, by {method}. This loop trains on NF4 only") as refused:
+        load_meta_model(str(tmp_path), TrainConfig())
+    assert refused.value.exit_code == ExitCode.CONFIGURATION
+
+
+def test_weights_that_may_run_code_are_refused_and_never_read(tiny, tmp_path, config):
+    for path in tiny.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin, a format that may run code.*use_safetensors=False") as refused:
+        load_meta_model(str(tmp_path), TrainConfig())
+    assert refused.value.exit_code == ExitCode.CONFIGURATION
+    with pytest.raises(UserError, match="not a complete model"):
+        load_nf4_model(str(tmp_path), config, "sdpa", CPU)

@@ -22,7 +22,14 @@ from qlora.data.batch import collate
 from qlora.errors import ExitCode, UserError
 from qlora.eval.generate import generate
 from qlora.eval.loss import evaluate_loss
-from qlora.model.load import fingerprint, load_meta_model, load_nf4_model, load_tokenizer, quantization_of
+from qlora.model.load import (
+    fingerprint,
+    load_meta_model,
+    load_nf4_model,
+    load_tokenizer,
+    prepare_inference,
+    quantization_of,
+)
 from qlora.model.lora import add_lora, audit_targets, with_init_adapter
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.run import checkpoint
@@ -241,7 +248,7 @@ def test_a_checkpoint_that_is_quantized_otherwise_is_refused(tiny, config, tmp_p
     file.write_text(json.dumps({**settings, "quantization_config": {**nf4, "bnb_4bit_quant_storage": "uint8"}}))
     load_meta_model(str(tmp_path / "model"), config)
     file.write_text(json.dumps({**settings, "quantization_config": {**nf4, **change}}))
-    with pytest.raises(UserError, match=r"is quantized already, with quant_method .*Name the model in bf16") as refused:
+    with pytest.raises(UserError, match=r"is quantized already, (with|by) .*Name the model in bf16") as refused:
         load_meta_model(str(tmp_path / "model"), config)
     assert refused.value.exit_code == ExitCode.CONFIGURATION
 
@@ -457,3 +464,18 @@ def test_init_adapter_that_does_not_fit_is_refused(config, model, tmp_path):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(UserError, match=r"cannot be read|not a plain LoRA adapter|Only LoRA is known"):
             adapted_model(resumed)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (64, 48), (96, 64), (128, 33)])
+def test_layers_of_any_shape_infer_on_a_cpu(inputs, outputs):
+    """bitsandbytes repacks weights for AVX512-BF16, and fails for those whose shape its blocks do not divide."""
+    weight = torch.randn(outputs, inputs, dtype=torch.bfloat16)  # [N, K]
+    layer = bitsandbytes.nn.Linear4bit(inputs, outputs, False, torch.bfloat16, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
+    layer = layer.to(CPU).eval()
+    dense = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # [N, K]
+    x = torch.randn(5, inputs, dtype=torch.bfloat16)  # [M, K]
+    prepare_inference(torch.nn.Sequential(layer))
+    with torch.no_grad():
+        expected = x.float() @ dense.float().T  # [M, N]
+        assert (layer(x).float() - expected).norm() < 0.01 * expected.norm()

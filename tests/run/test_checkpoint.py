@@ -508,6 +508,7 @@ def test_the_adapter_names_its_base_and_commit_and_carries_no_blank_card(model, 
     write_folder(tmp_path, dict(checkpoint.adapter_files(model)))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == config.model and Path(config.model).is_absolute()
+    assert saved["target_modules"] == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]  # sorted: the same file each time
     assert saved["inference_mode"] is True and model.peft_config["default"].inference_mode is False
     assert sorted(p.name for p in tmp_path.iterdir()) == ["MANIFEST.json", "adapter_config.json", "adapter_model.safetensors"]
     assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "adapter_model.safetensors").values())
