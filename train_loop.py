@@ -33,7 +33,6 @@ from qlora.eval.generate import try_samples
 from qlora.eval.loss import EvalResult, evaluate_loss, has_stalled
 from qlora.model import attention
 from qlora.model.load import fingerprint, load_nf4_model
-from qlora.model.load_sharded import load_sharded_model
 from qlora.model.lora import add_lora
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
@@ -117,7 +116,7 @@ def train_step(
         micro_loss.backward()
         # The loss stays on the device: reading it here would wait for the backward pass.
         loss += micro_loss.detach()
-    distributed.sum_gradients(parameters, loss)  # over all GPUs; each goes on with those of the whole step
+    distributed.sum_gradients(parameters, loss)  # over all GPUs; each continues with the sums
     # Returns the norm even where nothing is clipped.
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     # The schedule is a function of the step, so there is no scheduler to save and restore.
@@ -302,8 +301,7 @@ def main(options: TrainConfig, stop: Signals) -> None:
             seed_generators(config.seed)
             # QLoRA in five lines: a frozen base in 4 bits per weight, fp32 adapters, a fast decoder, the loss, the optimizer.
             # 3.8 billion parameters take 2.3 GB; no weight of the base ever gets a gradient.
-            load = load_sharded_model if config.shard_base and ranks.size > 1 else load_nf4_model
-            model = load(prep.source, config, prep.attention.loaded_as, device)
+            model = load_nf4_model(prep.source, config, prep.attention.loaded_as, device)
             model = add_lora(model, config, prep.targets, prep.source)
             # A callable for training steps. Evaluation, generation and saving use the model itself.
             decoder = accelerate(model, config)

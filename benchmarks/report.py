@@ -12,7 +12,7 @@ import re
 
 import cogapp
 
-from benchmarks import demo, end_to_end, inference, kill_resume, loading, plan, several_gpus, tokenizing, train_step
+from benchmarks import demo, end_to_end, families, inference, kill_resume, loading, plan, several_gpus, tokenizing, train_step
 from benchmarks.attention import tables as attention
 from benchmarks.guide_claims import tables as guide_claims
 from benchmarks.harness import ROOT
@@ -20,7 +20,8 @@ from benchmarks.peers import tables as peers
 from benchmarks.tables import table
 
 DOCUMENTS = tuple(
-    ROOT / name for name in ("README.md", "benchmarks/README.md", "benchmarks/GUIDE_CLAIMS.md", "docs/several_gpus.md")
+    ROOT / name
+    for name in ("README.md", "benchmarks/README.md", "benchmarks/GUIDE_CLAIMS.md", "docs/several_gpus.md", "docs/models.md")
 )
 COG_FLAGS = ("-I", str(ROOT), "-p", "from benchmarks.report import *")
 

@@ -4,8 +4,8 @@
     python -m benchmarks.several_gpus --shape tiny --steps 10   # anywhere, a smoke test: two CPU processes
 
 Each cell is the real train_loop.py in new processes, its speed read from metrics.jsonl: the median of the log windows after
-the first two. `one` is a GPU with 2 x 2,048 tokens x 2 micro-batches per step, `two` are two GPUs with as many each, and `same`
-is one GPU with the global step of `two`. TRL runs under `accelerate launch` on both GPUs.
+the first two. `one` is one GPU with 2 micro-batches of 2 x 2,048 tokens per step. `two` is two GPUs with 2 micro-batches each.
+`same` is one GPU with all 4 micro-batches of `two`. TRL runs under `accelerate launch` on both GPUs.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Options:
     cells: tuple[Wanted, ...] = (*CELLS, *TRL, "killed", "sums")  # type: ignore[assignment]
     """What is measured. killed: a rank killed in the middle, resumed, and compared bit for bit. sums: the message of a step."""
     models: Path | None = None
-    """Folder with a model that an earlier call has left there, or is to leave there. Unset: a temporary one."""
+    """Folder for the model, which a later call finds there. Unset: a temporary one."""
 
 
 def write_rows(path: Path, count: int, letters: int) -> None:
@@ -125,6 +125,8 @@ def kill_and_compare(folder: Path, environment: dict[str, str], on_gpu: bool) ->
         started = subprocess.Popen(outputs["killed"], cwd=ROOT, env=environment, stdout=log, stderr=log)
         while newest_step(folder / "killed") < 3 and started.poll() is None:
             time.sleep(0.02)
+        if started.poll() is not None:
+            return {"unavailable": reason((folder / "killed.log").read_text())}
         ranks = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True, check=False).stdout.split()
         os.kill(int(ranks[-1]), 9)
         began = time.perf_counter()
@@ -266,11 +268,13 @@ def speeds(pattern: str) -> str:
         row = {"setting": setting, "what": LABELS[key], "speed": cell["tokens_per_s"], "peak": cell["peak_gb"]}
         row["ratio"] = cell["tokens_per_s"] / one if one and setting else None
         same = cells.get("same" if setting == "none" else "same_full", {})
+        row["same"] = cell["tokens_per_s"] / same["tokens_per_s"] if "tokens_per_s" in same and setting else None
         if key in ("two", "two_full", "two_sharded") and "loss" in same:
             pairs = zip(cell["loss"], same["loss"], strict=True)
             row["apart"] = max(abs(ours - theirs) / theirs for ours, theirs in pairs)
         rows.append(row)
     columns = {"checkpointing": "{setting}", "": "{what}", "tokens/s": "{speed:,.0f}", "x one GPU": "{ratio:.2f}",
+               "x one GPU, the same step": "{same:.2f}",
                "peak GB per GPU": "{peak:.2f}", "losses of 20 steps differ by at most": "{apart:.1e}"}  # fmt: skip
     text = table_of(columns, rows)
     if "killed" in cells and cells["killed"].get("equal"):
@@ -356,8 +360,9 @@ def derivation() -> str:
 def loop_lines() -> str:
     """The lines of train_loop.py that deal with other ranks."""
     lines = (ROOT / "train_loop.py").read_text().splitlines()
-    found = [line.strip() for line in lines if re.search(r"\b(distributed|ranks)\.|load_sharded_model if", line)]
-    return "\n".join(["```python", *dict.fromkeys(found), "```"])
+    found = [line.strip() for line in lines if re.search(r"\bdistributed\.|\branks\b", line.partition("#")[0])]
+    shown = [line for line in dict.fromkeys(found) if not re.match(r"(if|with stop|with RunFolder|console)\b", line)]
+    return "\n".join(["```python", *shown, "```"])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -153,19 +154,33 @@ def test_one_two_and_four_ranks_train_the_same(tiny, tmp_path, more):
     assert not list((tmp_path / "4").rglob("*.tmp"))
 
 
-def test_a_sharded_base_trains_the_same(tiny, tmp_path):
-    """Two and three ranks, of which each keeps a part of every layer, and some have nothing to compute in the last step."""
-    steps = ("--max-steps", "5", "--lora-dropout", "0.1")
+@pytest.fixture(scope="module")
+def models(tiny, tmp_path_factory):
+    """Phi-3 with five layers, so that each of the two buffers serves several; and Bloom, whose layers return tuples."""
+    folder = tmp_path_factory.mktemp("models")
+    bloom = {"vocab_size": 384, "hidden_size": 64, "n_layer": 3, "n_head": 4}
+    deep = transformers.AutoConfig.from_pretrained(tiny, num_hidden_layers=5)
+    for name, config in (("deep", deep), ("bloom", transformers.BloomConfig(**bloom))):
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
+        transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "policy"), [("deep", 2, "full"), ("deep", 3, "none"), ("deep", 2, "selective"), ("bloom", 2, "full")]
+)
+def test_a_sharded_base_trains_the_same(models, tmp_path, model, size, policy):
+    """Each rank keeps a part of every layer, and some have nothing to compute in the last step."""
+    steps = ("--model", str(models / model), "--max-steps", "5", "--max-length", "512", "--gradient-checkpointing", policy)
+    steps += ("--lora-dropout", "0.1") if model == "deep" else ("--lora-dropout", "0")
     alone = trained(1, tmp_path / "1", *steps)
-    for size, policy in ((2, "full"), (3, "none")):
-        run = tmp_path / str(size)
-        found = trained(size, run, *steps, "--shard-base", "--gradient-checkpointing", policy)
-        assert same(found, alone)
-        assert "No sample answers: no GPU holds the whole base" in run.with_name(f"{size}.0.log").read_text()
-    # The base is the same to a checkpoint, so a run may go on without its other half.
-    resumed = trained(1, tmp_path / "2", "--max-steps", "7", "--shard-base", "--gradient-checkpointing", "full",
-                      "--lora-dropout", "0.1", "--override", "max_steps")  # fmt: skip
-    assert resumed[0][-1]["step"] == 7
+    run = tmp_path / "shared"
+    assert same(trained(size, run, *steps, "--shard-base"), alone)
+    assert "No sample answers: no GPU holds the whole base" in run.with_name("shared.0.log").read_text()
+    # The base is the same to a checkpoint, so one GPU that holds all of it may resume the run.
+    more = ("--max-steps", "7", "--override", "max_steps", "shard_base")
+    assert trained(1, run, *steps, *more)[0][-1]["step"] == 7
 
 
 def test_a_run_resumes_on_another_number_of_ranks(tiny, tmp_path):
@@ -196,8 +211,9 @@ def test_a_rank_that_is_killed_ends_the_run_and_it_resumes_bit_for_bit(tiny, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--shard-base",)], ids=["whole", "sharded"])
-def test_ten_kills_at_random_moments_change_no_bit(tiny, tmp_path, more):
-    steps, draw = ("--max-steps", "30", "--save-steps", "1", *more), random.Random(len(more))
+def test_ten_kills_at_random_moments_change_no_bit(models, tmp_path, more):
+    steps = ("--model", str(models / "deep"), "--max-steps", "30", "--save-steps", "1", *more)
+    draw = random.Random(len(more))
     straight = trained(2, tmp_path / "straight", *steps)
     done = 0
     for _ in range(10):

@@ -188,11 +188,11 @@ class PlanOptions:
     cache_dequantized: bool = False
     """As in training."""
     gpus: int = 1
-    """On more than one, also predict the time of a step, with the whole base on each GPU and with --shard-base."""
+    """With more than one, also predict step time and memory, with the whole base on each GPU and with --shard-base."""
     interconnect: float = 300.0
-    """What a GPU sends to another per second, in GB: about 300 by NVLink, 50 by InfiniBand NDR, 12.5 by 100 Gb/s Ethernet."""
-    gradient_accumulation_steps: int = 2
-    """Micro-batches of each GPU in one step; only its predicted time depends on them."""
+    """Bandwidth per GPU, in GB/s: about 300 for NVLink, 50 for InfiniBand NDR, 12.5 for 100 Gb/s Ethernet."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches of a step on all GPUs together, as in training; read for step time only. Unset: 2 per GPU."""
     json: Path | None = None
     """Also write all numbers to this file."""
 

@@ -97,12 +97,13 @@ def run(options: PlanOptions) -> int:
         console.print(f"To sum the gradients each GPU sends {sent:.2f} GB per step, at {options.interconnect:g} GB/s.")
     steps: list[tuple[str, Plan]] = []
     if free_gb is not None:
-        fitting = [plan for plan in plans if plan.fits(free_gb)]
+        candidates = [*plans, *(plan for plan in several if plan.config.shard_base)]
+        fitting = [plan for plan in candidates if plan.fits(free_gb)]
         console.print(f"{card}. We plan for at most {MARGIN * free_gb:.2f} GB.")
         if fitting:
             console.print(f"It fits with {flags(fitting[0].config)}, the fastest of these that does.")
         else:
-            steps = list(steps_down(meta_model, plans[-1].config, free_gb))
+            steps = list(steps_down(meta_model, candidates[-1].config, free_gb, options.gpus))
             console.print(ways_table(steps, free_gb))
             if not steps or not steps[-1][1].fits(free_gb):
                 least = f"down to {LEAST_LENGTH} tokens and rank {LEAST_RANK}"
@@ -126,7 +127,7 @@ def configuration(options: PlanOptions) -> TrainConfig:
         raise ConfigError(f"--model {options.model} and --shape {options.shape} were both given.", hint="Keep one of them.")
     asked = dataclasses.asdict(options)
     shared = {field.name for field in dataclasses.fields(TrainConfig)} & set(asked)
-    config = TrainConfig(**{name: asked[name] for name in shared})
+    config = TrainConfig(**{name: asked[name] for name in shared if asked[name] is not None})
     if config.compile == "auto":
         config = dataclasses.replace(config, compile="layers" if config.offload_checkpoints else "graphs")
     if config.offload_checkpoints and config.compile != "layers":
@@ -148,10 +149,10 @@ def shape_meta_model(options: PlanOptions, config: TrainConfig) -> Any:
         return transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation="eager")
 
 
-def planned(meta_model: Any, config: TrainConfig) -> Plan:
-    """The memory of rows of --max-length tokens."""
+def planned(meta_model: Any, config: TrainConfig, gpus: int = 1) -> Plan:
+    """The memory of rows of --max-length tokens, on each of the GPUs."""
     targets: list[Target] = audit_targets(meta_model, config)
-    return Plan(config, memory_terms(meta_model, targets, config, config.max_length))
+    return Plan(config, memory_terms(meta_model, targets, config, config.max_length, gpus))
 
 
 def plans_on_several(meta_model: Any, configs: list[TrainConfig], options: PlanOptions) -> Iterator[Plan]:
@@ -159,18 +160,24 @@ def plans_on_several(meta_model: Any, configs: list[TrainConfig], options: PlanO
     for config in configs:
         for shard_base in (False, True) if not config.cache_dequantized else (False,):
             compiled = dataclasses.replace(config, compile="layers") if config.compile == "graphs" and shard_base else config
-            each = dataclasses.replace(compiled, shard_base=shard_base)
+            of_each = -(-step_micro_batches(options) // options.gpus)  # the GPU that has the most
+            each = dataclasses.replace(compiled, shard_base=shard_base, gradient_accumulation_steps=of_each)
             targets = audit_targets(meta_model, each)
             tokens = each.per_device_train_batch_size * each.max_length
             time = step_time(meta_model, targets, each, tokens, options.gpus, options.interconnect)
             yield Plan(each, memory_terms(meta_model, targets, each, each.max_length, options.gpus), time)
 
 
+def step_micro_batches(options: PlanOptions) -> int:
+    """Of all GPUs together."""
+    return options.gradient_accumulation_steps or 2 * options.gpus
+
+
 def _several_row(plan: Plan, options: PlanOptions) -> dict[str, Any]:
     """What the table shows, in GB, ms and tokens/s of all GPUs together."""
     assert plan.time is not None  # as plans_on_several makes them
     config, time = plan.config, plan.time
-    tokens = options.gpus * config.gradient_accumulation_steps * config.per_device_train_batch_size * config.max_length
+    tokens = step_micro_batches(options) * config.per_device_train_batch_size * config.max_length
     times = {name.replace("_s", "_ms"): 1000 * value for name, value in time._asdict().items()}
     return {
         "shard_base": config.shard_base, "gradient_checkpointing": config.gradient_checkpointing, "compile": config.compile,
@@ -181,27 +188,28 @@ def _several_row(plan: Plan, options: PlanOptions) -> dict[str, Any]:
 
 def several_table(plans: list[Plan], options: PlanOptions) -> Table:
     """A row for each setting on several GPUs."""
-    caption = "Memory of each GPU. Times are those of an H100, compiled, with every GPU at the same number of micro-batches."
+    caption = "Memory per GPU; times in ms, of an H100 with compiled layers. eff.: the share of a step spent computing."
     table = Table(title=f"On {options.gpus} GPUs", caption=caption)
     table.add_column("base")
-    table.add_column("checkpointing")
-    for header in ("peak GB", "compute ms", "sum ms", "gather ms", "step ms", "tokens/s", "efficiency"):
+    table.add_column("policy")
+    for header in ("GB", "compute", "sum", "gather", "step", "tokens/s", "eff."):
         table.add_column(header, justify="right")
     for plan in plans:
         row = _several_row(plan, options)
         names = ("compute_ms", "reduce_ms", "gather_ms", "step_ms")
-        cells = [f"{row['peak_gb']:.2f}", *(f"{row[name]:.1f}" for name in names), f"{row['tokens_per_s']:,.0f}"]
-        base = "sharded" if row["shard_base"] else "whole"
-        table.add_row(base, row["gradient_checkpointing"], *cells, f"{100 * row['efficiency']:.1f} %")
+        times = [f"{row[name]:.0f}" if row[name] >= 100 else f"{row[name]:.1f}" for name in names]
+        cells = [f"{row['peak_gb']:.1f}", *times, f"{row['tokens_per_s']:,.0f}"]
+        base = "parts" if row["shard_base"] else "whole"
+        table.add_row(base, row["gradient_checkpointing"], *cells, f"{row['efficiency']:.1%}")
     return table
 
 
-def steps_down(meta_model: Any, config: TrainConfig, free_gb: float) -> Iterator[tuple[str, Plan]]:
+def steps_down(meta_model: Any, config: TrainConfig, free_gb: float, gpus: int = 1) -> Iterator[tuple[str, Plan]]:
     """What to change, one after the other, until it fits: the largest saving first, what changes the training last."""
-    plan = planned(meta_model, config)
+    plan = planned(meta_model, config, gpus)
     while not plan.fits(free_gb):
         settings = settings_to_try(plan.config, plan.config.max_length)
-        tried = [(each, planned(meta_model, dataclasses.replace(plan.config, **each.changes))) for each in settings]
+        tried = [(each, planned(meta_model, dataclasses.replace(plan.config, **each.changes), gpus)) for each in settings]
         saving = [(each, then) for each, then in tried if then.total_gb < plan.total_gb]
         if not saving:
             return
@@ -212,7 +220,8 @@ def steps_down(meta_model: Any, config: TrainConfig, free_gb: float) -> Iterator
 def flags(config: TrainConfig) -> str:
     """What of the command line chooses between speed and memory."""
     names = ("gradient_checkpointing", "compile")
-    return " ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in names)
+    shared = "--shard-base " if config.shard_base else ""
+    return shared + " ".join(f"--{name.replace('_', '-')} {getattr(config, name)}" for name in names)
 
 
 def terms_table(title: str, plans: list[Plan]) -> Table:

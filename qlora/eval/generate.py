@@ -188,7 +188,7 @@ def try_samples(
             say("No sample answers: rows that are one text have no prompts.")
             return
         if any(shard_of(module) for module in model.modules()):
-            say("No sample answers: no GPU holds the whole base. `python -m qlora generate` writes them where one does.")
+            say("No sample answers: no GPU holds the whole base. `python -m qlora generate` writes them on one that does.")
             return
         prepare_inference(model)
         record(sample_responses(model, found, template))

@@ -12,15 +12,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from qlora import distributed
 from qlora.checksum import checksum
 from qlora.config import TrainConfig
 from qlora.errors import ConfigError, EnvironmentProblem, is_out_of_memory
 from qlora.model.coverage import linear_classes
+from qlora.model.sharded_nf4 import ShardedNF4Config, as_sharded
 from qlora.model.shards import shard_of
 from qlora.model.supported import check_model
 from qlora.model.third_party import bitsandbytes, transformers
 
-Precision = Literal["nf4", "int8", "bf16"]  # of a base model's linear layers
+Precision = Literal["nf4", "nf4_sharded", "int8", "bf16"]  # of a base model's linear layers
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -36,7 +38,7 @@ def load_meta_model(source: str, config: TrainConfig) -> Any:
         UserError: exit 7 if it is not there, 2 if check_model refuses it or --max-length is more than it was built for.
     """
     origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    with environment_errors(source):
+    with _environment_errors(source):
         model_config = transformers.AutoConfig.from_pretrained(source, **origin)
         check_model(source, model_config)
         with torch.device("meta"):
@@ -55,7 +57,7 @@ def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:
     Raises:
         UserError: exit 7 if it is not there, 2 if it has more tokens than the model has embeddings.
     """
-    with environment_errors(source):
+    with _environment_errors(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -70,11 +72,12 @@ def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:
 def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, device: torch.device) -> Any:
     """The base model to train on: linear layers in NF4 with double quantization, the rest in bf16, all frozen, on one device.
 
-
     Not `prepare_model_for_kbit_training`: it casts embeddings, norms and head to fp32, which costs 0.4 GB on Phi-3-mini and
-    makes the residual stream fp32. Arguments and errors are those of load_base_model.
+    makes the residual stream fp32. Arguments and errors are those of load_base_model. With shard_base on several ranks each
+    keeps a part of the bytes (shards.py).
     """
-    return load_base_model(source, config, attn_implementation, device, "nf4")
+    shared = config.shard_base and distributed.ranks().size > 1
+    return load_base_model(source, config, attn_implementation, device, "nf4_sharded" if shared else "nf4")
 
 
 def load_base_model(
@@ -93,14 +96,17 @@ def load_base_model(
         EnvironmentProblem: if the weights are not there or are broken.
     """
     load: Any = transformers.AutoModelForCausalLM.from_pretrained  # Any: its stub knows no output_loading_info
-    with environment_errors(source), warnings.catch_warnings():
+    origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    with _environment_errors(source), warnings.catch_warnings():
         # A checkpoint that is quantized already is loaded as it is; check_model saw that it is what is asked for.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
+        model_config = transformers.AutoConfig.from_pretrained(source, **origin)
+        stored = getattr(model_config, "quantization_config", None)
         model, loaded = load(
             source,
+            **origin,
+            config=as_sharded(model_config) if precision == "nf4_sharded" else model_config,
             output_loading_info=True,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
             quantization_config=quantization_of(precision),
             dtype=torch.bfloat16,
             attn_implementation=attn_implementation,
@@ -114,20 +120,23 @@ def load_base_model(
             f"Model {source} has {len(surplus)} tensors that its config.json does not know, {surplus[0]} first. The two do "
             "not belong together.",
         )
+    if precision == "nf4_sharded":  # from here on it is the same base
+        nf4: Any = transformers.BitsAndBytesConfig
+        model.config.quantization_config = quantization_of("nf4") if stored is None else nf4.from_dict(stored)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    if precision == "nf4" and not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules()):
+    in_nf4 = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    if precision in ("nf4", "nf4_sharded") and not in_nf4:
         raise ConfigError(
             f"No layer of {source} is in NF4 after loading. bitsandbytes quantizes torch.nn.Linear only, not "
             f"{', '.join(linear_classes(model)) or 'other classes'}.",
         )
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            prepare_nf4(module, source)
+    for module in in_nf4:
+        _prepare_nf4(module, source)
     return model
 
 
-def prepare_nf4(module: Any, source: str) -> None:
+def _prepare_nf4(module: Any, source: str) -> None:
     """Let a layer compute in bf16, keep its weights as they are packed, and check that they are of its shape."""
     # A checkpoint brings its own dtypes, often fp16 or fp32. Evaluation would compute in them, training never does,
     # and activations of 7e4 are infinite in fp16.
@@ -152,12 +161,14 @@ def quantization_of(precision: Precision) -> transformers.BitsAndBytesConfig | N
         return None
     if precision == "int8":  # LLM.int8: activations too, except outliers; Dettmers et al., 2022 (arXiv 2208.07339)
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(
+    kind: Any = ShardedNF4Config if precision == "nf4_sharded" else transformers.BitsAndBytesConfig
+    settings: transformers.BitsAndBytesConfig = kind(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",  # 16 levels at the quantiles of a normal distribution; Dettmers et al., 2023, section 3
         bnb_4bit_use_double_quant=True,  # 4.5 -> 4.127 bits a parameter: the scales themselves become 8-bit
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+    return settings
 
 
 def prepare_inference(model: Any) -> None:
@@ -226,8 +237,7 @@ def _check_layout(source: str, state: Any) -> None:
 
 
 @contextlib.contextmanager
-def environment_errors(source: str) -> Iterator[None]:
-    """A block in which what goes wrong with a model's files becomes an EnvironmentProblem with advice."""
+def _environment_errors(source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:

@@ -48,13 +48,11 @@ def read_head(model: Any) -> Head:
     probe = torch.arange(1, 9, device=layer.weight.device)[None] % config.vocab_size  # [1, 8]
     training = model.training
     model.eval()
-    found: list[Any] = []
-    # Not `output_hidden_states`, whose hooks transformers leaves in the model, where no compiler can follow them.
-    handle = model.get_decoder().register_forward_hook(lambda *of: found.append(of[-1].last_hidden_state))  # [1, 8, D]
     with torch.no_grad(), torch.autocast(probe.device.type, torch.bfloat16):
+        # The decoder called directly, as training does. Not `output_hidden_states`, whose hooks transformers leaves in the
+        # model, where no compiler can follow them.
+        ours = head.logits(model.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state).float()  # [1, 8, V]
         theirs = model(input_ids=probe, use_cache=False).logits.float()  # [1, 8, V]
-        ours = head.logits(found[0]).float()  # [1, 8, V]
-    handle.remove()
     model.train(training)
     if ours.shape != theirs.shape or not (ours - theirs).norm() < 0.01 * theirs.norm():  # bf16 rounds at 0.004
         raise ConfigError(

@@ -23,6 +23,7 @@ class ShardedBase:
 
     Attributes:
         parts: one tensor per layer, [bytes / ranks] uint8: what this rank keeps.
+        buffers: two, each [bytes of the largest layer] uint8.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
@@ -36,7 +37,7 @@ class ShardedBase:
         each = [-(-size // self._ranks.size) for size in sizes]
         self.parts = [torch.zeros(size, dtype=torch.uint8, device=device) for size in each]  # [bytes / ranks] each
         room = self._ranks.size * max(each)
-        self._buffers = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(2)]  # [bytes of the largest]
+        self.buffers = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(2)]  # [bytes of the largest]
         self._held: list[int | None] = [None, None]  # the layer that each buffer holds, or that is arriving there
         self._arriving: list[Any] = [None, None]
 
@@ -53,7 +54,7 @@ class ShardedBase:
 
     def view(self, layer: int, begin: int, end: int) -> torch.Tensor:
         """[end - begin, 1] uint8: where these bytes of a layer are once it has been gathered."""
-        return self._buffers[layer % 2][begin:end].view(-1, 1)
+        return self.buffers[layer % 2][begin:end].view(-1, 1)
 
     def gather(self, layer: int, after: int | None = None) -> None:
         """Have the bytes of a layer in its buffer for what is launched next, and begin to gather those of the layer after.
@@ -63,13 +64,17 @@ class ShardedBase:
         with distributed.together():
             for index in (layer, after):
                 if index is not None and 0 <= index < len(self.parts) and self._held[index % 2] != index:
+                    self._wait_for(index % 2)  # for a layer that was gathered and did not run
                     part = self.parts[index]
-                    whole = self._buffers[index % 2][: self._ranks.size * len(part)]  # [bytes]
+                    whole = self.buffers[index % 2][: self._ranks.size * len(part)]  # [bytes]
                     self._arriving[index % 2] = dist.all_gather_into_tensor(whole, part, async_op=True)
                     self._held[index % 2] = index
-            if self._arriving[layer % 2] is not None:
-                self._arriving[layer % 2].wait()
-                self._arriving[layer % 2] = None
+            self._wait_for(layer % 2)
+
+    def _wait_for(self, buffer: int) -> None:
+        if self._arriving[buffer] is not None:
+            self._arriving[buffer].wait()
+            self._arriving[buffer] = None
 
 
 class Shard(NamedTuple):
@@ -82,10 +87,11 @@ class Shard(NamedTuple):
         """Have the layer's bytes here; the next layer's are on their way."""
         self.base.gather(self.number, self.number + 1)
 
-    def before_backward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden` [B, T, D], the layer's output, whose backward gathers the layer's bytes before it reaches the layer."""
-        output: torch.Tensor = _GatherInBackward.apply(hidden, self)  # type: ignore[no-untyped-call]  # [B, T, D]
-        return output
+    def before_backward(self, output: Any) -> Any:
+        """The layer's output, hidden [B, T, D] or a tuple that begins with it, whose backward gathers the bytes again."""
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        hidden = _GatherInBackward.apply(hidden, self)  # type: ignore[no-untyped-call]  # [B, T, D]
+        return (hidden, *rest) if isinstance(output, tuple) else hidden
 
 
 class _GatherInBackward(torch.autograd.Function):

@@ -15,11 +15,12 @@ from qlora.config import TrainConfig
 from qlora.data.batch import Batch, batched, epoch_rows, training_batches
 from qlora.data.dataset import TokenizedDataset
 from qlora.data.template import IGNORED, TokenizedExample
+from qlora.model.shards import shard_of
 from qlora.run.log import Tracker
 from qlora.terminal import printable, say
 
-KINDS = ("NF4 weights", "NF4 constants", "NF4 weights, dequantized", "embeddings", "norms", "other parameters", "head",
-         "buffers", "adapters", "gradients", "moments", "constants of moments")  # fmt: skip
+KINDS = ("NF4 weights", "NF4 weights, gathered", "NF4 constants", "NF4 weights, dequantized", "embeddings", "norms",
+         "other parameters", "head", "buffers", "adapters", "gradients", "moments", "constants of moments")  # fmt: skip
 TOKEN_ROWS = 200  # of the example, in the terminal
 
 
@@ -88,6 +89,11 @@ def _count(parameter: torch.Tensor) -> int:
 def _model_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
     """(kind, tensor, elements) of all that the model holds."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = {id(module) for layer in model.modules() if shard_of(layer) for module in layer.modules()}
+    for shard in filter(None, map(shard_of, model.modules())):
+        part = shard.base.parts[shard.number]  # [bytes / ranks], two weights in each
+        yield "NF4 weights", part, 2 * part.numel()
+        yield from (("NF4 weights, gathered", buffer, 2 * buffer.numel()) for buffer in shard.base.buffers)
     for module in model.modules():
         kind = "norms" if "norm" in type(module).__name__.lower() else "other parameters"
         kind = "embeddings" if module is embeddings else "head" if module is head else kind
@@ -96,7 +102,8 @@ def _model_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
             if state is None:
                 yield "adapters" if parameter.requires_grad else kind, parameter.data, parameter.numel()
                 continue
-            yield "NF4 weights", parameter.data, _count(parameter)
+            if id(module) not in shared:
+                yield "NF4 weights", parameter.data, _count(parameter)
             constants = (state.absmax, state.state2.absmax, state.state2.code, state.offset, state.code)
             yield from (("NF4 constants", tensor, tensor.numel()) for tensor in constants)
         yield from (("buffers", buffer, buffer.numel()) for buffer in module.buffers(recurse=False))

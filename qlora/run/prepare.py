@@ -18,6 +18,7 @@ from qlora.distributed import Ranks
 from qlora.errors import ConfigError, EnvironmentProblem
 from qlora.model.attention import Attention, choose_attention
 from qlora.model.demo import model_source
+from qlora.model.families import mixed_rotation
 from qlora.model.load import load_meta_model, load_tokenizer
 from qlora.model.lora import Target, checked_targets, with_init_adapter
 from qlora.run import log
@@ -166,15 +167,15 @@ def prepare(
         return None
     run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
     uncached = compile_cache.use(config.compile_cache) if config.compile != "none" else None
-    for note in filter(None, [line, uncached, *run.notes]):
+    for note in filter(None, [line, uncached, mixed_rotation(meta_model.config, train_set.lengths), *run.notes]):
         say(note)
     return Prepared(config, device, source, attention, targets, template, train_set, eval_set, longest, sum(terms_gb.values()))
 
 
 def _job(config: TrainConfig, train_set: TokenizedDataset, ranks: Ranks) -> tuple[Job, int]:
-    """How much each rank trains, and in how many steps."""
+    """How much is trained, whoever computes it, and in how many steps."""
     rows = len(epoch_rows(train_set, config, 1))
     steps_per_epoch, total_steps = count_steps(config, rows)
-    share = total_steps / steps_per_epoch / ranks.size  # of an epoch, times epochs
-    micro_batches, tokens = rows / config.per_device_train_batch_size * share, sum(train_set.lengths) * share
+    epochs = total_steps / steps_per_epoch
+    micro_batches, tokens = rows / config.per_device_train_batch_size * epochs, sum(train_set.lengths) * epochs
     return Job(micro_batches, tokens, ranks.free_gb, ranks.size), total_steps

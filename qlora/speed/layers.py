@@ -133,11 +133,12 @@ def choose_layers(
             requested and transformers does not mark the model's layers as able to have them.
     """
     policies = _policies(config, meta_model)
+    alone = "\n--shard-base changes nothing on one GPU." if config.shard_base and job and job.ranks == 1 else ""
     candidates, why = _ways_to_compile(config, meta_model, device, job)
     config = dataclasses.replace(config, gradient_checkpointing=policies[0], compile=candidates[0])
     if device.type != "cuda":
         how = COMPILE_LABELS[config.compile] + (f" ({why})" if why else "")
-        return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing}"
+        return config, f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing}{alone}"
     free_gb = job.free_gb if job and math.isfinite(job.free_gb) else torch.cuda.mem_get_info(device)[0] / 1e9
     # A smaller policy costs more than graphs gain, so all ways to compile come first.
     for policy, compile in itertools.product(policies, candidates):
@@ -154,7 +155,7 @@ def choose_layers(
     memory = f"{predicted_gb:.2f} GB predicted, {free_gb:.1f} free"
     line = f"Layers: {how}; gradient checkpointing: {config.gradient_checkpointing} ({chosen}: {memory})"
     terms = ", ".join(f"{name} {size:.2f}" for name, size in terms_gb.items() if size >= 0.005)
-    return config, f"{line}\nMemory predicted, in GB: {terms}"
+    return config, f"{line}\nMemory predicted, in GB: {terms}{alone}"
 
 
 def _ways_to_compile(
@@ -169,7 +170,7 @@ def _ways_to_compile(
         "checkpoints go to the host"
         if config.offload_checkpoints
         else "layers are gathered as they run"
-        if config.shard_base
+        if config.shard_base and (job is None or job.ranks > 1)
         else graphs_unavailable_reason(meta_model)
     )
     candidates: tuple[Compile, ...] = (config.compile,)
@@ -181,7 +182,10 @@ def _ways_to_compile(
         candidates = ("none",) if unavailable_reason else ("layers",) if unrecorded else ("graphs", "layers")
         why = unrecorded or ""
     if candidates[0] == "graphs" and unrecorded:
-        raise EnvironmentProblem(f"--compile graphs cannot be used: {unrecorded}.", hint="Leave it out, or give another one.")
+        hint = "Pass --compile layers, and on resume --override shard_base compile." if config.shard_base else None
+        raise EnvironmentProblem(
+            f"--compile graphs cannot be used: {unrecorded}.", hint=hint or "Leave it out, or give another one."
+        )
     if config.offload_checkpoints and candidates[0] != "layers":
         why = unavailable_reason or "asked or resumed"
         raise EnvironmentProblem(f"--offload-checkpoints needs --compile layers, and it is {candidates[0]}, as {why}.")
@@ -193,6 +197,11 @@ def _policies(config: TrainConfig, meta_model: Any) -> tuple[GradientCheckpointi
     if any(isinstance(module, GradientCheckpointingLayer) for module in meta_model.modules()):
         asked = config.gradient_checkpointing
         return ("none", "selective", "full") if asked == "auto" else (asked,)
+    if config.shard_base:
+        raise ConfigError(
+            f"--shard-base cannot be used: transformers does not mark the layers of {meta_model.config.model_type}.",
+            hint="Leave it out.",
+        )
     if config.gradient_checkpointing in ("selective", "full"):
         raise ConfigError(
             f"--gradient-checkpointing {config.gradient_checkpointing} cannot be used: transformers does not support "

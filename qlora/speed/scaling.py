@@ -1,4 +1,4 @@
-"""What an optimizer step takes on several GPUs, predicted from shapes: computing, and what has to be sent between them."""
+"""Predicts the time of an optimizer step on several GPUs from shapes: computing, and sending between them."""
 
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ class StepTime(NamedTuple):
 
     @property
     def efficiency(self) -> float:
-        """Of as many GPUs that send nothing, the share that this is worth."""
+        """Fraction of the step time spent computing."""
         return self.compute_s / self.total_s
 
 

@@ -150,3 +150,23 @@ def test_several_gpus_get_the_time_of_a_step_and_memory_with_a_shared_base(tmp_p
 def test_several_gpus_refuse_what_cannot_be(capsys, flag, value):
     assert command_line(["plan", flag, value]) == ExitCode.CONFIGURATION
     assert f"{flag} {value}" in capsys.readouterr().err
+
+
+def test_a_shared_base_is_advised_where_a_whole_one_does_not_fit(capsys):
+    told = planned(capsys, "--gpus", "8", "--shape", "phi3-medium", "--gpu-memory", "10")
+    assert "It fits with --shard-base --gradient-checkpointing full --compile layers" in told
+    told = planned(capsys, "--gpus", "8", "--shape", "phi3-medium", "--gpu-memory", "8")
+    assert "To make it fit" in told and told.count(" fits") == 1
+    assert "--shard-base" not in planned(capsys, "--gpus", "8", "--gpu-memory", "80").rpartition("It fits with ")[2]
+
+
+def test_the_micro_batches_of_a_step_are_shared_out(tmp_path, capsys):
+    rows = []
+    for steps in ("4", "6", None):
+        flags = [] if steps is None else ["--gradient-accumulation-steps", steps]
+        assert command_line(["plan", "--gpus", "4", *flags, "--json", str(tmp_path / "plan.json")]) == 0
+        rows.append(json.loads((tmp_path / "plan.json").read_text())["several"][0])
+    one, uneven, two = rows
+    # Six on four GPUs: two of them have two.
+    assert uneven["compute_ms"] == pytest.approx(2 * one["compute_ms"]) == pytest.approx(two["compute_ms"])
+    assert uneven["tokens_per_s"] == pytest.approx(0.75 * two["tokens_per_s"])

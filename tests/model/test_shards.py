@@ -1,22 +1,27 @@
 """A base of which each rank keeps a part: the parts are those of the whole base, and every rank runs as many passes."""
 
 import dataclasses
+import json
 import math
 
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qlora import distributed
+from qlora.config import TrainConfig
 from qlora.data.batch import eval_batches, training_steps
 from qlora.distributed import Ranks, shares
 from qlora.errors import ExitCode, UserError
-from qlora.model.load import load_nf4_model
-from qlora.model.load_sharded import load_sharded_model
+from qlora.model.load import load_base_model, load_meta_model, load_nf4_model
+from qlora.model.lora import add_lora, audit_targets
 from qlora.model.shards import shard_of
+from qlora.run.explain import dtype_ledger
+from qlora.speed.layers import Job, choose_layers
 from tests.helpers import CPU
 
 
@@ -24,18 +29,23 @@ def nf4_linears(module):
     return [(name, each) for name, each in module.named_modules() if isinstance(each, bitsandbytes.nn.Linear4bit)]
 
 
-@pytest.mark.parametrize("stored", ["bf16", "nf4"])
+@pytest.mark.parametrize("stored", ["bf16", "nf4", "nf4, as others save it"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_parts_make_the_whole_base(config, tmp_path, monkeypatch, size, stored):
-    """From a checkpoint in bf16, and from one that transformers saved in NF4."""
-    whole = load_nf4_model(config.model, config, "sdpa", CPU)
-    if stored == "nf4":
+    """From a checkpoint in bf16, and from one that transformers saved in NF4, perhaps with other settings."""
+    whole, source = load_nf4_model(config.model, config, "sdpa", CPU), config.model
+    if stored != "bf16":
         whole.save_pretrained(tmp_path)
-    source = str(tmp_path) if stored == "nf4" else config.model
+        source = str(tmp_path)
+        if stored != "nf4":
+            settings = json.loads((tmp_path / "config.json").read_text())
+            settings["quantization_config"] |= {"bnb_4bit_compute_dtype": "float16", "llm_int8_skip_modules": ["lm_head"]}
+            (tmp_path / "config.json").write_text(json.dumps(settings))
+        whole = load_nf4_model(source, config, "sdpa", CPU)
     loaded = []
     for rank in range(size):
         monkeypatch.setattr(distributed, "ranks", lambda rank=rank: Ranks(rank, size))
-        loaded.append(load_sharded_model(source, config, "sdpa", CPU))
+        loaded.append(load_base_model(source, config, "sdpa", CPU, "nf4_sharded"))
     for name, layer in nf4_linears(whole):
         for each in loaded:
             ours, theirs = each.get_submodule(name).weight.quant_state, layer.weight.quant_state
@@ -69,7 +79,7 @@ def test_a_checkpoint_with_other_names_is_refused(config, tiny, tmp_path, monkey
     (tmp_path / "model.safetensors").unlink()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 tensors, model\.layers\.1\.mlp\.gate_up_proj\.weight first") as refused:
-        load_sharded_model(str(tmp_path), dataclasses.replace(config, model=str(tmp_path)), "sdpa", CPU)
+        load_base_model(str(tmp_path), config, "sdpa", CPU, "nf4_sharded")
     assert refused.value.exit_code == ExitCode.ENVIRONMENT
 
 
@@ -79,7 +89,7 @@ def test_a_checkpoint_without_its_weights_is_refused(config, tiny, tmp_path, mon
         if path.suffix != ".safetensors":
             (tmp_path / path.name).symlink_to(path)
     with pytest.raises(UserError, match="the folder is not a complete model") as refused:
-        load_sharded_model(str(tmp_path), config, "sdpa", CPU)
+        load_base_model(str(tmp_path), config, "sdpa", CPU, "nf4_sharded")
     assert refused.value.exit_code == ExitCode.ENVIRONMENT
 
 
@@ -123,3 +133,38 @@ def test_the_eval_data_is_shared_out(config, samples, size, shard_base):
     counts = {len(batches) for batches in found}
     assert len(counts) == 1 if shard_base or len(alone) % size == 0 else len(counts) == 2
     assert sum(batch.num_tokens for batches in found for batch in batches) == sum(batch.num_tokens for batch in alone)
+
+
+def test_the_ledger_counts_parts_and_buffers(config, monkeypatch):
+    monkeypatch.setattr(distributed, "ranks", lambda: Ranks(1, 2))
+    groups = {}
+    for precision in ("nf4", "nf4_sharded"):
+        model = add_lora(load_base_model(config.model, config, "sdpa", CPU, precision), config, audited(config), "base")
+        optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+        groups[precision] = {group.name: group.elements for group in dtype_ledger(model, optimizer)}
+    whole, shared = groups["nf4"], groups["nf4_sharded"]
+    assert 2 * shared["NF4 weights"] == whole["NF4 weights"] == shared.pop("NF4 weights, gathered")  # two layers, two buffers
+    assert {**shared, "NF4 weights": 0} == {**whole, "NF4 weights": 0}
+
+
+def audited(config):
+    return audit_targets(load_meta_model(config.model, config), config)
+
+
+def test_models_that_cannot_be_shared_are_refused():
+    unmarked = transformers.CTRLConfig(vocab_size=384, n_embd=64, n_layer=2, n_head=4, dff=64)
+    config = TrainConfig(shard_base=True, compile="none", gradient_checkpointing="auto", max_length=128)
+    with torch.device("meta"):
+        meta_model = transformers.AutoModelForCausalLM.from_config(unmarked)
+    with pytest.raises(
+        UserError, match="--shard-base cannot be used: transformers does not mark the layers of ctrl"
+    ) as refused:
+        choose_layers(config, meta_model, [], 128, CPU)
+    assert refused.value.exit_code == ExitCode.CONFIGURATION
+
+
+def test_one_gpu_says_that_there_is_nothing_to_share(config):
+    shared = dataclasses.replace(config, shard_base=True, compile="auto", gradient_checkpointing="auto")
+    meta_model = load_meta_model(config.model, config)
+    lines = [choose_layers(shared, meta_model, [], 128, CPU, Job(8, 1000, ranks=size))[1] for size in (1, 2)]
+    assert lines[0].endswith("--shard-base changes nothing on one GPU.") and "--shard-base" not in lines[1]
