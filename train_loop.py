@@ -121,7 +121,7 @@ def train_step(
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     # The schedule is a function of the step, so there is no scheduler to save and restore.
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)  # LoRA+ gives B a higher one than A
     # A NaN or infinity must not reach the weights. A fused optimizer skips its update where found_inf is 1, on the device;
     # for any other the host has to look, and wait.
     finite = torch.isfinite(loss) & torch.isfinite(grad_norm)  # []
@@ -307,7 +307,7 @@ def main(options: TrainConfig, stop: Signals) -> None:
             decoder = accelerate(model, config)
             # The head and cross-entropy, in chunks, over supervised positions only.
             loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-            optimizer = build_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
+            optimizer = build_optimizer({name: each for name, each in model.named_parameters() if each.requires_grad}, config)
             trainee = Trainee(model, decoder, loss_sum, optimizer)  # what changes from step to step: adapters and moments
             clock.end("model")
             if device.type == "cuda":

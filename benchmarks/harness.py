@@ -379,5 +379,5 @@ def build(config: TrainConfig) -> tuple[TrainConfig, "Trainee"]:
     model = add_lora(model, config, targets, source)
     decoder = accelerate(model, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-    optimizer = build_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
+    optimizer = build_optimizer({name: each for name, each in model.named_parameters() if each.requires_grad}, config)
     return config, Trainee(model, decoder, loss_sum, optimizer)

@@ -18,7 +18,7 @@ PromptFormat = Literal["plain", "chat"]
 LossOn = Literal["response", "all", "last"]
 GradientCheckpointing = Literal["auto", "none", "selective", "full"]
 Compile = Literal["auto", "none", "layers", "graphs"]
-Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit"]
+Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
 Overridable = Literal["learning_rate", "warmup_ratio", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm",
                       "lora_dropout", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
                       "early_stopping_patience",
@@ -81,6 +81,8 @@ class LoraOptions:
     """Rank."""
     lora_alpha: int = 64
     """Scale; the update is multiplied by alpha/r."""
+    use_rslora: bool = False
+    """Multiply by alpha/sqrt(r) instead, so that a higher rank does not shrink the update (rsLoRA, arXiv 2312.03732)."""
     lora_dropout: float = 0.1
     """Share of the input of A that is zeroed in training."""
     target_modules: tuple[str, ...] | None = None
@@ -109,9 +111,12 @@ class TrainingOptions:
     """Stop after this many consecutive evaluations (one per epoch) without a lower eval loss. Unset: never."""
     optimizer: Optimizer = "adamw"
     """adamw_8bit: moments in 8 bits, quantized blockwise (arXiv 2110.02861). Saves 6 bytes per trained parameter; results
-    differ slightly. paged_adamw_8bit: the same in pages that move to host memory when the GPU is full; needs a CUDA GPU."""
+    differ slightly. paged_adamw_8bit: the same in pages that move to host memory when the GPU is full; needs a CUDA GPU.
+    lion_8bit: Lion (arXiv 2302.06675), one moment in 8 bits; it wants a rate 3 to 10 times lower."""
     weight_decay: float = 0.01
-    """AdamW's decoupled decay, on adapters only."""
+    """Decoupled decay, on adapters only."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354, which suggests 16). 1: the same for both."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm. None: never."""
     seed: int = 42
@@ -181,7 +186,7 @@ class TrainConfig(OutputOptions, SpeedOptions, TrainingOptions, LoraOptions, Dat
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise _refused(name, value, "at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "lora_plus_ratio"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise _refused(name, value, "a finite number above 0")
@@ -224,7 +229,7 @@ class TrainConfig(OutputOptions, SpeedOptions, TrainingOptions, LoraOptions, Dat
             ConfigError: for what this machine cannot do.
         """
         if self.optimizer == "paged_adamw_8bit" and not on_gpu:
-            raise _refused("optimizer", self.optimizer, "adamw or adamw_8bit, as there is no CUDA GPU to page for")
+            raise _refused("optimizer", self.optimizer, "adamw, adamw_8bit or lion_8bit, as there is no CUDA GPU to page for")
         if self.offload_checkpoints and (not on_gpu or self.compile not in ("auto", "layers")):
             raise _refused("offload_checkpoints", True, "given on a CUDA GPU, and without --compile or with --compile layers")
         if self.shard_base and (self.cache_dequantized or self.compile == "graphs"):

@@ -500,14 +500,14 @@ def test_8_bit_moments_come_back_where_they_lay_and_go_on_bit_for_bit(config, tm
         paged = {key for key, value in values.items() if getattr(value, "is_paged", False)}
         return {key: torch.as_tensor(value).cpu().clone() for key, value in values.items()}, paged
 
-    optimizer = build_optimizer(parameters, config)
+    optimizer = build_optimizer(dict(enumerate(parameters)), config)
     step(optimizer, 1)
     folder = save_checkpoint(tmp_path, model, optimizer, checkpoint.TrainState(step=1), RUN_INFO)
     saved, paged = state(optimizer)
     assert bool(paged) == (name == "paged_adamw_8bit") and {kind for _, kind in paged} <= {"state1", "state2"}
     step(optimizer, 2)
     weights, (moments, _) = [p.detach().clone() for p in parameters], state(optimizer)
-    again = build_optimizer(parameters, config)
+    again = build_optimizer(dict(enumerate(parameters)), config)
     checkpoint.restore(folder, model, again)
     restored, where = state(again)
     assert where == paged and all(torch.equal(value, restored[key]) for key, value in saved.items())

@@ -7,6 +7,7 @@ import json
 import math
 
 import bitsandbytes
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -573,6 +574,21 @@ def test_one_example_trains(tiny, tmp_path):
     assert code == 0 and [row["num_tokens"] for row in rows] == [2, 2]
 
 
+def test_rslora_scales_by_the_root_of_the_rank_and_is_saved_so(tiny, tmp_path):
+    config, model = {}, {}
+    for name, flags in (("plain", []), ("rs", ["--use-rslora"])):
+        run(tmp_path / name, "--max-steps", "1", "--lora-r", "16", "--lora-alpha", "32", *flags)
+        folder = tmp_path / name / "run" / "adapter"
+        config[name] = json.loads((folder / "adapter_config.json").read_text())
+        model[name] = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    scaling = {name: model[name].get_base_model().model.layers[0].mlp.down_proj.scaling["default"] for name in model}
+    assert scaling == {"plain": 2.0, "rs": 8.0} and (config["plain"]["use_rslora"], config["rs"]["use_rslora"]) == (False, True)
+    # It continues with the scaling that it had.
+    again = tmp_path / "again"
+    run(again, "--max-steps", "1", "--init-adapter", str(tmp_path / "rs" / "run" / "adapter"))
+    assert json.loads((again / "run" / "adapter" / "adapter_config.json").read_text())["use_rslora"] is True
+
+
 def test_init_adapter_goes_on_where_the_first_run_ended(tiny, tmp_path):
     _, first = run(tmp_path / "a", "--num-train-epochs", "2")
     _, second = run(tmp_path / "b", "--num-train-epochs", "1", "--init-adapter", str(tmp_path / "a" / "run" / "adapter"))
@@ -593,7 +609,11 @@ def test_init_adapter_goes_on_where_the_first_run_ended(tiny, tmp_path):
         ("--attn-implementation varlen --packing", 7, "varlen cannot run here: it needs a CUDA GPU"),
         ("--output-dir file/run", 4, "cannot be written"),
         ("--max-length 0", 2, "--max-length 0 cannot be used"),
-        ("--optimizer paged_adamw_8bit --model ./nowhere", 2, "it must be adamw or adamw_8bit, as there is no CUDA GPU"),
+        (
+            "--optimizer paged_adamw_8bit --model ./nowhere",
+            2,
+            "adamw_8bit or lion_8bit, as there is no CUDA GPU",
+        ),
     ],
 )
 def test_bad_input_is_one_paragraph_with_its_exit_code(tiny, tmp_path, monkeypatch, capsys, flags, code, words):

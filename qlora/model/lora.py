@@ -165,6 +165,7 @@ def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) 
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
             # Whole names only where the short ones would match a vision tower too.
             target_modules=[name for t in targets for name in (t.layers if elsewhere else [t.name])],
             task_type="CAUSAL_LM",
@@ -261,7 +262,7 @@ def _check_settings(folder: Path, values: dict[str, Any]) -> None:
 
 
 def with_init_adapter(config: TrainConfig) -> TrainConfig:
-    """The configuration with rank, alpha, dropout and targets of the adapter that it starts from, if it does.
+    """The configuration with rank, alpha, scaling, dropout and targets of the adapter that it starts from, if it does.
 
     Raises:
         ConfigError: if it is not a LoRA adapter that this loop can continue to train.
@@ -274,6 +275,7 @@ def with_init_adapter(config: TrainConfig) -> TrainConfig:
         lora_r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
         target_modules=tuple(sorted(lora.target_modules)),
     )
 
@@ -286,8 +288,8 @@ def _read_plain_adapter(folder: Path) -> Any:
         raise ConfigError(f"--init-adapter: {error}") from None
     usual = peft.LoraConfig()
     # What may differ from PEFT's own defaults; anything else (DoRA, biases, other starts, ...) is not ours to continue.
-    free = {"r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "base_model_name_or_path", "revision",
-            "inference_mode", "peft_version", "auto_mapping"}  # fmt: skip
+    free = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "task_type", "base_model_name_or_path",
+            "revision", "inference_mode", "peft_version", "auto_mapping"}  # fmt: skip
     odd = []
     for name, value in vars(lora).items():
         harmless = name in free or (name == "init_lora_weights" and value in (True, False, "gaussian"))

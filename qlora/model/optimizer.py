@@ -1,27 +1,44 @@
-"""The optimizer over the adapters: AdamW with its moments in fp32, or bitsandbytes' AdamW with them in 8 bits."""
+"""The optimizer over the adapters: AdamW with its moments in fp32, or bitsandbytes' AdamW or Lion with them in 8 bits."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from qlora.config import TrainConfig
 
 
-def build_optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the adapters; the rate is set by each step.
+def build_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or Lion over the adapters; each step sets the learning rate, times `lr_ratio` of a parameter group.
 
     In 8 bits (Dettmers et al. 2022, arXiv 2110.02861, section 2) an element of a moment is an index into a map of 256
     numbers, times the largest absolute value of its block of 256 elements. Tensors of fewer than 4,096 elements keep fp32.
 
+    With lora_plus_ratio, B learns faster than A (LoRA+; Hayou et al. 2024, arXiv 2402.12354): near the start A's gradient is
+    small, as B is close to 0. Lion (Chen et al. 2023, arXiv 2302.06675) keeps one moment, and steps by its sign.
+
     Args:
-        parameters: to be trained, on their device.
-        config: resolved; optimizer and weight_decay are read.
+        parameters: to be trained, by name, on their device.
+        config: resolved; optimizer, weight_decay and lora_plus_ratio are read.
     """
+    groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
+    if config.lora_plus_ratio != 1.0:
+        of_b = {name: "lora_B" in name for name in parameters}
+        groups = [
+            {"params": [parameter for name, parameter in parameters.items() if of_b[name] == faster], "lr_ratio": ratio}
+            for faster, ratio in ((False, 1.0), (True, config.lora_plus_ratio))
+        ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay, fused=True)
     import bitsandbytes  # here, as qlora.model.third_party must be the first to import it
 
-    paged = config.optimizer == "paged_adamw_8bit"
-    eight_bit = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
-    return eight_bit(parameters, lr=0.0, weight_decay=config.weight_decay)
+    kinds: dict[str, Any] = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+        "lion_8bit": bitsandbytes.optim.Lion8bit,
+    }
+    optimizer: torch.optim.Optimizer = kinds[config.optimizer](groups, lr=0.0, weight_decay=config.weight_decay)
+    return optimizer
 
 
 def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

@@ -140,9 +140,10 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     tokens = sum(row.get("num_tokens", 0) for row in record.steps)
     chosen, losses = record.adapter_step, {row["step"]: row["eval_loss"] for row in record.evaluations if row["step"] > 0}
     lowest = ", the lowest eval loss" if chosen in losses and losses[chosen] == min(losses.values()) else ""
+    scaled = " (rsLoRA)" if config.get("use_rslora") else ""
     return [
         ("Method", "LoRA in fp32 on a base frozen in NF4 with double quantization; bf16 autocast"),
-        ("Rank, alpha, dropout", f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}"),
+        ("Rank, alpha, dropout", f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}{scaled}"),
         ("Adapted layers", ", ".join(record.run_info.targets if record.run_info else []) or "all linear layers but the head"),
         ("Trained parameters", f"{trained:,}{share}" if trained else "not recorded"),
         ("Steps, tokens trained on", f"{record.last_step:,}, {tokens:,}"),

@@ -92,7 +92,7 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
         "base in bf16": 2 * sum(model.get_submodule(name).weight.numel() for name in names),
         "adapters in fp32": 4 * trained,
         "their gradients": 4 * trained,
-        "their moments": 2 * moment * trained,
+        "their moments": (1 if config.optimizer == "lion_8bit" else 2) * moment * trained,
         "their copies in bf16": 2 * trained,
         "kept until backward": staying,
         "attention scores": scored,

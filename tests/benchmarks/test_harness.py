@@ -153,7 +153,7 @@ def test_loop_harness_and_helpers_build_and_train_the_same_adapters(tiny, tmp_pa
     ours = trained(config, trainee)
     model = adapted_model(config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
-    optimizer = build_optimizer([parameter for parameter in model.parameters() if parameter.requires_grad], config)
+    optimizer = build_optimizer({name: each for name, each in model.named_parameters() if each.requires_grad}, config)
     theirs = trained(config, train_loop.Trainee(model, accelerate(model, config), loss_sum, optimizer))
     assert loop.keys() == ours.keys() == theirs.keys()
     assert all(torch.equal(loop[name], ours[name]) and torch.equal(loop[name], theirs[name]) for name in loop)

@@ -27,7 +27,7 @@ from train_loop import train_step
 
 
 def after_a_step(model, config, samples):
-    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
+    optimizer = build_optimizer({name: each for name, each in model.named_parameters() if each.requires_grad}, config)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     _, norm = train_step(decoder_of(model), optimizer, [collate(samples[:2])], loss_sum, 1e-3, None)
     return optimizer, norm.item()

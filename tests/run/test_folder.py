@@ -348,6 +348,7 @@ def test_a_run_goes_on_bit_for_bit_from_any_step(straight, tmp_path, capsys, ste
         "--attn-implementation eager --seed 7",
         "--packing --max-length 100",  # 3 steps per epoch: it stops and resumes within one
         "--optimizer adamw_8bit --lora-r 16",  # moments in 8 bits for some tensors, in fp32 for others
+        "--optimizer lion_8bit --lora-r 16 --lora-plus-ratio 4 --use-rslora",
     ],
 )
 def test_other_settings_go_on_bit_for_bit_too(tiny, tmp_path, monkeypatch, flags):

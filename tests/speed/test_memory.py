@@ -102,7 +102,7 @@ def test_the_estimate_counts_the_moments_of_the_optimizer(config, model):
     for name in ("adamw", "adamw_8bit"):
         changed = dataclasses.replace(config, optimizer=name)
         estimates[name] = memory.estimated_memory_gb(model, targets, changed, 100) * 1e9
-        optimizer = build_optimizer(parameters, changed)
+        optimizer = build_optimizer(dict(enumerate(parameters)), changed)
         parameters[0].grad = torch.ones(size)
         optimizer.step()
         state = optimizer.state[parameters[0]]
@@ -122,7 +122,7 @@ def test_the_probe_leaves_nothing_behind(config, samples, woken, packing, optimi
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1  # so that it draws
-    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], config)
+    optimizer = build_optimizer({name: each for name, each in model.named_parameters() if each.requires_grad}, config)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     kind, groups = type(optimizer), [dict(group) for group in optimizer.param_groups]
     batches, kinds = [], []
