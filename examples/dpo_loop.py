@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import tyro
 
 from qlora.config import TrainConfig
@@ -69,13 +68,16 @@ class Options:
 def read_pairs(path: Path, template: PromptTemplate, max_length: int) -> list[Pair]:
     """Tokenized pairs; raises DataError with the line of what is no pair, or too long."""
     pairs = []
-    for line, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for line, text in enumerate(path.read_text(encoding="utf-8").rstrip().split("\n"), 1):
         try:
             row = json.loads(text)
-            answers = [(Message("user", row["prompt"]), Message("assistant", row[key])) for key in ("chosen", "rejected")]
+            texts = [row[name] for name in ("prompt", "chosen", "rejected")]
+            if not all(isinstance(each, str) and each for each in texts):
+                raise TypeError("not a text, or empty")
+            talks = [(Message("user", texts[0]), Message("assistant", answer)) for answer in texts[1:]]
+            chosen, rejected = (encode(Example(talk, line), template, "response") for talk in talks)
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{line}: A row needs prompt, chosen and rejected ({error!r}).") from None
-        chosen, rejected = (encode(Example(messages, line), template, "response") for messages in answers)
+            raise DataError(f"{path}:{line}: A row needs prompt, chosen and rejected, as texts ({error!r}).") from None
         if (longest := max(len(chosen.input_ids), len(rejected.input_ids))) > max_length:
             raise DataError(f"{path}:{line}: It has {longest} tokens, more than --max-length {max_length}.")
         pairs.append((chosen, rejected))
@@ -86,27 +88,27 @@ def log_probabilities(decoder: Any, batch: Batch, head: Head) -> torch.Tensor:
     """Of each row's answer: the sum over its tokens. [B] fp32."""
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16):
         hidden = decoder(**attention.decoder_inputs(batch, decoder.config), use_cache=False).last_hidden_state  # [B, T, D]
-        rows = batch.positions // batch.input_ids.shape[1]  # [N]
-        of_rows = [batch.positions[rows == row] for row in range(len(batch.input_ids))]  # [tokens of a row] each
-        return torch.stack([-token_loss_sum(hidden, batch._replace(positions=each), head) for each in of_rows])  # [B]
+        row_of = batch.positions // batch.input_ids.shape[1]  # [N]
+        of_rows = (batch._replace(positions=batch.positions[row_of == row]) for row in range(len(batch.input_ids)))
+        return torch.stack([-token_loss_sum(hidden, each, head) for each in of_rows])  # [B]
 
 
 def dpo_loss(model: Any, decoder: Any, pairs: list[Pair], head: Head, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the losses of pairs, and how many have a positive margin: fp32 scalars. `decoder` is accelerate's."""
     batch = collate([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]).to(model.device)
-    # The reference first: its activations are gone before the policy's are made.
     with torch.no_grad(), model.disable_adapter():
         reference = log_probabilities(model.eval().get_decoder(), batch, head)  # [2 * pairs]
     policy = log_probabilities(model.train() and decoder, batch, head)  # [2 * pairs]
     gained = policy - reference  # [2 * pairs]
     margin = gained[: len(pairs)] - gained[len(pairs) :]  # [pairs]
-    return -F.logsigmoid(beta * margin).sum(), (margin > 0).sum()
+    return -torch.nn.functional.logsigmoid(beta * margin).sum(), (margin > 0).sum()
 
 
 def main(options: Options) -> None:
     """Train, and write the adapter in PEFT's format."""
     config = TrainConfig(model=options.model, max_length=options.max_length, lora_r=options.lora_r, lora_dropout=0.0,
                          compile="none", gradient_checkpointing="full", seed=options.seed)  # fmt: skip
+    config.check()
     device = set_up_torch(config)
     config = resolve(config, device, print)
     source = model_source(str(config.model))
@@ -120,8 +122,7 @@ def main(options: Options) -> None:
     model = add_lora(load_nf4_model(source, config, chosen.loaded_as, device), config, targets, source)
     decoder, head = accelerate(model, config), read_head(model)
     optimizer = build_optimizer({name: each for name, each in model.named_parameters() if each.requires_grad}, config)
-    draw = random.Random(options.seed)
-    epochs = (draw.sample(pairs, len(pairs)) for _ in range(options.num_train_epochs))
+    epochs = (random.Random(options.seed + each).sample(pairs, len(pairs)) for each in range(options.num_train_epochs))
     steps = [step_pairs for epoch in epochs for step_pairs in batched(epoch, options.pairs_per_step)]
     for step, step_pairs in enumerate(steps):
         optimizer.zero_grad(set_to_none=True)
@@ -129,7 +130,7 @@ def main(options: Options) -> None:
         for two in batched(step_pairs, 2):
             with attention.for_training(model, config):
                 summed, positive = dpo_loss(model, decoder, two, head, options.beta)  # [] each
-            (summed / len(step_pairs)).backward()
+                (summed / len(step_pairs)).backward()  # in here, as layers are computed again with the same attention
             loss, right = loss + summed.detach() / len(step_pairs), right + positive / len(step_pairs)  # [] each
         norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         for group in optimizer.param_groups:
@@ -144,6 +145,6 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(int(error.exit_code)) from None
+        raise SystemExit(int(getattr(error, "exit_code", 3))) from None

@@ -88,7 +88,7 @@ class LoraOptions:
     target_modules: tuple[str, ...] | None = None
     """Names of the linear layers that get an adapter. Unset: all but the head. A name that matches nothing is an error."""
     init_adapter: Path | None = None
-    """Folder of a PEFT LoRA adapter to start from; its rank, alpha, dropout and targets replace the flags above."""
+    """Folder of a PEFT LoRA adapter to start from; its rank, alpha, scaling, dropout and targets replace the flags above."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class TrainingOptions:
     optimizer: Optimizer = "adamw"
     """adamw_8bit: moments in 8 bits, quantized blockwise (arXiv 2110.02861). Saves 6 bytes per trained parameter; results
     differ slightly. paged_adamw_8bit: the same in pages that move to host memory when the GPU is full; needs a CUDA GPU.
-    lion_8bit: Lion (arXiv 2302.06675), one moment in 8 bits; it wants a rate 3 to 10 times lower."""
+    lion_8bit: Lion (arXiv 2302.06675), one moment in 8 bits; use a learning rate 3 to 10 times lower."""
     weight_decay: float = 0.01
     """Decoupled decay, on adapters only."""
     lora_plus_ratio: float = 1.0

@@ -103,7 +103,10 @@ def run(options: PlanOptions) -> int:
         if fitting:
             console.print(f"It fits with {flags(fitting[0].config)}, the fastest of these that does.")
         else:
-            steps = list(steps_down(meta_model, candidates[-1].config, free_gb, options.gpus))
+            smallest = dataclasses.replace(candidates[-1].config, gradient_accumulation_steps=step_micro_batches(options))
+            steps = list(steps_down(meta_model, smallest, free_gb, options.gpus))
+            if smallest.shard_base:
+                steps = [("--shard-base", planned(meta_model, smallest, options.gpus)), *steps]
             console.print(ways_table(steps, free_gb))
             if not steps or not steps[-1][1].fits(free_gb):
                 least = f"down to {LEAST_LENGTH} tokens and rank {LEAST_RANK}"

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from qlora.model.shards import shard_of
 from qlora.model.supported import check_model
 from qlora.model.third_party import bitsandbytes, transformers
 
+ASYNC_OFF = "HF_DEACTIVATE_ASYNC_LOAD"  # a variable of transformers
 Precision = Literal["nf4", "nf4_sharded", "int8", "bf16"]  # of a base model's linear layers
 
 
@@ -97,7 +99,8 @@ def load_base_model(
     """
     load: Any = transformers.AutoModelForCausalLM.from_pretrained  # Any: its stub knows no output_loading_info
     origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    with _environment_errors(source), warnings.catch_warnings():
+    in_turn = _one_tensor_at_a_time() if precision == "nf4_sharded" else contextlib.nullcontext()
+    with _environment_errors(source), warnings.catch_warnings(), in_turn:
         # A checkpoint that is quantized already is loaded as it is; check_model saw that it is what is asked for.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
         model_config = transformers.AutoConfig.from_pretrained(source, **origin)
@@ -209,6 +212,20 @@ def fingerprint(model: Any) -> str:
     if len(sums) > 1:
         digest.update(torch.stack(sums).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _one_tensor_at_a_time() -> Iterator[None]:
+    """A block in which transformers reads one tensor after the other: threads that read ahead might hold the whole base."""
+    before = os.environ.get(ASYNC_OFF)
+    os.environ[ASYNC_OFF] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ASYNC_OFF]
+        else:
+            os.environ[ASYNC_OFF] = before
 
 
 @contextlib.contextmanager

@@ -34,11 +34,12 @@ class ShardedNF4Config(transformers.BitsAndBytesConfig):
 
 def as_sharded(config: Any) -> Any:
     """The configuration of a checkpoint in NF4, so that this file's quantizer loads it; any other as it is."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        values = stored if isinstance(stored, dict) else stored.to_dict()
-        kept = {name: value for name, value in values.items() if "load_in" not in name}
-        config.quantization_config = {**kept, "quant_method": METHOD}
+    for each in (config, config.get_text_config()):
+        stored = getattr(each, "quantization_config", None)
+        values: Any = stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+        if values is not None and values.get("quant_method") != METHOD:
+            kept = {name: value for name, value in values.items() if "load_in" not in name}
+            each.quantization_config = {**kept, "quant_method": METHOD}
     return config
 
 
@@ -74,6 +75,11 @@ class ShardedQuantizer(Bnb4BitHfQuantizer):
             sizes.append(end)
         (device,) = device_map.values()
         self.base = ShardedBase(sizes, device)
+
+    def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+        """Of transformers, which reserves so many bytes per element at once; none for what is cut, as its part has room."""
+        cut = id(get_module_from_name(model, param_name)[0]) in self.places
+        return 0.0 if cut else float(super().param_element_size(model, param_name, param))
 
     def keep_part(self, linear: Any, weight: Any) -> Any:
         """`weight`, a Params4bit, as a view of where its layer is gathered, once its part is kept."""

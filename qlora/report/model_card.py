@@ -140,6 +140,8 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     tokens = sum(row.get("num_tokens", 0) for row in record.steps)
     chosen, losses = record.adapter_step, {row["step"]: row["eval_loss"] for row in record.evaluations if row["step"] > 0}
     lowest = ", the lowest eval loss" if chosen in losses and losses[chosen] == min(losses.values()) else ""
+    faster = config.get("lora_plus_ratio", 1.0)
+    faster = f"; that of B is {faster:g} times as high (LoRA+)" if isinstance(faster, int | float) and faster != 1.0 else ""
     scaled = " (rsLoRA)" if config.get("use_rslora") else ""
     return [
         ("Method", "LoRA in fp32 on a base frozen in NF4 with double quantization; bf16 autocast"),
@@ -151,7 +153,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
         ("Samples in a step", f"{batch} ({micro_batches}){', packed rows' if config['packing'] else ''}"),
         (
             "Learning rate",
-            f"{config['learning_rate']:g} at its peak; warmup over {config['warmup_ratio']:g} of the steps, cosine",
+            f"{config['learning_rate']:g} at its peak; warmup over {config['warmup_ratio']:g} of the steps, cosine{faster}",
         ),
         ("Optimizer", f"{config['optimizer']}, weight decay {config['weight_decay']:g}"),
         ("Gradient clipping", f"norm {clip:g}" if clip else "none"),

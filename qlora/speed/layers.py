@@ -132,7 +132,7 @@ def choose_layers(
         UserError: exit 7 if compilation or offloaded checkpoints were requested and are not available; 2 if checkpoints were
             requested and transformers does not mark the model's layers as able to have them.
     """
-    policies = _policies(config, meta_model)
+    policies = _policies(config, meta_model, job)
     alone = "\n--shard-base changes nothing on one GPU." if config.shard_base and job and job.ranks == 1 else ""
     candidates, why = _ways_to_compile(config, meta_model, device, job)
     config = dataclasses.replace(config, gradient_checkpointing=policies[0], compile=candidates[0])
@@ -192,12 +192,12 @@ def _ways_to_compile(
     return candidates, why
 
 
-def _policies(config: TrainConfig, meta_model: Any) -> tuple[GradientCheckpointing, ...]:
+def _policies(config: TrainConfig, meta_model: Any, job: Job | None) -> tuple[GradientCheckpointing, ...]:
     """Those that may be chosen, the fastest first."""
     if any(isinstance(module, GradientCheckpointingLayer) for module in meta_model.modules()):
         asked = config.gradient_checkpointing
         return ("none", "selective", "full") if asked == "auto" else (asked,)
-    if config.shard_base:
+    if config.shard_base and (job is None or job.ranks > 1):
         raise ConfigError(
             f"--shard-base cannot be used: transformers does not mark the layers of {meta_model.config.model_type}.",
             hint="Leave it out.",

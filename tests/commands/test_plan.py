@@ -152,6 +152,15 @@ def test_several_gpus_refuse_what_cannot_be(capsys, flag, value):
     assert f"{flag} {value}" in capsys.readouterr().err
 
 
+def test_a_shared_base_is_the_first_change_and_the_step_stays_the_same(tmp_path, capsys):
+    flags = ["--gpus", "8", "--shape", "phi3-medium", "--gpu-memory", "6", "--json", str(tmp_path / "plan.json")]
+    assert command_line(["plan", *flags]) == 0
+    first, *others = [row["change"] for row in json.loads((tmp_path / "plan.json").read_text())["changes"]]
+    # 16 micro-batches of 2 rows on 8 GPUs are 32 of 1 row.
+    assert first == "--shard-base"
+    assert "--per-device-train-batch-size 1 --gradient-accumulation-steps 32 (the same step)" in others
+
+
 def test_a_shared_base_is_advised_where_a_whole_one_does_not_fit(capsys):
     told = planned(capsys, "--gpus", "8", "--shape", "phi3-medium", "--gpu-memory", "10")
     assert "It fits with --shard-base --gradient-checkpointing full --compile layers" in told

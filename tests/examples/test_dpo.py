@@ -89,8 +89,16 @@ def test_it_learns_which_answer_is_better(tiny, rows, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"prompt": "a", "chosen": "b"}', "pairs.jsonl:2: A row needs prompt, chosen and rejected (KeyError('rejected'))"),
+        (
+            '{"prompt": "a", "chosen": "b"}',
+            "pairs.jsonl:2: A row needs prompt, chosen and rejected",
+        ),
         ("not json", "pairs.jsonl:2: A row needs prompt, chosen and rejected"),
+        (
+            '{"prompt": "a", "chosen": null, "rejected": "b"}',
+            "pairs.jsonl:2: A row needs prompt, chosen and rejected, as texts",
+        ),
+        ('{"prompt": "a", "chosen": [{"role": "user"}], "rejected": "b"}', "as texts (TypeError('not a text, or empty'))"),
         (json.dumps({"prompt": "a" * 300, "chosen": "b", "rejected": "c"}), "tokens, more than --max-length 200"),
     ],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 
 import bitsandbytes
 import pytest
@@ -11,6 +12,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import core_model_loading
 
 from qlora import distributed
 from qlora.config import TrainConfig
@@ -168,3 +170,27 @@ def test_one_gpu_says_that_there_is_nothing_to_share(config):
     meta_model = load_meta_model(config.model, config)
     lines = [choose_layers(shared, meta_model, [], 128, CPU, Job(8, 1000, ranks=size))[1] for size in (1, 2)]
     assert lines[0].endswith("--shard-base changes nothing on one GPU.") and "--shard-base" not in lines[1]
+
+
+@pytest.mark.parametrize("stored", ["bf16", "nf4"])
+def test_loading_reserves_and_reads_no_more_than_a_rank_keeps(config, tmp_path, monkeypatch, stored):
+    """transformers reserves the memory of all weights at once, and reads ahead in threads, unless it is told otherwise."""
+    source = config.model
+    if stored == "nf4":
+        load_nf4_model(config.model, config, "sdpa", CPU).save_pretrained(tmp_path)
+        source = str(tmp_path)
+    monkeypatch.setattr(distributed, "ranks", lambda: Ranks(0, 2))
+    pools, original = [], core_model_loading.spawn_materialize
+
+    def spied(pool, *arguments, **named):
+        pools.append(pool)
+        return original(pool, *arguments, **named)
+
+    monkeypatch.setattr(core_model_loading, "spawn_materialize", spied)
+    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
+    model = load_base_model(source, config, "sdpa", CPU, "nf4_sharded")
+    assert pools and set(pools) == {None} and "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
+    quantizer = model.hf_quantizer
+    sizes = {name: quantizer.param_element_size(model, name, each) for name, each in model.named_parameters()}
+    whole = {name for name in sizes if "norm" in name or "embed" in name or "head" in name}
+    assert {name for name, size in sizes.items() if size} == whole
