@@ -187,6 +187,7 @@ def try_commands(folder: Path, scratch: Path) -> Row:
 
     from qlora.cli import main as any_command
     from qlora.cli import train
+    from qlora.eval.generate import FAILURES
 
     torch.set_num_threads(1)
     lines = [{"prompt": f"say {word}", "completion": word} for word in ("one", "three", "seven", "eleven")]
@@ -235,7 +236,7 @@ def try_commands(folder: Path, scratch: Path) -> Row:
             found[name] = "no" if check() is False else "yes"
         except Failed as failed:
             found[name] = str(failed)
-        except Exception:  # of a library: the reason is what is looked for
+        except FAILURES:  # of a library: the reason is what is looked for
             found[name] = reason(traceback.format_exc())
     return found
 

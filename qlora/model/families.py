@@ -1,7 +1,9 @@
 """What is particular to model families: whose attention this project replaces, and rotations that depend on the length."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 FAMILIES = ("phi3", "llama", "mistral")  # in which the functions of this file were compared with transformers' own, bit by bit
 
@@ -35,3 +37,15 @@ def mixed_rotation(config: Any, lengths: Sequence[int]) -> str | None:
         "rotation. A shorter sample that shares a micro-batch or a packed row with one of them is rotated likewise, which "
         "changes its loss slightly. --per-device-train-batch-size 1 without --packing avoids that."
     )
+
+
+def outermost_layers(module: Any) -> Iterator[tuple[Any, str, Any]]:
+    """(holder, name there, layer) of each decoder layer that is not inside another one.
+
+    One inside another, as in Zamba 2, is recomputed with it. In the backward pass no training layer replaces it.
+    """
+    for name, child in module._modules.items():
+        if isinstance(child, GradientCheckpointingLayer):
+            yield module, name, child
+        elif child is not None:
+            yield from outermost_layers(child)

@@ -4,12 +4,10 @@ Each linear layer is quantized whole on the GPU, as double quantization subtract
 rank's part of its bytes stays. All else is as transformers loads it: names, dtypes, buffers, tied weights.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
-from transformers.modeling_layers import GradientCheckpointingLayer
-
 from qlora.errors import ConfigError
+from qlora.model.families import outermost_layers
 from qlora.model.shards import ALIGNMENT, Shard, ShardedBase
 from qlora.model.third_party import bitsandbytes, transformers
 
@@ -43,15 +41,6 @@ def as_sharded(config: Any) -> Any:
     return config
 
 
-def outermost_layers(module: Any) -> Iterator[Any]:
-    """The decoder layers that are not inside another one."""
-    for child in module.children():
-        if isinstance(child, GradientCheckpointingLayer):
-            yield child
-        else:
-            yield from outermost_layers(child)
-
-
 @register_quantizer(METHOD)
 class ShardedQuantizer(Bnb4BitHfQuantizer):
     """transformers' quantizer of bitsandbytes, which gives each decoder layer a shard."""
@@ -62,7 +51,7 @@ class ShardedQuantizer(Bnb4BitHfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, device_map: Any, **_: Any) -> None:  # type: ignore[override]
         super()._process_model_before_weight_loading(model, device_map=device_map)
-        self.layers = list(outermost_layers(model))
+        self.layers = [layer for _, _, layer in outermost_layers(model)]
         self.places: dict[int, tuple[int, int]] = {}  # of a linear layer: its decoder layer, and where its bytes begin there
         sizes = []
         for number, layer in enumerate(self.layers):

@@ -19,7 +19,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.config import Compile, GradientCheckpointing, TrainConfig
 from qlora.errors import ConfigError, EnvironmentProblem
-from qlora.model.families import FAMILIES
+from qlora.model.families import FAMILIES, outermost_layers
 from qlora.model.lora import Target
 from qlora.model.shards import shard_of
 from qlora.speed.graphs import graphs_unavailable_reason
@@ -353,16 +353,4 @@ def training_layers(decoder: Any, config: TrainConfig, backend: str) -> list[tup
     if config.compile != "none":
         # Its dropout is drawn from seeds, and what torch 2.11 makes of torch's own with dynamic lengths cannot be compiled.
         compiled = torch.compile(_policy(config, preserve_rng_state=False), fullgraph=True, backend=backend)
-    return [(parent, name, TrainingLayer(layer, run, compiled, config)) for parent, name, layer in _outermost(decoder)]
-
-
-def _outermost(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Module]]:
-    """(holder, name there, layer) of each layer that is not inside another one.
-
-    One inside another, as in Zamba 2, is recomputed with it. In the backward pass no training layer stands in its place.
-    """
-    for name, child in module._modules.items():
-        if isinstance(child, GradientCheckpointingLayer):
-            yield module, name, child
-        elif child is not None:
-            yield from _outermost(child)
+    return [(parent, name, TrainingLayer(layer, run, compiled, config)) for parent, name, layer in outermost_layers(decoder)]

@@ -960,7 +960,7 @@ MUTANTS = [
     ),
     mutant(
         "layers-inside-layers-swapped",
-        SPEED_LAYERS,
+        "qlora/model/families.py",
         "speed/test_layers.py::test_a_layer_inside_another_is_recomputed_with_it",
         "            yield module, name, child\n        elif child is not None:",
         "            yield module, name, child\n        if child is not None:",
