@@ -388,10 +388,15 @@ class RunFolder:
             self.wait_until_saved()
 
     def prune(self, keep: int, evaluations: dict[int, EvalResult]) -> None:
-        """Remove old checkpoints; see checkpoint.prune."""
+        """Remove old checkpoints, by the evaluations before the newest of them; see checkpoint.prune.
+
+        The evaluation of the newest comes after its save, so a process that resumes knows it and the one that saved did not.
+        Both must keep the same checkpoints.
+        """
         if self._follows:
             return
-        checkpoint.prune(self.checkpoints, keep, {step: result.loss for step, result in evaluations.items()})
+        losses = {step: result.loss for step, result in evaluations.items() if step < self.step}
+        checkpoint.prune(self.checkpoints, keep, losses)
 
     def load_best(self, model: Any, evaluations: dict[int, EvalResult], say: Callable[[str], None]) -> int:
         """Give the model the adapter of the checkpoint with the lowest eval loss, for early stopping.

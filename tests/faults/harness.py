@@ -115,7 +115,8 @@ class Case:
         If it was complete before, its answers may be missing: they are generated afterward, and not again.
         """
         ours, theirs = self.check_what_is_there(folder), checkpoint.by_step(self.straight / "checkpoints")
-        assert ours == list(theirs) and len(ours) == LIMIT and 12 in ours
+        assert ours == list(theirs), f"{ours}, and {list(theirs)} in the run that was not disturbed"
+        assert len(ours) == LIMIT and 12 in ours
         answers = [] if was_complete and not (folder / "samples.jsonl").exists() else ["samples.jsonl"]
         for name in ("adapter/adapter_model.safetensors", *answers):
             assert (folder / name).read_bytes() == (self.straight / name).read_bytes(), name

@@ -815,6 +815,24 @@ def test_what_a_process_that_died_has_not_removed_goes_when_the_run_goes_on(tiny
     assert list(checkpoint.by_step(folder / "checkpoints")) == [2, 3]
 
 
+def test_the_same_checkpoints_stay_if_the_process_died_before_removing_the_others(tiny, tmp_path, monkeypatch):
+    """The last evaluation has the lowest loss, and was on disk before the process died."""
+    flags = ("--num-train-epochs", "3", "--save-steps", "2", "--save-total-limit", "2")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert run(straight, *flags) == 0
+    kept = list(checkpoint.by_step(straight / "checkpoints"))
+    with monkeypatch.context() as patch:
+        prune = checkpoint.prune
+        last = f"step-{kept[-1]:06d}"
+        patch.setattr(checkpoint, "prune", lambda at, *rest: None if (at / last).exists() else prune(at, *rest))
+        assert run(killed, *flags) == 0
+    (killed / "finished.json").unlink()
+    losses = {row["step"]: row["eval_loss"] for row in rows(killed) if "eval_loss" in row}
+    assert min(losses, key=losses.get) == kept[-1] and len(checkpoint.by_step(killed / "checkpoints")) == 3
+    assert run(killed, *flags) == 0
+    assert list(checkpoint.by_step(killed / "checkpoints")) == kept
+
+
 # -- the folder --------------------------------------------------------------------------------------------------------
 
 
