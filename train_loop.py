@@ -304,7 +304,7 @@ def main(options: TrainConfig, stop: Signals) -> None:
             model = load_nf4_model(prep.source, config, prep.attention.loaded_as, device)
             model = add_lora(model, config, prep.targets, prep.source)
             # A callable for training steps. Evaluation, generation and saving use the model itself.
-            decoder = accelerate(model, config)
+            decoder = accelerate(model, config, say)
             # The head and cross-entropy, in chunks, over supervised positions only.
             loss_sum = functools.partial(token_loss_sum, head=read_head(model))
             optimizer = build_optimizer({name: each for name, each in model.named_parameters() if each.requires_grad}, config)

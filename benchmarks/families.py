@@ -6,8 +6,8 @@
 Each family has two to four layers with random weights, hidden size 64, in NF4, and an adapter with B other than 0. The
 reference is the model as transformers loads it and PEFT adapts it: `model(input_ids, attention_mask, labels)` under bf16
 autocast, one sample at a time, so that neither padding nor packing is in it. Compared are the loss and the gradient of each
-adapter matrix: of padded rows, of packed rows, and with all layers recomputed. Then the program itself trains, resumes,
-evaluates, generates and merges, and PEFT loads what it saved.
+adapter matrix: of padded rows, of packed rows, with all layers recomputed, and with layers compiled. Then the program itself
+trains, resumes, evaluates, generates and merges, and PEFT loads what it saved.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ FAMILIES: dict[str, Row] = {
     "Qwen3": DENSE | {"head_dim": 16},
     "Gemma": DENSE | {"head_dim": 16},
     "Gemma2": MIXED,
-    "Gemma3Text": MIXED,
+    "Gemma3Text": MIXED | {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "SmolLM3": DENSE | {"num_hidden_layers": 4},
     "Granite": DENSE | {"logits_scaling": 8.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
     "Olmo2": DENSE,
@@ -67,7 +67,7 @@ FAMILIES: dict[str, Row] = {
 }  # fmt: skip
 LENGTHS = (40, 23, 31, 9)  # tokens of the samples; all but the last are longer than the windows above
 LOSS_LIMIT, GRADIENT_LIMIT = 5e-3, 0.1  # relative: bf16 rounds at 0.004, and a tiny random model adds up little noise
-STEPS = ("padded", "packed", "recomputed")
+STEPS = ("padded", "packed", "recomputed", "compiled", "compiled and packed")
 COMMANDS = ("resume", "evaluate", "generate", "merge", "PEFT loads it")
 
 
@@ -132,7 +132,7 @@ def reference(folder: Path, targets: list[str], samples: list[list[int]]) -> tup
     return total, {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def compare(family: str, folder: Path) -> Row:
+def compare(family: str, folder: Path, ways: tuple[str, ...] = STEPS) -> Row:
     """Loss and gradients of this loop beside the reference: the largest relative difference of each way to train."""
     import torch
 
@@ -149,10 +149,11 @@ def compare(family: str, folder: Path) -> Row:
     examples = [TokenizedExample(ids, ids, line) for line, ids in enumerate(samples, 1)]
     rows: Row = {}
     expected: tuple[float, dict[str, Any]] | None = None
-    for way in STEPS:
+    for way in ways:
         config = TrainConfig(
-            model=str(folder), lora_r=4, lora_alpha=8, lora_dropout=0.0, max_length=128, compile="none",
-            packing=way == "packed", gradient_checkpointing="full" if way == "recomputed" else "none",
+            model=str(folder), lora_r=4, lora_alpha=8, lora_dropout=0.0, max_length=128,
+            compile="layers" if way.startswith("compiled") else "none",
+            packing=way.endswith("packed"), gradient_checkpointing="full" if way == "recomputed" else "none",
         )  # fmt: skip
         try:
             config, trainee = build(config)

@@ -346,6 +346,11 @@ def write_random_model(shape: Shape, folder: Path, **changes: Any) -> None:
     model.save_pretrained(folder)
 
 
+def _fail(warning: str) -> None:
+    """What is measured as compiled must be compiled."""
+    raise Failed(warning)
+
+
 def build(config: TrainConfig) -> tuple[TrainConfig, "Trainee"]:
     """The model, decoder, loss and optimizer as train_loop.main makes them, in the same five calls.
 
@@ -377,7 +382,7 @@ def build(config: TrainConfig) -> tuple[TrainConfig, "Trainee"]:
     seed_generators(config.seed)
     model = load_nf4_model(source, config, attention.loaded_as, place)
     model = add_lora(model, config, targets, source)
-    decoder = accelerate(model, config)
+    decoder = accelerate(model, config, _fail)
     loss_sum = functools.partial(token_loss_sum, head=read_head(model))
     optimizer = build_optimizer({name: each for name, each in model.named_parameters() if each.requires_grad}, config)
     return config, Trainee(model, decoder, loss_sum, optimizer)

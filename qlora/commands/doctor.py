@@ -213,7 +213,7 @@ def _layers() -> Iterator[Row]:
     from qlora.speed import graphs, layers
 
     device, meta_model = _device(), _meta_model()
-    compiled = layers.compile_unavailable_reason("phi3", device)
+    compiled = layers.compile_unavailable_reason(meta_model, device)
     recorded = compiled or graphs.graphs_unavailable_reason(meta_model)
     yield Row("compiled layers", compiled is None, compiled or "available")
     yield Row("CUDA graphs", recorded is None, recorded or "available")

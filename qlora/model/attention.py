@@ -17,7 +17,7 @@ from qlora.config import AttnImplementation, TrainConfig
 from qlora.data.batch import Batch, collate_packed
 from qlora.data.template import TokenizedExample
 from qlora.errors import ConfigError, EnvironmentProblem
-from qlora.model.families import FAMILIES, is_uniform
+from qlora.model.families import attention_use
 
 # -- the choice ------------------------------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ def choose_attention(config: TrainConfig, device: torch.device, meta_model: Any 
     Raises:
         EnvironmentProblem: if a backend was asked for by name and cannot run here.
     """
-    against = unavailable_reasons(device, meta_model)
+    against = unavailable_reasons(device, meta_model, config.packing)
     requested = config.attn_implementation
     if requested != "auto":
         if against[requested]:
@@ -58,7 +58,7 @@ def choose_attention(config: TrainConfig, device: torch.device, meta_model: Any 
                 hint="Use auto to pick a backend that runs here.",
             )
         return Attention(requested, "as asked")
-    window = None if meta_model is None else training_window(meta_model.config.get_text_config(), config.max_length)
+    window = None if meta_model is None else _active_window(meta_model, config.max_length)
     order: list[AttnImplementation] = ["sdpa", "flash_attention_2", "eager"]
     why = "it needs no mask here"
     if config.packing or window is not None:
@@ -69,16 +69,17 @@ def choose_attention(config: TrainConfig, device: torch.device, meta_model: Any 
     return Attention(chosen, "; ".join(passed_over) or why)
 
 
-def unavailable_reasons(device: torch.device, meta_model: Any = None) -> dict[str, str | None]:
+def unavailable_reasons(device: torch.device, meta_model: Any = None, packing: bool = False) -> dict[str, str | None]:
     """Why a backend cannot run here, or None, for each value of `--attn-implementation` but auto.
 
     Args:
         device: where the model will be.
         meta_model: the model without weights; None to look at the machine alone.
+        packing: whether rows are to be packed.
     """
     return {
         "flash_attention_2": _flash_unavailable_reason(device, meta_model),
-        "varlen": _varlen_unavailable_reason(device, meta_model),
+        "varlen": _varlen_unavailable_reason(device, meta_model, packing),
         "sdpa": None if getattr(meta_model, "_supports_sdpa", True) else f"{type(meta_model).__name__} does not support it",
         "eager": None,
     }
@@ -106,7 +107,7 @@ def _flash_unavailable_reason(device: torch.device, meta_model: Any) -> str | No
     return None if getattr(meta_model, "_supports_flash_attn", True) else f"{type(meta_model).__name__} does not support it"
 
 
-def _varlen_unavailable_reason(device: torch.device, meta_model: Any) -> str | None:
+def _varlen_unavailable_reason(device: torch.device, meta_model: Any, packing: bool = False) -> str | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -119,11 +120,16 @@ def _varlen_unavailable_reason(device: torch.device, meta_model: Any) -> str | N
         return unavailable_reason
     if meta_model is None:
         return None
-    if getattr(meta_model.config, "attention_dropout", None):
+    if getattr(meta_model.config.get_text_config(), "attention_dropout", None):
         return "it has no dropout of attention weights"
-    return (
-        None if is_uniform(meta_model) else f"it was tried with {', '.join(FAMILIES)} only, this is {type(meta_model).__name__}"
-    )
+    use = attention_use(meta_model)
+    if use.problem:
+        return f"it replaces transformers' attention functions, and in {type(meta_model).__name__} {use.problem}"
+    if use.softcap:
+        return f"it cannot cap scores as {type(meta_model).__name__} does"
+    if packing and not use.lengths:
+        return f"the layers of {type(meta_model).__name__} do not pass on the lengths of packed samples"
+    return None
 
 
 # -- while training --------------------------------------------------------------------------------------------------
@@ -142,23 +148,29 @@ def training_window(config: Any, max_length: int) -> int | None:
     return None if window is not None and not per_layer and max_length <= window + 1 else window
 
 
+def _active_window(meta_model: Any, max_length: int) -> int | None:
+    """The sliding window that hides something from a row of `max_length` tokens in some layer, or None."""
+    window = training_window(meta_model.config.get_text_config(), max_length)
+    return window if window is not None and max_length > window and attention_use(meta_model).window else None
+
+
 @contextlib.contextmanager
 def for_training(model: Any, config: TrainConfig) -> Iterator[None]:
     """Run a block with this file's attention functions and the window to train with, and put back what was there.
 
     transformers makes masks for the functions it knows, and waits for the GPU at each forward to see whether rows are packed.
-    For a name that it has no mask function for it does neither; `decoder_inputs` gives the masks that are needed. Models of
-    other families keep transformers' functions, masks and wait.
+    For a name that it has no mask function for it does neither; `decoder_inputs` gives the masks that are needed. Models in
+    which these functions cannot replace transformers' (see attention_use) keep transformers' functions, masks and wait.
 
     Raises:
         ConfigError: if rows are to be packed and the model lets a sample see its neighbor.
     """
-    settings, base = model.config, model.get_base_model()
+    settings, use = model.get_decoder().config, attention_use(model)
     before = settings._attn_implementation, getattr(settings, "sliding_window", None)
     try:
         if getattr(settings, "sliding_window", None) is not None:
-            settings.sliding_window = training_window(settings, config.max_length)
-        if is_uniform(base):
+            settings.sliding_window = training_window(settings, config.max_length) if use.window else None
+        if use.problem is None and (use.lengths or not config.packing or config.attn_implementation != "flash_attention_2"):
             settings._attn_implementation = PREFIX + config.attn_implementation
         if config.packing:
             _check_packing(model)
@@ -206,20 +218,33 @@ def decoder_inputs(batch: Batch, config: Any) -> dict[str, Any]:
 
     Returns:
         input_ids [B, T]; position_ids [B, T] and the four arguments of transformers' varlen kernels with packing; a mask
-        [B or 1, 1, T, T] for the functions of this file that need one.
+        [B or 1, 1, T, T] for the functions of this file that need one, or two by the kind of layer where layers differ.
     """
     inputs: dict[str, Any] = {"input_ids": batch.input_ids}
     if batch.cu_seqlens is not None:
         inputs |= {"position_ids": batch.position_ids, "cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
         inputs |= {"max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
-    name, window = config._attn_implementation, getattr(config, "sliding_window", None)
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if kinds is None:
+        masks = {"all": _mask_for(config._attn_implementation, batch, window)}
+    else:
+        windows = {"full_attention": None, "sliding_attention": window}
+        name = config._attn_implementation
+        masks = {kind: _mask_for(name, batch, windows[kind]) if kind in kinds else None for kind in windows}
+    if any(mask is not None for mask in masks.values()):
+        inputs["attention_mask"] = masks["all"] if kinds is None else masks
+    return inputs
+
+
+def _mask_for(name: str, batch: Batch, window: int | None) -> torch.Tensor | None:
+    """The mask [B or 1, 1, T, T] that a function of this file needs; None if it needs none, or for others' functions."""
     beyond = window is not None and batch.input_ids.shape[1] > window
     if name == PREFIX + "eager":
         seen = causal_mask(batch, window)  # [B or 1, 1, T, T]
-        inputs["attention_mask"] = torch.zeros_like(seen, dtype=torch.bfloat16).masked_fill_(~seen, MASKED)  # [B or 1, 1, T, T]
-    elif name == PREFIX + "sdpa" and (beyond or batch.cu_seqlens is not None):
-        inputs["attention_mask"] = causal_mask(batch, window)  # [B or 1, 1, T, T]
-    return inputs
+        return torch.zeros_like(seen, dtype=torch.bfloat16).masked_fill_(~seen, MASKED)  # [B or 1, 1, T, T]
+    if name == PREFIX + "sdpa" and (beyond or batch.cu_seqlens is not None):
+        return causal_mask(batch, window)  # [B or 1, 1, T, T]
+    return None
 
 
 def causal_mask(batch: Batch, window: int | None) -> torch.Tensor:
@@ -248,11 +273,15 @@ def _eager(
     attention_mask: torch.Tensor,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as in the paper (Vaswani et al., 2017, section 3.2.1): all T x T scores at once."""
-    key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))  # [B, H, T, d] each
-    scores = query @ key.transpose(2, 3) * scaling + attention_mask  # [B, H, T, T]
+    key, value = (repeat_kv(tensor, query.shape[1] // key.shape[1]) for tensor in (key, value))  # [B, H, T, d] each
+    scores = query @ key.transpose(2, 3) * scaling  # [B, H, T, T]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap  # [B, H, T, T]
+    scores = scores + attention_mask  # [B, H, T, T]
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)  # [B, H, T, T]
     weights = torch.dropout(weights, dropout, module.training)  # [B, H, T, T]
     return (weights @ value).transpose(1, 2).contiguous(), None  # [B, T, H, d]
@@ -267,6 +296,7 @@ def _flash_attention_2(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     **_: Any,
@@ -283,6 +313,8 @@ def _flash_attention_2(
         "window_size": window,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+    if softcap is not None:
+        options["softcap"] = softcap
     if cu_seq_lens_q is None:
         return flash_attn.flash_attn_func(query, key, value, **options), None  # [B, T, H, d]
     flat = (tensor.flatten(0, 1) for tensor in (query, key, value))  # [B * T, H, d] each
@@ -307,7 +339,7 @@ def _varlen(
     from torch.nn.attention import varlen
 
     attend: Any = varlen.varlen_attn  # Any: its stub does not know that it returns one tensor here
-    key, value = (repeat_kv(tensor, module.num_key_value_groups) for tensor in (key, value))  # [B, H, T, d] each
+    key, value = (repeat_kv(tensor, query.shape[1] // key.shape[1]) for tensor in (key, value))  # [B, H, T, d] each
     rows, length = query.shape[0], query.shape[2]
     if cu_seq_lens_q is None:  # one sample a row
         cu_seq_lens_q = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)  # [B + 1]

@@ -1,7 +1,8 @@
 """The decoder as it runs in training: fast, in little memory, and with the same numbers up to rounding."""
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ from qlora.speed import lora_linear
 from qlora.speed.graphs import Graphs
 from qlora.speed.layers import training_layers
 
+TOLERANCE = 0.1  # relative difference of hidden states; what bf16 rounds in 32 layers is a tenth of it
 
-def accelerate(model: Any, config: TrainConfig, backend: str = "inductor") -> "AcceleratedDecoder":
+
+def accelerate(
+    model: Any, config: TrainConfig, say: Callable[[str], None] = print, backend: str = "inductor"
+) -> "AcceleratedDecoder":
     """The callable that training steps run instead of `model.get_decoder()`. Evaluation and generation use the model itself.
 
     No `forward` of the model is replaced. Its adapted layers become LoRALinear, a subclass of PEFT's layer with the same
@@ -29,11 +34,12 @@ def accelerate(model: Any, config: TrainConfig, backend: str = "inductor") -> "A
     Args:
         model: NF4 base with adapters.
         config: resolved; gradient_checkpointing, compile, lora_dropout and cache_dequantized are read.
+        say: for a warning if compiled layers turn out to compute something else.
         backend: of torch.compile; a test may pass one that needs no C compiler.
     """
     cache = torch.bfloat16 if config.cache_dequantized else None
     adapted = lora_linear.install(model, cache)
-    return AcceleratedDecoder(model.get_decoder(), adapted, config, backend)
+    return AcceleratedDecoder(model.get_decoder(), adapted, config, say, backend)
 
 
 class AcceleratedDecoder:
@@ -45,7 +51,12 @@ class AcceleratedDecoder:
     """
 
     def __init__(
-        self, decoder: Any, adapted: list[lora_linear.LoRALinear], config: TrainConfig, backend: str = "inductor"
+        self,
+        decoder: Any,
+        adapted: list[lora_linear.LoRALinear],
+        config: TrainConfig,
+        say: Callable[[str], None] = print,
+        backend: str = "inductor",
     ) -> None:
         """Compile nothing yet: the first call does.
 
@@ -53,8 +64,11 @@ class AcceleratedDecoder:
             decoder: of the model.
             adapted: its adapted layers.
             config: resolved.
+            say: for a warning.
             backend: of torch.compile.
         """
+        self._train_config, self._say = config, say
+        self._unchecked = config.compile != "none"
         self.decoder = decoder
         self.config = decoder.config
         self.adapted = adapted
@@ -72,9 +86,32 @@ class AcceleratedDecoder:
             return self.decoder(**inputs)
         if self.seeded:  # drawn here, as a graph must find them among its inputs
             inputs["dropout_seeds"] = lora_linear.dropout_seeds(self.adapted)  # [adapted layers]
-        if self.graphs is not None and torch.is_grad_enabled():
-            return self.graphs(**inputs)
-        return self._run(**inputs)
+        run = self._run if self.graphs is None or not torch.is_grad_enabled() else self.graphs
+        output = run(**inputs)
+        if self._unchecked and torch.is_grad_enabled():
+            self._unchecked = False
+            if not self._agrees(output.last_hidden_state, inputs):
+                return self._run(**inputs)
+        return output
+
+    @torch.no_grad()
+    def _agrees(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> bool:
+        """Compare the first output of compiled layers, hidden [B, T, D], with that of layers as written.
+
+        Both draw the same dropout, by seeds. If they differ by more than bf16 rounds, layers run as written from now on.
+        """
+        plain = {name: value for name, value in inputs.items() if name != "dropout_seeds"}  # which the layers have
+        expected = type(self.decoder).forward(self.decoder, **plain).last_hidden_state.float()  # [B, T, D]
+        difference = float((hidden.float() - expected).norm() / expected.norm())  # sync
+        if difference <= TOLERANCE or not expected.isfinite().all():
+            return True
+        self._say(
+            f"Warning: compiled layers differ from layers as written by {100 * difference:.3g} % in their output. From now on "
+            "layers run as written, which is slower. Please report this with the model's config.json."
+        )
+        self.graphs = None
+        self.layers = training_layers(self.decoder, dataclasses.replace(self._train_config, compile="none"), "eager")
+        return False
 
     def _run(self, dropout_seeds: torch.Tensor | None = None, **inputs: Any) -> Any:
         if self.adapted:

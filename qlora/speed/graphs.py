@@ -14,7 +14,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qlora.errors import EnvironmentProblem, is_out_of_memory
-from qlora.model.families import is_uniform
+from qlora.model.families import attention_use
 from qlora.speed.lora_linear import require_plain_gradients
 
 MAX_GRAPHS = 32  # shapes that are recorded; what comes after runs without a graph
@@ -26,9 +26,9 @@ def graphs_unavailable_reason(model: Any) -> str | None:
     Args:
         model: or the meta model.
     """
-    config = model.config
-    if not is_uniform(model):
-        return "no CUDA graphs, as transformers makes its masks, and waits for the device"
+    config = model.get_decoder().config
+    if problem := attention_use(model).problem:
+        return f"no CUDA graphs, as transformers makes its masks, and waits for the device: {problem}"
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = {entry.get("rope_type") for entry in (parameters, *parameters.values()) if isinstance(entry, dict)}
     if dynamic := kinds & {"dynamic", "longrope"}:
@@ -42,9 +42,21 @@ def static_copies(inputs: dict[str, Any]) -> dict[str, Any]:
     A compiled layer treats one tensor under two names and two equal tensors as different cases. A second copy of
     `cu_seqlens` would be a new tensor of fixed length, and every other length would compile the layer again.
     """
-    distinct = {id(value): value for value in inputs.values() if isinstance(value, torch.Tensor)}
-    copies = {key: tensor.clone() for key, tensor in distinct.items()}
-    return {name: copies.get(id(value), value) for name, value in inputs.items()}
+    copies = {key: tensor.clone() for key, tensor in {id(tensor): tensor for _, tensor in _tensors(inputs)}.items()}
+
+    def copied(value: Any) -> Any:
+        return {kind: copied(mask) for kind, mask in value.items()} if isinstance(value, dict) else copies.get(id(value), value)
+
+    return {name: copied(value) for name, value in inputs.items()}
+
+
+def _tensors(inputs: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each argument that is one, and of each mask in a dict of masks."""
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{kind}", mask) for kind, mask in _tensors(value))
+        elif isinstance(value, torch.Tensor):
+            yield name, value
 
 
 class _Pool(NamedTuple):
@@ -109,9 +121,8 @@ class _Recording:
 
     def copy_in(self, inputs: dict[str, Any]) -> None:
         """Copy a batch to where the graph reads."""
-        for name, value in inputs.items():
-            if isinstance(value, torch.Tensor):
-                self.inputs[name].copy_(value)
+        for (_, target), (_, tensor) in zip(_tensors(self.inputs), _tensors(inputs), strict=True):
+            target.copy_(tensor)
 
     def run_forward(self) -> torch.Tensor:
         """-> hidden [B, T, D], which the next replay overwrites."""
@@ -213,7 +224,7 @@ class Graphs:
 
     def _key(self, inputs: dict[str, Any]) -> tuple[Any, ...]:
         """What a recording depends on: autocast, shapes, and which arguments are one tensor."""
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        tensors = dict(_tensors(inputs))
         first = {id(value): name for name, value in reversed(tensors.items())}
         shapes = ((name, first[id(value)], tuple(value.shape)) for name, value in tensors.items())
         return (torch.is_autocast_enabled(self.anchor.device.type), *shapes)

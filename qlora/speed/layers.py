@@ -28,7 +28,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.config import Compile, GradientCheckpointing, TrainConfig
 from qlora.errors import ConfigError, EnvironmentProblem
-from qlora.model.families import FAMILIES, outermost_layers
+from qlora.model.coverage import UNCOVERED_LIMIT, uncovered
+from qlora.model.families import attention_use, outermost_layers
 from qlora.model.lora import Target
 from qlora.model.shards import shard_of
 from qlora.speed.graphs import graphs_unavailable_reason
@@ -165,7 +166,7 @@ def _ways_to_compile(
     dropout = dropout_unavailable_reason(meta_model)
     if dropout and config.compile in ("layers", "graphs"):
         raise EnvironmentProblem(f"--compile {config.compile} cannot be used: {dropout}.", hint="Leave it out.")
-    unavailable_reason = compile_unavailable_reason(meta_model.config.model_type, device) or dropout
+    unavailable_reason = compile_unavailable_reason(meta_model, device) or dropout
     unrecorded = unavailable_reason or (
         "checkpoints go to the host"
         if config.offload_checkpoints
@@ -231,17 +232,22 @@ def offloaded(hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def compile_unavailable_reason(model_type: str, device: torch.device) -> str | None:
+def compile_unavailable_reason(meta_model: Any, device: torch.device) -> str | None:
     """Why layers are not compiled unless it is asked for, or None.
 
     Args:
-        model_type: of the model's configuration.
+        meta_model: the base model without weights.
         device: where the model is to be.
     """
     if device.type != "cuda":
         return "there is no CUDA GPU"
-    if model_type not in FAMILIES:
-        return f"it was tried with {', '.join(FAMILIES)} only, this is {model_type}"
+    kind = type(meta_model).__name__
+    if not getattr(meta_model, "_can_compile_fullgraph", False):
+        return f"transformers does not declare that {kind} compiles without graph breaks"
+    if uncovered(meta_model).share > UNCOVERED_LIMIT:
+        return f"the experts of {kind} run in transformers' own code"
+    if problem := attention_use(meta_model).problem:
+        return f"in {kind} {problem}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU with bf16 (compute capability 8.0)"
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):

@@ -13,7 +13,7 @@ from qlora.model.families import mixed_rotation
 def test_a_step_is_that_of_transformers_and_peft(tiny, tmp_path, family):
     """Gemma 3 mixes layers with a sliding window and without; Bloom cannot be packed."""
     families.write_model(family, tmp_path)
-    found = families.compare(family, tmp_path)
+    found = families.compare(family, tmp_path, families.STEPS[:3])  # the others compile for half a minute
     assert "lets a sample see its neighbor" in found["packed"]["refused"] if family == "Bloom" else "loss" in found["packed"]
     for step in (step for step in found.values() if "refused" not in step):
         assert step["loss"] < families.LOSS_LIMIT and step["gradient"] < families.GRADIENT_LIMIT

@@ -123,7 +123,7 @@ def test_auto_takes_what_the_model_supports(phi3, gemma2, fake_gpu, monkeypatch)
     assert choose("auto", GPU, gemma2).implementation == "flash_attention_2"
     fake_gpu((9, 0), installed=False)
     chosen = choose("auto", GPU, gemma2, packing=True)
-    assert chosen.implementation == "eager" and "it was tried with phi3, llama, mistral only" in chosen.reason
+    assert chosen.implementation == "eager" and "it cannot cap scores as Gemma2ForCausalLM does" in chosen.reason
     fake_gpu((9, 0), installed=True)
     monkeypatch.setattr(type(phi3), "_supports_flash_attn", False)
     assert choose("auto", GPU, phi3, packing=True).implementation == "varlen"
@@ -150,7 +150,8 @@ def test_varlen_runs_where_it_can_do_what_the_model_does(phi3, gemma2, fake_gpu,
     for capability, newer, model, words in (
         ((7, 5), True, phi3, "compute capability 8.0 or newer, this GPU has 7.5"),
         ((9, 0), False, phi3, rf"needs torch 2.11 or newer, this is {torch.__version__.partition('+')[0]}"),
-        ((9, 0), True, gemma2, "it was tried with phi3, llama, mistral only"),
+        ((9, 0), True, gemma2, "it cannot cap scores as Gemma2ForCausalLM does"),
+        ((9, 0), True, meta_model(transformers.BloomConfig(n_layer=1)), "and in BloomForCausalLM its decoder does not run"),
         ((9, 0), True, with_dropout, "no dropout of attention weights"),
     ):
         fake_gpu(capability, installed=False, varlen=newer)
@@ -158,6 +159,10 @@ def test_varlen_runs_where_it_can_do_what_the_model_does(phi3, gemma2, fake_gpu,
             choose("varlen", GPU, model)
         assert caught.value.exit_code == ExitCode.ENVIRONMENT
     fake_gpu((9, 0), installed=False)
+    stablelm = meta_model(transformers.StableLmConfig(**SIZES))
+    assert choose("varlen", GPU, stablelm).implementation == "varlen"
+    with pytest.raises(UserError, match="the layers of StableLmForCausalLM do not pass on the lengths of packed samples"):
+        choose("varlen", GPU, stablelm, packing=True)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # torch 2.9
     with pytest.raises(UserError, match=r"needs torch 2\.11 or newer"):
         choose("varlen", GPU, phi3)
@@ -192,6 +197,16 @@ def test_a_package_named_kernels_is_never_asked(phi3, fake_gpu, monkeypatch):
 def test_the_window_is_left_out_only_where_it_changes_nothing(window, layer_types, max_length, expected):
     config = SimpleNamespace(sliding_window=window, layer_types=layer_types)
     assert attention.training_window(config, max_length) == expected
+
+
+@pytest.mark.parametrize(("max_length", "backend"), [(16, "sdpa"), (17, "varlen")])
+@pytest.mark.parametrize("name", ["Gemma3Text", "Llama"])
+def test_only_a_window_that_some_layer_reads_asks_for_a_kernel_with_windows(fake_gpu, name, max_length, backend):
+    """Configurations of Llama may name a window, and no layer of it has one."""
+    kinds = {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2} if name == "Gemma3Text" else {}
+    model = meta_model(getattr(transformers, f"{name}Config")(**{**SIZES, **kinds}, sliding_window=16))
+    fake_gpu((9, 0), installed=False)
+    assert choose("auto", GPU, model, max_length=max_length).implementation == ("sdpa" if name == "Llama" else backend)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
@@ -269,7 +284,8 @@ def awake(config, attn_implementation: str = "sdpa", fp32: bool = True):
 @contextlib.contextmanager
 def attend(model, backend: str, window: int | None):
     """Train with a function of ours and a window of so many positions."""
-    model.config.sliding_window = window
+    if getattr(model.config, "layer_types", None) is None:
+        model.config.sliding_window = window
     with attention.for_training(model, TrainConfig(attn_implementation=backend, max_length=2048)):
         yield
 
@@ -307,22 +323,36 @@ ARRANGED = {
 }
 
 
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "sliding_window": 8}
+READ_AT_EACH_FORWARD = ("Phi3", "Mistral", "Starcoder2")  # the window
+FAMILIES = {
+    **{
+        name: {}
+        for name in ("Phi3", "Mistral", "Llama", "Starcoder2", "Gemma", "Granite", "Olmo2", "Glm4", "StableLm", "GPTNeoX")
+    },
+    **{name: {"num_hidden_layers": 2} for name in ("Qwen2", "Qwen3", "SmolLM3")},
+    **dict.fromkeys(("Gemma2", "Gemma3Text", "Olmo3", "Cohere2", "Ministral", "Exaone4"), MIXED),
+}  # of transformers' configuration class: what its shape is beside SIZES
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["phi3 in NF4", "mistral", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ours_is_transformers_own_bit_for_bit(config, family, backend):
     """Hidden states, loss and gradients; theirs with the masks that transformers makes, from position_ids for packed rows."""
-    if family == "phi3 in NF4":
+    if family == "Phi3":
         model = awake(config, backend, fp32=False)
     else:
-        shape = transformers.MistralConfig(**SIZES) if family == "mistral" else transformers.LlamaConfig(**SIZES)
-        model = small_model(config, shape, backend)
-    windows = (None,) if family == "llama" else (None, 8)
+        try:
+            model = small_model(config, getattr(transformers, f"{family}Config")(**{**SIZES, **FAMILIES[family]}), backend)
+        except ValueError as error:
+            pytest.skip(str(error))  # Gemma 2 has no sdpa
+    windows = (None, 8) if family in READ_AT_EACH_FORWARD else (getattr(model.config, "sliding_window", None),)
     losses = {arrangement: set() for arrangement in ARRANGED}
     for arrangement, window in itertools.product(ARRANGED, windows):
         batch = ARRANGED[arrangement]()
-        ours, loss, found = results(model, batch, attend(model, backend, window), autocast=family == "phi3 in NF4")
+        ours, loss, found = results(model, batch, attend(model, backend, window), autocast=family == "Phi3")
         assert settings(model) == (backend, window)
-        theirs, other, expected = results(model, batch, contextlib.nullcontext(), autocast=family == "phi3 in NF4")
+        theirs, other, expected = results(model, batch, contextlib.nullcontext(), autocast=family == "Phi3")
         real = [slice(None)] if batch.cu_seqlens is not None or arrangement == "full" else [batch.labels != IGNORED]
         assert all(torch.equal(ours[at], theirs[at]) for at in real) and loss == other, (arrangement, window)
         assert all(torch.equal(found[name], expected[name]) for name in expected), (arrangement, window)
@@ -428,15 +458,18 @@ PER_LAYER = [
 
 
 @pytest.mark.parametrize("shape", PER_LAYER, ids=lambda shape: shape.model_type)
-def test_models_whose_layers_differ_keep_transformers_functions_and_their_packed_rows_are_right(config, shape):
+def test_packed_rows_are_right_where_layers_differ(config, shape):
     model = small_model(config, shape)
     samples = random_samples(*LENGTHS)
-    with attention.for_training(model, dataclasses.replace(config, attn_implementation="eager", max_length=9)):
-        assert settings(model) == ("eager", 8)
-        _, loss, expected = results(model, collate(samples), contextlib.nullcontext(), autocast=False)
-        _, ours, found = results(model, packed(samples), contextlib.nullcontext(), autocast=False)
-        leaky = packed(samples)._replace(cu_seqlens=None, position_ids=None)
-        _, other, _ = results(model, leaky, contextlib.nullcontext(), autocast=False)
+    training = functools.partial(
+        attention.for_training, model, dataclasses.replace(config, attn_implementation="eager", max_length=9)
+    )
+    with training():
+        assert settings(model) == ("training_eager", 8)
+    _, loss, expected = results(model, collate(samples), training(), autocast=False)
+    _, ours, found = results(model, packed(samples), training(), autocast=False)
+    leaky = packed(samples)._replace(cu_seqlens=None, position_ids=None)
+    _, other, _ = results(model, leaky, training(), autocast=False)
     assert settings(model) == ("eager", 8)
     assert ours == pytest.approx(loss, rel=1e-6) and relative_error(found, expected) < 1e-5
     assert abs(other - loss) > 1e-5 * loss
@@ -505,8 +538,8 @@ def test_a_window_that_changes_nothing_is_left_out_in_other_families_too(config)
     for max_length, window in ((16, None), (17, 15)):
         short = dataclasses.replace(config, attn_implementation="sdpa", max_length=max_length)
         with attention.for_training(model, short):
-            assert (model.config.sliding_window, model.config._attn_implementation) == (window, "sdpa")
-        assert model.config.sliding_window == 15
+            assert (model.config.sliding_window, model.config._attn_implementation) == (window, "training_sdpa")
+        assert (model.config.sliding_window, model.config._attn_implementation) == (15, "sdpa")
 
 
 def test_the_probe_for_packing_has_rows_and_padding_as_training_has_them(config, monkeypatch):
@@ -602,7 +635,7 @@ def test_the_mask_to_the_letter():
 # -- the kernels, with slow twins in their place ---------------------------------------------------------------------
 
 
-def naive(query, key, value, ends, longest: int, scale: float, left: int, right: int) -> torch.Tensor:
+def naive(query, key, value, ends, longest: int, scale: float, left: int, right: int, softcap: float = 0.0) -> torch.Tensor:
     """Attention inside of each piece [T of it, H, d] between `ends`; so many positions to the left and right, -1 for all."""
     ends = ends.tolist()
     assert ends[0] == 0 and ends[-1] == len(query) == len(key) == len(value)
@@ -612,7 +645,8 @@ def naive(query, key, value, ends, longest: int, scale: float, left: int, right:
         q, k, v = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
         ahead = torch.arange(end - start)[None, :] - torch.arange(end - start)[:, None]
         unseen = (ahead > right if right >= 0 else False) | (ahead < -left if left >= 0 else torch.zeros_like(ahead).bool())
-        scores = (q @ k.transpose(1, 2) * scale).masked_fill(unseen, -torch.inf)
+        scores = q @ k.transpose(1, 2) * scale
+        scores = (torch.tanh(scores / softcap) * softcap if softcap else scores).masked_fill(unseen, -torch.inf)
         outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
     return torch.cat(outputs)
 
@@ -631,20 +665,20 @@ def slow_kernels(monkeypatch):
         return naive(query, key, value, cu_seq_q, max_q, scale, *window_size)
 
     def varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-                    causal=False, window_size=(-1, -1), deterministic=False):  # fmt: skip
+                    causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False):  # fmt: skip
         assert cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32 and max_seqlen_q == max_seqlen_k
         assert q.shape[1] == 2 * k.shape[1] == 2 * v.shape[1] and dropout_p == 0.0 and causal
         calls.append(("flash_attn_varlen_func", deterministic))
         k, v = (tensor.repeat_interleave(2, dim=1) for tensor in (k, v))
-        return naive(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, window_size[0], 0)
+        return naive(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, window_size[0], 0, softcap)
 
-    def func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), deterministic=False):
+    def func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False):
         assert q.shape[2] == 2 * k.shape[2] == 2 * v.shape[2] and dropout_p == 0.0 and causal
         calls.append(("flash_attn_func", deterministic))
         rows, length = q.shape[:2]
         ends = torch.arange(0, (rows + 1) * length, length)
         q, k, v = q.flatten(0, 1), *(tensor.flatten(0, 1).repeat_interleave(2, dim=1) for tensor in (k, v))
-        return naive(q, k, v, ends, length, softmax_scale, window_size[0], 0).unflatten(0, (rows, length))
+        return naive(q, k, v, ends, length, softmax_scale, window_size[0], 0, softcap).unflatten(0, (rows, length))
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=func, flash_attn_varlen_func=varlen_func))
@@ -665,6 +699,22 @@ def test_kernels_are_told_what_the_masks_say(config, slow_kernels, backend, wind
     else:
         names = ["flash_attn_func", "flash_attn_func", "flash_attn_varlen_func"]
         assert slow_kernels == [(name, False) for name in names for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [("Gemma3Text", "varlen"), ("Cohere2", "varlen"), ("Olmo3", "flash_attention_2"), ("Gemma2", "flash_attention_2")],
+)
+def test_kernels_get_window_and_cap_of_each_layer(config, slow_kernels, family, backend):
+    shape = getattr(transformers, f"{family}Config")(**{**SIZES, **MIXED})
+    shape.attn_logit_softcapping = 0.01  # which Gemma 2 reads; so low that it has an effect
+    model = small_model(config, shape)
+    for arrange in ARRANGED.values():
+        batch = arrange()
+        _, loss, expected = results(model, batch, attend(model, "eager", 8), autocast=False)
+        _, ours, found = results(model, batch, attend(model, backend, 8), autocast=False)
+        assert ours == pytest.approx(loss, rel=1e-6) and relative_error(found, expected) < 1e-5
+    assert len(slow_kernels) == 6
 
 
 def test_flash_attn_is_told_to_be_deterministic(config, slow_kernels):

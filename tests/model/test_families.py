@@ -14,6 +14,7 @@ from qlora.config import TrainConfig
 from qlora.errors import ExitCode, UserError
 from qlora.eval import generate
 from qlora.model.coverage import nf4_layers, uncovered
+from qlora.model.families import attention_use
 from qlora.model.load import load_meta_model, load_nf4_model
 from qlora.model.lora import add_lora, audit_targets, checked_targets
 from qlora.model.supported import check_model
@@ -72,6 +73,53 @@ def saved(tmp_path, tokenizer):
 @pytest.fixture(autouse=True)
 def no_answers(monkeypatch):
     monkeypatch.setattr(generate, "sample_responses", lambda *_: [])
+
+
+# -- what layers ask of attention --------------------------------------------------------------------------------------
+
+KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "use"),
+    [
+        ("Llama", MOE, (None, False, False, True)),
+        ("Llama", MOE | {"sliding_window": 8}, (None, False, False, True)),  # which no layer of it reads
+        ("Mistral", MOE | {"sliding_window": 8}, (None, True, False, True)),
+        ("Qwen3", MOE, (None, False, False, True)),
+        ("Gemma3Text", MOE | KINDS, (None, True, False, True)),
+        ("Gemma2", MOE | KINDS, (None, True, True, True)),
+        ("StableLm", MOE, (None, False, False, False)),
+        ("Bert", SIZES, ("its attention is not causal",)),
+        ("GptOss", MOE | {"num_local_experts": 4, "head_dim": 16}, ("its attention has s_aux",)),
+        ("DiffLlama", MOE, ("its 2 layers call the function of transformers' AttentionInterface 4 times",)),
+        ("Mpt", BY_POSITION["Mpt"], ("its 2 layers call the function of transformers' AttentionInterface 0 times",)),
+        ("Llama4Text", MOE | {"num_local_experts": 2}, ("its decoder does not run with masks that are given (KeyError('ch",)),
+        ("OPT", {"vocab_size": 384, "hidden_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 64, "num_hidden_layers": 2,
+                 "num_attention_heads": 4}, ("its decoder does not run with masks that are given (ValueError(",)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_model_is_judged_by_what_its_layers_ask_of_attention(name, settings, use):
+    with torch.device("meta"):
+        config = getattr(transformers, f"{name}Config")(**settings)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager").train()
+    before = config.to_dict()
+    found = attention_use(model)
+    if use[0] is None:
+        assert found == use
+    else:
+        assert found.problem is not None and found.problem.startswith(use[0])
+    assert config.to_dict() == before and config._attn_implementation == "eager" and model.training
+
+
+def test_a_rotation_that_reads_lengths_is_judged_too_and_put_back():
+    rotation = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            config = transformers.LlamaConfig(**MOE, rope_parameters=rotation)
+            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        assert attention_use(model).problem is None and model.model.rotary_emb.rope_type == "dynamic"
 
 
 # -- decoders that are called by position ------------------------------------------------------------------------------

@@ -143,6 +143,7 @@ def test_only_training_is_recorded_and_only_so_many_shapes(config, samples, stan
     decoder.decoder.train()
     with torch.no_grad():
         decoder(input_ids=ids, use_cache=False)
+    assert not decoder.graphs.seen
     for shape in (ids, ids[:, :64]):  # each comes once
         decoder(input_ids=shape, use_cache=False).last_hidden_state.sum().backward()
     assert not recordings
@@ -294,7 +295,12 @@ def test_one_tensor_under_two_names_has_one_copy(stand_in, config):
     copies = graphs.static_copies({"q": ends, "k": ends, "other": other, "longest": 7, "nothing": None})
     assert copies["q"] is copies["k"] is not copies["other"] and copies["longest"] == 7 and copies["nothing"] is None
     assert copies["q"] is not ends and torch.equal(copies["q"], ends)
+    masks = {"full_attention": None, "sliding_attention": other}
+    copied = graphs.static_copies({"mask": masks, "other": other})
+    assert copied["mask"]["full_attention"] is None and copied["mask"]["sliding_attention"] is copied["other"] is not other
     key = decoder_of(decoder_with_graphs(config)[0]).graphs._key
+    assert key({"mask": masks}) == key({"mask": {**masks, "sliding_attention": ends}}) != key({"mask": other})
+    assert key({"mask": masks}) != key({"mask": {**masks, "full_attention": ends}})
     assert key({"q": ends, "k": ends}) == key({"q": other, "k": other}) != key({"q": ends, "k": other})
 
 

@@ -401,6 +401,23 @@ def test_evaluation_runs_the_layer_as_it_is_written(awake, micro_batches, monkey
     assert evaluate_loss(model, micro_batches, loss_sum) == before
 
 
+def test_layers_that_compile_to_something_else_run_as_written(awake, micro_batches, monkeypatch):
+    """As a compiler with a fault in it would have it. The first loss is already that of the layers as written."""
+    plain, config = awake(gradient_checkpointing="full")
+    expected = step(prepared(plain, config, "full"), config, micro_batches)
+    model, config = awake(gradient_checkpointing="full", compile="layers")
+    said: list[str] = []
+
+    def wrong(graph, inputs):
+        return lambda *args: [1.5 * output if output is not None else None for output in graph(*args)]
+
+    torch._dynamo.reset()
+    model.accelerated = accelerate(model, config, said.append, backend=wrong)
+    found = step(model, config, micro_batches)
+    assert same(found, expected) and len(said) == 1
+    assert said[0].startswith("Warning: compiled layers differ from layers as written by ") and "run as written" in said[0]
+
+
 def test_what_cannot_be_compiled_says_how_to_do_without(awake, micro_batches):
     def broken(graph, inputs):
         raise RuntimeError("no such instruction")
@@ -503,14 +520,18 @@ def test_what_reads_lengths_from_the_device_is_compiled_but_not_recorded(card, p
     assert line.startswith("Layers: compiled (no CUDA graphs, as its longrope rotation reads the length from the device); ")
 
 
-def test_where_nobody_tried_it_layers_run_as_written(card, monkeypatch):
+def test_what_cannot_be_compiled_runs_as_written(card, phi3, monkeypatch):
     card(80, capability=(7, 5))
-    assert "compute capability 8.0" in str(layers.compile_unavailable_reason("phi3", GPU))
+    assert "compute capability 8.0" in str(layers.compile_unavailable_reason(phi3, GPU))
     card(80)
-    assert layers.compile_unavailable_reason("phi3", GPU) is None
-    assert "phi3, llama, mistral only, this is gemma2" in str(layers.compile_unavailable_reason("gemma2", GPU))
+    assert layers.compile_unavailable_reason(phi3, GPU) is None
+    for name, words in (("Bloom", "in BloomForCausalLM its decoder does not run with masks"), ("Mixtral", "the experts of Mix"),
+                        ("Mpt", "does not declare that MptForCausalLM compiles")):  # fmt: skip
+        with torch.device("meta"):
+            other = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")())
+        assert words in str(layers.compile_unavailable_reason(other, GPU))
     monkeypatch.setattr(layers, "shutil", SimpleNamespace(which=lambda _: None))
-    assert "C compiler" in str(layers.compile_unavailable_reason("phi3", GPU))
+    assert "C compiler" in str(layers.compile_unavailable_reason(phi3, GPU))
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])
@@ -568,9 +589,9 @@ def test_what_was_asked_for_and_cannot_be_had_is_refused_before_the_model_loads(
             layers.choose_layers(asked, model, targets, 100, device)
         assert refused.value.exit_code == ExitCode.ENVIRONMENT
     card(80)
-    monkeypatch.setattr(phi3.config, "layer_types", ["full_attention"], raising=False)
+    monkeypatch.setattr(phi3.model.layers[0].self_attn, "is_causal", False)
     chosen, line = layers.choose_layers(TrainConfig(attn_implementation="sdpa"), phi3, audit_targets(phi3, config), 9, GPU)
-    assert chosen.compile == "layers" and "no CUDA graphs, as transformers makes its masks" in line
+    assert chosen.compile == "none" and "as written (in Phi3ForCausalLM its attention is not causal)" in line
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])
