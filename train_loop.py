@@ -35,7 +35,7 @@ from qlora.model import attention
 from qlora.model.load import fingerprint, load_nf4_model
 from qlora.model.lora import add_lora
 from qlora.model.loss import read_head, token_loss_sum
-from qlora.model.optimizer import build_optimizer
+from qlora.model.optimizer import build_optimizer, loss_scale, unscale_gradients, update_loss_scale
 from qlora.model.random_state import seed_generators
 from qlora.report import html
 from qlora.run import checkpoint, explain, log
@@ -89,8 +89,7 @@ def train_step(
         learning_rate: of this step.
         max_grad_norm: clip to this norm; None leaves gradients as they are.
 
-    Returns:
-        Mean loss per supervised token, and the gradient norm before clipping: fp32 scalars, still on the device.
+    Returns: mean loss per supervised token, and the gradient norm before clipping: fp32 scalars, still on the device.
     """
     # Only the adapters: the base is frozen, and no optimizer knows it.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -98,6 +97,8 @@ def train_step(
     # Divide by the tokens of the whole step, never by the number of micro-batches: a mean of means weighs tokens of
     # short answers more, and is off by a factor of 1.4 in the gradient for answers of 12 and 100 tokens.
     num_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
+    # 1, but for fp16, in which small gradients would be 0: there the loss is scaled up until gradients are in fp32.
+    scale = loss_scale(optimizer)
     loss = torch.zeros((), device=device)  # []
     # The gradients of the last step stayed until now so that they could be looked at.
     optimizer.zero_grad(set_to_none=True)
@@ -106,27 +107,26 @@ def train_step(
         torch.manual_seed(micro_batch.seed)
         # The copy does not wait: the batch is in pinned memory.
         batch = micro_batch.to(device)
-        # Autocast runs matrix products in bf16 and casts the fp32 adapters on the fly. Norms and the loss stay in fp32.
-        with torch.autocast(device.type, torch.bfloat16):
+        # Autocast runs matrix products in bf16 (or fp16) and casts the fp32 adapters. Norms and the loss stay in fp32.
+        with torch.autocast(device.type, decoder.dtype):
             # Ids [B, T], and with packing what keeps the samples of a row apart.
             inputs = attention.decoder_inputs(batch, decoder.config)
             hidden = decoder(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
             micro_loss = loss_sum(hidden, batch) / num_tokens  # []
         # Adds to the gradients of the step's earlier micro-batches.
-        micro_loss.backward()
-        # The loss stays on the device: reading it here would wait for the backward pass.
-        loss += micro_loss.detach()
+        (scale * micro_loss).backward()
+        loss += micro_loss.detach()  # stays on the device: reading it here would wait for the backward pass
     distributed.sum_gradients(parameters, loss)  # over all GPUs; each continues with the sums
+    unscale_gradients(parameters, scale)
     # Returns the norm even where nothing is clipped.
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)
     # The schedule is a function of the step, so there is no scheduler to save and restore.
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group.get("lr_ratio", 1.0)  # LoRA+ gives B a higher one than A
-    # A NaN or infinity must not reach the weights. A fused optimizer skips its update where found_inf is 1, on the device;
-    # for any other the host has to look, and wait.
+    # A NaN or infinity must not reach the weights. Where found_inf is 1 a fused optimizer skips its update, on the device.
     finite = torch.isfinite(loss) & torch.isfinite(grad_norm)  # []
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    if fused:
+    update_loss_scale(optimizer, finite)  # sync, in fp16 only
+    if fused := getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
     if fused or finite.item():  # sync, unless it is fused
         optimizer.step()
@@ -211,7 +211,7 @@ def train(
                 stopping = distributed.largest(stop.received or 0)
                 # A target that gets no gradient would train nothing, in silence.
                 if step == 1:
-                    check_first_gradients(adapters, grad_norm)
+                    check_first_gradients(adapters, grad_norm, config.precision == "fp16")
                 # -- log --
                 # Reading a loss waits for the GPU, so rows are read every few steps. The first step is read at once.
                 step_log.add(step, epoch, learning_rate, loss, grad_norm, micro_batches)
@@ -220,7 +220,7 @@ def train(
                 if save or step == 1 or step % config.logging_steps == 0:
                     step_log.flush()  # sync
                     explain.explain_step(config, model, optimizer, step, tracker, first=not step_log.before)
-                    skipped = check_finite(step_log, skipped, config.skip_nonfinite, run.advice, prep.train_set.source)
+                    skipped = check_finite(step_log, skipped, config, run.advice, prep.train_set.source)
                     # tokens_per_s counts training alone: not explanations, saves or evaluations.
                     step_log.restart_clock()
                 # -- save --
@@ -249,6 +249,7 @@ def finish(prep: Prepared, trainee: Trainee, evaluations: dict[int, EvalResult],
         Peak memory in training, in GB.
     """
     model, decoder, _, optimizer = trainee
+    # Of several GPUs, the first writes.
     if not distributed.ranks().is_first:
         return math.nan
     run.wait_until_saved()
@@ -311,7 +312,8 @@ def main(options: TrainConfig, stop: Signals) -> None:
             trainee = Trainee(model, decoder, loss_sum, optimizer)  # what changes from step to step: adapters and moments
             clock.end("model")
             if device.type == "cuda":
-                # What does not fit should fail now, not in hour three.
+                # What does not fit should fail now, not in hour three. At rate zero no weight moves, and weight decay, which
+                # the rate multiplies, does nothing either.
                 probe_step = functools.partial(train_step, decoder, loss_sum=loss_sum, learning_rate=0.0, max_grad_norm=None)
                 with attention.for_training(model.train(), config):
                     say(memory.probe_memory(probe_step, optimizer, prep.train_set, config, prep.predicted_gb))

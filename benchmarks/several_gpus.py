@@ -328,7 +328,7 @@ def efficiency() -> str:
 
 def derivation() -> str:
     """The numbers that `efficiency` comes from, in words."""
-    from qlora.model.coverage import nf4_layers
+    from qlora.model.coverage import quantized_layers
     from qlora.speed.scaling import reduced_bytes, step_time
 
     meta_model, targets, config = _phi3("none", False)
@@ -336,7 +336,7 @@ def derivation() -> str:
     step = step_time(meta_model, targets, config, tokens, 2, 300.0)
     full_model, full_targets, full = _phi3("full", True)
     sharded = step_time(full_model, full_targets, full, tokens, 2, 300.0)
-    packed = sum(layer.weight.numel() for layer in nf4_layers(meta_model).values()) / 2
+    packed = sum(layer.weight.numel() for layer in quantized_layers(meta_model).values()) / 2
     shapes, depth = LLAMA_70B
     large = 32 * depth * sum(rows + columns for rows, columns in shapes)
     gathered = 2 * full.gradient_accumulation_steps * packed

@@ -86,7 +86,7 @@ def read_pairs(path: Path, template: PromptTemplate, max_length: int) -> list[Pa
 
 def log_probabilities(decoder: Any, batch: Batch, head: Head) -> torch.Tensor:
     """Of each row's answer: the sum over its tokens. [B] fp32."""
-    with torch.autocast(batch.input_ids.device.type, torch.bfloat16):
+    with torch.autocast(batch.input_ids.device.type, decoder.dtype):
         hidden = decoder(**attention.decoder_inputs(batch, decoder.config), use_cache=False).last_hidden_state  # [B, T, D]
         row_of = batch.positions // batch.input_ids.shape[1]  # [N]
         of_rows = (batch._replace(positions=batch.positions[row_of == row]) for row in range(len(batch.input_ids)))

@@ -19,6 +19,8 @@ LossOn = Literal["response", "all", "last"]
 GradientCheckpointing = Literal["auto", "none", "selective", "full"]
 Compile = Literal["auto", "none", "layers", "graphs"]
 Optimizer = Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"]
+Quantization = Literal["nf4", "fp4", "int8", "none"]
+Precision = Literal["auto", "bf16", "fp16"]
 Overridable = Literal["learning_rate", "warmup_ratio", "num_train_epochs", "max_steps", "weight_decay", "max_grad_norm",
                       "lora_dropout", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
                       "early_stopping_patience",
@@ -41,6 +43,12 @@ class ModelOptions:
     """Branch, tag or commit of a hub id. Unset: its default branch; the commit found is kept with the adapter."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Phi-3 needs none: transformers has it built in."""
+    quantization: Quantization = "nf4"
+    """How the frozen base stores its linear layers. nf4 and fp4: 4 bits per weight, with double quantization. int8: 8 bits
+    (LLM.int8), in bitsandbytes' own code, which is slower. none: in bf16 (or fp16), which is plain LoRA."""
+    precision: Precision = "auto"
+    """Type of matrix products and of the base's other weights. auto: bf16; fp16 on GPUs without bf16 (before compute
+    capability 8.0). With fp16 the loss is scaled, so that small gradients do not vanish."""
     attn_implementation: AttnImplementation = "auto"
     """auto: sdpa; with --packing or beyond the sliding window torch's varlen, or flash_attention_2 where that is missing."""
 
@@ -234,6 +242,10 @@ class TrainConfig(OutputOptions, SpeedOptions, TrainingOptions, LoraOptions, Dat
             raise _refused("offload_checkpoints", True, "given on a CUDA GPU, and without --compile or with --compile layers")
         if self.shard_base and (self.cache_dequantized or self.compile == "graphs"):
             raise _refused("shard_base", True, "given without --cache-dequantized and without --compile graphs")
+        if self.shard_base and self.quantization != "nf4":
+            raise _refused("shard_base", True, "given with --quantization nf4")
+        if self.cache_dequantized and self.quantization not in ("nf4", "fp4"):
+            raise _refused("cache_dequantized", True, "given with --quantization nf4 or fp4")
         if self.early_stopping_patience is not None and self.eval_file is None and self.train_file is not None:
             raise _refused("early_stopping_patience", self.early_stopping_patience, "given together with --eval-file")
         model = self.model or (PHI3_MINI if on_gpu else "demo")

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 import torch
 import transformers
 
+from benchmarks import families
+from benchmarks.harness import build
 from benchmarks.kill_resume import metrics
 from qlora.checksum import checksum
 from qlora.cli import main as any_command
@@ -30,7 +33,7 @@ from qlora.data.template import TokenizedExample
 from qlora.errors import ExitCode
 from qlora.eval import generate
 from qlora.model import attention
-from qlora.model.load import fingerprint, load_nf4_model
+from qlora.model.load import fingerprint, load_meta_model, load_nf4_model
 from qlora.model.lora import add_lora, audit_targets
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
@@ -625,3 +628,74 @@ def test_plan_knows_the_memory_of_this_gpu(capsys):
     assert any_command(["plan"]) == 0
     told = capsys.readouterr().out
     assert torch.cuda.get_device_name() in told and "It fits with --gradient-checkpointing" in told
+
+
+# -- other families, bases and precisions ------------------------------------------------------------------------------
+
+AT_FULL_SPEED = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text", "SmolLM3", "Granite", "Olmo2", "Olmo3",
+                 "Glm4", "Ministral", "Cohere2", "StableLm", "Starcoder2")  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("family", AT_FULL_SPEED)
+def test_other_families_are_compiled_and_recorded(tiny, tmp_path, family, packing):
+    """Rows are longer than the windows of 16, so that layers with one differ from layers without."""
+    families.write_model(family, tmp_path)
+    draw = random.Random(0)
+    rows = [[draw.randrange(3, 384) for _ in range(length)] for length in families.LENGTHS]
+    examples = [TokenizedExample(ids, ids, line) for line, ids in enumerate(rows, 1)]
+    found = {}
+    for compile in ("none", "graphs"):
+        torch._dynamo.reset()
+        asked = TrainConfig(model=str(tmp_path), lora_r=4, lora_dropout=0.0, max_length=128, packing=packing, compile=compile)
+        config, trainee = build(dataclasses.replace(asked, gradient_checkpointing="none"))
+        families.wake(trainee.model)
+        batch = collate_packed([examples[:2], examples[2:]], 128) if packing else collate(examples, 128)
+        with attention.for_training(trainee.model.train(), config):
+            for _ in range(4):  # the first compiles, the second is recorded, the last two are replayed
+                loss, _ = train_step(trainee.decoder, trainee.optimizer, [batch], trainee.loss_sum, 0.0, None)
+        found[compile] = (loss.item(), gradients(trainee.model))
+    assert len(trainee.decoder.graphs.recordings) == 1
+    assert found["graphs"][0] == pytest.approx(found["none"][0], rel=2e-3)
+    assert relative_error(found["graphs"][1], found["none"][1]) < 0.1
+
+
+@pytest.mark.parametrize("compile", ["none", "graphs"])
+@pytest.mark.parametrize("quantization", ["fp4", "none", "int8"])
+def test_gradients_on_other_bases_are_those_of_the_cpu(config, samples, quantization, compile):
+    if (quantization, compile) == ("int8", "graphs"):
+        pytest.skip("layers in 8 bits are never compiled")
+    config = dataclasses.replace(config, quantization=quantization, lora_dropout=0.0, attn_implementation="sdpa")
+    found = []
+    for device in (torch.device("cpu"), GPU):
+        torch.manual_seed(config.seed)
+        model = load_nf4_model(config.model, config, "sdpa", device)
+        model = add_lora(model, config, audit_targets(load_meta_model(config.model, config), config), config.model).train()
+        families.wake(model)
+        if device == GPU:
+            run_layers(model, config, "none", compile)
+        head = read_head(model)
+        batch = next(iter_batches(samples, range(4), 4, multiple=128)).to(device)
+        with attention.for_training(model, config):
+            for _ in range(3 if device == GPU else 1):
+                model.zero_grad()
+                with torch.autocast(device.type, torch.bfloat16):
+                    inputs = attention.decoder_inputs(batch, model.config)
+                    hidden = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
+                    loss = token_loss_sum(hidden, batch, head) / batch.num_tokens
+                loss.backward()
+        found.append((loss.item(), {name: each.cpu() for name, each in gradients(model).items()}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=5e-3)
+    assert relative_error(found[1][1], found[0][1]) < (0.3 if quantization == "int8" else 0.1)  # int8 rounds activations
+
+
+@pytest.mark.parametrize("compile", ["none", "graphs"])
+def test_a_run_in_fp16_learns_as_one_in_bf16(tiny, tmp_path, compile):
+    losses = {}
+    for precision in ("bf16", "fp16"):
+        folder = tmp_path / precision
+        flags = ["--model", "tiny-random", "--precision", precision, "--compile", compile, "--max-steps", "12"]
+        assert command_line([*flags, "--learning-rate", "1e-2", "--lora-dropout", "0", "--output-dir", str(folder)]) == 0
+        rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        losses[precision] = [row["loss"] for row in rows if row["event"] == "step"]
+    assert losses["fp16"][-1] < losses["fp16"][0] and losses["fp16"] == pytest.approx(losses["bf16"], rel=0.05)

@@ -258,7 +258,7 @@ PAIRS: list[tuple[dict[str, tuple[str, str] | None], str, str]] = [
         "train_loop.py:train_step",
         "use_cache=False",
     ),
-    ({"bf16=True": None}, "train_loop.py:train_step", "torch.autocast(device.type, torch.bfloat16)"),
+    ({"bf16=True": None}, "train_loop.py:train_step", "torch.autocast(device.type, decoder.dtype)"),
     (
         {"add_fused_lm_head": (f"{SFT}:SFTTrainer.__init__", "add_fused_lm_head(")},
         "qlora/model/loss.py:token_loss_sum",

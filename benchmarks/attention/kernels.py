@@ -149,7 +149,7 @@ def causal_mask(q: torch.Tensor, window: int | None) -> torch.Tensor:
 def eager(q: torch.Tensor, window: int | None) -> Attend:
     """The loop's own eager function."""
     seen = causal_mask(q, window)  # [1, 1, T, T]
-    mask = torch.zeros_like(seen, dtype=torch.bfloat16).masked_fill_(~seen, attention.MASKED)  # [1, 1, T, T]
+    mask = torch.zeros_like(seen, dtype=torch.bfloat16).masked_fill_(~seen, torch.finfo(torch.bfloat16).min)  # [1, 1, T, T]
     module = SimpleNamespace(num_key_value_groups=1, training=True)
     function = transformers.AttentionInterface()[attention.PREFIX + "eager"]
     options = {"attention_mask": mask, "scaling": q.shape[-1] ** -0.5}

@@ -16,14 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qlora.commands.options import EvalDataOptions, GenerateOptions
-from qlora.config import EMBEDDED, PromptFormat, TrainConfig
+from qlora.config import EMBEDDED, PromptFormat, Quantization, TrainConfig
 from qlora.data.dataset import column_options
 from qlora.data.formats import ColumnOptions, Prompt
 from qlora.data.template import CannotRender, PromptTemplate, encode_prompt, load_template
 from qlora.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem, UserError, user_error_on_oom
 from qlora.model import attention
 from qlora.model.demo import model_source
-from qlora.model.load import Precision, fingerprint, load_base_model, load_meta_model, load_tokenizer
+from qlora.model.load import fingerprint, load_base_model, load_meta_model, load_tokenizer
 from qlora.model.lora import ADAPTER_CONFIG, read_adapter_config
 from qlora.model.third_party import peft
 from qlora.run import checkpoint
@@ -32,8 +32,8 @@ from qlora.run.folder import FINISHED, LOCK, RUN, is_going
 from qlora.run.schema import RunInfo, read_json
 from qlora.validation import UNREADABLE, reason
 
-OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop", "train_file",
-              "eval_file")  # fmt: skip
+OF_THE_RUN = ("model", "revision", "quantization", "precision", "prompt_format", "loss_on", "max_length", "on_long",
+              "allow_drop", "train_file", "eval_file")  # fmt: skip
 OF_THE_COLUMNS = ("columns", "ignore_columns")  # runs of older versions did not have them
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
@@ -52,8 +52,8 @@ class Adapter(NamedTuple):
     notes: tuple[str, ...]  # lines for the log
 
     @property
-    def is_stored_in_nf4(self) -> bool:
-        """Whether the base is, so that it cannot be loaded in another precision."""
+    def is_stored_quantized(self) -> bool:
+        """Whether the base is, so that it cannot be loaded otherwise."""
         return getattr(self.meta_model.config, "quantization_config", None) is not None
 
 
@@ -108,26 +108,28 @@ def open_adapter(
     return Adapter(folder, lora, config, source, meta_model, template, place, run_info, tuple(notes))
 
 
-def load_adapted(adapter: Adapter, precision: Precision = "nf4") -> Any:
+def load_adapted(adapter: Adapter, quantization: Quantization | None = None) -> Any:
     """The base with the adapter on it, in eval mode, all frozen; `model.disable_adapter()` is the base alone.
 
     Args:
         adapter: from open_adapter.
-        precision: of the base's linear layers; nf4 is what training saw. The adapter is in fp32, for autocast to cast.
+        quantization: of the base's linear layers; None is that of training. The adapter is in fp32, for autocast to cast.
 
     Raises:
-        UserError: exit 7 if the weights are not there or are broken, 2 if the base does not exist in that precision, or if it
-            is not the one that the run trained against (compared by its NF4 bytes, only on the same kind of device).
+        UserError: exit 7 if the weights are not there or are broken, 2 if the base does not exist in that form, or if it
+            is not the one that the run trained against (compared by its bytes, only on the same kind of device).
     """
-    if precision != "nf4" and adapter.is_stored_in_nf4:
+    trained_in = adapter.config.quantization
+    chosen = quantization or trained_in
+    if chosen != trained_in and adapter.is_stored_quantized:
         raise ConfigError(
-            f"{adapter.source} is stored in NF4 and cannot be loaded in {precision}.",
+            f"{adapter.source} is stored in {trained_in.upper()}, so it cannot be loaded with quantization {chosen}.",
             hint="Name the same model in bf16 with --model.",
         )
     attn = attention.choose_attention(adapter.config, adapter.device, adapter.meta_model)
-    base = load_base_model(adapter.source, adapter.config, attn.loaded_as, adapter.device, precision)
+    base = load_base_model(adapter.source, adapter.config, attn.loaded_as, adapter.device, chosen)
     model = put_on(base, adapter)
-    info = adapter.run_info if precision == "nf4" else None
+    info = adapter.run_info if chosen == trained_in else None
     if info and info.weights and info.device == adapter.device.type and fingerprint(model) != info.weights:
         raise ConfigError(
             f"{adapter.source} is not the base that {adapter.folder} was trained against: weights or config.json differ.",

@@ -120,9 +120,25 @@ def _gpu() -> Iterator[Row]:
             card = torch.cuda.get_device_properties(index)
             free, total = (size / 1e9 for size in torch.cuda.mem_get_info(index))
             detail = f"{card.name}, compute capability {card.major}.{card.minor}, {free:.1f} of {total:.1f} GB free"
-            yield Row(f"GPU {index}" + (" (used by runs)" if index == 0 else ""), True, detail)
+            too_old = _too_old((card.major, card.minor))
+            name = f"GPU {index}" + (" (used by runs)" if index == 0 else "")
+            yield Row(name, not too_old, detail + too_old, needed=index == 0)
     else:
         yield Row("GPU", False, _no_gpu())
+
+
+def _too_old(capability: tuple[int, int]) -> str:
+    """What to do if this build of torch has no code for a GPU, as those for CUDA 13 have none for a V100; else nothing."""
+    import torch
+
+    built_for = [int(name.removeprefix("sm_")) for name in torch.cuda.get_arch_list() if name.removeprefix("sm_").isdigit()]
+    if not built_for or 10 * capability[0] + capability[1] >= min(built_for):
+        return ""
+    least = f"{min(built_for) // 10}.{min(built_for) % 10}"
+    return (
+        f"; this torch, for CUDA {torch.version.cuda}, needs {least} (CUDA 13 no longer supports a V100). Install one for CUDA "
+        "12.6: pip install torch --index-url https://download.pytorch.org/whl/cu126"
+    )
 
 
 def _no_gpu() -> str:
@@ -136,13 +152,14 @@ def _no_gpu() -> str:
 
 
 def _bf16() -> Iterator[Row]:
-    """Whether products in bf16 are the hardware's own. Without it they are right, and slow."""
+    """Whether products in bf16 are the hardware's own. A GPU without (T4, RTX 20) trains in fp16; RTX 30 and newer have it."""
     import torch
 
     device = _device()
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        yield Row("bf16", native, "in hardware" if native else "emulated, slowly: compute capability 8.0 or newer has it")
+        missing = "not in hardware before compute capability 8.0 (RTX 30); --precision auto trains in fp16"
+        yield Row("bf16", native, "in hardware" if native else missing)
         return
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     native = bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", text))

@@ -26,6 +26,7 @@ from qlora.commands.adapter import (
     prompt_ids,
 )
 from qlora.commands.options import EvalDataOptions, EvaluateOptions, refuse_below, refuse_seed, require_packages
+from qlora.config import Quantization
 from qlora.data.batch import Batch, iter_batches
 from qlora.data.dataset import TokenizedDataset, encode_all
 from qlora.data.formats import Example, Prompt, check_source, read_examples
@@ -36,7 +37,7 @@ from qlora.eval import scores
 from qlora.eval.generate import answer_limit, generate_all
 from qlora.eval.loss import EvalResult, evaluate_loss
 from qlora.model import attention
-from qlora.model.load import Precision, prepare_inference
+from qlora.model.load import prepare_inference
 from qlora.model.loss import CHUNK_TOKENS, Head, read_head
 from qlora.report.record import sha256_of
 from qlora.run import environment
@@ -80,14 +81,14 @@ def run(options: EvaluateOptions) -> int:
     limit = options.max_new_tokens or _answer_limit(asked, adapter)
     rows = (Prompt(example.prompt, source.where(example.line), example.tools) for example in asked)
     prompts = [prompt_ids(row, adapter, limit) for row in rows]
-    precision: Precision = "int8" if options.int8 else "nf4"
+    quantization: Quantization = "int8" if options.int8 else adapter.config.quantization
     with oom_as_user_error_with(f"Lower --batch-size {options.batch_size} or --max-new-tokens {limit}."):
-        model = load_adapted(adapter, precision)
+        model = load_adapted(adapter, quantization)
         sides = both_sides(model, adapter, samples, prompts, options.batch_size, limit)
     compared = comparisons(sides, [example.response for example in asked], options.seed)
     console.print(results_table(compared, len(examples), sides[0].result.num_tokens))
     if options.json is not None:
-        record: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "precision": precision}
+        record: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "precision": quantization}
         record |= {"adapter_sha256": sha256_of(adapter.folder), "eval_data_sha256": samples.sha256}  # as in run.json
         record |= {"eval_file": str(source), "num_examples": len(examples), "num_tokens": sides[0].result.num_tokens}
         record |= {"max_new_tokens": limit, "batch_size": options.batch_size, "seed": options.seed}
@@ -159,10 +160,13 @@ def both_sides(
         limit: longest answer, in tokens.
     """
     losses = []
+    with model.disable_adapter():  # the head may have been trained too
+        heads = [read_head(model)]
+    heads.append(read_head(model))
     with attention.for_training(model, adapter.config):  # the very numbers that training tells
         with model.disable_adapter():
-            losses.append(_timed(score_tokens, model, samples, batch_size))
-        losses.append(_timed(score_tokens, model, samples, batch_size))
+            losses.append(_timed(score_tokens, model, samples, batch_size, heads[0]))
+        losses.append(_timed(score_tokens, model, samples, batch_size, heads[1]))
     prepare_inference(model)  # after this the weights give no loss
     answers = []
     with model.disable_adapter():
@@ -177,9 +181,11 @@ def _timed(function: Any, *arguments: Any) -> tuple[Any, float]:
     return function(*arguments), round(time.perf_counter() - started, 2)
 
 
-def score_tokens(model: Any, samples: Sequence[TokenizedExample], batch_size: int) -> tuple[EvalResult, numpy.ndarray]:
+def score_tokens(
+    model: Any, samples: Sequence[TokenizedExample], batch_size: int, head: Head | None = None
+) -> tuple[EvalResult, numpy.ndarray]:
     """The evaluation of training, and of each sample [n, 3]: sum of losses, tokens that were the likeliest, trained tokens."""
-    head = read_head(model)
+    head = head or read_head(model)
     rows: list[torch.Tensor] = []
 
     def loss_sum(hidden: torch.Tensor, batch: Batch) -> torch.Tensor:

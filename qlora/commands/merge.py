@@ -6,6 +6,7 @@ closer, and which predicts eval data better, is measured.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -33,12 +34,13 @@ from qlora.data.dataset import TokenizedDataset
 from qlora.errors import CheckpointError, ConfigError, NonFiniteError
 from qlora.eval.generate import stop_ids
 from qlora.model.loss import CHUNK_TOKENS, read_head
+from qlora.model.precision import autocast_dtype
 from qlora.report.model_card import VLLM_RANKS
 from qlora.run import environment
 from qlora.run.files import cannot_write, require_space, require_writable, write_folder
 
 Route = Literal["bf16", "dequantized"]
-LABELS = {"bf16": "merged into the base in bf16", "dequantized": "merged into the base's NF4 weights, turned to bf16"}
+LABELS = {"bf16": "merged into the base in bf16", "dequantized": "merged into the base's quantized weights, turned to bf16"}
 ROUNDING = 1e-3  # nats of KL that weights rounded to bf16 may cost; 2e-4 on the demo model
 NOT_FOR_VLLM = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
 SUMMARY = "merge.json"  # in the saved folder: what it was made of, and what was measured
@@ -74,10 +76,14 @@ def merged_model(adapter: Adapter, route: Route) -> Any:
         NonFiniteError: if a merged weight is not finite; else as load_adapted.
     """
     if route == "bf16":
-        adapted = load_adapted(adapter, "bf16")
+        config = dataclasses.replace(adapter.config, precision="bf16")
+        info = adapter.run_info if config == adapter.config else None  # another base than that of training in fp16
+        adapted = load_adapted(adapter._replace(config=config, run_info=info), "none")
     else:
-        base = load_adapted(adapter, "nf4").unload()
-        adapted = put_on(base.dequantize(torch.bfloat16), adapter)
+        base = load_adapted(adapter).unload().dequantize(torch.bfloat16)
+        for parameter in base.parameters():  # the others too, after training in fp16; not buffers, such as those of rotations
+            parameter.data = parameter.data.to(torch.bfloat16)
+        adapted = put_on(base, adapter)
     # Not PEFT's safe_merge: it rounds the adapter's product to bf16 before the sum, which is then rounded again.
     with warnings.catch_warnings():
         # Of a base that ties the two, where one was trained whole: config.json tells it from then on.
@@ -96,7 +102,7 @@ def difference(reference: Any, other: Any, samples: TokenizedDataset, alone: boo
     """Compare next-token distributions at the trained tokens, a sample at a time.
 
     Args:
-        reference: the base in NF4 with the adapter beside it.
+        reference: the base as it was trained, with the adapter beside it.
         other: a model of the same vocabulary, on the same device.
         samples: at least one.
         alone: switch the adapter of `other` off.
@@ -129,7 +135,7 @@ def difference(reference: Any, other: Any, samples: TokenizedDataset, alone: boo
 
 def _hidden(model: Any, batch: Batch) -> torch.Tensor:
     """[N, D]: last hidden states that predict trained tokens."""
-    with torch.autocast(batch.input_ids.device.type, torch.bfloat16):
+    with torch.autocast(batch.input_ids.device.type, autocast_dtype(model)):
         hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, D]
     supervised: torch.Tensor = hidden.flatten(0, 1)[batch.positions]  # [N, D]
     return supervised
@@ -137,10 +143,10 @@ def _hidden(model: Any, batch: Batch) -> torch.Tensor:
 
 def measured(adapter: Adapter, routes: list[Route], samples: TokenizedDataset) -> dict[str, Difference]:
     """The unmerged adapter, its base alone, and each way to merge, by name, against the first."""
-    reference = load_adapted(adapter, "nf4")
+    reference = load_adapted(adapter)
     found = {"unmerged": difference(reference, reference, samples)}
     found["base"] = difference(reference, reference, samples, alone=True)
-    for route in routes:  # one at a time: memory holds one model in bf16 beside the one in NF4
+    for route in routes:  # one at a time: memory holds one model in bf16 beside the one that was trained
         found[route] = difference(reference, merged_model(adapter, route), samples)
     return found
 
@@ -148,7 +154,9 @@ def measured(adapter: Adapter, routes: list[Route], samples: TokenizedDataset) -
 def recommendation(found: dict[str, Difference]) -> tuple[Route, str]:
     """The way to merge that changes least, and a line that says why."""
     if "bf16" not in found:
-        return "dequantized", "Recommended: dequantized, the only one, as the base is stored in NF4."
+        return "dequantized", "Recommended: dequantized, the only one, as the base is stored in 4 bits."
+    if "dequantized" not in found:
+        return "bf16", "Recommended: bf16, the only one, as the base was trained without quantization."
     names: tuple[Route, Route] = ("dequantized", "bf16")
     best, other = sorted(names, key=lambda route: found[route].kl)
     text = f"Recommended: {best}, the closest to what was trained: KL {found[best].kl:.2g}, {other} {found[other].kl:.2g}."
@@ -169,10 +177,11 @@ def check_merges(found: dict[str, Difference], route: Route) -> None:
         NonFiniteError.
     """
     base, merged = found["base"], found[route]
-    lost = not found["dequantized"].kl <= max(base.kl / 2, ROUNDING)  # NaN is lost, too
+    same_function = found.get("dequantized", merged)
+    lost = not same_function.kl <= max(base.kl / 2, ROUNDING)  # NaN is lost, too
     near, good = merged.kl <= max(base.kl, ROUNDING), merged.loss <= max(base.loss, found["unmerged"].loss)
     if lost or not (near or good):
-        seen = found["dequantized"] if lost else merged
+        seen = same_function if lost else merged
         raise NonFiniteError(
             f"Merged, the model is off by KL {seen.kl:.2g} from the unmerged adapter, and without any adapter by "
             f"{base.kl:.2g}; eval losses are {seen.loss:.4f} and {base.loss:.4f}. The merged model does not reproduce the "
@@ -273,7 +282,7 @@ def run(options: MergeOptions) -> int:
         _check_place(place, adapter, options.onnx)
     source, samples, _, notes = read_eval_data(options, adapter)
     say(f"{notes}; {source}")
-    with oom_as_user_error_with("Merging needs the base in bf16 and in NF4 at once, about 3 bytes per parameter."):
+    with oom_as_user_error_with("Merging needs the base in bf16 and as it was trained at once, about 3 bytes per parameter."):
         found = measured(adapter, routes, samples)
         console.print(differences_table(found))
         best, line = recommendation(found)
@@ -298,11 +307,15 @@ def run(options: MergeOptions) -> int:
 
 def _routes(adapter: Adapter, options: MergeOptions) -> list[Route]:
     """bf16 too, where the base is available in bf16."""
-    if not adapter.is_stored_in_nf4:
+    if adapter.config.quantization == "none":
+        if options.into == "dequantized":
+            raise ConfigError("--into dequantized: the base was trained without quantization.", hint="Leave it out.")
+        return ["bf16"]
+    if not adapter.is_stored_quantized:
         return ["bf16", "dequantized"]
     if options.into == "bf16":
         raise ConfigError(
-            f"--into bf16: {adapter.source} is stored in NF4.",
+            f"--into bf16: {adapter.source} is stored in {adapter.config.quantization.upper()}.",
             hint="Name the same model in bf16 with --model, or merge into dequantized.",
         )
     return ["dequantized"]
@@ -330,7 +343,7 @@ def _check_place(folder: Path, adapter: Adapter, onnx: bool) -> None:
 
 def differences_table(found: dict[str, Difference]) -> Table:
     """The models, with their differences from the first."""
-    table = Table(title="Differences from the adapter beside NF4, as it was trained")
+    table = Table(title="Differences from the adapter beside its base, as it was trained")
     table.add_column("")
     for header in ("KL", "same choice", "eval loss", "perplexity"):
         table.add_column(header, justify="right")
@@ -370,7 +383,9 @@ def adapter_lines(adapter: Adapter) -> str:
             f"\nUnmerged:      vLLM serves plain LoRA up to rank 512 only, and this adapter {reason}: serve the merged folder."
         )
     folder, base = shlex.quote(str(adapter.folder)), shlex.quote(adapter.source)
-    beside = "NF4, as it was trained" if adapter.is_stored_in_nf4 else "bf16: the numbers of merging into bf16"
+    form = adapter.config.quantization
+    as_trained = f"{'bf16' if form == 'none' else form.upper()}, as it was trained"
+    beside = as_trained if adapter.is_stored_quantized or form == "none" else "bf16: the numbers of merging into bf16"
     return f"""
 Unmerged:      vllm serve {base} --enable-lora --max-lora-rank {fitting} --lora-modules tuned={folder}
                (beside the base in {beside})"""

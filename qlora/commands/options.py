@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora.config import Compile, DataOptions, GradientCheckpointing, Optimizer, PromptFormat
+from qlora.config import Compile, DataOptions, GradientCheckpointing, Optimizer, PromptFormat, Quantization
 from qlora.errors import ConfigError, EnvironmentProblem
 
 
@@ -171,6 +171,8 @@ class PlanOptions:
     """Longest row, in tokens."""
     per_device_train_batch_size: int = 2
     """Rows in one forward and backward."""
+    quantization: Quantization = "nf4"
+    """As in training."""
     lora_r: int = 32
     """Rank."""
     target_modules: tuple[str, ...] | None = None

@@ -13,6 +13,7 @@ from qlora.data.formats import Example
 from qlora.data.template import PromptTemplate, encode_prompt
 from qlora.errors import UserError, is_out_of_memory
 from qlora.model.load import prepare_inference
+from qlora.model.precision import autocast_dtype
 from qlora.model.shards import shard_of
 from qlora.speed.decode import TokenGraph, adapters_by_row, decode, decode_unavailable_reason
 from qlora.speed.lora_linear import answering
@@ -156,7 +157,7 @@ def sample_responses(model: Any, examples: list[Example], template: PromptTempla
     if model.device.type == "cuda":
         settings.max_time = MAX_SAMPLE_S
     has_adapter = torch.arange(2 * len(prompts), device=model.device) < len(prompts)  # [B]
-    with torch.autocast(model.device.type, torch.bfloat16), adapters_by_row(model, has_adapter):  # as training runs
+    with torch.autocast(model.device.type, autocast_dtype(model)), adapters_by_row(model, has_adapter):  # as training runs
         (answers,) = _answer(model, [prompts + prompts], template, settings)
     tuned, base = answers[: len(prompts)], answers[len(prompts) :]
     rows = zip(examples, base, tuned, strict=True)

@@ -9,6 +9,7 @@ import torch
 from qlora import distributed
 from qlora.data.batch import Batch
 from qlora.model import attention
+from qlora.model.precision import autocast_dtype
 
 
 class EvalResult(NamedTuple):
@@ -35,7 +36,7 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torc
     num_tokens = 0
     for cpu_batch in batches:
         batch = cpu_batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, autocast_dtype(model)):
             inputs = attention.decoder_inputs(batch, decoder.config)
             hidden = decoder(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
             total += loss_sum(hidden, batch)  # []

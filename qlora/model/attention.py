@@ -18,6 +18,7 @@ from qlora.data.batch import Batch, collate_packed
 from qlora.data.template import TokenizedExample
 from qlora.errors import ConfigError, EnvironmentProblem
 from qlora.model.families import attention_use
+from qlora.model.precision import autocast_dtype
 
 # -- the choice ------------------------------------------------------------------------------------------------------
 
@@ -197,7 +198,7 @@ def _check_packing(model: Any) -> None:
         inputs = decoder_inputs(collate_packed(samples).to(device), decoder.config)
         try:
             model.eval()
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, autocast_dtype(decoder)):
                 hidden = decoder(**inputs, use_cache=False).last_hidden_state.float()  # [2, 9, D]
         finally:
             model.train(training)
@@ -241,7 +242,8 @@ def _mask_for(name: str, batch: Batch, window: int | None) -> torch.Tensor | Non
     beyond = window is not None and batch.input_ids.shape[1] > window
     if name == PREFIX + "eager":
         seen = causal_mask(batch, window)  # [B or 1, 1, T, T]
-        return torch.zeros_like(seen, dtype=torch.bfloat16).masked_fill_(~seen, MASKED)  # [B or 1, 1, T, T]
+        dtype = torch.get_autocast_dtype(seen.device.type)
+        return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)  # [B or 1, 1, T, T]
     if name == PREFIX + "sdpa" and (beyond or batch.cu_seqlens is not None):
         return causal_mask(batch, window)  # [B or 1, 1, T, T]
     return None
@@ -262,7 +264,6 @@ def causal_mask(batch: Batch, window: int | None) -> torch.Tensor:
 # -- the functions: query [B, H, T, d], key and value [B, H of keys, T, d] -> [B, T, H, d] ------------------------------
 
 PREFIX = "training_"  # of their names in transformers' AttentionInterface
-MASKED = torch.finfo(torch.bfloat16).min
 
 
 def _eager(

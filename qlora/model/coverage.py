@@ -1,4 +1,4 @@
-"""Which weights NF4 and adapters cover, and which they do not: routers and fused experts, other linear classes."""
+"""Which weights quantization and adapters cover, and which they do not: routers and fused experts, other linear classes."""
 
 import re
 from collections import Counter
@@ -14,14 +14,15 @@ UNCOVERED_LIMIT = 0.1  # dense families are below 0.08, mixtures of experts abov
 LISTED = 5  # module names in a message
 
 
-def nf4_layers(model: Any) -> dict[str, torch.nn.Linear]:
-    """Name -> linear layer that is in NF4, or that will be once the model is loaded.
+def quantized_layers(model: Any) -> dict[str, torch.nn.Linear]:
+    """Name -> linear layer that is quantized, or that would be once the model is loaded.
 
     Before loading it asks transformers' own rule: torch.nn.Linear and Conv1D only, so neither a subclass of the former, such as
     Falcon's, nor experts that are fused into one parameter; and neither the head nor what is tied to it.
     """
-    if getattr(model, "is_loaded_in_4bit", False):
-        return {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        classes = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+        return {name: module for name, module in model.named_modules() if isinstance(module, classes)}
     from transformers.quantizers.base import HfQuantizer  # here: third_party must be the first to import bitsandbytes
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -39,7 +40,7 @@ def linear_layers(model: Any) -> dict[str, torch.nn.Linear]:
     Nor the head, whose frozen weight the loss reads, nor layers of a vision tower, nor a Conv1D, whose weight is transposed.
     """
     inside = {id(module) for module in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
-    layers = nf4_layers(model).items()
+    layers = quantized_layers(model).items()
     conv1d = transformers.pytorch_utils.Conv1D
     return {n: m for n, m in layers if id(m) in inside and not ROUTER.search(n) and not isinstance(m, conv1d)}
 
@@ -69,7 +70,7 @@ def uncovered(model: Any) -> Uncovered:
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     ends += [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     aside = {id(parameter) for end in ends for parameter in end.parameters()}
-    covered = {id(layer.weight) for layer in nf4_layers(model).values()}
+    covered = {id(layer.weight) for layer in quantized_layers(model).values()}
     weights = [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in aside]  # 1-D: norms, biases
     sizes: Counter[str] = Counter()
     for name, parameter in weights:

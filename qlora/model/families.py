@@ -8,6 +8,8 @@ import torch
 import transformers
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora.model.precision import autocast_dtype
+
 RECORDER = "recorder"  # name of an attention function that only records its arguments
 # Arguments that the attention functions of this project read, or that change nothing in training.
 READ = {"dropout", "scaling", "sliding_window", "softcap", "position_ids", "use_cache", "cu_seq_lens_q", "max_length_q"}
@@ -87,7 +89,7 @@ def _recorded_calls(decoder: Any, masks: Any, device: torch.device) -> list[_Cal
     try:
         config._attn_implementation = RECORDER
         decoder.eval()
-        with _fixed_rotation(decoder), _autocast(device):
+        with _fixed_rotation(decoder), _autocast(device, autocast_dtype(decoder)):
             decoder(input_ids=ids, attention_mask=masks, use_cache=False, cu_seq_lens_q=lengths, max_length_q=LENGTH)
     finally:
         config._attn_implementation = before
@@ -95,9 +97,9 @@ def _recorded_calls(decoder: Any, masks: Any, device: torch.device) -> list[_Cal
     return calls
 
 
-def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     """As in training, where there is something to compute."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, dtype)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Tokenizer and base model: checks before the weights, NF4 loading, and the fingerprint of the frozen base."""
+"""Tokenizer and base model: checks before the weights, loading in 4 bits or others, and the fingerprint of the frozen base."""
 
 import contextlib
 import hashlib
@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,16 +15,16 @@ from safetensors import SafetensorError
 
 from qlora import distributed
 from qlora.checksum import checksum
-from qlora.config import TrainConfig
+from qlora.config import Quantization, TrainConfig
 from qlora.errors import ConfigError, EnvironmentProblem, is_out_of_memory
 from qlora.model.coverage import linear_classes
+from qlora.model.precision import compute_dtype
 from qlora.model.sharded_nf4 import ShardedNF4Config, as_sharded
 from qlora.model.shards import shard_of
 from qlora.model.supported import check_model
 from qlora.model.third_party import bitsandbytes, transformers
 
 ASYNC_OFF = "HF_DEACTIVATE_ASYNC_LOAD"  # a variable of transformers
-Precision = Literal["nf4", "nf4_sharded", "int8", "bf16"]  # of a base model's linear layers
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def load_meta_model(source: str, config: TrainConfig) -> Any:
     origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     with _environment_errors(source):
         model_config = transformers.AutoConfig.from_pretrained(source, **origin)
-        check_model(source, model_config)
+        check_model(source, model_config, config.quantization)
         with torch.device("meta"):
             meta_model = transformers.AutoModelForCausalLM.from_config(
                 model_config, trust_remote_code=config.trust_remote_code, dtype=torch.bfloat16, attn_implementation="eager"
@@ -72,34 +72,41 @@ def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:
 
 
 def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, device: torch.device) -> Any:
-    """The base model to train on: linear layers in NF4 with double quantization, the rest in bf16, all frozen, on one device.
+    """The base model to train on: linear layers in NF4 or as --quantization says, the rest in bf16, all frozen, on one device.
 
     Not `prepare_model_for_kbit_training`: it casts embeddings, norms and head to fp32, which costs 0.4 GB on Phi-3-mini and
     makes the residual stream fp32. Arguments and errors are those of load_base_model. With shard_base on several ranks each
     keeps a part of the bytes (shards.py).
     """
     shared = config.shard_base and distributed.ranks().size > 1
-    return load_base_model(source, config, attn_implementation, device, "nf4_sharded" if shared else "nf4")
+    return load_base_model(source, config, attn_implementation, device, config.quantization, shared)
 
 
 def load_base_model(
-    source: str, config: TrainConfig, attn_implementation: str, device: torch.device, precision: Precision
+    source: str,
+    config: TrainConfig,
+    attn_implementation: str,
+    device: torch.device,
+    quantization: Quantization,
+    sharded: bool = False,
 ) -> Any:
-    """The base model, all frozen, on one device; only NF4 is trained against, the others are for inference.
+    """The base model, all frozen, on one device.
 
     Args:
-        source: folder or hub id, in bf16 or, for NF4, saved from such a model (save_pretrained): a third of the disk.
-        config: revision and trust_remote_code are read.
+        source: folder or hub id, in bf16 or, for 4 bits, saved from such a model (save_pretrained): a third of the disk.
+        config: revision, trust_remote_code and precision are read.
         attn_implementation: a name from attention.choose_attention.
         device: CPU or one GPU.
-        precision: of the linear layers but the head; the rest is bf16.
+        quantization: of the linear layers but the head; the rest is in the dtype of compute_dtype.
+        sharded: keep a part of the bytes of NF4 only; see shards.py.
 
     Raises:
         EnvironmentProblem: if the weights are not there or are broken.
     """
+    dtype = compute_dtype(config, device)
     load: Any = transformers.AutoModelForCausalLM.from_pretrained  # Any: its stub knows no output_loading_info
     origin = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    in_turn = _one_tensor_at_a_time() if precision == "nf4_sharded" else contextlib.nullcontext()
+    in_turn = _one_tensor_at_a_time() if sharded else contextlib.nullcontext()
     with _environment_errors(source), warnings.catch_warnings(), in_turn:
         # A checkpoint that is quantized already is loaded as it is; check_model saw that it is what is asked for.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`", category=UserWarning)
@@ -108,45 +115,51 @@ def load_base_model(
         model, loaded = load(
             source,
             **origin,
-            config=as_sharded(model_config) if precision == "nf4_sharded" else model_config,
+            config=as_sharded(model_config) if sharded else model_config,
             output_loading_info=True,
-            quantization_config=quantization_of(precision),
-            dtype=torch.bfloat16,
+            quantization_config=quantization_of(quantization, dtype, sharded),
+            dtype=dtype,
             attn_implementation=attn_implementation,
             device_map={"": device},
             use_safetensors=True,  # the older format may run code when it is read
         )
-    if missing := sorted(loaded["missing_keys"]):  # transformers would make them up
+    _check_names(source, loaded)
+    if sharded:  # from here on it is the same base
+        nf4: Any = transformers.BitsAndBytesConfig
+        model.config.quantization_config = quantization_of("nf4", dtype) if stored is None else nf4.from_dict(stored)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    kind = {"int8": bitsandbytes.nn.Linear8bitLt, "none": torch.nn.Linear}.get(quantization, bitsandbytes.nn.Linear4bit)
+    quantized = [module for module in model.modules() if isinstance(module, kind)]
+    if not quantized:
+        raise ConfigError(
+            f"No layer of {source} is in {quantization.upper()} after loading. bitsandbytes quantizes torch.nn.Linear only, "
+            f"not {', '.join(linear_classes(model)) or 'other classes'}.",
+        )
+    for module in quantized if quantization in ("nf4", "fp4") else ():
+        _prepare_4bit(module, source, dtype, quantization)
+    return model
+
+
+def _check_names(source: str, loaded: dict[str, Any]) -> None:
+    """Refuse weights that do not belong to their config.json: transformers would make up the one and leave out the other."""
+    if missing := sorted(loaded["missing_keys"]):
         raise EnvironmentProblem(f"Model {source} lacks {len(missing)} tensors, {missing[0]} first.", hint="Download it again.")
-    if surplus := sorted(name for name in loaded["unexpected_keys"] if ".layers." in name):  # and leave these out
+    if surplus := sorted(name for name in loaded["unexpected_keys"] if ".layers." in name):
         raise EnvironmentProblem(
             f"Model {source} has {len(surplus)} tensors that its config.json does not know, {surplus[0]} first. The two do "
             "not belong together.",
         )
-    if precision == "nf4_sharded":  # from here on it is the same base
-        nf4: Any = transformers.BitsAndBytesConfig
-        model.config.quantization_config = quantization_of("nf4") if stored is None else nf4.from_dict(stored)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    in_nf4 = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
-    if precision in ("nf4", "nf4_sharded") and not in_nf4:
-        raise ConfigError(
-            f"No layer of {source} is in NF4 after loading. bitsandbytes quantizes torch.nn.Linear only, not "
-            f"{', '.join(linear_classes(model)) or 'other classes'}.",
-        )
-    for module in in_nf4:
-        _prepare_nf4(module, source)
-    return model
 
 
-def _prepare_nf4(module: Any, source: str) -> None:
-    """Let a layer compute in bf16, keep its weights as they are packed, and check that they are of its shape."""
+def _prepare_4bit(module: Any, source: str, dtype: torch.dtype, quantization: Quantization) -> None:
+    """Let a layer compute in `dtype`, keep its weights as they are packed, and check that they are of its shape."""
     # A checkpoint brings its own dtypes, often fp16 or fp32. Evaluation would compute in them, training never does,
     # and activations of 7e4 are infinite in fp16.
-    module.compute_dtype, module.compute_type_is_set = torch.bfloat16, True
+    module.compute_dtype, module.compute_type_is_set = dtype, True
     packed: Any = module.weight
-    _check_layout(source, packed.quant_state)
-    packed.quant_state.stored_dtype, packed.quant_state.dtype = packed.quant_state.dtype, torch.bfloat16
+    _check_layout(source, packed.quant_state, quantization)
+    packed.quant_state.stored_dtype, packed.quant_state.dtype = packed.quant_state.dtype, dtype
     # On a CPU with AVX512-BF16 an eval forward would repack the weight in place, and every later backward would
     # read the repacked bytes as if they were not: gradients of relative error 1.0, under a loss that looks right.
     module.support_avx512bf16_for_cpu = False
@@ -158,18 +171,21 @@ def _prepare_nf4(module: Any, source: str) -> None:
         )
 
 
-def quantization_of(precision: Precision) -> transformers.BitsAndBytesConfig | None:
-    """The quantization config that loads a base in that precision; None is bf16."""
-    if precision == "bf16":
+def quantization_of(
+    quantization: Quantization, dtype: torch.dtype = torch.bfloat16, sharded: bool = False
+) -> transformers.BitsAndBytesConfig | None:
+    """The configuration with which transformers loads a base in that quantization, computing in `dtype`; None for none."""
+    if quantization == "none":
         return None
-    if precision == "int8":  # LLM.int8: activations too, except outliers; Dettmers et al., 2022 (arXiv 2208.07339)
+    if quantization == "int8":  # LLM.int8: activations too, except outliers; Dettmers et al., 2022 (arXiv 2208.07339)
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    kind: Any = ShardedNF4Config if precision == "nf4_sharded" else transformers.BitsAndBytesConfig
+    kind: Any = ShardedNF4Config if sharded else transformers.BitsAndBytesConfig
     settings: transformers.BitsAndBytesConfig = kind(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",  # 16 levels at the quantiles of a normal distribution; Dettmers et al., 2023, section 3
+        # nf4: 16 levels at the quantiles of a normal distribution; Dettmers et al., 2023, section 3. fp4: a 4-bit float.
+        bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=True,  # 4.5 -> 4.127 bits a parameter: the scales themselves become 8-bit
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
     return settings
 
@@ -242,14 +258,14 @@ def _stored_dtypes(model: Any) -> Iterator[None]:
             state.dtype = dtype
 
 
-def _check_layout(source: str, state: Any) -> None:
-    """Refuse NF4 bytes in another layout than the operators read, whatever config.json says of them."""
-    seen = (state.quant_type, state.blocksize, state.nested and state.state2.blocksize)
-    if seen != ("nf4", 64, 256):
-        text = f"{source} holds a weight in {seen[0]}, in blocks of {seen[1]}, with scales in blocks of {seen[2] or 1}."
+def _check_layout(source: str, state: Any, quantization: Quantization) -> None:
+    """Refuse packed bytes in another layout than the operators read, whatever config.json says of them."""
+    seen = (state.quant_type, state.blocksize, state.state2.blocksize if state.nested else 256)
+    if seen != (quantization, 64, 256):
+        text = f"{source} holds a weight in {seen[0]}, in blocks of {seen[1]}, with scales in blocks of {seen[2]}."
         raise ConfigError(
-            f"{text} This loop reads nf4, 64 and 256.",
-            hint="Name the model in bf16, or one that transformers saved in NF4 with double quantization.",
+            f"{text} This loop reads {quantization}, 64 and 256.",
+            hint="Name the model in bf16, or one that transformers saved in NF4.",
         )
 
 

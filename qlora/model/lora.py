@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from qlora.config import TrainConfig
 from qlora.errors import CheckpointError, ConfigError
-from qlora.model.coverage import ROUTER, UNCOVERED_LIMIT, linear_classes, linear_layers, nf4_layers, uncovered
+from qlora.model.coverage import ROUTER, UNCOVERED_LIMIT, linear_classes, linear_layers, quantized_layers, uncovered
 from qlora.model.third_party import peft
 from qlora.validation import STRICT, UNREADABLE, reason, validated
 
@@ -49,7 +49,7 @@ def checked_targets(meta_model: Any, config: TrainConfig, say: Callable[[str], N
             modules are named; or if PEFT refuses the targets.
     """
     targets = audit_targets(meta_model, config)
-    if any(layer is meta_model.get_output_embeddings() for layer in nf4_layers(meta_model).values()):
+    if any(layer is meta_model.get_output_embeddings() for layer in quantized_layers(meta_model).values()):
         raise ConfigError(
             f"The head of {type(meta_model).__name__} is in NF4 too (llm_int8_skip_modules in its config.json lacks it). The "
             "loss needs it in bf16.",
@@ -148,13 +148,14 @@ def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) 
         base: hub id or absolute folder, kept in adapter_config.json, with the commit of a hub id, so that the base is found.
 
     Raises:
-        ConfigError: if init_adapter does not fit the model tensor by tensor, or if an audited layer of a loaded model is
-            not in NF4.
+        ConfigError: if init_adapter does not fit the model tensor by tensor, or if an audited layer of a quantized model
+            is not.
     """
     audited = [name for target in targets for name in target.layers]
-    if getattr(model, "is_loaded_in_4bit", False) and (plain := sorted(set(audited) - nf4_layers(model).keys())):
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    if quantized and (plain := sorted(set(audited) - quantized_layers(model).keys())):
         raise ConfigError(
-            f"{len(plain)} of {len(audited)} layers that are to get an adapter are not in NF4 after loading, {plain[0]} "
+            f"{len(plain)} of {len(audited)} layers that are to get an adapter are not quantized after loading, {plain[0]} "
             f"first ({type(model.get_submodule(plain[0])).__name__}).",
         )
     if config.init_adapter is None:

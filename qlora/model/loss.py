@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from qlora.data.batch import Batch
 from qlora.errors import ConfigError
+from qlora.model.precision import autocast_dtype
 
 CHUNK_TOKENS = 1024  # 1024 x 32064 fp32 logits are 131 MB
 
@@ -48,7 +49,7 @@ def read_head(model: Any) -> Head:
     probe = torch.arange(1, 9, device=layer.weight.device)[None] % config.vocab_size  # [1, 8]
     training = model.training
     model.eval()
-    with torch.no_grad(), torch.autocast(probe.device.type, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(probe.device.type, autocast_dtype(model)):
         # The decoder called directly, as training does. Not `output_hidden_states`, whose hooks transformers leaves in the
         # model, where no compiler can follow them.
         ours = head.logits(model.get_decoder()(input_ids=probe, use_cache=False).last_hidden_state).float()  # [1, 8, V]

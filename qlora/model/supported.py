@@ -3,18 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+from qlora.config import Quantization
 from qlora.errors import ConfigError
 from qlora.model.third_party import transformers
 
 KINDS = "This loop trains decoder-only language models with attention, such as Phi-3, Llama, Qwen and Gemma"
 
 
-def check_model(source: str, config: Any) -> None:
+def check_model(source: str, config: Any, quantization: Quantization = "nf4") -> None:
     """Refuse what is no decoder-only language model with attention, or is not stored as this loop reads it.
 
     Args:
         source: folder or hub id, for messages; of a folder the file names are looked at.
         config: of transformers.
+        quantization: in which it is to be loaded.
 
     Raises:
         ConfigError: what it is, and what is supported.
@@ -32,7 +34,7 @@ def check_model(source: str, config: Any) -> None:
     if not any(hasattr(text, name) for name in ("num_attention_heads", "n_head", "n_heads", "num_heads")):
         raise ConfigError(f"{source} is a model without attention ({kind}). {KINDS}.")
     check_files(source)
-    check_quantization(source, getattr(config, "quantization_config", None))
+    check_quantization(source, getattr(config, "quantization_config", None), quantization)
 
 
 def check_files(source: str) -> None:
@@ -50,12 +52,13 @@ def check_files(source: str) -> None:
         )
 
 
-def check_quantization(source: str, found: Any) -> None:
-    """Refuse a checkpoint that is quantized, but not in NF4 with double quantization.
+def check_quantization(source: str, found: Any, quantization: Quantization) -> None:
+    """Refuse a checkpoint that is quantized, but not in the 4 bits that are asked for.
 
     Args:
         source: of the model.
         found: what its config.json says of quantization, a dict or an object of transformers; None if nothing.
+        quantization: in which it is to be loaded.
 
     Raises:
         ConfigError.
@@ -63,14 +66,19 @@ def check_quantization(source: str, found: Any) -> None:
     if found is None:
         return
     values: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    advice = "Name the model in bf16, or one that transformers saved in NF4 with double quantization."
     method = getattr(value := values.get("quant_method"), "value", value)
-    if method != "bitsandbytes":
-        raise ConfigError(f"{source} is quantized already, by {method}. This loop trains on NF4 only.", hint=advice)
-    wanted = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    wanted |= {"bnb_4bit_quant_storage": "uint8"}  # other dtypes serve FSDP only; the operators here read bytes
-    stored = {"bnb_4bit_quant_storage": "uint8", **values}
-    seen = {name: getattr(value := stored.get(name), "value", value) for name in wanted}
-    if seen != wanted:
-        text = f"{source} is quantized already, with {', '.join(f'{name} {value}' for name, value in seen.items())}."
-        raise ConfigError(f"{text} This loop trains on NF4 with double quantization, stored as uint8.", hint=advice)
+    if method != "bitsandbytes" or not values.get("load_in_4bit"):
+        raise ConfigError(
+            f"{source} is quantized already, by {method}{' in 8 bits' if values.get('load_in_8bit') else ''}. This loop reads "
+            "models in bf16, and in 4 bits of bitsandbytes.",
+            hint="Name the model in bf16, or one that transformers saved in NF4.",
+        )
+    kind = values.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
+    if kind != quantization:
+        raise ConfigError(f"{source} is quantized already, in {kind}.", hint=f"Pass --quantization {kind}, or name it in bf16.")
+    storage = getattr(value := values.get("bnb_4bit_quant_storage", "uint8"), "value", value)
+    if storage != "uint8":  # other dtypes serve FSDP only; the operators here read bytes
+        raise ConfigError(
+            f"{source} is quantized already, and stored as {storage}. This loop reads uint8.",
+            hint="Name the model in bf16, or one that transformers saved in NF4 with uint8 storage.",
+        )

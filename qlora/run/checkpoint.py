@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from qlora.errors import CheckpointError, ConfigError
-from qlora.model.optimizer import init_optimizer_state
+from qlora.model.optimizer import init_optimizer_state, loss_scaling
 from qlora.run.files import MANIFEST, Content, Pieces, require_space, size_of, verify, write_folder
 from qlora.run.schema import RunInfo, State, read_json
 from qlora.validation import UNREADABLE, reason
@@ -136,6 +136,7 @@ def snapshot(model: Any, optimizer: torch.optim.Optimizer, train_state: TrainSta
     """
     tensors, plain = trainer_state(model, optimizer)
     state = {**train_state._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain}
+    state["loss_scaling"] = loss_scaling(optimizer)
     files: dict[str, Content] = {ADAPTER: serialized(_adapter(model), PEFT), TRAINER_STATE: serialized(tensors)}
     files |= {**dict(config_files(model)), STATE: json.dumps(info.model_dump() | state, indent=1).encode()}
     copied = None
@@ -267,6 +268,7 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Train
         )
     tensors = _tensors(folder / TRAINER_STATE)
     load_adapter(folder, model)
+    optimizer.param_groups[0] |= state.loss_scaling
     _restore_optimizer(folder, optimizer, _trained(model), {**tensors, **state.optimizer})
     return TrainState(state.step, state.epoch, state.samples, state.skipped)
 

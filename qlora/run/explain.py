@@ -17,6 +17,7 @@ from qlora.data.dataset import TokenizedDataset
 from qlora.data.template import IGNORED, TokenizedExample
 from qlora.model.shards import shard_of
 from qlora.run.log import Tracker
+from qlora.speed.lora_linear import LoRALinear4bit
 from qlora.terminal import printable, say
 
 KINDS = ("NF4 weights", "NF4 weights, gathered", "NF4 constants", "NF4 weights, dequantized", "embeddings", "norms",
@@ -104,10 +105,11 @@ def _model_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
                 continue
             if id(module) not in shared:
                 yield "NF4 weights", parameter.data, _count(parameter)
-            constants = (state.absmax, state.state2.absmax, state.state2.code, state.offset, state.code)
+            double = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
+            constants = (state.absmax, state.code, *double)
             yield from (("NF4 constants", tensor, tensor.numel()) for tensor in constants)
         yield from (("buffers", buffer, buffer.numel()) for buffer in module.buffers(recurse=False))
-        if len(cached := getattr(module, "frozen", [])) == 1:  # of a lora_linear.LoRALinear
+        if len(cached := getattr(module, "frozen", [])) == 1 and isinstance(module, LoRALinear4bit):
             yield "NF4 weights, dequantized", cached[0], cached[0].numel()
 
 

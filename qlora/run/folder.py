@@ -43,8 +43,8 @@ LOCK_WAIT_S = 0.2  # is_going holds the lock for less than a millisecond
 FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save_total_limit", "skip_nonfinite", "debug",
         "explain", "trust_remote_code", "target_modules", "eval_file", "compile_cache"}  # fmt: skip
 OF_THE_DATA = {"train_file", "columns", "ignore_columns", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop"}
-EARLIER = TrainConfig(compile="none").plain()  # what an option was before there was that option
-RESOLVED = ("attn_implementation", "compile", "gradient_checkpointing")  # from auto, by what the machine has
+EARLIER = TrainConfig(compile="none", precision="bf16").plain()  # what an option was before there was that option
+RESOLVED = ("attn_implementation", "compile", "gradient_checkpointing", "precision")  # from auto, by what the machine has
 OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\.")  # seconds since 1970
 SAVED_BYTES = 3 * 4  # of a trained parameter in a checkpoint: itself and AdamW's two moments, in fp32; less with 8 bits

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from qlora import distributed, terminal
-from qlora.config import TrainConfig
+from qlora.config import Precision, TrainConfig
 from qlora.data.batch import count_steps, epoch_rows, longest_rows, row_length
 from qlora.data.dataset import TokenizedDataset, check_files, encode_files
 from qlora.data.template import PromptTemplate, load_template
@@ -21,6 +21,7 @@ from qlora.model.demo import model_source
 from qlora.model.families import mixed_rotation
 from qlora.model.load import load_meta_model, load_tokenizer
 from qlora.model.lora import Target, checked_targets, with_init_adapter
+from qlora.model.precision import compute_dtype
 from qlora.run import log
 from qlora.run.environment import environment
 from qlora.run.folder import RunFolder
@@ -133,7 +134,7 @@ def prepare(
     say = partial(terminal.say, console)
     columns = check_files(config)
     source = model_source(config.model)
-    config = run.as_before(config)
+    config = with_precision(run.as_before(config), device, say)
     meta_model = load_meta_model(source, config)
     attention = choose_attention(config, device, meta_model)
     config = dataclasses.replace(config, attn_implementation=attention.implementation)
@@ -170,6 +171,14 @@ def prepare(
     for note in filter(None, [line, uncached, mixed_rotation(meta_model.config, train_set.lengths), *run.notes]):
         say(note)
     return Prepared(config, device, source, attention, targets, template, train_set, eval_set, longest, sum(terms_gb.values()))
+
+
+def with_precision(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> TrainConfig:
+    """The configuration with `precision` resolved, which is said if it is not bf16."""
+    precision: Precision = "fp16" if compute_dtype(config, device) == torch.float16 else "bf16"
+    if precision == "fp16":
+        say(f"Precision: fp16 ({'as asked' if config.precision == 'fp16' else 'this GPU has no bf16'})")
+    return dataclasses.replace(config, precision=precision)
 
 
 def _job(config: TrainConfig, train_set: TokenizedDataset, ranks: Ranks) -> tuple[Job, int]:

@@ -8,7 +8,7 @@ import pydantic
 from pydantic import BaseModel, Field
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from qlora.config import AttnImplementation, Compile, GradientCheckpointing, LossOn, PromptFormat
+from qlora.config import AttnImplementation, Compile, GradientCheckpointing, LossOn, Precision, PromptFormat, Quantization
 from qlora.validation import STRICT, validated
 
 T = TypeVar("T")
@@ -87,6 +87,8 @@ class RunConfig(TypedDict, total=False):
     per_device_train_batch_size: Count
     gradient_accumulation_steps: Count
     attn_implementation: AttnImplementation
+    quantization: Quantization
+    precision: Precision
     compile: Compile
     gradient_checkpointing: GradientCheckpointing
     optimizer: str
@@ -176,6 +178,7 @@ class State(RunInfo):
     skipped: Count
     optimizer_class: str
     optimizer: dict[str, Any]
+    loss_scaling: dict[str, Number] = {}  # of fp16
     environment: Environment
     weights: str
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qlora.config import TrainConfig
+from qlora.model.precision import autocast_dtype
 from qlora.speed import lora_linear
 from qlora.speed.graphs import Graphs
 from qlora.speed.layers import training_layers
@@ -37,7 +38,7 @@ def accelerate(
         say: for a warning if compiled layers turn out to compute something else.
         backend: of torch.compile; a test may pass one that needs no C compiler.
     """
-    cache = torch.bfloat16 if config.cache_dequantized else None
+    cache = autocast_dtype(model) if config.cache_dequantized else None
     adapted = lora_linear.install(model, cache)
     return AcceleratedDecoder(model.get_decoder(), adapted, config, say, backend)
 
@@ -47,6 +48,7 @@ class AcceleratedDecoder:
 
     Attributes:
         config: of the model.
+        dtype: of matrix products, for autocast: bf16, or fp16 if the base is in fp16.
         graphs: the recordings; None where nothing is recorded.
     """
 
@@ -70,7 +72,7 @@ class AcceleratedDecoder:
         self._train_config, self._say = config, say
         self._unchecked = config.compile != "none"
         self.decoder = decoder
-        self.config = decoder.config
+        self.config, self.dtype = decoder.config, autocast_dtype(decoder)
         self.adapted = adapted
         self.seeded = bool(adapted) and config.compile != "none" and config.lora_dropout > 0
         self.layers = training_layers(decoder, config, backend)

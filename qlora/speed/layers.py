@@ -163,10 +163,11 @@ def _ways_to_compile(
     config: TrainConfig, meta_model: Any, device: torch.device, job: Job | None
 ) -> tuple[tuple[Compile, ...], str]:
     """Values of `compile` that may be chosen, the fastest first; and why there are no others, or nothing."""
-    dropout = dropout_unavailable_reason(meta_model)
-    if dropout and config.compile in ("layers", "graphs"):
-        raise EnvironmentProblem(f"--compile {config.compile} cannot be used: {dropout}.", hint="Leave it out.")
-    unavailable_reason = compile_unavailable_reason(meta_model, device) or dropout
+    never = "layers in 8 bits run in bitsandbytes' own code" if config.quantization == "int8" else None
+    never = never or dropout_unavailable_reason(meta_model)
+    if never and config.compile in ("layers", "graphs"):
+        raise EnvironmentProblem(f"--compile {config.compile} cannot be used: {never}.", hint="Leave it out.")
+    unavailable_reason = compile_unavailable_reason(meta_model, device) or never
     unrecorded = unavailable_reason or (
         "checkpoints go to the host"
         if config.offload_checkpoints

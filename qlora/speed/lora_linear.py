@@ -1,4 +1,4 @@
-"""A frozen NF4 linear layer with LoRA beside it, as one operator: the weight is dequantized once in each pass.
+"""A frozen linear layer with LoRA beside it, as one operator: a weight in 4 bits is dequantized once in each pass.
 
 PEFT's own layer multiplies by the weight, copies the result, multiplies by A and by B, scales, and adds: five tensors as large
 as the output. Here A comes first; B's small product makes the output, and the large product adds to it while it is computed.
@@ -18,8 +18,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import register_flop_formula
 
-from qlora.model.third_party import Linear4bit, bitsandbytes
-from qlora.speed.nf4 import NF4Weight, dequantized, frozen_weight
+from qlora.model.third_party import Linear4bit, bitsandbytes, peft
+from qlora.speed.nf4 import dequantized, frozen_weight
 
 
 def require_plain_gradients(parameters: list[torch.nn.Parameter]) -> None:
@@ -41,12 +41,12 @@ def require_plain_gradients(parameters: list[torch.nn.Parameter]) -> None:
 
 
 def _dense(weight: Sequence[torch.Tensor], outputs: int, dtype: torch.dtype) -> torch.Tensor:
-    """[N, K]: dequantized from the tensors of an NF4Weight, or the one that is cached."""
-    return weight[0].to(dtype) if len(weight) == 1 else dequantized(NF4Weight(*weight), outputs, dtype)
+    """[N, K]: dequantized from the tensors that nf4.py lists, or the weight itself if it is the only one."""
+    return weight[0].to(dtype) if len(weight) == 1 else dequantized(weight, outputs, dtype)
 
 
 def _inputs(tensors: int, elements: int, outputs: int) -> int:
-    """K, from how many tensors a weight has, the elements of its first, and N: two values lie in a byte if it is not cached."""
+    """K, from how many tensors a weight has, the elements of its first, and N: two values lie in a byte in 4 bits."""
     return (1 if tensors == 1 else 2) * elements // outputs
 
 
@@ -133,10 +133,17 @@ def _backward_flops(
 # -- the layer ---------------------------------------------------------------------------------------------------------
 
 
-class LoRALinear(Linear4bit):
-    """PEFT's adapted NF4 layer, with the operator above as its forward in training."""
+class LoRALinear:
+    """PEFT's adapted layer, with the operator above as its forward in training; see its two subclasses."""
 
-    frozen: list[torch.Tensor]  # the fields of an NF4Weight, or W [N, K] itself if it is cached
+    frozen: list[torch.Tensor]  # the tensors that nf4.py lists, or W [N, K] itself if it is not in 4 bits, or cached
+    training: bool
+    disable_adapters: bool
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    scaling: dict[str, float]
     name: str
     copies: tuple[torch.Tensor, torch.Tensor] | None = None  # of A [r, K] and scaling * B [N, r], as copy_adapters made them
     copied_in: object = None  # the pass that they are of
@@ -149,7 +156,7 @@ class LoRALinear(Linear4bit):
         if not self.training and self.answering is not None and not self.disable_adapters:
             return self._answer(x, *self.answering)
         if not self.training or self.disable_adapters:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]  # of PEFT's layer
         autocast, device = torch.is_autocast_enabled(x.device.type), x.device.type
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         if self.copies is not None and self.copies[0].dtype == dtype:
@@ -158,7 +165,7 @@ class LoRALinear(Linear4bit):
             a, b = (weight.to(dtype) for weight in self.adapter)  # [r, K], [N, r]
             b = b * self.scaling["default"]  # [N, r]
         rows = x.to(dtype).flatten(0, -2)  # [M, K]
-        dropout: Any = self.lora_dropout["default"]
+        dropout = self.lora_dropout["default"]
         drops = isinstance(dropout, torch.nn.Dropout)  # at a rate of 0 PEFT puts an Identity there
         if not drops:
             dropped = rows.detach()  # [M, K]: the operator differentiates
@@ -167,8 +174,7 @@ class LoRALinear(Linear4bit):
         reduced = dropped @ a.T  # [M, r]
         output: torch.Tensor = nf4_linear(rows, reduced, None if drops else a.detach(), b, self.frozen, self.name)  # [M, N]
         if self.base_layer.bias is not None:
-            bias: Any = self.base_layer.bias  # [N]
-            output = output + bias.to(dtype)  # [M, N]
+            output = output + self.base_layer.bias.to(dtype)  # [M, N]
         return output.view(*x.shape[:-1], -1)  # [..., N]
 
     def _answer(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -185,6 +191,14 @@ class LoRALinear(Linear4bit):
     def adapter(self) -> tuple[Any, Any]:
         """A [r, K] and B [N, r]."""
         return self.lora_A["default"].weight, self.lora_B["default"].weight
+
+
+class LoRALinear4bit(LoRALinear, Linear4bit):
+    """Beside a base layer in NF4 or FP4."""
+
+
+class LoRALinear16bit(LoRALinear, peft.tuners.lora.Linear):
+    """Beside a base layer that is not quantized."""
 
 
 def seeded_dropout(x: torch.Tensor, rate: float, seed: torch.Tensor) -> torch.Tensor:
@@ -291,7 +305,7 @@ def drop_copies(layers: list[LoRALinear]) -> None:
 
 @contextlib.contextmanager
 def answering(model: Any) -> Iterator[None]:
-    """A block in which adapted NF4 layers in eval mode skip PEFT's casts: eight launches in each layer for every token.
+    """A block in which adapted layers in eval mode skip PEFT's casts: eight launches in each layer for every token.
 
     A and B are computed in the dtype of the model, or of autocast, as in training; PEFT computes them in fp32.
 
@@ -311,8 +325,15 @@ def answering(model: Any) -> Iterator[None]:
             layer.answering = None
 
 
+def _is_plain(module: Any) -> bool:
+    """Whether a layer is W x + scaling B A x and no more: without DoRA, a bias of B, or a second adapter."""
+    if not isinstance(module, peft.tuners.lora.LoraLayer) or list(module.lora_A) != ["default"]:
+        return False
+    return not module.lora_variant and not module.lora_bias["default"]
+
+
 def install(model: Any, cache: torch.dtype | None = None) -> list[LoRALinear]:
-    """Make every adapted NF4 layer of a model a LoRALinear, in place: same weights, same names.
+    """Make every adapted layer in 4 bits or without quantization a LoRALinear, in place: same weights, same names.
 
     Args:
         model: with adapters.
@@ -323,11 +344,18 @@ def install(model: Any, cache: torch.dtype | None = None) -> list[LoRALinear]:
     """
     installed: list[LoRALinear] = []
     for name, module in model.named_modules():
+        ours: Any = module
+        if not _is_plain(module):
+            continue
         if isinstance(module, Linear4bit) and isinstance(module.base_layer, bitsandbytes.nn.Linear4bit):
             frozen = frozen_weight(module.base_layer)
-            ours: Any = module
-            ours.__class__ = LoRALinear
-            ours.frozen = list(frozen) if cache is None else [dequantized(frozen, module.base_layer.out_features, cache)]
-            ours.name = name.rsplit(".", 1)[-1]
-            installed.append(ours)
+            ours.__class__ = LoRALinear4bit
+            ours.frozen = frozen if cache is None else [dequantized(frozen, module.base_layer.out_features, cache)]
+        elif isinstance(module, peft.tuners.lora.Linear) and type(module.base_layer) is torch.nn.Linear:
+            ours.__class__ = LoRALinear16bit
+            ours.frozen = [module.base_layer.weight]
+        else:
+            continue
+        ours.name = name.rsplit(".", 1)[-1]
+        installed.append(ours)
     return installed

@@ -14,7 +14,7 @@ from qlora.config import TrainConfig
 from qlora.data.batch import longest_rows, rounded, training_batches
 from qlora.data.dataset import TokenizedDataset
 from qlora.errors import user_error_on_oom
-from qlora.model.coverage import nf4_layers, uncovered
+from qlora.model.coverage import quantized_layers, uncovered
 from qlora.model.lora import Target
 from qlora.model.loss import CHUNK_TOKENS
 
@@ -22,6 +22,8 @@ ATTENTION_INPUTS = ("qkv_proj", "q_proj", "k_proj", "v_proj")  # layers whose ou
 LEAST_LENGTH, LEAST_RANK = 128, 4  # below which a run would hardly be the one that was wanted
 AMPLE = 0.5  # of the free memory: a prediction below it is not as wrong as that
 NF4_BYTES = 4.127 / 8  # of a parameter, scales in double quantization included
+BASES = {"nf4": "base in NF4", "fp4": "base in FP4", "int8": "base in INT8", "none": "base without quantization"}
+BASE_BYTES = {"nf4": NF4_BYTES, "fp4": NF4_BYTES, "int8": 1.0, "none": 2.0}  # of a parameter
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -61,13 +63,13 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
     heads = getattr(shape, "num_attention_heads", 0)  # Mamba has none
     inner = getattr(shape, "intermediate_size", 4 * hidden)
-    linear, in_bf16 = sum(layer.weight.numel() for layer in nf4_layers(model).values()), uncovered(model).parameters
+    linear, in_bf16 = sum(layer.weight.numel() for layer in quantized_layers(model).values()), uncovered(model).parameters
     names = [name for target in targets for name in target.layers] if config.cache_dequantized else []
+    dequantized = [rows * columns for target in targets for rows, columns in target.shapes if config.quantization != "none"]
     parts = ranks if config.shard_base else 1  # of the base, one on each GPU
     trained = sum(target.adapter_parameters for target in targets)
     moment = 4 if config.optimizer == "adamw" else 1 + 4 / 256  # bytes: fp32, or 8 bits and an fp32 scale for each 256
-    longest = rounded(longest, config.length_multiple)
-    tokens = config.per_device_train_batch_size * longest
+    tokens = config.per_device_train_batch_size * (longest := rounded(longest, config.length_multiple))
     attention_inputs = sum(target.shapes[0][0] for target in targets if target.name in ATTENTION_INPUTS) or 3 * hidden
     kept = {"full": 0 if config.offload_checkpoints else 2 * hidden}  # bytes of a layer and token that stay until backward
     kept["selective"] = kept["full"] + 2 * hidden + 4 * heads + 2 * attention_inputs
@@ -85,7 +87,7 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
     score_copies = 6 * layers if config.gradient_checkpointing == "none" else 13 if config.compile == "none" else 8  # bytes
     staying, scored = tokens * layers * kept[config.gradient_checkpointing], score_copies * scores
     terms = {
-        "base in NF4": (NF4_BYTES - 0.5 + 0.5 / parts) * linear,
+        BASES[config.quantization]: (BASE_BYTES[config.quantization] - 0.5 + 0.5 / parts) * linear,
         "layers gathered": linear / layers if parts > 1 else 0,  # two of them
         "weights not in NF4": 2 * in_bf16,
         "embeddings, head, norms": 2 * (model.num_parameters() - linear - in_bf16),
@@ -99,7 +101,7 @@ def memory_terms(model: Any, targets: list[Target], config: TrainConfig, longest
         "one layer at work": tokens * rest,
         "gaps in the graphs' memory": 0,
         "head and loss": 2 * min(CHUNK_TOKENS, tokens) * shape.vocab_size + 12 * tokens * hidden,
-        "one weight dequantized": 2 * max((rows * columns for target in targets for rows, columns in target.shapes), default=0),
+        "one weight dequantized": 2 * max(dequantized, default=0),
     }
     if config.compile == "graphs":  # a private memory pool, and a cuBLAS workspace per stream
         twice = 0.37 if full else 1.3  # of a layer's, in forward's and backward's graph

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from qlora.config import TrainConfig
-from qlora.model.coverage import nf4_layers
+from qlora.model.coverage import quantized_layers
 from qlora.model.lora import Target
 
 # Seconds per position and parameter, by gradient checkpointing: Phi-3-mini on an H100, compiled (benchmarks/results/peers_*).
@@ -48,7 +48,7 @@ def step_time(model: Any, targets: list[Target], config: TrainConfig, tokens: in
     """
     micro_batches, others = config.gradient_accumulation_steps, (gpus - 1) / gpus
     compute_s = micro_batches * tokens * model.num_parameters() * COMPUTE_S[config.gradient_checkpointing]
-    packed = sum(layer.weight.numel() for layer in nf4_layers(model).values()) / 2  # bytes
+    packed = sum(layer.weight.numel() for layer in quantized_layers(model).values()) / 2  # bytes
     gathered = 2 * micro_batches * packed if config.shard_base else 0
     sent = 1e9 * gb_per_s  # bytes per second
     return StepTime(compute_s, 2 * others * reduced_bytes(targets) / sent, others * gathered / sent)

@@ -75,7 +75,7 @@ def test_the_adapter_is_that_of_training_to_the_bit(run):
         assert torch.equal(trained(input_ids=ids).logits, load_adapted(opened)(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("precision", ["int8", "bf16"])
+@pytest.mark.parametrize("precision", ["int8", "none", "fp4"])
 def test_other_precisions_are_near_and_not_the_same(run, precision):
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     opened = open_adapter(run)
@@ -241,7 +241,7 @@ def test_another_base_of_the_same_shape_is_told_by_its_weights(run, tmp_path, ti
     with pytest.raises(UserError, match=r"is not the base that .* was trained against") as caught:
         load_adapted(opened)
     assert caught.value.exit_code == ExitCode.CONFIGURATION
-    assert load_adapted(opened, "bf16")  # of which nothing is known
+    assert load_adapted(opened, "none")  # of which nothing is known
 
 
 def test_what_is_not_told_must_be_given(bare):
@@ -354,7 +354,7 @@ def test_adapters_with_other_settings_of_peft_compute_what_they_do_there(tiny, t
         without = base(input_ids=ids).logits
         with warnings.catch_warnings(action="ignore"):
             theirs = peft.PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
-        loaded = load_adapted(open_adapter(folder, prompt_format="chat"), "bf16")
+        loaded = load_adapted(open_adapter(folder, prompt_format="chat"), "none")
         assert torch.equal(loaded(input_ids=ids).logits, theirs) and not torch.equal(theirs, without)
         with loaded.disable_adapter():
             assert torch.equal(loaded(input_ids=ids).logits, without)

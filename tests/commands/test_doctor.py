@@ -190,3 +190,25 @@ def test_without_tyro_the_command_line_says_so(tmp_path):
     command = [sys.executable, "-m", "qlora", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 7 and done.stderr.count("\n") == 1 and "tyro" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "words"),
+    [
+        (["sm_75", "sm_80", "sm_90", "compute_120"], (7, 0), "needs 7.5 (CUDA 13 no longer supports a V100)"),
+        (["sm_75", "sm_80", "sm_90"], (7, 5), ""),
+        (["sm_70", "sm_90"], (7, 0), ""),
+        ([], (7, 0), ""),
+    ],
+)
+def test_a_gpu_that_torch_has_no_code_for_is_named(monkeypatch, built_for, capability, words):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built_for)
+    assert words in doctor._too_old(capability) and bool(words) == bool(doctor._too_old(capability))
+
+
+def test_a_gpu_without_bf16_trains_in_fp16(monkeypatch):
+    monkeypatch.setattr(doctor, "_device", lambda: torch.device("cuda", 0))
+    for native, words in ((False, "--precision auto trains in fp16"), (True, "in hardware")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        (row,) = doctor._bf16()
+        assert row.ok == native and words in row.detail

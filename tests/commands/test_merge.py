@@ -69,7 +69,7 @@ def test_merged_weights_are_the_sum_rounded_once(adapter, route):
     merged = merge.merged_model(adapter, route)
     assert not any("lora" in name for name, _ in merged.named_modules()) and not merged.training
     assert not hasattr(merged.config, "quantization_config")
-    unmerged = load_adapted(adapter, "nf4" if route == "dequantized" else "bf16")
+    unmerged = load_adapted(adapter, "nf4" if route == "dequantized" else "none")
     layers = [(name, module) for name, module in unmerged.named_modules() if hasattr(module, "lora_A")]
     assert len(layers) == 8
     for name, layer in layers:
@@ -83,7 +83,7 @@ def test_merged_weights_are_the_sum_rounded_once(adapter, route):
 
 
 def test_differences_are_those_of_whole_logits(adapter, eval_set, monkeypatch):
-    reference, other = load_adapted(adapter, "nf4"), load_adapted(adapter, "bf16")
+    reference, other = load_adapted(adapter, "nf4"), load_adapted(adapter, "none")
     with torch.no_grad():
         for name, parameter in other.named_parameters():
             parameter.mul_(3 if "lora_B" in name else 1)

@@ -606,7 +606,7 @@ def test_a_step_that_is_not_finite_names_the_files_of_its_lines(three):
     row = {"step": 3, "loss": float("nan"), "grad_norm": 1.0, "learning_rate": 0.1, "lines": [3, 13]}
     said: list[str] = []
     steps = SimpleNamespace(rows=[row], before=[], tracker=SimpleNamespace(say=said.append))
-    assert check_finite(steps, 0, 1, str, Source(three, "train")) == 1
+    assert check_finite(steps, 0, TrainConfig(skip_nonfinite=1), str, Source(three, "train")) == 1
     assert "lines b.jsonl:3, a.csv:2 of the training data" in said[0]
 
 

@@ -13,7 +13,7 @@ from qlora.cli import train as command_line
 from qlora.config import TrainConfig
 from qlora.errors import ExitCode, UserError
 from qlora.eval import generate
-from qlora.model.coverage import nf4_layers, uncovered
+from qlora.model.coverage import quantized_layers, uncovered
 from qlora.model.families import attention_use
 from qlora.model.load import load_meta_model, load_nf4_model
 from qlora.model.lora import add_lora, audit_targets, checked_targets
@@ -132,6 +132,16 @@ def test_families_that_pass_ids_by_position_train(saved, tmp_path, name):
     assert all(tensor.any() for key, tensor in moved.items() if "lora_B" in key) and len(moved) >= 16
 
 
+def test_a_model_without_sdpa_is_evaluated_with_the_masks_of_training(saved, tmp_path):
+    """Gemma 2's scores are capped, so that eager is what a CPU has."""
+    flags = saved("Gemma2", **MOE, **KINDS, head_dim=16)
+    assert command_line(flags) == 0
+    rows = flags[flags.index("--train-file") + 1]
+    assert (
+        any_command(["evaluate", str(tmp_path / "run"), "--eval-file", rows, "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    )
+
+
 # -- what is not in NF4 ------------------------------------------------------------------------------------------------
 
 
@@ -152,7 +162,7 @@ def test_an_audited_layer_that_is_not_in_nf4_after_loading_is_refused(config):
     targets = audit_targets(model, config)
     layer = model.model.layers[1].mlp.down_proj
     model.model.layers[1].mlp.down_proj = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
-    with pytest.raises(UserError, match=r"1 of 8 layers .* not in NF4 after loading, model.layers.1.mlp.down_proj first"):
+    with pytest.raises(UserError, match=r"1 of 8 layers .* not quantized after loading, model.layers.1.mlp.down_proj first"):
         add_lora(model, config, targets, "base")
 
 
@@ -161,7 +171,9 @@ def test_what_will_be_in_nf4_is_what_is_in_nf4(saved, name):
     flags = saved(name, **(BY_POSITION.get(name) or MOE | ({"head_dim": 16} if name == "Gemma2" else {})))
     meta_model = load_meta_model(flags[1], TrainConfig(max_length=128))
     loaded = load_nf4_model(flags[1], TrainConfig(), "eager", CPU)
-    assert nf4_layers(meta_model).keys() == nf4_layers(loaded).keys() != set() and uncovered(meta_model).share == 0.0
+    assert (
+        quantized_layers(meta_model).keys() == quantized_layers(loaded).keys() != set() and uncovered(meta_model).share == 0.0
+    )
 
 
 def test_a_head_in_nf4_is_refused_before_the_weights_are_loaded():
@@ -198,7 +210,7 @@ def test_gpt_2_s_conv1d_is_in_nf4_but_cannot_be_adapted(tmp_path, capsys):
     config = transformers.GPT2Config(vocab_size=384, n_embd=64, n_layer=2, n_head=4)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    assert len(nf4_layers(model)) == 8 and uncovered(model).parameters == 0
+    assert len(quantized_layers(model)) == 8 and uncovered(model).parameters == 0
     with pytest.raises(UserError, match=r"It has Conv1D, which this loop cannot adapt"):
         audit_targets(model, TrainConfig())
 
@@ -316,7 +328,7 @@ def test_hybrids_and_families_with_other_names_for_heads_are_not_refused():
 def test_other_quantizations_are_named(tiny, tmp_path, method):
     settings = json.loads((tiny / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": method}}))
-    with pytest.raises(UserError, match=f"is quantized already, by {method}. This loop trains on NF4 only") as refused:
+    with pytest.raises(UserError, match=f"is quantized already, by {method}. This loop reads models in bf16") as refused:
         load_meta_model(str(tmp_path), TrainConfig())
     assert refused.value.exit_code == ExitCode.CONFIGURATION
 

@@ -47,7 +47,7 @@ def test_the_parts_make_the_whole_base(config, tmp_path, monkeypatch, size, stor
     loaded = []
     for rank in range(size):
         monkeypatch.setattr(distributed, "ranks", lambda rank=rank: Ranks(rank, size))
-        loaded.append(load_base_model(source, config, "sdpa", CPU, "nf4_sharded"))
+        loaded.append(load_base_model(source, config, "sdpa", CPU, "nf4", sharded=True))
     for name, layer in nf4_linears(whole):
         for each in loaded:
             ours, theirs = each.get_submodule(name).weight.quant_state, layer.weight.quant_state
@@ -81,7 +81,7 @@ def test_a_checkpoint_with_other_names_is_refused(config, tiny, tmp_path, monkey
     (tmp_path / "model.safetensors").unlink()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 tensors, model\.layers\.1\.mlp\.gate_up_proj\.weight first") as refused:
-        load_base_model(str(tmp_path), config, "sdpa", CPU, "nf4_sharded")
+        load_base_model(str(tmp_path), config, "sdpa", CPU, "nf4", sharded=True)
     assert refused.value.exit_code == ExitCode.ENVIRONMENT
 
 
@@ -91,7 +91,7 @@ def test_a_checkpoint_without_its_weights_is_refused(config, tiny, tmp_path, mon
         if path.suffix != ".safetensors":
             (tmp_path / path.name).symlink_to(path)
     with pytest.raises(UserError, match="the folder is not a complete model") as refused:
-        load_base_model(str(tmp_path), config, "sdpa", CPU, "nf4_sharded")
+        load_base_model(str(tmp_path), config, "sdpa", CPU, "nf4", sharded=True)
     assert refused.value.exit_code == ExitCode.ENVIRONMENT
 
 
@@ -140,11 +140,12 @@ def test_the_eval_data_is_shared_out(config, samples, size, shard_base):
 def test_the_ledger_counts_parts_and_buffers(config, monkeypatch):
     monkeypatch.setattr(distributed, "ranks", lambda: Ranks(1, 2))
     groups = {}
-    for precision in ("nf4", "nf4_sharded"):
-        model = add_lora(load_base_model(config.model, config, "sdpa", CPU, precision), config, audited(config), "base")
+    for sharded in (False, True):
+        base = load_base_model(config.model, config, "sdpa", CPU, "nf4", sharded)
+        model = add_lora(base, config, audited(config), "base")
         optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-        groups[precision] = {group.name: group.elements for group in dtype_ledger(model, optimizer)}
-    whole, shared = groups["nf4"], groups["nf4_sharded"]
+        groups[sharded] = {group.name: group.elements for group in dtype_ledger(model, optimizer)}
+    whole, shared = groups[False], groups[True]
     assert 2 * shared["NF4 weights"] == whole["NF4 weights"] == shared.pop("NF4 weights, gathered")  # two layers, two buffers
     assert {**shared, "NF4 weights": 0} == {**whole, "NF4 weights": 0}
 
@@ -188,7 +189,7 @@ def test_loading_reserves_and_reads_no_more_than_a_rank_keeps(config, tmp_path, 
 
     monkeypatch.setattr(core_model_loading, "spawn_materialize", spied)
     monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
-    model = load_base_model(source, config, "sdpa", CPU, "nf4_sharded")
+    model = load_base_model(source, config, "sdpa", CPU, "nf4", sharded=True)
     assert pools and set(pools) == {None} and "HF_DEACTIVATE_ASYNC_LOAD" not in os.environ
     quantizer = model.hf_quantizer
     sizes = {name: quantizer.param_element_size(model, name, each) for name, each in model.named_parameters()}

@@ -61,7 +61,13 @@ def test_a_checkpoint_holds_adapter_moments_and_place(trained, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == ["MANIFEST.json", *files]
     assert sorted(json.loads((folder / "MANIFEST.json").read_text())["files"]) == files
     state = json.loads((folder / "state.json").read_text())
-    assert state == {**progress._asdict(), "optimizer_class": "AdamW", "optimizer": {}, **RUN_INFO.model_dump()}
+    assert state == {
+        **progress._asdict(),
+        "optimizer_class": "AdamW",
+        "optimizer": {},
+        "loss_scaling": {},
+        **RUN_INFO.model_dump(),
+    }
     stored = load_file(folder / "trainer_state.safetensors")
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     moments = {f"{kind}.{name}" for name in named for kind in ("step", "exp_avg", "exp_avg_sq")}

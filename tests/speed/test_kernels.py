@@ -19,7 +19,7 @@ def test_the_kernels_are_interpreted_in_a_process_apart():
     pytest.importorskip("triton", minversion="3.7")  # older ones cannot be interpreted with NumPy 2.4
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "20 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    assert done.returncode == 0 and "24 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_the_kernels_are_interpreted_in_a_process_apart")
@@ -59,19 +59,23 @@ def test_cross_entropy_and_its_gradient(dtype, vocabulary):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 64), (16, 128), (64, 576), (300, 64), (768, 192)])  # of 1 to 73 blocks of 2,048 values
-def test_dequantized_weights_are_bitsandbytes_own(dtype, shape):
+@pytest.mark.parametrize(
+    ("shape", "kind", "double"),
+    [*((shape, "nf4", True) for shape in ((2, 64), (16, 128), (64, 576), (300, 64), (768, 192))),  # 1 to 73 blocks of 2,048
+     ((64, 576), "nf4", False), ((64, 576), "fp4", True)],
+)  # fmt: skip
+def test_dequantized_weights_are_bitsandbytes_own(dtype, shape, kind, double):
     """Bit for bit in fp32. To bf16 the interpreter truncates where a GPU rounds: 2**-7 apart at most."""
     from qlora.speed.dequantize import dequantize
 
     generator = torch.Generator().manual_seed(shape[0])
     weight = torch.randn(shape, generator=generator) * torch.linspace(0.01, 2, shape[0])[:, None]  # [N, K]
-    layer = bitsandbytes.nn.Linear4bit(shape[1], shape[0], bias=False, compress_statistics=True, quant_type="nf4")
-    layer.weight = bitsandbytes.nn.Params4bit(weight.bfloat16(), quant_type="nf4", compress_statistics=True).to("cpu")
+    layer = bitsandbytes.nn.Linear4bit(shape[1], shape[0], bias=False, compress_statistics=double, quant_type=kind)
+    layer.weight = bitsandbytes.nn.Params4bit(weight.bfloat16(), quant_type=kind, compress_statistics=double).to("cpu")
     state = copy.copy(layer.weight.quant_state)
     state.dtype = dtype
     expected = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)  # [N, K]
     ours = dequantize(nf4.frozen_weight(layer), shape, dtype)  # [N, K]
     assert ours.shape == expected.shape == shape
     assert torch.equal(ours, expected) if dtype == torch.float32 else torch.allclose(ours, expected, rtol=2**-7, atol=0)
-    assert (ours.float() - weight).norm() < 0.15 * weight.norm()  # NF4 keeps a tenth of the spread
+    assert (ours.float() - weight).norm() < 0.2 * weight.norm()  # NF4 is off by a tenth of the spread

@@ -173,7 +173,7 @@ def spy_on_dequantized(patch) -> list[tuple[int, int]]:
     original = lora_linear.dequantized
 
     def spy(weight, outputs, dtype):
-        shapes.append((outputs, 2 * weight.packed.numel() // outputs))
+        shapes.append((outputs, 2 * weight[0].numel() // outputs))
         return original(weight, outputs, dtype)
 
     patch.setattr(lora_linear, "dequantized", spy)
@@ -396,7 +396,7 @@ def test_evaluation_runs_the_layer_as_it_is_written(awake, micro_batches, monkey
     step(prepared(model, config, "full"), config, micro_batches[:1])
     after = {name: type(module) for name, module in model.get_decoder().named_modules()}
     changed = {(names[name], kind) for name, kind in after.items() if names[name] != kind}
-    assert after.keys() == names.keys() and changed == {(Linear4bit, lora_linear.LoRALinear)}
+    assert after.keys() == names.keys() and changed == {(Linear4bit, lora_linear.LoRALinear4bit)}
     monkeypatch.setattr(layers, "checkpoint", None)  # calling it would fail
     assert evaluate_loss(model, micro_batches, loss_sum) == before
 

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from qlora.data.batch import collate
 from qlora.model.loss import read_head
 from qlora.speed import lora_linear, nf4
-from qlora.speed.nf4 import NF4Weight
 from tests.helpers import adapted_model, adapter_gradients, fp32_twin, gradients, relative_error, to_fp32, wake_adapters
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +39,7 @@ def test_the_weight_is_that_of_bitsandbytes_bit_for_bit(installed, dtype):
     state = layer.base_layer.weight.quant_state
     state.dtype = dtype
     theirs = bitsandbytes.functional.dequantize_4bit(layer.base_layer.weight.data, state)  # [N, K]
-    ours = nf4.dequantized(NF4Weight(*layer.frozen), layer.out_features, dtype)  # [N, K]
+    ours = nf4.dequantized(layer.frozen, layer.out_features, dtype)  # [N, K]
     assert ours.shape == (layer.out_features, layer.in_features) and torch.equal(ours, theirs)
     assert layer.frozen[0].data_ptr() == layer.base_layer.weight.data_ptr()  # no copy
 
@@ -49,7 +48,7 @@ def test_the_operator_is_dense_arithmetic_forward_and_backward(installed):
     layer = first_layer(to_fp32(installed), "down_proj")
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     x = torch.randn(2, 7, layer.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_()  # [2, 7, K]
-    dense = nf4.dequantized(NF4Weight(*layer.frozen), layer.out_features, torch.float32).double()  # [N, K]
+    dense = nf4.dequantized(layer.frozen, layer.out_features, torch.float32).double()  # [N, K]
     weight = torch.randn(2, 7, layer.out_features, generator=torch.Generator().manual_seed(1))  # [2, 7, N]
     output = layer(x)
     (output * weight).sum().backward()
@@ -198,7 +197,7 @@ def test_evaluation_and_a_disabled_adapter_take_peft_s_way(installed, monkeypatc
         with installed.disable_adapter():
             bare = layer.train()(x)
     assert (layer(x) - evaluated).norm() < 0.02 * evaluated.norm()
-    assert torch.equal(bare, F.linear(x, nf4.dequantized(NF4Weight(*layer.frozen), layer.out_features, torch.bfloat16)))
+    assert torch.equal(bare, F.linear(x, nf4.dequantized(layer.frozen, layer.out_features, torch.bfloat16)))
 
 
 def test_a_bias_of_the_base_layer_is_added(installed):
