@@ -331,4 +331,4 @@ def main(options: TrainConfig, stop: Signals) -> None:
                 peak_gb = finish(prep, trainee, evaluations, run, tracker)
         distributed.leave()
         if ranks.is_first:
-            say(log.closing_words(run.folder, html.after_training(run.folder), peak_gb, prep.predicted_gb, clock))
+            say(log.closing_words(run.folder, html.after_training(run.folder), peak_gb, prep.predicted_gb, clock, prep.config))

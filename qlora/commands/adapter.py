@@ -32,8 +32,9 @@ from qlora.run.folder import FINISHED, LOCK, RUN, is_going
 from qlora.run.schema import RunInfo, read_json
 from qlora.validation import UNREADABLE, reason
 
-OF_THE_RUN = ("model", "revision", "quantization", "precision", "prompt_format", "loss_on", "max_length", "on_long",
-              "allow_drop", "train_file", "eval_file")  # fmt: skip
+OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop", "train_file",
+              "eval_file")  # fmt: skip
+OF_THE_BASE = ("quantization", "precision")  # runs of older versions did not have them: NF4 and bf16
 OF_THE_COLUMNS = ("columns", "ignore_columns")  # runs of older versions did not have them
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
@@ -82,7 +83,7 @@ def open_adapter(
     folder, run_info = _find(path)
     lora = read_adapter_config(folder)
     known: dict[str, Any] = {**run_info.config} if run_info else {}
-    kept = {name: known[name] for name in OF_THE_RUN if name in known}
+    kept = {name: known[name] for name in (*OF_THE_RUN, *OF_THE_BASE) if name in known}
     kept |= {name: tuple(known[name]) for name in (*OF_THE_COLUMNS, "train_file", "eval_file") if known.get(name) is not None}
     notes: list[str] = []
     base, revision = _base(folder, lora, kept.get("model"), model, notes)

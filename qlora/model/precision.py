@@ -27,3 +27,35 @@ def autocast_dtype(model: Any) -> torch.dtype:
         model: a model of transformers or its decoder, with or without adapters.
     """
     return torch.float16 if getattr(model, "dtype", None) == torch.float16 else torch.bfloat16
+
+
+# What each --quantization stores, in words.
+BASES = {
+    "nf4": "NF4 with double quantization",
+    "fp4": "FP4 with double quantization",
+    "int8": "INT8 (LLM.int8)",
+    "none": "16 bits",
+}
+
+
+def described(quantization: str, precision: str) -> tuple[str, str, str | None]:
+    """A base and its precision for people.
+
+    Args:
+        quantization: a value of --quantization.
+        precision: a value of --precision; auto is called bf16.
+
+    Returns:
+        The form of the base in words; the name of the dtype of matrix products; and Python code of the quantization config
+        that loads the base so again, where torch and BitsAndBytesConfig are imported, or None for a base without one.
+    """
+    name = "float16" if precision == "fp16" else "bfloat16"
+    code = None
+    if quantization == "int8":
+        code = "BitsAndBytesConfig(load_in_8bit=True)"
+    elif quantization != "none":
+        code = (
+            f'BitsAndBytesConfig(\n    load_in_4bit=True,\n    bnb_4bit_quant_type="{quantization}",\n'
+            f"    bnb_4bit_use_double_quant=True,\n    bnb_4bit_compute_dtype=torch.{name},\n)"
+        )
+    return BASES[quantization], name, code

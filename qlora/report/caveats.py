@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora.model.precision import described
 from qlora.report.record import Record
 
 FEW_EXAMPLES, FEW_EVAL_EXAMPLES = 1000, 100
@@ -108,7 +109,9 @@ def _of_what_is_measured(record: Record) -> list[Caveat]:
     fact = f"There is one run, with seed {record.config['seed']}. How far another seed would end from it is not known."
     found.append(Caveat("How much of it is chance", fact))
     where = record.environment.device if record.environment else "one machine"
-    fact = f"All of it was computed against the base in NF4 on {where}. Merged, or in bf16, the model computes other numbers."
+    form, _, quantized = described(record.config.get("quantization", "nf4"), record.config.get("precision", "bf16"))
+    others = "Merged, or in bf16, the model" if quantized else "Merged or quantized, the model"
+    fact = f"All of it was computed against the base in {form} on {where}. {others} computes other numbers."
     found.append(Caveat("Other precisions", fact))
     if not record.on_gpu():
         found.append(Caveat("Speed and memory on a GPU", "The run was on a CPU; its peak is of the whole process."))

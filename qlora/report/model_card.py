@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN
 from qlora.data.sources import is_local, names_of
+from qlora.model.precision import described
 from qlora.report.caveats import caveats
 from qlora.report.record import Record
 from qlora.run.schema import Environment
@@ -143,8 +144,9 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     faster = config.get("lora_plus_ratio", 1.0)
     faster = f"; that of B is {faster:g} times as high (LoRA+)" if isinstance(faster, int | float) and faster != 1.0 else ""
     scaled = " (rsLoRA)" if config.get("use_rslora") else ""
+    form, dtype, _ = described(config.get("quantization", "nf4"), config.get("precision", "bf16"))
     return [
-        ("Method", "LoRA in fp32 on a base frozen in NF4 with double quantization; bf16 autocast"),
+        ("Method", f"LoRA in fp32 on a base frozen in {form}; {'fp16' if dtype == 'float16' else 'bf16'} autocast"),
         ("Rank, alpha, dropout", f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}{scaled}"),
         ("Adapted layers", ", ".join(record.run_info.targets if record.run_info else []) or "all linear layers but the head"),
         ("Trained parameters", f"{trained:,}{share}" if trained else "not recorded"),
@@ -186,15 +188,16 @@ def _load(record: Record, prompt: str) -> dict[str, Any]:
     """Lines of Python: how the model is loaded, and how it is prompted as in training."""
     config = record.config
     remote = ", trust_remote_code=True" if config["trust_remote_code"] else ""
+    form, dtype, quantized = described(config.get("quantization", "nf4"), config.get("precision", "bf16"))
     if config["model"] in EMBEDDED:
         source = f'model_source("{config["model"]}")'
         imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         imports += "from qlora.model.demo import model_source"
-        model = f"base = AutoModelForCausalLM.from_pretrained({source}, dtype=torch.bfloat16{{nf4}})\n"
+        model = f"base = AutoModelForCausalLM.from_pretrained({source}, dtype=torch.{dtype}{{quantized}})\n"
         model += 'model = PeftModel.from_pretrained(base, ".")'
     else:
         imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
-        model = f'model = AutoPeftModelForCausalLM.from_pretrained(".", dtype=torch.bfloat16{remote}{{nf4}})'
+        model = f'model = AutoPeftModelForCausalLM.from_pretrained(".", dtype=torch.{dtype}{remote}{{quantized}})'
     if config["prompt_format"] == "plain":
         text = json.dumps(f"### Instruction:\n{prompt}\n\n### Response:\n", ensure_ascii=False)
         prompted = f'prompt = {text}\ninputs = tokenizer(prompt, return_tensors="pt").to(model.device)'
@@ -204,8 +207,10 @@ def _load(record: Record, prompt: str) -> dict[str, Any]:
         prompted = f"messages = {text}\ninputs = tokenizer.apply_chat_template(\n"
         prompted += '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n).to(model.device)'
         stop = ""
-    nf4 = ", quantization_config=nf4"
-    return {"imports": imports, "bf16": model.format(nf4=""), "nf4": model.format(nf4=nf4), "prompt": prompted, "stop": stop}
+    as_trained = model.format(quantized=", quantization_config=quantization") if quantized else None
+    plain = model.format(quantized="")
+    texts = {"form": form, "plain": plain, "quantization": quantized, "as_trained": as_trained}
+    return {"imports": imports, **texts, "prompt": prompted, "stop": stop}
 
 
 def _versions(environment: Environment | None) -> str:

@@ -22,6 +22,7 @@ from qlora.data.dataset import TokenizedDataset
 from qlora.eval.generate import Completion
 from qlora.eval.loss import EvalResult
 from qlora.model.lora import Target
+from qlora.model.precision import described
 from qlora.run.files import cannot_write, whole_rows, write_file
 from qlora.run.schema import eval_rows
 from qlora.run.timing import PhaseClock
@@ -281,7 +282,9 @@ def _eval_result_of(row: dict[str, Any]) -> EvalResult:
     return EvalResult(loss, perplexity, row["num_tokens"])
 
 
-def closing_words(run_folder: Path, report: str, peak_gb: float, predicted_gb: float, clock: PhaseClock) -> str:
+def closing_words(
+    run_folder: Path, report: str, peak_gb: float, predicted_gb: float, clock: PhaseClock, config: TrainConfig
+) -> str:
     """Where everything is and where the time went, and the commands to load it; on a GPU also peak memory and its prediction.
 
     Args:
@@ -290,12 +293,23 @@ def closing_words(run_folder: Path, report: str, peak_gb: float, predicted_gb: f
         peak_gb: of memory in training.
         predicted_gb: the same as it was predicted, for a GPU.
         clock: told that the report has ended; where the time went.
+        config: resolved; quantization and precision are read.
     """
     clock.end("report")
     adapter = run_folder / "adapter"
     memory = ""
     if torch.cuda.is_available():
         memory = f"GPU memory:   {peak_gb:.2f} GB at its peak, {predicted_gb:.2f} predicted\n"
+    form, dtype, code = described(config.quantization, config.precision)
+    as_trained = ""
+    if code is not None:
+        as_trained = f"""
+
+or on the base in {form}, as it was trained:
+  import torch
+  from transformers import BitsAndBytesConfig
+  config = {" ".join(code.split())}
+  model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", quantization_config=config, dtype="{dtype}")"""
     return f"""
 {memory}Adapter:      {adapter}
 Report:       {report}
@@ -303,13 +317,6 @@ Metrics:      {run_folder / "metrics.jsonl"}, samples.jsonl beside it
 TensorBoard:  tensorboard --logdir {shlex.quote(str(run_folder / "tensorboard"))}
 Time:         {clock.summary()}
 
-Load it in bf16:
+Load it on the base in 16 bits:
   from peft import AutoPeftModelForCausalLM
-  model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", dtype="bfloat16")
-
-or on the NF4 base that it was trained against:
-  import torch
-  from transformers import BitsAndBytesConfig
-  nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                           bnb_4bit_compute_dtype=torch.bfloat16)
-  model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", quantization_config=nf4, dtype="bfloat16")"""
+  model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", dtype="{dtype}"){as_trained}"""

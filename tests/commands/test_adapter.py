@@ -65,6 +65,15 @@ def test_the_same_adapter_is_found_from_its_run_its_folder_its_checkpoint_and_al
     assert [each.run_info is None for each in found] == [False] * 3 + [True]
 
 
+def test_a_run_from_before_there_were_other_bases_is_one_on_nf4(run, tmp_path):
+    older = shutil.copytree(run, tmp_path / "older")
+    info = json.loads((older / "run.json").read_text())
+    assert info["config"].pop("quantization") == "nf4" and info["config"].pop("precision")
+    (older / "run.json").write_text(json.dumps(info))
+    opened = open_adapter(older)
+    assert opened.config.quantization == "nf4" and opened.run_info is not None and load_adapted(opened)
+
+
 def test_the_adapter_is_that_of_training_to_the_bit(run):
     config = TrainConfig(model=None, lora_r=4, lora_alpha=8, lora_dropout=0.0)
     opened = open_adapter(run)

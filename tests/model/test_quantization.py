@@ -19,6 +19,8 @@ from qlora.model import attention
 from qlora.model.load import load_meta_model, load_nf4_model, quantization_of
 from qlora.model.lora import add_lora, audit_targets
 from qlora.model.loss import read_head, token_loss_sum
+from qlora.report import record
+from qlora.report.model_card import model_card
 from qlora.speed import layers, lora_linear, nf4
 from qlora.speed.memory import memory_terms
 from tests.helpers import CPU, SHORT_DATA, adapted_model, decoder_of, gradients, prepared, relative_error, wake_adapters
@@ -86,6 +88,9 @@ def test_a_run_trains_resumes_bit_for_bit_and_is_used(tiny, tmp_path, capsys, qu
     assert command_line([*flags, "--output-dir", str(run), "--quantization", "nf4"]) == ExitCode.CONFIGURATION
     assert "quantization" in capsys.readouterr().err
     assert any_command(["generate", str(run), "--prompt", "say one", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    card = model_card(record.read(run))
+    form = {"fp4": "FP4 with double quantization", "int8": "INT8 (LLM.int8)", "none": "16 bits"}[quantization]
+    assert f"frozen in {form}; bf16 autocast" in card and ("as it was trained:" in card) == (quantization != "none")
     out = tmp_path / "merged"
     data = ["--eval-file", SHORT_DATA[3], "--limit", "2", "--device", "cpu"]
     assert any_command(["merge", str(run), *data, "--into", "recommended", "--output-dir", str(out)]) == 0

@@ -1,5 +1,6 @@
 """metrics.jsonl, TensorBoard, and what a person sees."""
 
+import dataclasses
 import io
 import json
 import math
@@ -210,9 +211,16 @@ def test_the_environment_has_versions_and_hardware():
 
 
 def test_the_closing_words_have_the_measured_peak_beside_the_prediction(tmp_path, monkeypatch):
-    assert "GPU memory" not in log.closing_words(tmp_path, "report.html", 1.25, 1.5, PhaseClock())
+    config = TrainConfig()
+    words = log.closing_words(tmp_path, "report.html", 1.25, 1.5, PhaseClock(), config)
+    assert "GPU memory" not in words and "on the base in NF4 with double quantization, as it was trained" in words
+    fp4 = dataclasses.replace(config, quantization="fp4", precision="fp16")
+    words = log.closing_words(tmp_path, "report.html", 1.25, 1.5, PhaseClock(), fp4)
+    assert 'bnb_4bit_quant_type="fp4"' in words and "compute_dtype=torch.float16" in words and 'dtype="float16"' in words
+    plain = dataclasses.replace(config, quantization="none")
+    assert "as it was trained" not in log.closing_words(tmp_path, "report.html", 1.25, 1.5, PhaseClock(), plain)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    words = log.closing_words(tmp_path, "report.html", 1.25, 1.5, PhaseClock())
+    words = log.closing_words(tmp_path, "report.html", 1.25, 1.5, PhaseClock(), config)
     assert words.startswith(f"\nGPU memory:   1.25 GB at its peak, 1.50 predicted\nAdapter:      {tmp_path}/adapter\n")
     assert "Report:       report.html" in words
 
