@@ -27,6 +27,7 @@ Overridable = Literal["learning_rate", "warmup_ratio", "num_train_epochs", "max_
                       "attn_implementation", "compile", "cache_dequantized", "offload_checkpoints",
                       "shard_base", "deterministic", "eval_file", "model"]  # fmt: skip
 EMBEDDED = ("demo", "tiny-random")
+REPLACED_BY_PEFT_CONFIG = ("lora_r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules")
 PHI3_MINI = "microsoft/Phi-3-mini-4k-instruct"
 DEMO_LEARNING_RATE = 4e-4
 BUNDLED_TRAIN = Path(__file__).parent / "demo_data" / "dataset_minimal.jsonl"
@@ -95,6 +96,8 @@ class LoraOptions:
     """Share of the input of A that is zeroed in training."""
     target_modules: tuple[str, ...] | None = None
     """Names of the linear layers that get an adapter. Unset: all but the head. A name that matches nothing is an error."""
+    peft_config: Path | None = None
+    """JSON file of a peft.LoraConfig, which replaces the flags above: DoRA, patterns of rank and alpha, some layers only."""
     init_adapter: Path | None = None
     """Folder of a PEFT LoRA adapter to start from; its rank, alpha, scaling, dropout and targets replace the flags above."""
 
@@ -215,6 +218,14 @@ class TrainConfig(OutputOptions, SpeedOptions, TrainingOptions, LoraOptions, Dat
             raise _refused("target_modules", "()", "one name or more; leave it out for all linear layers")
         if self.init_adapter is not None and not (self.init_adapter / "adapter_config.json").is_file():
             raise _refused("init_adapter", self.init_adapter, "a folder with adapter_config.json")
+        if self.peft_config is not None:
+            if not self.peft_config.is_file():
+                raise _refused("peft_config", self.peft_config, "a file")
+            usual = TrainConfig()
+            both = [name for name in REPLACED_BY_PEFT_CONFIG if getattr(self, name) != getattr(usual, name)]
+            if both or self.init_adapter is not None:
+                other = both[0] if both else "init_adapter"
+                raise _refused(other, getattr(self, other), "left out with --peft-config")
         if self.revision is not None and (self.model in (None, *EMBEDDED) or Path(str(self.model)).is_dir()):
             raise _refused("revision", self.revision, "given together with a hub id as --model")
 

@@ -15,7 +15,7 @@ from qlora.errors import UserError, is_out_of_memory
 from qlora.model.load import prepare_inference
 from qlora.model.precision import autocast_dtype
 from qlora.model.shards import shard_of
-from qlora.speed.decode import TokenGraph, adapters_by_row, decode, decode_unavailable_reason
+from qlora.speed.decode import TokenGraph, adapters_by_row, adapts_by_row, decode, decode_unavailable_reason
 from qlora.speed.lora_linear import answering
 
 # What may go wrong with sample answers: libraries, the disk, the data.
@@ -150,16 +150,22 @@ def answer_limit(examples: list[Example], template: PromptTemplate) -> int:
 def sample_responses(model: Any, examples: list[Example], template: PromptTemplate) -> list[Completion]:
     """Greedy answers to the prompts of `examples`, without and with the adapter, of at most 256 tokens.
 
-    Both are one batch. On a GPU generation ends after 5 s, however long an answer is by then.
+    Both are one batch, unless the adapter is DoRA. On a GPU generation ends after 5 s, however long an answer is by then.
     """
     prompts = [encode_prompt(example.prompt, template, example.tools) for example in examples]
     settings = _settings(model, template, min(answer_limit(examples, template), MAX_SAMPLE_TOKENS), sampling=None)
     if model.device.type == "cuda":
         settings.max_time = MAX_SAMPLE_S
     has_adapter = torch.arange(2 * len(prompts), device=model.device) < len(prompts)  # [B]
-    with torch.autocast(model.device.type, autocast_dtype(model)), adapters_by_row(model, has_adapter):  # as training runs
-        (answers,) = _answer(model, [prompts + prompts], template, settings)
-    tuned, base = answers[: len(prompts)], answers[len(prompts) :]
+    with torch.autocast(model.device.type, autocast_dtype(model)):  # as training runs
+        if adapts_by_row(model):
+            with adapters_by_row(model, has_adapter):
+                (answers,) = _answer(model, [prompts + prompts], template, settings)
+            tuned, base = answers[: len(prompts)], answers[len(prompts) :]
+        else:
+            (tuned,) = _answer(model, [prompts], template, settings)
+            with model.disable_adapter():
+                (base,) = _answer(model, [prompts], template, settings)
     rows = zip(examples, base, tuned, strict=True)
     return [Completion(example.prompt[-1].content or "", base, tuned, example.response) for example, base, tuned in rows]
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,7 @@ def checked_targets(meta_model: Any, config: TrainConfig, say: Callable[[str], N
         ConfigError: as audit_targets; if more than a tenth of the weights is neither in NF4 nor adapted and no target
             modules are named; or if PEFT refuses the targets.
     """
-    targets = audit_targets(meta_model, config)
+    targets = audit_targets(meta_model, config) if config.peft_config is None else _targets_of_file(meta_model, config)
     if any(layer is meta_model.get_output_embeddings() for layer in quantized_layers(meta_model).values()):
         raise ConfigError(
             f"The head of {type(meta_model).__name__} is in NF4 too (llm_int8_skip_modules in its config.json lacks it). The "
@@ -158,7 +159,9 @@ def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) 
             f"{len(plain)} of {len(audited)} layers that are to get an adapter are not quantized after loading, {plain[0]} "
             f"first ({type(model.get_submodule(plain[0])).__name__}).",
         )
-    if config.init_adapter is None:
+    if config.peft_config is not None:
+        adapted: Any = peft.get_peft_model(model, _lora_of_file(config, targets))
+    elif config.init_adapter is None:
         linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
         others = [name for name in linear if name not in set(audited)]
         elsewhere = any(_matches(name, target.name) for name in others for target in targets)
@@ -171,7 +174,7 @@ def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) 
             target_modules=[name for t in targets for name in (t.layers if elsewhere else [t.name])],
             task_type="CAUSAL_LM",
         )
-        adapted: Any = peft.get_peft_model(model, lora)
+        adapted = peft.get_peft_model(model, lora)
     else:
         _check_adapter(config.init_adapter, model, targets, config.lora_r)
         adapted = peft.PeftModel.from_pretrained(model, str(config.init_adapter), is_trainable=True)
@@ -231,6 +234,105 @@ def read_adapter_config(folder: Path) -> Any:
             return peft.PeftConfig.from_pretrained(str(folder))
     except UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be read ({reason(error)}).", hint="Get the adapter again.") from None
+
+
+# -- a file of --peft-config -------------------------------------------------------------------------------------------
+
+# What training cannot do: the loss reads a frozen head, and only adapters are saved.
+NOT_TRAINED = ("modules_to_save", "trainable_token_indices", "lora_bias", "ensure_weight_tying", "fan_in_fan_out")
+
+
+def peft_settings(config: TrainConfig) -> dict[str, Any] | None:
+    """What the file of --peft-config holds; None without one.
+
+    Raises:
+        ConfigError: if it is not a peft.LoraConfig that this loop can train.
+    """
+    path = config.peft_config
+    if path is None:
+        return None
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        kind = values.get("peft_type", "LORA")
+        if kind != "LORA":
+            raise ConfigError(f"--peft-config {path} is of PEFT's kind {kind}. Only LORA is supported.")
+        if unknown := sorted(values.keys() - vars(peft.LoraConfig()).keys()):
+            raise ConfigError(f"--peft-config {path} sets {', '.join(unknown)}, which peft.LoraConfig does not have.")
+        _check_settings(path, {"r": 8, "lora_alpha": 8} | values)
+        odd = [name for name in NOT_TRAINED if values.get(name)] + ["bias"] * (values.get("bias", "none") != "none")
+        if odd:
+            text = f"--peft-config {path} sets {', '.join(odd)}, which this loop cannot train."
+            raise ConfigError(text, hint="Leave it out.")
+    except (*UNREADABLE, CheckpointError) as error:
+        raise ConfigError(f"--peft-config {path} cannot be read ({reason(error)}).") from None
+    return values
+
+
+def with_peft_config(config: TrainConfig) -> TrainConfig:
+    """The configuration with rank, alpha, scaling, dropout and targets of its --peft-config, if it has one.
+
+    Raises:
+        ConfigError: as peft_settings.
+    """
+    values = peft_settings(config)
+    if values is None:
+        return config
+    lora = peft.LoraConfig(**{name: value for name, value in values.items() if name not in UNREAD})
+    names = lora.target_modules
+    return dataclasses.replace(
+        config,
+        lora_r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        use_rslora=lora.use_rslora,
+        target_modules=tuple(sorted(names)) if isinstance(names, set | list) else None,
+    )
+
+
+def _lora_of_file(config: TrainConfig, targets: list[Target]) -> Any:
+    """The peft.LoraConfig of --peft-config, on the audited layers and no others."""
+    values = peft_settings(config) or {}
+    own = {name: value for name, value in values.items() if name not in UNREAD}
+    chosen = {"target_modules": [name for target in targets for name in target.layers], "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(**{**own, **chosen, **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))})
+
+
+def _targets_of_file(meta_model: Any, config: TrainConfig) -> list[Target]:
+    """The layers that PEFT adapts by the file of --peft-config, tried on a copy without weights, by the ends of their names.
+
+    Raises:
+        ConfigError: if a listed name matches nothing, if PEFT refuses the file, or if it adapts a layer that is not quantized.
+    """
+    allowed, kind = linear_layers(meta_model), type(meta_model).__name__
+    own = {name: value for name, value in (peft_settings(config) or {}).items() if name not in UNREAD}
+    if own.get("target_modules") in (None, "all-linear"):
+        every = audit_targets(meta_model, dataclasses.replace(config, target_modules=None))
+        own["target_modules"] = [target.name for target in every]
+    elif isinstance(own["target_modules"], list):
+        audit_targets(meta_model, config)
+    try:
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+            adapted = peft.get_peft_model(copy.deepcopy(meta_model), peft.LoraConfig(**own | {"task_type": "CAUSAL_LM"}))
+    except (re.error, ValueError, TypeError, NotImplementedError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise ConfigError(f"--peft-config {config.peft_config}: PEFT refuses it for {kind}: {text}") from None
+    found: dict[str, dict[str, int]] = {}  # end of a name -> layer -> trained parameters
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            if name not in allowed:
+                raise ConfigError(f"--peft-config {config.peft_config} adapts {name}, which cannot have an adapter here.")
+            parameters: Any = module.parameters()  # type: ignore[attr-defined]  # of the torch.nn.Module that it is too
+            trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+            found.setdefault(name.rsplit(".", 1)[-1], {})[name] = trained
+    return [
+        Target(
+            end,
+            tuple(layers),
+            tuple(sorted({(allowed[name].out_features, allowed[name].in_features) for name in layers})),
+            sum(layers.values()),
+        )
+        for end, layers in sorted(found.items())
+    ]
 
 
 def _check_settings(folder: Path, values: dict[str, Any]) -> None:

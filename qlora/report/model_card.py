@@ -144,9 +144,11 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     faster = config.get("lora_plus_ratio", 1.0)
     faster = f"; that of B is {faster:g} times as high (LoRA+)" if isinstance(faster, int | float) and faster != 1.0 else ""
     scaled = " (rsLoRA)" if config.get("use_rslora") else ""
+    settings = (record.run_info and record.run_info.peft_config) or {}
+    method = "DoRA" if settings.get("use_dora") else "LoRA"
     form, dtype, _ = described(config.get("quantization", "nf4"), config.get("precision", "bf16"))
     return [
-        ("Method", f"LoRA in fp32 on a base frozen in {form}; {'fp16' if dtype == 'float16' else 'bf16'} autocast"),
+        ("Method", f"{method} in fp32 on a base frozen in {form}; {'fp16' if dtype == 'float16' else 'bf16'} autocast"),
         ("Rank, alpha, dropout", f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}{scaled}"),
         ("Adapted layers", ", ".join(record.run_info.targets if record.run_info else []) or "all linear layers but the head"),
         ("Trained parameters", f"{trained:,}{share}" if trained else "not recorded"),

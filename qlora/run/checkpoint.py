@@ -284,7 +284,8 @@ def load_adapter(folder: Path, model: Any) -> None:
         CheckpointError: if a tensor is missing, surplus, or of another shape or dtype.
     """
     adapter = _tensors(folder / ADAPTER)
-    saved_as = {name.replace(".default.", "."): parameter for name, parameter in _trained(model).items()}
+    by_memory = {parameter.data_ptr(): parameter for parameter in _trained(model).values()}
+    saved_as = {name: by_memory[tensor.data_ptr()] for name, tensor in _adapter(model).items()}  # by PEFT's own names
     found = {name: _shape_and_dtype(tensor) for name, tensor in adapter.items()}
     wanted = {name: _shape_and_dtype(parameter) for name, parameter in saved_as.items()}
     if found != wanted:

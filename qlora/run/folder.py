@@ -41,7 +41,7 @@ LOCK, RUN, FINISHED, METRICS, SAMPLES = "run.lock", "run.json", "finished.json",
 LOCK_WAIT_S = 0.2  # is_going holds the lock for less than a millisecond
 # Options that may differ without a word: they change no number of the training, or are compared by what they give.
 FREE = {"output_dir", "resume", "override", "logging_steps", "save_steps", "save_total_limit", "skip_nonfinite", "debug",
-        "explain", "trust_remote_code", "target_modules", "eval_file", "compile_cache"}  # fmt: skip
+        "explain", "trust_remote_code", "target_modules", "eval_file", "compile_cache", "peft_config"}  # fmt: skip
 OF_THE_DATA = {"train_file", "columns", "ignore_columns", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop"}
 EARLIER = TrainConfig(compile="none", precision="bf16").plain()  # what an option was before there was that option
 RESOLVED = ("attn_implementation", "compile", "gradient_checkpointing", "precision")  # from auto, by what the machine has
@@ -527,6 +527,7 @@ def _differences(before: RunInfo, now: RunInfo, config: TrainConfig, at_step: in
         unused |= {"init_adapter"}  # it gave the start, and the checkpoint is beyond that
     pairs = {name: [old[name], new[name]] for name in new if name not in unused}
     pairs |= {name: [getattr(before, name), getattr(now, name)] for name in ("data", "targets", "device")}
+    pairs["peft_config"] = [before.peft_config, now.peft_config]  # by content
     pairs["eval_file"] = [before.eval_data, now.eval_data]  # by content, under the name that --override knows
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     same_product = old[OF_A_STEP[0]] * old[OF_A_STEP[1]] == new[OF_A_STEP[0]] * new[OF_A_STEP[1]]

@@ -20,7 +20,7 @@ from qlora.model.attention import Attention, choose_attention
 from qlora.model.demo import model_source
 from qlora.model.families import mixed_rotation
 from qlora.model.load import load_meta_model, load_tokenizer
-from qlora.model.lora import Target, checked_targets, with_init_adapter
+from qlora.model.lora import Target, checked_targets, peft_settings, with_init_adapter, with_peft_config
 from qlora.model.precision import compute_dtype
 from qlora.run import log
 from qlora.run.environment import environment
@@ -79,12 +79,12 @@ def set_up_torch(config: TrainConfig) -> torch.device:
 
 
 def resolve(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> TrainConfig:
-    """The configuration with what follows from the machine and from `--init-adapter`.
+    """The configuration with what follows from the machine, and from `--init-adapter` or `--peft-config`.
 
     Raises:
         UserError: exit 2 or 7 for what this machine cannot do.
     """
-    resolved, line = with_init_adapter(config).resolved(on_gpu=device.type == "cuda")
+    resolved, line = with_peft_config(with_init_adapter(config)).resolved(on_gpu=device.type == "cuda")
     say(line)
     choose_attention(resolved, device)
     return resolved
@@ -127,8 +127,7 @@ def prepare(
         console: for what was found and chosen.
         ranks: how many share the work, and the memory of the GPU that has the least.
 
-    Returns:
-        None if the folder holds this run and it is complete. Raises UserError with the exit code of its kind.
+    Returns: None if the folder holds this run and it is complete. Raises UserError with the exit code of its kind.
     """
     assert config.model is not None  # as resolved
     say = partial(terminal.say, console)
@@ -163,6 +162,7 @@ def prepare(
         origin=None,
         predicted_gb=sum(terms_gb.values()),
         predicted_terms_gb=terms_gb,
+        peft_config=peft_settings(config),
     )
     if not run.accept(config, info):
         return None

@@ -164,6 +164,7 @@ class RunInfo(BaseModel):
     predicted_gb: Number | None = None  # peak memory in training
     predicted_terms_gb: dict[str, Number] | None = None  # what it is made of
     weights: str | None = None  # fingerprint of the frozen base
+    peft_config: dict[str, Any] | None = None  # what the file of --peft-config holds
 
 
 # -- the other files ---------------------------------------------------------------------------------------------------

@@ -151,6 +151,11 @@ def decode(model: Any, input_ids: torch.Tensor, graph: TokenGraph, show: Any, **
     return input_ids
 
 
+def adapts_by_row(model: Any) -> bool:
+    """Whether some rows of a batch can do without the adapter: DoRA scales the base's own output."""
+    return not any(getattr(module, "lora_variant", None) for module in model.modules())
+
+
 @contextlib.contextmanager
 def adapters_by_row(model: Any, on: torch.Tensor) -> Iterator[None]:
     """A block in which only some rows of a batch have the adapter; for the others its update is exactly 0.

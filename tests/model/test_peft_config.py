@@ -1,0 +1,154 @@
+"""--peft-config: a peft.LoraConfig from a file, on the fast path where the operator can do it."""
+
+import copy
+import dataclasses
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora.cli import main as any_command
+from qlora.cli import train as command_line
+from qlora.commands.adapter import open_adapter
+from qlora.config import TrainConfig
+from qlora.data.batch import collate
+from qlora.errors import ExitCode, UserError
+from qlora.model import attention
+from qlora.model.load import load_meta_model, load_nf4_model
+from qlora.model.lora import add_lora, checked_targets, with_peft_config
+from qlora.model.loss import read_head, token_loss_sum
+from qlora.report import record
+from qlora.report.model_card import model_card
+from qlora.speed import layers, lora_linear
+from qlora.speed.decode import adapts_by_row
+from tests.helpers import CPU, SHORT_DATA, decoder_of, gradients, prepared, relative_error, wake_adapters
+
+DORA = {"peft_type": "LORA", "use_dora": True, "r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]}
+PATTERNS = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["qkv_proj", "down_proj", "o_proj"],
+            "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"qkv_proj": 32}, "layers_to_transform": [1]}  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(**values):
+        path = tmp_path / "lora.json"
+        path.write_text(json.dumps(values))
+        return path
+
+    return write
+
+
+def awake(config, path):
+    """The tiny model with the adapter of a file, in training mode; and its configuration."""
+    config = with_peft_config(dataclasses.replace(config, peft_config=path, attn_implementation="sdpa"))
+    torch.manual_seed(0)
+    targets = checked_targets(load_meta_model(config.model, config), config, lambda _: None)
+    model = add_lora(load_nf4_model(config.model, config, "sdpa", CPU), config, targets, config.model).train()
+    wake_adapters(model)
+    return model, config, targets
+
+
+def loss_and_gradients(model, config, batch):
+    model.zero_grad()
+    head = read_head(model)
+    with attention.for_training(model, config), torch.autocast("cpu", torch.bfloat16):
+        hidden = decoder_of(model)(**attention.decoder_inputs(batch, model.config), use_cache=False).last_hidden_state
+        loss = token_loss_sum(hidden, batch, head) / batch.num_tokens
+        loss.backward()
+    return loss.item(), gradients(model)
+
+
+@pytest.mark.parametrize(("values", "fast"), [(PATTERNS, 3), (DORA, 0)], ids=["patterns", "DoRA"])
+def test_a_step_is_that_of_peft(config, samples, file, values, fast):
+    plain, trained, targets = awake(config, file(**values))
+    expected = loss_and_gradients(plain, trained, collate(samples[:3]))
+    model = prepared(copy.deepcopy(plain), trained, "full")
+    assert sum(isinstance(module, lora_linear.LoRALinear) for module in model.modules()) == fast
+    found = loss_and_gradients(model, trained, collate(samples[:3]))
+    assert found[0] == pytest.approx(expected[0], rel=1e-3) and relative_error(found[1], expected[1]) < 0.03
+    assert sum(target.adapter_parameters for target in targets) == sum(each.numel() for each in expected[1].values())
+    if values is PATTERNS:
+        ranks = {name.split(".")[-4]: each.shape[0] for name, each in expected[1].items() if "lora_A" in name}
+        assert ranks == {"qkv_proj": 4, "down_proj": 2, "o_proj": 4} and all(".layers.1." in name for name in expected[1])
+    assert adapts_by_row(model) == (values is PATTERNS)
+
+
+@pytest.mark.parametrize("values", [PATTERNS, DORA], ids=["patterns", "DoRA"])
+def test_a_run_resumes_bit_for_bit_and_peft_loads_its_adapter(tiny, tmp_path, capsys, file, values):
+    flags = ["--model", "tiny-random", "--peft-config", str(file(**values)), "--max-length", "300", *SHORT_DATA]
+    flags += ["--max-steps", "4", "--save-steps", "2", "--save-total-limit", "9", "--learning-rate", "1e-2"]
+    run, resumed = tmp_path / "run", tmp_path / "resumed"
+    assert command_line([*flags, "--output-dir", str(run)]) == 0
+    half = run / "checkpoints" / "step-000002"
+    assert command_line([*flags, "--output-dir", str(resumed), "--resume", str(half)]) == 0
+    ours, theirs = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (run, resumed))
+    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    before = load_file(half / "adapter_model.safetensors")
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in ours.items())
+    assert any("magnitude" in name for name in ours) == (values is DORA)
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.bfloat16)
+    assert all(torch.equal(peft.get_peft_model_state_dict(loaded)[name], tensor) for name, tensor in ours.items())
+    assert any_command(["evaluate", str(run), "--eval-file", SHORT_DATA[3], "--limit", "2", "--max-new-tokens", "2"]) == 0
+    assert any_command(["generate", str(run), "--prompt", "say one", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert open_adapter(run).lora.use_dora == (values is DORA)
+    assert f"{'DoRA' if values is DORA else 'LoRA'} in fp32" in model_card(record.read(run))
+    capsys.readouterr()
+    changed = ["--peft-config", str(file(**values | {"lora_alpha": 9}))]
+    assert command_line([*flags, *changed, "--max-steps", "6", "--override", "max_steps", "--output-dir", str(run)]) == 2
+    assert "peft_config" in capsys.readouterr().err
+
+
+def test_a_name_that_is_a_pattern_or_all_linear_is_peft_s_own(config, file):
+    meta_model = load_meta_model(config.model, config)
+    for names, count in ((r".*layers\.0\.mlp\..*_proj", 2), ("all-linear", 8), (None, 8)):
+        trained = with_peft_config(dataclasses.replace(config, peft_config=file(r=2, target_modules=names)))
+        targets = checked_targets(meta_model, trained, lambda _: None)
+        assert sum(len(target.layers) for target in targets) == count
+    excluding = with_peft_config(dataclasses.replace(config, peft_config=file(r=2, exclude_modules=["o_proj", "qkv_proj"])))
+    names = {target.name for target in checked_targets(meta_model, excluding, lambda _: None)}
+    assert names == {"gate_up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"peft_type": "IA3"}, "is of PEFT's kind IA3. Only LORA is supported"),
+        ({"rank": 3}, "sets rank, which peft.LoraConfig does not have"),
+        ({"modules_to_save": ["lm_head"]}, "sets modules_to_save, which this loop cannot train"),
+        ({"bias": "all"}, "sets bias, which this loop cannot train"),
+        ({"init_lora_weights": "pissa"}, "was begun with init_lora_weights 'pissa', which changes the base"),
+        ({"r": 0}, "cannot be read"),
+        ({"target_modules": ["q_proj"]}, "q_proj matches no linear layer"),
+        ({"target_modules": ".*nothing"}, "PEFT refuses it for Phi3ForCausalLM"),
+        ({"target_modules": ".*lm_head"}, "adapts lm_head, which cannot have an adapter here"),
+        ({"megatron_config": {"a": 1}}, "LoRA of a kind that is not known here: it sets megatron_config"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_loaded(config, file, values, words):
+    with pytest.raises(UserError) as refused:
+        trained = with_peft_config(dataclasses.replace(config, peft_config=file(**values)))
+        checked_targets(load_meta_model(config.model, config), trained, lambda _: None)
+    assert words in str(refused.value) and refused.value.exit_code == ExitCode.CONFIGURATION
+
+
+def test_it_excludes_the_flags_that_it_replaces(tmp_path, file):
+    path = file(r=2)
+    for flags, words in (
+        ({"lora_r": 8}, "--lora-r 8 cannot be used: it must be left out with --peft-config"),
+        ({"init_adapter": tmp_path}, "--init-adapter"),
+    ):
+        with pytest.raises(UserError, match=words):
+            TrainConfig(peft_config=path, **flags).check()
+    with pytest.raises(UserError, match=r"--peft-config .* it must be a file"):
+        TrainConfig(peft_config=tmp_path / "no.json").check()
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        with_peft_config(TrainConfig(peft_config=path))
+
+
+def test_dora_is_never_compiled(config, model, file):
+    config = dataclasses.replace(config, peft_config=file(**DORA))
+    with pytest.raises(UserError, match="--compile layers cannot be used: DoRA layers run as PEFT wrote them"):
+        layers.choose_layers(dataclasses.replace(config, compile="layers"), model, [], 100, CPU)
