@@ -298,7 +298,7 @@ def _check_fit(folder: Path, lora: Any, source: str, meta_model: Any) -> None:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
-    if lora.bias != "none" and any(name.endswith(".bias") and "lora_" not in name for name in stored):
+    if getattr(lora, "bias", "none") != "none" and any(name.endswith(".bias") and "lora_" not in name for name in stored):
         raise ConfigError(
             f"{folder} has biases of the base itself (bias {lora.bias}), which stay when the adapter is switched off, so "
             "that there is no base to compare it with. Only bias none is supported here.",
@@ -332,7 +332,7 @@ def _check_fit(folder: Path, lora: Any, source: str, meta_model: Any) -> None:
         here, there = (f"of shape {shapes[name]}" if name in shapes else "not" for shapes in (stored, wanted))
         raise ConfigError(
             f"{folder} does not fit {source}: {len(differing)} tensors differ. {name} is {here} in the file, and would be "
-            f"{there} there with rank {lora.r}.",
+            f"{there} there with rank {getattr(lora, 'r', None)}.",
             hint="Either the base is another (--model names it), or adapter_config.json and the weights do not belong "
             "together.",
         )

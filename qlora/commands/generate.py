@@ -43,7 +43,7 @@ def run(options: GenerateOptions) -> int:
         _say(note)
     batch = f"--batch-size {options.batch_size} or " if len(prompts) > 1 else ""
     with oom_as_user_error_with(f"Lower {batch}--max-new-tokens {options.max_new_tokens}."):
-        model = load_adapted(adapter, "int8" if options.int8 else "nf4")
+        model = load_adapted(adapter, "int8" if options.int8 else None)
         prepare_inference(model)
         _say(f"{adapter.folder} on {adapter.source}, {adapter.config.prompt_format} prompts, {_named(sampling)}")
         if not prompts:

@@ -80,7 +80,10 @@ def merged_model(adapter: Adapter, route: Route) -> Any:
         info = adapter.run_info if config == adapter.config else None  # another base than that of training in fp16
         adapted = load_adapted(adapter._replace(config=config, run_info=info), "none")
     else:
-        base = load_adapted(adapter).unload().dequantize(torch.bfloat16)
+        adapted = load_adapted(adapter)
+        inside = adapted.get_base_model()
+        inside.is_loaded_in_4bit = inside.is_loaded_in_8bit = False  # soon; PEFT would refuse to take IA3 off
+        base = adapted.unload().dequantize(torch.bfloat16)
         for parameter in base.parameters():  # the others too, after training in fp16; not buffers, such as those of rotations
             parameter.data = parameter.data.to(torch.bfloat16)
         adapted = put_on(base, adapter)
@@ -272,7 +275,7 @@ def run(options: MergeOptions) -> int:
     adapter = open_adapter(options.adapter, options.model, options.prompt_format, options.trust_remote_code, options.device)
     for note in adapter.notes:
         say(note)
-    if adapter.lora.lora_bias:
+    if getattr(adapter.lora, "lora_bias", False):
         raise ConfigError(
             f"{adapter.folder} trains LoRA biases (lora_bias), which layers without a bias cannot store.",
             hint="Use it unmerged: python -m qlora generate, or PEFT.",
@@ -375,6 +378,8 @@ GGUF:          git clone {LLAMA_CPP}
 def adapter_lines(adapter: Adapter) -> str:
     """How to serve the adapter without merging."""
     lora = adapter.lora
+    if lora.peft_type != "LORA":
+        return f"\nUnmerged:      vLLM serves LoRA only, and this adapter is {lora.peft_type.value}: serve the merged folder."
     fitting = next((most for most in VLLM_RANKS if most >= lora.r), None)
     reasons = [name for name in NOT_FOR_VLLM if getattr(lora, name, None)] + (["bias"] if lora.bias != "none" else [])
     if reasons or fitting is None:

@@ -15,6 +15,7 @@ from qlora.errors import UserError, is_out_of_memory
 from qlora.model.load import prepare_inference
 from qlora.model.precision import autocast_dtype
 from qlora.model.shards import shard_of
+from qlora.model.third_party import peft
 from qlora.speed.decode import TokenGraph, adapters_by_row, adapts_by_row, decode, decode_unavailable_reason
 from qlora.speed.lora_linear import answering
 
@@ -122,7 +123,7 @@ def _answer(
     rows = max(map(len, batches))
     recorded = decode_unavailable_reason(model) is None
     answers = []
-    with answering(model) if recorded else contextlib.nullcontext():
+    with _as_in_training(model), answering(model) if recorded else contextlib.nullcontext():
         if recorded:
             longest = max(len(prompt) for prompts in batches for prompt in prompts)
             graph = TokenGraph(model, rows, longest + settings.max_new_tokens)
@@ -142,6 +143,12 @@ def _answer(
     return answers
 
 
+def _as_in_training(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Autocast for methods that leave the base's dtype without it, such as IA3, whose vectors are in fp32."""
+    plain = not isinstance(model, peft.PeftModel) or adapts_by_row(model)
+    return contextlib.nullcontext() if plain else torch.autocast(model.device.type, autocast_dtype(model))
+
+
 def answer_limit(examples: list[Example], template: PromptTemplate) -> int:
     """Tokens that an answer may have: twice those of the longest that is wanted, and 1,024 at most."""
     return min(2 * max((len(template.ids(example.response)) for example in examples), default=0) + 8, 1024)
@@ -150,7 +157,7 @@ def answer_limit(examples: list[Example], template: PromptTemplate) -> int:
 def sample_responses(model: Any, examples: list[Example], template: PromptTemplate) -> list[Completion]:
     """Greedy answers to the prompts of `examples`, without and with the adapter, of at most 256 tokens.
 
-    Both are one batch, unless the adapter is DoRA. On a GPU generation ends after 5 s, however long an answer is by then.
+    Both are one batch if the adapter is plain LoRA. On a GPU generation ends after 5 s, however long an answer is by then.
     """
     prompts = [encode_prompt(example.prompt, template, example.tools) for example in examples]
     settings = _settings(model, template, min(answer_limit(examples, template), MAX_SAMPLE_TOKENS), sampling=None)

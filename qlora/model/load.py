@@ -216,7 +216,7 @@ def fingerprint(model: Any) -> str:
     sums = [torch.zeros((), dtype=torch.int64, device=model.device)]  # [] each
     shards = {f"{name}.": module.shard for name, module in model.named_modules() if shard_of(module)}
     for name, tensor in tensors.items():
-        if "lora_" not in name:
+        if "default" not in name.split("."):  # PEFT's name of the adapter
             for shard in (shard for prefix, shard in shards.items() if name.startswith(prefix)):
                 shard.base.gather(shard.number)
             digest.update(name.encode())

@@ -21,6 +21,8 @@ from qlora.model.third_party import peft
 from qlora.validation import STRICT, UNREADABLE, reason, validated
 
 ADAPTER_CONFIG = "adapter_config.json"
+METHODS = ("LORA", "IA3", "VERA", "OFT", "LOHA", "LOKR")  # of PEFT: those that act within linear layers
+ON_16_BITS = ("LOHA", "LOKR")  # those that PEFT has for layers without quantization only
 # Starts that leave the base as it is. The others (PiSSA, OLoRA, ...) change it, and the adapter fits what they left.
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 UNREAD = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "eva_config")  # of no effect here
@@ -160,7 +162,8 @@ def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) 
             f"first ({type(model.get_submodule(plain[0])).__name__}).",
         )
     if config.peft_config is not None:
-        adapted: Any = peft.get_peft_model(model, _lora_of_file(config, targets))
+        values = peft_settings(config) or {}
+        adapted: Any = peft.get_peft_model(model, _config_of(values, _names_of(values, targets)))
     elif config.init_adapter is None:
         linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
         others = [name for name in linear if name not in set(audited)]
@@ -187,10 +190,18 @@ def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) 
     return adapted
 
 
-class AdapterSettings(pydantic.BaseModel):
-    """adapter_config.json: the settings of peft.LoraConfig that are supported; an adapter that sets others is refused."""
+class PeftSettings(pydantic.BaseModel):
+    """adapter_config.json: the settings that all methods of PEFT share."""
 
     model_config = STRICT
+
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+
+class AdapterSettings(PeftSettings):
+    """adapter_config.json: the settings of peft.LoraConfig that are supported; an adapter that sets others is refused."""
 
     r: int
     lora_alpha: int | float
@@ -210,13 +221,10 @@ class AdapterSettings(pydantic.BaseModel):
     fan_in_fan_out: bool | None = False
     ensure_weight_tying: bool = False
     init_lora_weights: bool | str = True
-    task_type: str | None = None
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
 
 
 def read_adapter_config(folder: Path) -> Any:
-    """The peft.LoraConfig of an adapter: supported settings only, each of its type and in its range.
+    """The peft.PeftConfig of an adapter: supported methods and, of LoRA, supported settings in their range only.
 
     Raises:
         CheckpointError: if adapter_config.json is missing or damaged.
@@ -227,9 +235,12 @@ def read_adapter_config(folder: Path) -> Any:
         values = json.loads(path.read_bytes())
         if not isinstance(values["peft_type"], str):
             raise TypeError(f"peft_type is {values['peft_type']!r}")
-        if values["peft_type"] != "LORA":
-            raise ConfigError(f"{folder} is an adapter of PEFT's kind {values['peft_type']}. Only LoRA is known here.")
-        _check_settings(folder, values)
+        if (kind := values["peft_type"]) not in METHODS:
+            raise ConfigError(f"{folder} is an adapter of PEFT's kind {kind}. Supported are {', '.join(METHODS)}.")
+        if kind == "LORA":
+            _check_settings(folder, values)
+        elif values.get("modules_to_save"):
+            raise ConfigError(f"{folder} sets modules_to_save, which is supported with LORA only.")
         with warnings.catch_warnings(action="ignore"):  # of starts, which are over
             return peft.PeftConfig.from_pretrained(str(folder))
     except UNREADABLE as error:
@@ -243,22 +254,27 @@ NOT_TRAINED = ("modules_to_save", "trainable_token_indices", "lora_bias", "ensur
 
 
 def peft_settings(config: TrainConfig) -> dict[str, Any] | None:
-    """What the file of --peft-config holds; None without one.
+    """What the file of --peft-config holds, with its peft_type; None without one.
 
     Raises:
-        ConfigError: if it is not a peft.LoraConfig that this loop can train.
+        ConfigError: if it is not a configuration of PEFT that this loop can train.
     """
     path = config.peft_config
     if path is None:
         return None
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
-        kind = values.get("peft_type", "LORA")
-        if kind != "LORA":
-            raise ConfigError(f"--peft-config {path} is of PEFT's kind {kind}. Only LORA is supported.")
-        if unknown := sorted(values.keys() - vars(peft.LoraConfig()).keys()):
-            raise ConfigError(f"--peft-config {path} sets {', '.join(unknown)}, which peft.LoraConfig does not have.")
-        _check_settings(path, {"r": 8, "lora_alpha": 8} | values)
+        values["peft_type"] = kind = values.get("peft_type", "LORA")
+        if kind not in METHODS:
+            raise ConfigError(f"--peft-config {path} is of PEFT's kind {kind}. Supported are {', '.join(METHODS)}.")
+        known = {field.name for field in dataclasses.fields(_config_class(kind))} | {"auto_mapping"}
+        if unknown := sorted(values.keys() - known):
+            raise ConfigError(f"--peft-config {path} sets {', '.join(unknown)}, which PEFT's {kind} does not have.")
+        if kind in ON_16_BITS and config.quantization != "none":
+            text = f"--peft-config {path}: PEFT has no {kind} for quantized layers."
+            raise ConfigError(text, hint="Pass --quantization none, or another method.")
+        if kind == "LORA":
+            _check_settings(path, {"r": 8, "lora_alpha": 8} | values)
         odd = [name for name in NOT_TRAINED if values.get(name)] + ["bias"] * (values.get("bias", "none") != "none")
         if odd:
             text = f"--peft-config {path} sets {', '.join(odd)}, which this loop cannot train."
@@ -277,24 +293,41 @@ def with_peft_config(config: TrainConfig) -> TrainConfig:
     values = peft_settings(config)
     if values is None:
         return config
-    lora = peft.LoraConfig(**{name: value for name, value in values.items() if name not in UNREAD})
-    names = lora.target_modules
-    return dataclasses.replace(
-        config,
-        lora_r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        use_rslora=lora.use_rslora,
-        target_modules=tuple(sorted(names)) if isinstance(names, set | list) else None,
-    )
+    names = values.get("target_modules")
+    config = dataclasses.replace(config, target_modules=tuple(sorted(names)) if isinstance(names, list) else None)
+    if values["peft_type"] != "LORA":
+        if config.lora_plus_ratio != 1.0:
+            raise ConfigError("--lora-plus-ratio is for LoRA.", hint="Leave it out.")
+        return dataclasses.replace(config, lora_dropout=0.0)
+    lora = _config_of(values, names)
+    scale = {"lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout, "use_rslora": lora.use_rslora}
+    return dataclasses.replace(config, lora_r=lora.r, **scale)
 
 
-def _lora_of_file(config: TrainConfig, targets: list[Target]) -> Any:
-    """The peft.LoraConfig of --peft-config, on the audited layers and no others."""
-    values = peft_settings(config) or {}
+def runs_as_peft_wrote_it(config: TrainConfig) -> str | None:
+    """The name of a method that the fused operator cannot do; None if the adapter is plain LoRA."""
+    values = peft_settings(config) or {"peft_type": "LORA"}
+    if values["peft_type"] == "LORA":
+        return "DoRA" if values.get("use_dora") else None
+    return str(values["peft_type"])
+
+
+def _config_class(kind: str) -> Any:
+    return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+
+
+def _config_of(values: dict[str, Any], target_modules: Any) -> Any:
+    """The peft.PeftConfig of a file's values, on these modules."""
     own = {name: value for name, value in values.items() if name not in UNREAD}
-    chosen = {"target_modules": [name for target in targets for name in target.layers], "task_type": "CAUSAL_LM"}
-    return peft.LoraConfig(**{**own, **chosen, **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))})
+    return _config_class(values["peft_type"])(**{**own, "target_modules": target_modules, "task_type": "CAUSAL_LM"})
+
+
+def _names_of(values: dict[str, Any], every: list[Target]) -> Any:
+    """The target_modules of a file; where it names none, those of all targets, but that IA3 knows its own by model."""
+    names = values.get("target_modules")
+    if names == "all-linear" or (names is None and values["peft_type"] != "IA3"):
+        return [target.name for target in every]
+    return names
 
 
 def _targets_of_file(meta_model: Any, config: TrainConfig) -> list[Target]:
@@ -304,21 +337,16 @@ def _targets_of_file(meta_model: Any, config: TrainConfig) -> list[Target]:
         ConfigError: if a listed name matches nothing, if PEFT refuses the file, or if it adapts a layer that is not quantized.
     """
     allowed, kind = linear_layers(meta_model), type(meta_model).__name__
-    own = {name: value for name, value in (peft_settings(config) or {}).items() if name not in UNREAD}
-    if own.get("target_modules") in (None, "all-linear"):
-        every = audit_targets(meta_model, dataclasses.replace(config, target_modules=None))
-        own["target_modules"] = [target.name for target in every]
-    elif isinstance(own["target_modules"], list):
-        audit_targets(meta_model, config)
+    values, every = peft_settings(config) or {}, audit_targets(meta_model, config)
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            adapted = peft.get_peft_model(copy.deepcopy(meta_model), peft.LoraConfig(**own | {"task_type": "CAUSAL_LM"}))
+            adapted = peft.get_peft_model(copy.deepcopy(meta_model), _config_of(values, _names_of(values, every)))
     except (re.error, ValueError, TypeError, NotImplementedError) as error:
         text = " ".join(str(error).split())[:300]
         raise ConfigError(f"--peft-config {config.peft_config}: PEFT refuses it for {kind}: {text}") from None
     found: dict[str, dict[str, int]] = {}  # end of a name -> layer -> trained parameters
     for name, module in adapted.get_base_model().named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
             if name not in allowed:
                 raise ConfigError(f"--peft-config {config.peft_config} adapts {name}, which cannot have an adapter here.")
             parameters: Any = module.parameters()  # type: ignore[attr-defined]  # of the torch.nn.Module that it is too

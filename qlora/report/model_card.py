@@ -145,7 +145,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     faster = f"; that of B is {faster:g} times as high (LoRA+)" if isinstance(faster, int | float) and faster != 1.0 else ""
     scaled = " (rsLoRA)" if config.get("use_rslora") else ""
     settings = (record.run_info and record.run_info.peft_config) or {}
-    method = "DoRA" if settings.get("use_dora") else "LoRA"
+    method = "DoRA" if settings.get("use_dora") else settings.get("peft_type", "LORA").replace("LORA", "LoRA")
     form, dtype, _ = described(config.get("quantization", "nf4"), config.get("precision", "bf16"))
     return [
         ("Method", f"{method} in fp32 on a base frozen in {form}; {'fp16' if dtype == 'float16' else 'bf16'} autocast"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from qlora.errors import CheckpointError, UserError
-from qlora.model.lora import ADAPTER_CONFIG, AdapterSettings
+from qlora.model.lora import ADAPTER_CONFIG, PeftSettings
 from qlora.run import checkpoint
 from qlora.run.files import size_and_sha256, whole_rows
 from qlora.run.folder import EARLIER, FINISHED, METRICS, RUN, SAMPLES, is_going
@@ -32,7 +32,7 @@ class Record:
     config: dict[str, Any]  # resolved, as in config.yaml
     environment: Environment | None  # env.json
     run_info: RunInfo | None  # run.json
-    settings: AdapterSettings | None  # adapter_config.json of its adapter, once it has ended
+    settings: PeftSettings | None  # adapter_config.json of its adapter, once it has ended
     rows: list[dict[str, Any]]  # metrics.jsonl
     samples: list[dict[str, Any]]  # samples.jsonl, of a run that has ended
     evaluation: Evaluation | None  # evaluation.json by python -m qlora evaluate, where it is of the adapter the run ended with
@@ -127,7 +127,7 @@ def read(folder: Path) -> Record:
         config=_config(folder / "config.yaml"),
         environment=_json(folder / "env.json", Environment),
         run_info=_json(folder / RUN, RunInfo),
-        settings=_json(folder / "adapter" / ADAPTER_CONFIG, AdapterSettings),
+        settings=_json(folder / "adapter" / ADAPTER_CONFIG, PeftSettings),
         rows=_rows(folder / METRICS, Row),
         samples=_rows(folder / SAMPLES, CompletionRow),
         evaluation=evaluation if is_own else None,

@@ -224,7 +224,9 @@ def config_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, bytes
     with tempfile.TemporaryDirectory() as scratch:
         saved = copy.copy(lora)
         saved.inference_mode = True  # so that loading it freezes it, as PEFT's own save does
-        saved.target_modules = sorted(lora.target_modules)  # PEFT's is a set, whose order changes from run to run
+        for name, value in vars(lora).items():
+            if isinstance(value, set):  # whose order changes from run to run
+                setattr(saved, name, sorted(value))
         saved.save_pretrained(scratch)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
@@ -285,7 +287,8 @@ def load_adapter(folder: Path, model: Any) -> None:
     """
     adapter = _tensors(folder / ADAPTER)
     by_memory = {parameter.data_ptr(): parameter for parameter in _trained(model).values()}
-    saved_as = {name: by_memory[tensor.data_ptr()] for name, tensor in _adapter(model).items()}  # by PEFT's own names
+    # By PEFT's own names. What is not trained, such as the projections of VeRA, is a function of the configuration.
+    saved_as = {name: by_memory.get(tensor.data_ptr(), tensor) for name, tensor in _adapter(model).items()}
     found = {name: _shape_and_dtype(tensor) for name, tensor in adapter.items()}
     wanted = {name: _shape_and_dtype(parameter) for name, parameter in saved_as.items()}
     if found != wanted:

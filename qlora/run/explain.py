@@ -153,8 +153,8 @@ def gradient_norms(model: Any) -> dict[str, torch.Tensor]:
     norms = torch.stack(torch._foreach_norm([gradient for _, gradient in with_gradient])).float().cpu()  # sync; [tensors]
     found: dict[str, list[torch.Tensor]] = {}
     for (name, _), norm in zip(with_gradient, norms, strict=True):
-        module, matrix = name.split(".lora_")
-        found.setdefault(f"{module.rsplit('.', 1)[-1]}.lora_{matrix[0]}", []).append(norm)
+        *_, layer, matrix = name.partition(".default")[0].split(".")
+        found.setdefault(f"{layer}.{matrix}", []).append(norm)
     return {name: torch.stack(layers) for name, layers in found.items()}
 
 

@@ -152,8 +152,9 @@ def decode(model: Any, input_ids: torch.Tensor, graph: TokenGraph, show: Any, **
 
 
 def adapts_by_row(model: Any) -> bool:
-    """Whether some rows of a batch can do without the adapter: DoRA scales the base's own output."""
-    return not any(getattr(module, "lora_variant", None) for module in model.modules())
+    """Whether some rows of a batch can do without the adapter: it is LoRA, and not DoRA, which scales the base's output."""
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)]
+    return all(isinstance(layer, peft.tuners.lora.LoraLayer) and not layer.lora_variant for layer in layers)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from qlora.config import Compile, GradientCheckpointing, TrainConfig
 from qlora.errors import ConfigError, EnvironmentProblem
 from qlora.model.coverage import UNCOVERED_LIMIT, uncovered
 from qlora.model.families import attention_use, outermost_layers
-from qlora.model.lora import Target, peft_settings
+from qlora.model.lora import Target, runs_as_peft_wrote_it
 from qlora.model.shards import shard_of
 from qlora.speed.graphs import graphs_unavailable_reason
 from qlora.speed.memory import ATTENTION_INPUTS, memory_terms
@@ -164,8 +164,8 @@ def _ways_to_compile(
 ) -> tuple[tuple[Compile, ...], str]:
     """Values of `compile` that may be chosen, the fastest first; and why there are no others, or nothing."""
     never = "layers in 8 bits run in bitsandbytes' own code" if config.quantization == "int8" else None
-    if (peft_settings(config) or {}).get("use_dora"):
-        never = "DoRA layers run as PEFT wrote them"
+    if method := runs_as_peft_wrote_it(config):
+        never = f"{method} layers run as PEFT wrote them"
     never = never or dropout_unavailable_reason(meta_model)
     if never and config.compile in ("layers", "graphs"):
         raise EnvironmentProblem(f"--compile {config.compile} cannot be used: {never}.", hint="Leave it out.")

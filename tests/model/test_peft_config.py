@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from qlora.cli import main as any_command
 from qlora.cli import train as command_line
-from qlora.commands.adapter import open_adapter
 from qlora.config import TrainConfig
 from qlora.data.batch import collate
 from qlora.errors import ExitCode, UserError
@@ -28,6 +27,17 @@ from tests.helpers import CPU, SHORT_DATA, decoder_of, gradients, prepared, rela
 DORA = {"peft_type": "LORA", "use_dora": True, "r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]}
 PATTERNS = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["qkv_proj", "down_proj", "o_proj"],
             "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"qkv_proj": 32}, "layers_to_transform": [1]}  # fmt: skip
+
+
+METHODS = {
+    "patterns": (PATTERNS, "nf4"),
+    "DoRA": (DORA, "nf4"),
+    "IA3": ({"peft_type": "IA3", "target_modules": ["qkv_proj", "down_proj"], "feedforward_modules": ["down_proj"]}, "nf4"),
+    "VERA": ({"peft_type": "VERA", "r": 16}, "nf4"),
+    "OFT": ({"peft_type": "OFT", "oft_block_size": 16}, "fp4"),
+    "LOHA": ({"peft_type": "LOHA", "r": 2, "alpha": 4}, "none"),
+    "LOKR": ({"peft_type": "LOKR", "r": 2, "alpha": 4}, "none"),
+}  # name -> file, quantization
 
 
 @pytest.fixture
@@ -75,27 +85,32 @@ def test_a_step_is_that_of_peft(config, samples, file, values, fast):
     assert adapts_by_row(model) == (values is PATTERNS)
 
 
-@pytest.mark.parametrize("values", [PATTERNS, DORA], ids=["patterns", "DoRA"])
-def test_a_run_resumes_bit_for_bit_and_peft_loads_its_adapter(tiny, tmp_path, capsys, file, values):
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_resumes_bit_for_bit_is_used_and_peft_loads_its_adapter(tiny, tmp_path, capsys, file, name):
+    values, quantization = METHODS[name]
     flags = ["--model", "tiny-random", "--peft-config", str(file(**values)), "--max-length", "300", *SHORT_DATA]
-    flags += ["--max-steps", "4", "--save-steps", "2", "--save-total-limit", "9", "--learning-rate", "1e-2"]
+    flags += ["--max-steps", "4", "--save-steps", "2", "--save-total-limit", "9", "--learning-rate", "1e-2", "--explain"]
+    flags += ["--quantization", quantization]
     run, resumed = tmp_path / "run", tmp_path / "resumed"
     assert command_line([*flags, "--output-dir", str(run)]) == 0
     half = run / "checkpoints" / "step-000002"
     assert command_line([*flags, "--output-dir", str(resumed), "--resume", str(half)]) == 0
     ours, theirs = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (run, resumed))
-    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    assert all(tensor.dtype == torch.float32 for tensor in ours.values())
     before = load_file(half / "adapter_model.safetensors")
-    assert all(not torch.equal(tensor, before[name]) for name, tensor in ours.items())
-    assert any("magnitude" in name for name in ours) == (values is DORA)
+    fixed = {key for key, tensor in ours.items() if torch.equal(tensor, before[key])}
+    assert len(fixed) == (2 if name == "VERA" else 0)  # its projections are random and stay
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.bfloat16)
-    assert all(torch.equal(peft.get_peft_model_state_dict(loaded)[name], tensor) for name, tensor in ours.items())
-    assert any_command(["evaluate", str(run), "--eval-file", SHORT_DATA[3], "--limit", "2", "--max-new-tokens", "2"]) == 0
+    assert all(torch.equal(peft.get_peft_model_state_dict(loaded)[key], tensor) for key, tensor in ours.items())
+    data = ["--eval-file", SHORT_DATA[3], "--limit", "2", "--device", "cpu"]
+    assert any_command(["evaluate", str(run), *data, "--max-new-tokens", "2"]) == 0
     assert any_command(["generate", str(run), "--prompt", "say one", "--max-new-tokens", "2", "--device", "cpu"]) == 0
-    assert open_adapter(run).lora.use_dora == (values is DORA)
-    assert f"{'DoRA' if values is DORA else 'LoRA'} in fp32" in model_card(record.read(run))
-    capsys.readouterr()
-    changed = ["--peft-config", str(file(**values | {"lora_alpha": 9}))]
+    assert any_command(["merge", str(run), *data, "--into", "recommended", "--output-dir", str(tmp_path / "merged")]) == 0
+    assert f"{'LoRA' if name == 'patterns' else name} in fp32" in model_card(record.read(run))
+    shown = capsys.readouterr().out
+    assert "vLLM serves" in shown
+    changed = ["--peft-config", str(file(**values | {"target_modules": ["down_proj"]}))]
     assert command_line([*flags, *changed, "--max-steps", "6", "--override", "max_steps", "--output-dir", str(run)]) == 2
     assert "peft_config" in capsys.readouterr().err
 
@@ -114,8 +129,11 @@ def test_a_name_that_is_a_pattern_or_all_linear_is_peft_s_own(config, file):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"peft_type": "IA3"}, "is of PEFT's kind IA3. Only LORA is supported"),
-        ({"rank": 3}, "sets rank, which peft.LoraConfig does not have"),
+        ({"peft_type": "PROMPT_TUNING"}, "is of PEFT's kind PROMPT_TUNING. Supported are LORA, IA3, VERA, OFT, LOHA, LOKR"),
+        ({"peft_type": "LOHA"}, "PEFT has no LOHA for quantized layers. Pass --quantization none"),
+        ({"peft_type": "IA3"}, "PEFT refuses it for Phi3ForCausalLM: Please specify `target_modules`"),
+        ({"peft_type": "IA3", "r": 3}, "sets r, which PEFT's IA3 does not have"),
+        ({"rank": 3}, "sets rank, which PEFT's LORA does not have"),
         ({"modules_to_save": ["lm_head"]}, "sets modules_to_save, which this loop cannot train"),
         ({"bias": "all"}, "sets bias, which this loop cannot train"),
         ({"init_lora_weights": "pissa"}, "was begun with init_lora_weights 'pissa', which changes the base"),
@@ -143,6 +161,8 @@ def test_it_excludes_the_flags_that_it_replaces(tmp_path, file):
             TrainConfig(peft_config=path, **flags).check()
     with pytest.raises(UserError, match=r"--peft-config .* it must be a file"):
         TrainConfig(peft_config=tmp_path / "no.json").check()
+    with pytest.raises(UserError, match="--lora-plus-ratio is for LoRA"):
+        with_peft_config(TrainConfig(peft_config=file(peft_type="VERA"), lora_plus_ratio=4.0))
     path.write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         with_peft_config(TrainConfig(peft_config=path))

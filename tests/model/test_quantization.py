@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from qlora.cli import main as any_command
 from qlora.cli import train as command_line
+from qlora.commands import adapter as adapter_command
 from qlora.config import TrainConfig
 from qlora.data.batch import collate
 from qlora.errors import ExitCode, UserError
-from qlora.model import attention
+from qlora.model import attention, load
 from qlora.model.load import load_meta_model, load_nf4_model, quantization_of
 from qlora.model.lora import add_lora, audit_targets
 from qlora.model.loss import read_head, token_loss_sum
@@ -74,7 +75,7 @@ def adapter(folder):
 
 
 @pytest.mark.parametrize("quantization", OTHERS)
-def test_a_run_trains_resumes_bit_for_bit_and_is_used(tiny, tmp_path, capsys, quantization):
+def test_a_run_trains_resumes_bit_for_bit_and_is_used(tiny, tmp_path, capsys, monkeypatch, quantization):
     flags = ["--model", "tiny-random", "--quantization", quantization, "--lora-r", "4", "--max-length", "300", *SHORT_DATA]
     flags += ["--max-steps", "4", "--save-steps", "2", "--save-total-limit", "9", "--learning-rate", "1e-3"]
     run, resumed = tmp_path / "run", tmp_path / "resumed"
@@ -87,7 +88,11 @@ def test_a_run_trains_resumes_bit_for_bit_and_is_used(tiny, tmp_path, capsys, qu
     assert json.loads((run / "run.json").read_text())["config"]["quantization"] == quantization
     assert command_line([*flags, "--output-dir", str(run), "--quantization", "nf4"]) == ExitCode.CONFIGURATION
     assert "quantization" in capsys.readouterr().err
+    loaded = []
+    original = load.load_base_model
+    monkeypatch.setattr(adapter_command, "load_base_model", lambda *of: loaded.append(of[4]) or original(*of))
     assert any_command(["generate", str(run), "--prompt", "say one", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert loaded == [quantization]
     card = model_card(record.read(run))
     form = {"fp4": "FP4 with double quantization", "int8": "INT8 (LLM.int8)", "none": "16 bits"}[quantization]
     assert f"frozen in {form}; bf16 autocast" in card and ("as it was trained:" in card) == (quantization != "none")
