@@ -97,7 +97,7 @@ def train_step(
     # Divide by the tokens of the whole step, never by the number of micro-batches: a mean of means weighs tokens of
     # short answers more, and is off by a factor of 1.4 in the gradient for answers of 12 and 100 tokens.
     num_tokens = sum(micro_batch.num_tokens for micro_batch in micro_batches)
-    # 1, but for fp16, in which small gradients would be 0: there the loss is scaled up until gradients are in fp32.
+    # 1, except in fp16, where small gradients would underflow to 0. Gradients of parameters are in fp32.
     scale = loss_scale(optimizer)
     loss = torch.zeros((), device=device)  # []
     # The gradients of the last step stayed until now so that they could be looked at.
@@ -125,7 +125,7 @@ def train_step(
         group["lr"] = learning_rate * group.get("lr_ratio", 1.0)  # LoRA+ gives B a higher one than A
     # A NaN or infinity must not reach the weights. Where found_inf is 1 a fused optimizer skips its update, on the device.
     finite = torch.isfinite(loss) & torch.isfinite(grad_norm)  # []
-    update_loss_scale(optimizer, finite)  # sync, in fp16 only
+    update_loss_scale(optimizer, loss, grad_norm)  # sync, in fp16 only
     if fused := getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = 1.0 - finite.float()  # type: ignore[attr-defined]
     if fused or finite.item():  # sync, unless it is fused

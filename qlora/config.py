@@ -46,7 +46,7 @@ class ModelOptions:
     """Run Python code that comes with the model. Phi-3 needs none: transformers has it built in."""
     quantization: Quantization = "nf4"
     """How the frozen base stores its linear layers. nf4 and fp4: 4 bits per weight, with double quantization. int8: 8 bits
-    (LLM.int8), in bitsandbytes' own code, which is slower. none: in bf16 (or fp16), which is plain LoRA."""
+    (LLM.int8), by bitsandbytes' kernels, which compute in fp16. none: in bf16 (or fp16), which is plain LoRA."""
     precision: Precision = "auto"
     """Type of matrix products and of the base's other weights. auto: bf16; fp16 on GPUs without bf16 (before compute
     capability 8.0). With fp16 the loss is scaled, so that small gradients do not vanish."""

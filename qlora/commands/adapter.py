@@ -23,7 +23,7 @@ from qlora.data.template import CannotRender, PromptTemplate, encode_prompt, loa
 from qlora.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem, UserError, user_error_on_oom
 from qlora.model import attention
 from qlora.model.demo import model_source
-from qlora.model.load import fingerprint, load_base_model, load_meta_model, load_tokenizer
+from qlora.model.load import fingerprint, load_base_model, load_meta_model, load_tokenizer, stored_quantization
 from qlora.model.lora import ADAPTER_CONFIG, read_adapter_config
 from qlora.model.third_party import peft
 from qlora.run import checkpoint
@@ -34,7 +34,7 @@ from qlora.validation import UNREADABLE, reason
 
 OF_THE_RUN = ("model", "revision", "prompt_format", "loss_on", "max_length", "on_long", "allow_drop", "train_file",
               "eval_file")  # fmt: skip
-OF_THE_BASE = ("quantization", "precision")  # runs of older versions did not have them: NF4 and bf16
+OF_THE_BASE = {"quantization": "nf4", "precision": "bf16"}  # what runs of older versions had, which did not store them
 OF_THE_COLUMNS = ("columns", "ignore_columns")  # runs of older versions did not have them
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 
@@ -83,7 +83,7 @@ def open_adapter(
     folder, run_info = _find(path)
     lora = read_adapter_config(folder)
     known: dict[str, Any] = {**run_info.config} if run_info else {}
-    kept = {name: known[name] for name in (*OF_THE_RUN, *OF_THE_BASE) if name in known}
+    kept = {name: known[name] for name in OF_THE_RUN if name in known}
     kept |= {name: tuple(known[name]) for name in (*OF_THE_COLUMNS, "train_file", "eval_file") if known.get(name) is not None}
     notes: list[str] = []
     base, revision = _base(folder, lora, kept.get("model"), model, notes)
@@ -96,6 +96,11 @@ def open_adapter(
     changed = {"model": base, "revision": revision, "prompt_format": format_name, "trust_remote_code": trust_remote_code}
     config = TrainConfig(**{**kept, **changed})
     source = model_source(base)
+    if run_info:
+        of_the_base: dict[str, Any] = {name: known.get(name, usual) for name, usual in OF_THE_BASE.items()}
+    else:
+        of_the_base = {"quantization": stored_quantization(source, config) or "nf4"}
+    config = dataclasses.replace(config, **of_the_base)
     meta_model = load_meta_model(source, dataclasses.replace(config, max_length=1))
     positions = getattr(meta_model.config.get_text_config(), "max_position_embeddings", None) or config.max_length
     config = dataclasses.replace(config, max_length=min(config.max_length, positions))

@@ -88,7 +88,8 @@ def run(options: EvaluateOptions) -> int:
     compared = comparisons(sides, [example.response for example in asked], options.seed)
     console.print(results_table(compared, len(examples), sides[0].result.num_tokens))
     if options.json is not None:
-        record: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "precision": quantization}
+        record: dict[str, Any] = {"adapter": str(adapter.folder), "base": adapter.source, "quantization": quantization}
+        record["precision"] = "fp16" if model.dtype == torch.float16 else "bf16"
         record |= {"adapter_sha256": sha256_of(adapter.folder), "eval_data_sha256": samples.sha256}  # as in run.json
         record |= {"eval_file": str(source), "num_examples": len(examples), "num_tokens": sides[0].result.num_tokens}
         record |= {"max_new_tokens": limit, "batch_size": options.batch_size, "seed": options.seed}

@@ -11,14 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora.commands.options import PlanOptions, refuse_below
-from qlora.config import GradientCheckpointing, TrainConfig
+from qlora.config import Compile, GradientCheckpointing, TrainConfig
 from qlora.errors import ConfigError
 from qlora.model.coverage import UNCOVERED_LIMIT, uncovered
 from qlora.model.demo import model_source
 from qlora.model.load import load_meta_model
 from qlora.model.lora import Target, audit_targets
 from qlora.run.files import require_writable, write_file
-from qlora.speed.layers import MARGIN
+from qlora.speed.graphs import graphs_unavailable_reason
+from qlora.speed.layers import MARGIN, model_unavailable_reason
 from qlora.speed.memory import LEAST_LENGTH, LEAST_RANK, memory_terms, settings_to_try
 from qlora.speed.scaling import StepTime, reduced_bytes, step_time
 
@@ -78,6 +79,7 @@ def run(options: PlanOptions) -> int:
         require_writable(options.json)
     config = configuration(options)
     meta_model = shape_meta_model(options, config)
+    config, note = as_compiled(meta_model, options, config)
     targets = audit_targets(meta_model, config)
     free_gb, card = _free(options.gpu_memory)
     tried = POLICIES if options.gradient_checkpointing == "auto" else (options.gradient_checkpointing,)
@@ -87,6 +89,8 @@ def run(options: PlanOptions) -> int:
     what = options.model or options.shape or DEFAULT_SHAPE
     console.print(terms_table(f"{what}: {config.per_device_train_batch_size} x {config.max_length} tokens", plans))
     trained = sum(target.adapter_parameters for target in targets)
+    if note:
+        console.print(note)
     console.print(f"Rank {config.lora_r}: {trained:,} parameters trained of {meta_model.num_parameters() + trained:,}.")
     if (rest := uncovered(meta_model)).share > UNCOVERED_LIMIT:
         console.print(f"Warning: {rest}. Training refuses such a model unless --target-modules names the layers to adapt.")
@@ -131,11 +135,26 @@ def configuration(options: PlanOptions) -> TrainConfig:
     asked = dataclasses.asdict(options)
     shared = {field.name for field in dataclasses.fields(TrainConfig)} & set(asked)
     config = TrainConfig(**{name: asked[name] for name in shared if asked[name] is not None})
+    if config.quantization == "int8" and config.compile in ("layers", "graphs"):
+        raise ConfigError(f"--compile {config.compile} cannot be used: layers in 8 bits are never compiled.")
     if config.compile == "auto":
-        config = dataclasses.replace(config, compile="layers" if config.offload_checkpoints else "graphs")
+        compiled: Compile = "layers" if config.offload_checkpoints else "graphs"
+        config = dataclasses.replace(config, compile="none" if config.quantization == "int8" else compiled)
     if config.offload_checkpoints and config.compile != "layers":
         raise ConfigError(f"--offload-checkpoints needs --compile layers, not {config.compile}.")
+    config.resolved(on_gpu=True)  # refuses what training refuses
     return config
+
+
+def as_compiled(meta_model: Any, options: PlanOptions, config: TrainConfig) -> tuple[TrainConfig, str]:
+    """The configuration as training compiles this model, where --compile is auto; and the reason if it is without graphs."""
+    if options.compile != "auto" or config.compile == "none":
+        return config, ""
+    if reason := model_unavailable_reason(meta_model):
+        return dataclasses.replace(config, compile="none"), f"Layers run as written: {reason}."
+    if config.compile == "graphs" and (reason := graphs_unavailable_reason(meta_model)):
+        return dataclasses.replace(config, compile="layers"), f"Layers are compiled; {reason}."
+    return config, ""
 
 
 def shape_meta_model(options: PlanOptions, config: TrainConfig) -> Any:

@@ -11,7 +11,7 @@ BLOCK = 4096  # logits a program has in hand
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _cross_entropy(logits, targets, losses, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _cross_entropy(logits, targets, losses, vocabulary, SCALE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     target = tl.load(targets + row)
@@ -29,13 +29,13 @@ def _cross_entropy(logits, targets, losses, vocabulary, BLOCK: tl.constexpr):  #
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)
         values = tl.load(logits + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)  # [BLOCK]
-        slopes = tl.exp(values - log_normalizer) - tl.where(at == target, 1.0, 0.0)  # [BLOCK]
+        slopes = SCALE * (tl.exp(values - log_normalizer) - tl.where(at == target, 1.0, 0.0))  # [BLOCK]
         tl.store(logits + at, slopes.to(logits.dtype.element_ty), mask=at < vocabulary)
 
 
-def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[C, V] contiguous, [C] -> [C] fp32, in nats; `logits` becomes the gradient of their sum."""
+def cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """[C, V] contiguous, [C] -> [C] fp32, in nats; `logits` becomes `scale` times the gradient of their sum."""
     assert logits.is_contiguous()
     losses = torch.empty(len(logits), device=logits.device)  # [C]
-    _cross_entropy[(len(logits),)](logits, targets, losses, logits.shape[1], BLOCK, num_warps=16)
+    _cross_entropy[(len(logits),)](logits, targets, losses, logits.shape[1], scale, BLOCK, num_warps=16)
     return losses

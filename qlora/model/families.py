@@ -52,7 +52,7 @@ def attention_use(model: Any) -> AttentionUse:
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         return AttentionUse(f"its decoder does not run with masks that are given ({' '.join(repr(error).split())[:100]})")
     depth = sum(1 for _ in outermost_layers(decoder))
-    if len(calls) != depth:
+    if not calls or len(calls) != depth:
         return AttentionUse(f"its {depth} layers call the function of transformers' AttentionInterface {len(calls)} times")
     for call in calls:
         kind = "sliding_attention" if kinds and "sliding_window" in call.options else "full_attention"
@@ -85,7 +85,7 @@ def _recorded_calls(decoder: Any, masks: Any, device: torch.device) -> list[_Cal
     transformers.AttentionInterface.register(RECORDER, record)
     config, training, before = decoder.config, decoder.training, decoder.config._attn_implementation
     ids = torch.zeros(1, LENGTH, dtype=torch.long, device=device)  # [1, T]
-    lengths = torch.zeros(2, dtype=torch.int32, device=device)  # [2]; only whether it arrives is of interest
+    lengths = torch.zeros(2, dtype=torch.int32, device=device)  # [2]; only its presence is checked
     try:
         config._attn_implementation = RECORDER
         decoder.eval()

@@ -1,4 +1,4 @@
-"""Tokenizer and base model: checks before the weights, loading in 4 bits or others, and the fingerprint of the frozen base."""
+"""Tokenizer and base model: checks before the weights, loading, and the fingerprint of the frozen base."""
 
 import contextlib
 import hashlib
@@ -53,6 +53,22 @@ def load_meta_model(source: str, config: TrainConfig) -> Any:
     return meta_model
 
 
+def stored_quantization(source: str, config: TrainConfig) -> Quantization | None:
+    """The 4 bits that a model is stored in, by its config.json; None if it is not, or not by bitsandbytes.
+
+    Raises:
+        EnvironmentProblem: if it is not there.
+    """
+    with _environment_errors(source):
+        model_config = transformers.AutoConfig.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    found = getattr(model_config, "quantization_config", None) or {}
+    values = found if isinstance(found, dict) else found.to_dict()
+    kind = values.get("bnb_4bit_quant_type", "fp4") if values.get("load_in_4bit") else None
+    return kind if kind in ("nf4", "fp4") else None
+
+
 def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:
     """The tokenizer of a folder or hub id.
 
@@ -72,7 +88,7 @@ def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:
 
 
 def load_nf4_model(source: str, config: TrainConfig, attn_implementation: str, device: torch.device) -> Any:
-    """The base model to train on: linear layers in NF4 or as --quantization says, the rest in bf16, all frozen, on one device.
+    """The base model to train on: linear layers in NF4 or as --quantization selects, the rest in bf16, all frozen, one device.
 
     Not `prepare_model_for_kbit_training`: it casts embeddings, norms and head to fp32, which costs 0.4 GB on Phi-3-mini and
     makes the residual stream fp32. Arguments and errors are those of load_base_model. With shard_base on several ranks each
@@ -265,7 +281,7 @@ def _check_layout(source: str, state: Any, quantization: Quantization) -> None:
         text = f"{source} holds a weight in {seen[0]}, in blocks of {seen[1]}, with scales in blocks of {seen[2]}."
         raise ConfigError(
             f"{text} This loop reads {quantization}, 64 and 256.",
-            hint="Name the model in bf16, or one that transformers saved in NF4.",
+            hint="Name the model in bf16, or one that transformers saved in 4 bits.",
         )
 
 

@@ -54,13 +54,13 @@ def checked_targets(meta_model: Any, config: TrainConfig, say: Callable[[str], N
     targets = audit_targets(meta_model, config) if config.peft_config is None else _targets_of_file(meta_model, config)
     if any(layer is meta_model.get_output_embeddings() for layer in quantized_layers(meta_model).values()):
         raise ConfigError(
-            f"The head of {type(meta_model).__name__} is in NF4 too (llm_int8_skip_modules in its config.json lacks it). The "
-            "loss needs it in bf16.",
+            f"The head of {type(meta_model).__name__} is quantized too (llm_int8_skip_modules in its config.json lacks it). "
+            "The loss needs it in bf16.",
             hint="Name the model in bf16.",
         )
     rest, kind = uncovered(meta_model), type(meta_model).__name__
     refusal = _peft_refusal(meta_model, config, targets)
-    if rest.share > UNCOVERED_LIMIT and config.target_modules is None:
+    if rest.share > UNCOVERED_LIMIT and config.target_modules is None and config.quantization != "none":
         attention = [target for target in targets if all("attn" in name or "attention" in name for name in target.layers)]
         names = " ".join(target.name for target in (attention if refusal else targets))
         raise ConfigError(
@@ -417,6 +417,8 @@ def _read_plain_adapter(folder: Path) -> Any:
         lora = read_adapter_config(folder)
     except CheckpointError as error:
         raise ConfigError(f"--init-adapter: {error}") from None
+    if lora.peft_type != "LORA":
+        raise ConfigError(f"--init-adapter {folder} is not a plain LoRA adapter: it is {lora.peft_type.value}.")
     usual = peft.LoraConfig()
     # What may differ from PEFT's own defaults; anything else (DoRA, biases, other starts, ...) is not ours to continue.
     free = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "task_type", "base_model_name_or_path",

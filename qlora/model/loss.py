@@ -13,6 +13,7 @@ from qlora.data.batch import Batch
 from qlora.errors import ConfigError
 from qlora.model.precision import autocast_dtype
 
+FP16_SCALE = 256.0  # of the gradient of logits in fp16: that of a token of probability 0.9999 would be rounded by an eighth
 CHUNK_TOKENS = 1024  # 1024 x 32064 fp32 logits are 131 MB
 
 
@@ -83,17 +84,17 @@ def token_loss_sum(hidden: torch.Tensor, batch: Batch, head: Head, chunk_tokens:
     return total  # []
 
 
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[C, V], [C] -> losses [C] fp32, and the gradient of their sum [C, V], softmax - one-hot, perhaps in the logits."""
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """[C, V], [C] -> losses [C] fp32, and `scale` times the gradient of their sum [C, V], perhaps in the logits' memory."""
     if logits.is_cuda:
         from qlora.model.cross_entropy import cross_entropy_  # here, as it needs Triton
 
-        return cross_entropy_(logits, targets), logits
+        return cross_entropy_(logits, targets, scale), logits
     logits, wanted = logits.float(), targets[:, None]  # [C, V], [C, 1]
     log_normalizer = logits.logsumexp(dim=-1, keepdim=True)  # [C, 1]
     losses = (log_normalizer - logits.gather(1, wanted))[:, 0]  # [C]
     softmax = logits.sub_(log_normalizer).exp_()  # [C, V]
-    return losses, softmax.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=softmax.dtype))
+    return losses, softmax.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=softmax.dtype)).mul_(scale)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -104,11 +105,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(rows) if needs_gradient else None  # [N, D]
         loss_sum = torch.zeros((), device=rows.device)  # []
+        scale = FP16_SCALE if head.weight.dtype == torch.float16 else 1.0
         for start in range(0, len(rows), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             logits = head.logits(rows[chunk])  # [C, V]
             slope = None if head.softcap is None else 1 - (logits.float() / head.softcap).square()  # [C, V]
-            losses, d_logits = _cross_entropy(logits, targets[chunk])  # [C], [C, V]; the logits are gone
+            losses, d_logits = _cross_entropy(logits, targets[chunk], scale)  # [C], [C, V]; the logits are gone
             loss_sum += losses.sum()
             if gradient is not None:
                 if slope is not None:
@@ -116,7 +118,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if head.scale != 1.0:
                     d_logits *= head.scale
                 gradient[chunk] = d_logits.to(head.weight.dtype) @ head.weight  # [C, D]
-        ctx.gradient = gradient
+        ctx.gradient, ctx.scale = gradient, scale
         return loss_sum
 
     @staticmethod
@@ -126,4 +128,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             text = "This loss has had its backward pass, which frees the gradient that its forward pass made."
             raise RuntimeError(f"{text} Run forward again for a second backward pass.")
         gradient, ctx.gradient = ctx.gradient, None  # backward of what comes before needs the room
-        return gradient.mul_(d_loss), None, None, None
+        return gradient.mul_(d_loss / ctx.scale), None, None, None

@@ -76,12 +76,13 @@ def unscale_gradients(parameters: Sequence[torch.nn.Parameter], scale: float) ->
         torch._foreach_div_(gradients, scale)
 
 
-def update_loss_scale(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
-    """Halve the loss scale after gradients that overflowed, and double it after 2,000 steps without (arXiv 1710.03740).
+def update_loss_scale(optimizer: torch.optim.Optimizer, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+    """Halve the loss scale if gradients overflow, and double it after 2,000 steps without an overflow (arXiv 1710.03740).
 
     Args:
         optimizer: nothing happens unless it has a loss scale.
-        finite: [] bool, whether loss and gradients are finite. It is waited for.
+        loss: []; one that is not finite says nothing about the scale.
+        grad_norm: []. Both are waited for.
 
     Raises:
         NonFiniteError: if gradients overflow at a scale of 1.
@@ -89,11 +90,11 @@ def update_loss_scale(optimizer: torch.optim.Optimizer, finite: torch.Tensor) ->
     group = optimizer.param_groups[0]
     if "loss_scale" not in group:
         return
-    if not finite.item():  # sync
+    if not (grad_norm.isfinite() | ~loss.isfinite()).item():  # sync
         if group["loss_scale"] <= 1.0:
             raise NonFiniteError(
-                "Loss or gradients overflow in fp16 even at a loss scale of 1.",
-                hint="Pass --precision bf16, on a GPU that has it, or lower --learning-rate.",
+                "The gradients overflow in fp16 even at a loss scale of 1.",
+                hint="Start a run with a lower --learning-rate, or with --precision bf16 on a GPU that has it.",
             )
         group["loss_scale"], group["steps_at_scale"] = group["loss_scale"] / 2, 0
         return

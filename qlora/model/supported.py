@@ -71,14 +71,17 @@ def check_quantization(source: str, found: Any, quantization: Quantization) -> N
         raise ConfigError(
             f"{source} is quantized already, by {method}{' in 8 bits' if values.get('load_in_8bit') else ''}. This loop reads "
             "models in bf16, and in 4 bits of bitsandbytes.",
-            hint="Name the model in bf16, or one that transformers saved in NF4.",
+            hint="Name the model in bf16, or one that transformers saved in 4 bits.",
         )
     kind = values.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
     if kind != quantization:
-        raise ConfigError(f"{source} is quantized already, in {kind}.", hint=f"Pass --quantization {kind}, or name it in bf16.")
+        raise ConfigError(
+            f"{source} is quantized already, in {kind}. It was to be loaded with quantization {quantization}.",
+            hint=f"Name the model in bf16; or train on it as it is, with --quantization {kind}.",
+        )
     storage = getattr(value := values.get("bnb_4bit_quant_storage", "uint8"), "value", value)
     if storage != "uint8":  # other dtypes serve FSDP only; the operators here read bytes
         raise ConfigError(
             f"{source} is quantized already, and stored as {storage}. This loop reads uint8.",
-            hint="Name the model in bf16, or one that transformers saved in NF4 with uint8 storage.",
+            hint="Name the model in bf16, or one that transformers saved in 4 bits with uint8 storage.",
         )

@@ -119,7 +119,8 @@ def model_card(record: Record) -> str:
 
 def _card_data(record: Record, base: Base) -> ModelCardData:
     on_the_hub = [name.partition(":")[0] for name in names_of(record.config["train_file"]) if not is_local(name)]
-    tags = ["lora", "qlora", *([f"base_model:adapter:{base.hub_id}"] if base.hub_id else [])]
+    quantized = ["qlora"] if record.config.get("quantization") != "none" else []
+    tags = ["lora", *quantized, *([f"base_model:adapter:{base.hub_id}"] if base.hub_id else [])]
     return ModelCardData(
         base_model=base.origin,
         license=base.license,
@@ -128,6 +129,12 @@ def _card_data(record: Record, base: Base) -> ModelCardData:
         tags=tags,
         datasets=list(dict.fromkeys(on_the_hub)) or None,
     )
+
+
+def _method(record: Record) -> str:
+    """The name of the method of PEFT."""
+    settings = (record.run_info and record.run_info.peft_config) or {}
+    return "DoRA" if settings.get("use_dora") else str(settings.get("peft_type", "LORA")).replace("LORA", "LoRA")
 
 
 def _settings(record: Record) -> list[tuple[str, str]]:
@@ -144,8 +151,7 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     faster = config.get("lora_plus_ratio", 1.0)
     faster = f"; that of B is {faster:g} times as high (LoRA+)" if isinstance(faster, int | float) and faster != 1.0 else ""
     scaled = " (rsLoRA)" if config.get("use_rslora") else ""
-    settings = (record.run_info and record.run_info.peft_config) or {}
-    method = "DoRA" if settings.get("use_dora") else settings.get("peft_type", "LORA").replace("LORA", "LoRA")
+    method = _method(record)
     form, dtype, _ = described(config.get("quantization", "nf4"), config.get("precision", "bf16"))
     return [
         ("Method", f"{method} in fp32 on a base frozen in {form}; {'fp16' if dtype == 'float16' else 'bf16'} autocast"),
@@ -211,7 +217,7 @@ def _load(record: Record, prompt: str) -> dict[str, Any]:
         stop = ""
     as_trained = model.format(quantized=", quantization_config=quantization") if quantized else None
     plain = model.format(quantized="")
-    texts = {"form": form, "plain": plain, "quantization": quantized, "as_trained": as_trained}
+    texts = {"method": _method(record), "form": form, "plain": plain, "quantization": quantized, "as_trained": as_trained}
     return {"imports": imports, **texts, "prompt": prompted, "stop": stop}
 
 

@@ -79,7 +79,7 @@ def dtype_ledger(model: Any, optimizer: torch.optim.Optimizer) -> list[Group]:
             group = groups.setdefault((name, str(tensor.dtype).removeprefix("torch.")), [0, 0])
             group[0] += elements
             group[1] += tensor.numel() * tensor.element_size()
-    return [Group(*key, *groups[key]) for key in sorted(groups, key=lambda key: KINDS.index(key[0]))]
+    return [Group(*key, *groups[key]) for key in sorted(groups, key=lambda key: KINDS.index(key[0].replace("FP4", "NF4")))]
 
 
 def _count(parameter: torch.Tensor) -> int:
@@ -104,13 +104,18 @@ def _model_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor, int]]:
                 yield "adapters" if parameter.requires_grad else kind, parameter.data, parameter.numel()
                 continue
             if id(module) not in shared:
-                yield "NF4 weights", parameter.data, _count(parameter)
+                yield f"{state.quant_type.upper()} weights", parameter.data, _count(parameter)
             double = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
             constants = (state.absmax, state.code, *double)
-            yield from (("NF4 constants", tensor, tensor.numel()) for tensor in constants)
+            yield from ((f"{state.quant_type.upper()} constants", tensor, tensor.numel()) for tensor in constants)
         yield from (("buffers", buffer, buffer.numel()) for buffer in module.buffers(recurse=False))
         if len(cached := getattr(module, "frozen", [])) == 1 and isinstance(module, LoRALinear4bit):
-            yield "NF4 weights, dequantized", cached[0], cached[0].numel()
+            yield f"{_form(module)} weights, dequantized", cached[0], cached[0].numel()
+
+
+def _form(layer: Any) -> str:
+    """NF4 or FP4, of an adapted layer in 4 bits."""
+    return str(layer.base_layer.weight.quant_state.quant_type).upper()
 
 
 def _training_tensors(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor, int]]:

@@ -73,6 +73,8 @@ def check_finite(
         if skipped > config.skip_nonfinite:
             losses = ", ".join(f"{earlier['loss']:.4g}" for earlier in [*steps.before, *steps.rows[:index]][-5:])
             way_out = "Lower --learning-rate, look at those lines, or allow some such steps with --skip-nonfinite."
+            if config.precision == "fp16":
+                way_out += " In fp16 numbers above 65,504 are infinite; --precision bf16 has no such limit."
             raise NonFiniteError(
                 f"{seen} No weight was changed. Losses before it: {losses or 'none'}.", hint=f"{way_out} {advice()}"
             )

@@ -244,18 +244,29 @@ def compile_unavailable_reason(meta_model: Any, device: torch.device) -> str | N
     """
     if device.type != "cuda":
         return "there is no CUDA GPU"
-    kind = type(meta_model).__name__
-    if not getattr(meta_model, "_can_compile_fullgraph", False):
-        return f"transformers does not declare that {kind} compiles without graph breaks"
-    if uncovered(meta_model).share > UNCOVERED_LIMIT:
-        return f"the experts of {kind} run in transformers' own code"
-    if problem := attention_use(meta_model).problem:
-        return f"in {kind} {problem}"
+    if reason := model_unavailable_reason(meta_model):
+        return reason
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU with bf16 (compute capability 8.0)"
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         return "it needs a C compiler, and there is none"
     return None
+
+
+def model_unavailable_reason(meta_model: Any) -> str | None:
+    """Why the layers of a model are not compiled on any GPU, or None.
+
+    Args:
+        meta_model: the base model without weights.
+    """
+    kind = type(meta_model).__name__
+    if not getattr(meta_model, "_can_compile_fullgraph", False):
+        return f"transformers does not declare that {kind} compiles without graph breaks"
+    if uncovered(meta_model).share > UNCOVERED_LIMIT:
+        return f"transformers' own code runs the experts of {kind}"
+    if problem := attention_use(meta_model).problem:
+        return f"in {kind} {problem}"
+    return dropout_unavailable_reason(meta_model)
 
 
 def dropout_unavailable_reason(meta_model: Any) -> str | None:

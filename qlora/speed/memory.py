@@ -150,6 +150,8 @@ def settings_to_try(config: TrainConfig, longest: int) -> list[Setting]:
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in step.items())
         same.append((f"{flags} (the same step)", step))
     other: list[tuple[str, dict[str, Any]]] = []
+    if config.quantization in ("int8", "none"):
+        other.append(("--quantization nf4", {"quantization": "nf4"}))
     if config.optimizer == "adamw":
         saved = "6 bytes less for each trained parameter"
         other.append((f"--optimizer adamw_8bit ({saved})", {"optimizer": "adamw_8bit"}))

@@ -41,7 +41,11 @@ def test_every_number_is_in_the_file_and_the_table(run, rows, tmp_path, capsys):
     shown, record = capsys.readouterr().out, json.loads(out.read_text())
     assert list(record["metrics"]) == [name for name in scores.SHOWN if name != "valid_avro"]
     assert "eval loss" in shown and "3 eval examples" in shown and "[" in shown and str(out) in shown
-    assert record["num_examples"] == 3 and record["precision"] == "nf4" and record["environment"]["packages"]["torch"]
+    assert (
+        record["num_examples"] == 3
+        and (record["quantization"], record["precision"]) == ("nf4", "bf16")
+        and record["environment"]["packages"]["torch"]
+    )
     assert record["answers"][0]["reference"] == '{"a": 1}' and record["answers"][1]["line"] == 2
     for found in record["metrics"].values():
         assert set(found) == {"base", "adapter", "difference"}
@@ -66,7 +70,7 @@ def test_every_number_is_in_the_file_and_the_table(run, rows, tmp_path, capsys):
     assert [row["base"] for row in record["answers"]] != answers
     assert main([*flags, "--int8"]) == 0
     int8 = json.loads(out.read_text())
-    assert int8["precision"] == "int8"
+    assert int8["quantization"] == "int8"
     assert int8["metrics"]["loss"]["base"]["value"] == pytest.approx(record["metrics"]["loss"]["base"]["value"], rel=0.05)
     assert int8["metrics"]["loss"] != record["metrics"]["loss"]
 

@@ -5,6 +5,7 @@ import itertools
 import json
 
 import pytest
+import transformers
 
 from qlora.cli import main as command_line
 from qlora.commands import plan
@@ -179,3 +180,21 @@ def test_the_micro_batches_of_a_step_are_shared_out(tmp_path, capsys):
     # Six on four GPUs: two of them have two.
     assert uneven["compute_ms"] == pytest.approx(2 * one["compute_ms"]) == pytest.approx(two["compute_ms"])
     assert uneven["tokens_per_s"] == pytest.approx(0.75 * two["tokens_per_s"])
+
+
+def test_plan_refuses_what_training_refuses_and_compiles_as_training_does(tmp_path, capsys):
+    for flags, words in (
+        (["--quantization", "none", "--cache-dequantized"], "--cache-dequantized True cannot be used"),
+        (["--quantization", "int8", "--compile", "graphs"], "layers in 8 bits are never compiled"),
+    ):
+        assert command_line(["plan", *flags]) == ExitCode.CONFIGURATION and words in capsys.readouterr().err
+    assert command_line(["plan", "--quantization", "int8", "--gpu-memory", "80"]) == 0
+    shown = capsys.readouterr().out
+    assert "--compile none" in shown and "base in INT8" in shown
+    settings = {"vocab_size": 384, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+    transformers.BloomConfig(**settings).save_pretrained(tmp_path)
+    assert command_line(["plan", "--model", str(tmp_path), "--max-length", "128", "--gpu-memory", "80"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "Layers run as written: in BloomForCausalLM its decoder does not run with masks" in shown and "--compile none" in shown
+    )

@@ -506,6 +506,9 @@ OTHERS = {
         },
         mm_tokens_per_image=4,
     ),
+    "biogpt": lambda: transformers.BioGptConfig(  # counts positions in the mask
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    ),
     "doge": lambda: transformers.DogeConfig(**ONE_HEAD_SIZE),  # adds to the mask it is given
     "falcon": lambda: transformers.FalconConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
     "bloom": lambda: transformers.BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2),  # counts positions itself

@@ -93,6 +93,8 @@ KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window
         ("Bert", SIZES, ("its attention is not causal",)),
         ("GptOss", MOE | {"num_local_experts": 4, "head_dim": 16}, ("its attention has s_aux",)),
         ("DiffLlama", MOE, ("its 2 layers call the function of transformers' AttentionInterface 4 times",)),
+        ("CpmAnt", {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "dim_head": 16,
+                    "dim_ff": 64}, ("its 0 layers call the function of transformers' AttentionInterface 0 times",)),
         ("Mpt", BY_POSITION["Mpt"], ("its 2 layers call the function of transformers' AttentionInterface 0 times",)),
         ("Llama4Text", MOE | {"num_local_experts": 2}, ("its decoder does not run with masks that are given (KeyError('ch",)),
         ("OPT", {"vocab_size": 384, "hidden_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 64, "num_hidden_layers": 2,
@@ -187,7 +189,7 @@ def test_a_head_in_nf4_is_refused_before_the_weights_are_loaded():
     meta_model.config.quantization_config = {**nf4, "llm_int8_skip_modules": ["lm_head"]}
     assert checked_targets(meta_model, TrainConfig(), lambda _: None)
     meta_model.config.quantization_config["llm_int8_skip_modules"] = ["vision_tower"]
-    with pytest.raises(UserError, match=r"The head of LlamaForCausalLM is in NF4 too .* Name the model in bf16") as refused:
+    with pytest.raises(UserError, match=r"The head of LlamaForCausalLM is quantized too .* Name the model in bf16") as refused:
         checked_targets(meta_model, TrainConfig(), lambda _: None)
     assert refused.value.exit_code == ExitCode.CONFIGURATION
 

@@ -462,7 +462,7 @@ def test_init_adapter_that_does_not_fit_is_refused(config, model, tmp_path):
             adapted_model(resumed)
     for text in ("{", "[]", '{"peft_type": "NOVEL"}', "{}"):
         (tmp_path / "adapter_config.json").write_text(text)
-        with pytest.raises(UserError, match=r"cannot be read|not a plain LoRA adapter|Only LoRA is known"):
+        with pytest.raises(UserError, match=r"cannot be read|not a plain LoRA adapter|Supported are LORA"):
             adapted_model(resumed)
 
 

@@ -16,7 +16,7 @@ from qlora.data.batch import collate
 from qlora.errors import ExitCode, UserError
 from qlora.model import attention
 from qlora.model.load import load_meta_model, load_nf4_model
-from qlora.model.lora import add_lora, checked_targets, with_peft_config
+from qlora.model.lora import add_lora, checked_targets, with_init_adapter, with_peft_config
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.report import record
 from qlora.report.model_card import model_card
@@ -166,6 +166,14 @@ def test_it_excludes_the_flags_that_it_replaces(tmp_path, file):
     path.write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         with_peft_config(TrainConfig(peft_config=path))
+
+
+def test_another_method_is_no_start_for_lora(tmp_path, config):
+    values = {"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["o_proj"], "feedforward_modules": []}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="is not a plain LoRA adapter: it is IA3") as refused:
+        with_init_adapter(dataclasses.replace(config, init_adapter=tmp_path))
+    assert refused.value.exit_code == ExitCode.CONFIGURATION
 
 
 def test_dora_is_never_compiled(config, model, file):

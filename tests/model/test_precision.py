@@ -80,16 +80,18 @@ def test_gradients_that_overflow_leave_the_weights_and_halve_the_scale(config, s
 def test_the_scale_doubles_after_many_steps_and_never_falls_below_one(monkeypatch):
     monkeypatch.setattr(optimizer, "GROWTH_STEPS", 3)
     adamw = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    update_loss_scale(adamw, torch.tensor(False))  # has none
+    one, infinite = torch.tensor(1.0), torch.tensor(math.inf)
+    update_loss_scale(adamw, one, infinite)  # has none
     assert loss_scale(adamw) == 1.0
     adamw.param_groups[0] |= {"loss_scale": 4.0, "steps_at_scale": 0}
     scales = []
     for finite in (True, True, False, True, True, True, True, False, False):
-        update_loss_scale(adamw, torch.tensor(finite))
+        update_loss_scale(adamw, one, one if finite else infinite)
         scales.append(loss_scale(adamw))
     assert scales == [4, 4, 2, 2, 2, 4, 4, 2, 1]
     with pytest.raises(NonFiniteError, match="overflow in fp16 even at a loss scale of 1"):
-        update_loss_scale(adamw, torch.tensor(False))
+        update_loss_scale(adamw, one, infinite)
+    update_loss_scale(adamw, infinite, infinite)  # which no scale mends
 
 
 def test_auto_is_bf16_where_there_is_bf16(monkeypatch):

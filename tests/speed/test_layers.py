@@ -286,9 +286,9 @@ def test_packed_rows_share_one_compilation_whatever_their_longest_sample(awake, 
     """Kernels are told a bound of it that stays the same; here by attention that reads it, as sdpa does not."""
     model, config = awake()
 
-    def reads_the_bound(module, *args, max_length_q, max_length_k, **kwargs):
+    def reads_the_bound(module, *args, max_length_q=None, max_length_k=None, **kwargs):
         output, weights = sdpa_attention_forward(module, *args, **kwargs)
-        enough = max_length_q == max_length_k >= config.max_length or not module.training
+        enough = not module.training or max_length_q == max_length_k >= config.max_length
         return output * (1.0 if enough else math.nan), weights
 
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "training_sdpa", reads_the_bound)
