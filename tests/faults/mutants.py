@@ -1246,7 +1246,7 @@ MUTANTS = [
         "experts-accepted",
         MODEL_LORA,
         "model/test_families.py::test_experts_that_stay_in_bf16_are_refused_by_default[Mixtral]",
-        "    if rest.share > UNCOVERED_LIMIT and config.target_modules is None:\n",
+        '    if rest.share > UNCOVERED_LIMIT and config.target_modules is None and config.quantization != "none":\n',
         "    if False:\n",
     ),
     mutant(
