@@ -273,6 +273,9 @@ def peft_settings(config: TrainConfig) -> dict[str, Any] | None:
         if kind in ON_16_BITS and config.quantization != "none":
             text = f"--peft-config {path}: PEFT has no {kind} for quantized layers."
             raise ConfigError(text, hint="Pass --quantization none, or another method.")
+        if values.get("use_dora") and config.quantization == "int8":
+            text = f"--peft-config {path}: bitsandbytes cannot dequantize the weights in 8 bits that DoRA needs."
+            raise ConfigError(text, hint="Pass --quantization nf4, or another method.")
         if kind == "LORA":
             _check_settings(path, {"r": 8, "lora_alpha": 8} | values)
         odd = [name for name in NOT_TRAINED if values.get(name)] + ["bias"] * (values.get("bias", "none") != "none")

@@ -168,6 +168,12 @@ def test_it_excludes_the_flags_that_it_replaces(tmp_path, file):
         with_peft_config(TrainConfig(peft_config=path))
 
 
+def test_dora_beside_8_bits_is_refused(config, file):
+    with pytest.raises(UserError, match="cannot dequantize the weights in 8 bits that DoRA needs") as refused:
+        with_peft_config(dataclasses.replace(config, quantization="int8", peft_config=file(**DORA)))
+    assert refused.value.exit_code == ExitCode.CONFIGURATION
+
+
 def test_another_method_is_no_start_for_lora(tmp_path, config):
     values = {"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["o_proj"], "feedforward_modules": []}
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
