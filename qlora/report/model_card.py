@@ -94,7 +94,10 @@ def model_card(record: Record) -> str:
     config, base = record.config, base_of(record)
     train, eval_counts = record.counts
     sample = record.samples[0] if record.samples else None
-    rank = next((rank for rank in VLLM_RANKS if rank >= config["lora_r"]), None)
+    # vLLM knows LoRA with one rank and alpha for all layers.
+    settings = (record.run_info and record.run_info.peft_config) or {}
+    plain = _method(record) == "LoRA" and not settings.get("rank_pattern") and not settings.get("alpha_pattern")
+    rank = next((rank for rank in VLLM_RANKS if rank >= config["lora_r"]), None) if plain else None
     values = {
         "base": base,
         "title": f"{base.name} fine-tuned on {data_name(config['train_file'])}",
@@ -152,10 +155,13 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     faster = f"; that of B is {faster:g} times as high (LoRA+)" if isinstance(faster, int | float) and faster != 1.0 else ""
     scaled = " (rsLoRA)" if config.get("use_rslora") else ""
     method = _method(record)
+    settings = (record.run_info and record.run_info.peft_config) or {}
+    ranks = f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}{scaled}"
     form, dtype, _ = described(config.get("quantization", "nf4"), config.get("precision", "bf16"))
     return [
         ("Method", f"{method} in fp32 on a base frozen in {form}; {'fp16' if dtype == 'float16' else 'bf16'} autocast"),
-        ("Rank, alpha, dropout", f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}{scaled}"),
+        *([] if settings.get("peft_type", "LORA") != "LORA" else [("Rank, alpha, dropout", ranks)]),
+        *([("Settings of PEFT", f"`{json.dumps(settings)}`")] if settings else []),
         ("Adapted layers", ", ".join(record.run_info.targets if record.run_info else []) or "all linear layers but the head"),
         ("Trained parameters", f"{trained:,}{share}" if trained else "not recorded"),
         ("Steps, tokens trained on", f"{record.last_step:,}, {tokens:,}"),

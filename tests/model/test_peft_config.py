@@ -107,7 +107,10 @@ def test_a_run_resumes_bit_for_bit_is_used_and_peft_loads_its_adapter(tiny, tmp_
     assert any_command(["evaluate", str(run), *data, "--max-new-tokens", "2"]) == 0
     assert any_command(["generate", str(run), "--prompt", "say one", "--max-new-tokens", "2", "--device", "cpu"]) == 0
     assert any_command(["merge", str(run), *data, "--into", "recommended", "--output-dir", str(tmp_path / "merged")]) == 0
-    assert f"{'LoRA' if name == 'patterns' else name} in fp32" in model_card(record.read(run))
+    card = model_card(record.read(run))
+    assert f"{'LoRA' if name == 'patterns' else name} in fp32" in card and "vLLM takes no such adapter" in card
+    assert json.dumps(values | {"peft_type": values.get("peft_type", "LORA")}) in card
+    assert ("Rank, alpha, dropout" in card) == (name in ("patterns", "DoRA"))
     shown = capsys.readouterr().out
     assert "vLLM serves" in shown
     changed = ["--peft-config", str(file(**values | {"target_modules": ["down_proj"]}))]
