@@ -123,7 +123,7 @@ def model_card(record: Record) -> str:
 def _card_data(record: Record, base: Base) -> ModelCardData:
     on_the_hub = [name.partition(":")[0] for name in names_of(record.config["train_file"]) if not is_local(name)]
     quantized = ["qlora"] if record.config.get("quantization") != "none" else []
-    tags = ["lora", *quantized, *([f"base_model:adapter:{base.hub_id}"] if base.hub_id else [])]
+    tags = [_method(record).lower(), *quantized, *([f"base_model:adapter:{base.hub_id}"] if base.hub_id else [])]
     return ModelCardData(
         base_model=base.origin,
         license=base.license,

@@ -308,7 +308,7 @@ def closing_words(
 or on the base in {form}, as it was trained:
   import torch
   from transformers import BitsAndBytesConfig
-  config = {" ".join(code.split())}
+  config = {" ".join(code.split()).replace("( ", "(").replace(", )", ")")}
   model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", quantization_config=config, dtype="{dtype}")"""
     return f"""
 {memory}Adapter:      {adapter}
