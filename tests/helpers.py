@@ -19,9 +19,10 @@ import transformers
 from qlora.config import TrainConfig
 from qlora.data.batch import Batch
 from qlora.data.template import IGNORED
+from qlora.model import attention
 from qlora.model.load import load_nf4_model
 from qlora.model.lora import add_lora, audit_targets, with_init_adapter
-from qlora.model.loss import Head, token_loss_sum
+from qlora.model.loss import Head, read_head, token_loss_sum
 from qlora.run import checkpoint
 from qlora.run.environment import environment
 from qlora.run.schema import FORMAT, Environment, RunInfo
@@ -124,6 +125,17 @@ def adapter_gradients(model, batch, head: Head, autocast: bool):
         hidden = decoder_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         loss = token_loss_sum(hidden, batch, head) / batch.num_tokens
     loss.backward()
+    return loss.item(), gradients(model)
+
+
+def loss_and_gradients(model, config, batch: Batch):
+    """Mean loss of a token and gradients of the adapters, as in training: its attention functions, under bf16 autocast."""
+    model.zero_grad()
+    head = read_head(model)
+    with attention.for_training(model, config), torch.autocast("cpu", torch.bfloat16):
+        hidden = decoder_of(model)(**attention.decoder_inputs(batch, model.config), use_cache=False).last_hidden_state
+        loss = token_loss_sum(hidden, batch, head) / batch.num_tokens
+        loss.backward()
     return loss.item(), gradients(model)
 
 

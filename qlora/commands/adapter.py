@@ -25,6 +25,7 @@ from qlora.model import attention
 from qlora.model.demo import model_source
 from qlora.model.load import fingerprint, load_base_model, load_meta_model, load_tokenizer, stored_quantization
 from qlora.model.lora import ADAPTER_CONFIG, read_adapter_config
+from qlora.model.supported import quantization_values
 from qlora.model.third_party import peft
 from qlora.run import checkpoint
 from qlora.run.files import MANIFEST, verify
@@ -55,7 +56,7 @@ class Adapter(NamedTuple):
     @property
     def is_stored_quantized(self) -> bool:
         """Whether the base is, so that it cannot be loaded otherwise."""
-        return getattr(self.meta_model.config, "quantization_config", None) is not None
+        return quantization_values(self.meta_model.config) is not None
 
 
 def open_adapter(

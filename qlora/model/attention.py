@@ -225,15 +225,18 @@ def decoder_inputs(batch: Batch, config: Any) -> dict[str, Any]:
     if batch.cu_seqlens is not None:
         inputs |= {"position_ids": batch.position_ids, "cu_seq_lens_q": batch.cu_seqlens, "cu_seq_lens_k": batch.cu_seqlens}
         inputs |= {"max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    name, kinds = config._attn_implementation, getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    mask: Any = None  # one for all layers, or one for each kind of layer
     if kinds is None:
-        masks = {"all": _mask_for(config._attn_implementation, batch, window)}
+        mask = _mask_for(name, batch, window)
     else:
         windows = {"full_attention": None, "sliding_attention": window}
-        name = config._attn_implementation
         masks = {kind: _mask_for(name, batch, windows[kind]) if kind in kinds else None for kind in windows}
-    if any(mask is not None for mask in masks.values()):
-        inputs["attention_mask"] = masks["all"] if kinds is None else masks
+        if any(each is not None for each in masks.values()):
+            mask = masks
+    if mask is not None:
+        inputs["attention_mask"] = mask
     return inputs
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qlora.model.supported import quantization_values
 from qlora.model.third_party import bitsandbytes, transformers
 
 # A part of a module's name by which it decides which experts see a token: router, router_mlp, gate, shared_expert_gate.
@@ -26,8 +27,7 @@ def quantized_layers(model: Any) -> dict[str, torch.nn.Linear]:
     from transformers.quantizers.base import HfQuantizer  # here: third_party must be the first to import bitsandbytes
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    own = getattr(model.config, "quantization_config", None) or {}  # of a checkpoint that is quantized already
-    skip = own.get("llm_int8_skip_modules") if isinstance(own, dict) else own.llm_int8_skip_modules
+    skip = (quantization_values(model.config) or {}).get("llm_int8_skip_modules")  # of a checkpoint that is quantized already
     left_out = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     plain = ((name, module) for name, module in model.named_modules() if type(module) in kinds)

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,7 +21,7 @@ from qlora.model.coverage import linear_classes
 from qlora.model.precision import compute_dtype
 from qlora.model.sharded_nf4 import ShardedNF4Config, as_sharded
 from qlora.model.shards import shard_of
-from qlora.model.supported import check_model
+from qlora.model.supported import check_model, quantization_values, stored_4bit_kind
 from qlora.model.third_party import bitsandbytes, transformers
 
 ASYNC_OFF = "HF_DEACTIVATE_ASYNC_LOAD"  # a variable of transformers
@@ -63,10 +63,8 @@ def stored_quantization(source: str, config: TrainConfig) -> Quantization | None
         model_config = transformers.AutoConfig.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    found = getattr(model_config, "quantization_config", None) or {}
-    values = found if isinstance(found, dict) else found.to_dict()
-    kind = values.get("bnb_4bit_quant_type", "fp4") if values.get("load_in_4bit") else None
-    return kind if kind in ("nf4", "fp4") else None
+    kind = stored_4bit_kind(quantization_values(model_config) or {})
+    return cast(Quantization, kind) if kind in ("nf4", "fp4") else None
 
 
 def load_tokenizer(source: str, meta_model: Any, config: TrainConfig) -> Any:

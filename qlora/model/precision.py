@@ -7,6 +7,11 @@ import torch
 from qlora.config import TrainConfig
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU computes in bf16; a CPU does in any case, with or without instructions for it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """The dtype of matrix products, and of the base's weights outside quantized layers.
 
@@ -15,8 +20,7 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
         device: where the model is to be.
     """
     if config.precision == "auto":
-        has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if has_bf16 else torch.float16
+        return torch.bfloat16 if has_bf16(device) else torch.float16
     return torch.bfloat16 if config.precision == "bf16" else torch.float16
 
 

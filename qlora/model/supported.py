@@ -34,7 +34,7 @@ def check_model(source: str, config: Any, quantization: Quantization = "nf4") ->
     if not any(hasattr(text, name) for name in ("num_attention_heads", "n_head", "n_heads", "num_heads")):
         raise ConfigError(f"{source} is a model without attention ({kind}). {KINDS}.")
     check_files(source)
-    check_quantization(source, getattr(config, "quantization_config", None), quantization)
+    check_quantization(source, quantization_values(config), quantization)
 
 
 def check_files(source: str) -> None:
@@ -52,28 +52,38 @@ def check_files(source: str) -> None:
         )
 
 
-def check_quantization(source: str, found: Any, quantization: Quantization) -> None:
+def quantization_values(config: Any) -> dict[str, Any] | None:
+    """What the configuration of a model says of the quantization that it is stored in; None if nothing."""
+    found = getattr(config, "quantization_config", None)
+    values: dict[str, Any] | None = found if found is None or isinstance(found, dict) else found.to_dict()
+    return values
+
+
+def stored_4bit_kind(values: dict[str, Any]) -> str | None:
+    """nf4 or fp4, which is bitsandbytes' default; None if the values are of another quantization."""
+    return str(values.get("bnb_4bit_quant_type", "fp4")) if values.get("load_in_4bit") else None
+
+
+def check_quantization(source: str, values: dict[str, Any] | None, quantization: Quantization) -> None:
     """Refuse a checkpoint that is quantized, but not in the 4 bits that are asked for.
 
     Args:
         source: of the model.
-        found: what its config.json says of quantization, a dict or an object of transformers; None if nothing.
+        values: from quantization_values.
         quantization: in which it is to be loaded.
 
     Raises:
         ConfigError.
     """
-    if found is None:
+    if values is None:
         return
-    values: dict[str, Any] = found if isinstance(found, dict) else found.to_dict()
-    method = getattr(value := values.get("quant_method"), "value", value)
-    if method != "bitsandbytes" or not values.get("load_in_4bit"):
+    method, kind = getattr(value := values.get("quant_method"), "value", value), stored_4bit_kind(values)
+    if method != "bitsandbytes" or kind is None:
         raise ConfigError(
             f"{source} is quantized already, by {method}{' in 8 bits' if values.get('load_in_8bit') else ''}. This loop reads "
             "models in bf16, and in 4 bits of bitsandbytes.",
             hint="Name the model in bf16, or one that transformers saved in 4 bits.",
         )
-    kind = values.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' default
     if kind != quantization:
         raise ConfigError(
             f"{source} is quantized already, in {kind}. It was to be loaded with quantization {quantization}.",

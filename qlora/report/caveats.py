@@ -4,7 +4,6 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora.model.precision import described
 from qlora.report.record import Record
 
 FEW_EXAMPLES, FEW_EVAL_EXAMPLES = 1000, 100
@@ -109,7 +108,7 @@ def _of_what_is_measured(record: Record) -> list[Caveat]:
     fact = f"There is one run, with seed {record.config['seed']}. How far another seed would end from it is not known."
     found.append(Caveat("How much of it is chance", fact))
     where = record.environment.device if record.environment else "one machine"
-    form, _, quantized = described(record.config.get("quantization", "nf4"), record.config.get("precision", "bf16"))
+    form, _, quantized = record.base_form
     others = "Merged, or in bf16, the model" if quantized else "Merged or quantized, the model"
     fact = f"All of it was computed against the base in {form} on {where}. {others} computes other numbers."
     found.append(Caveat("Other precisions", fact))

@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN
 from qlora.data.sources import is_local, names_of
-from qlora.model.precision import described
 from qlora.report.caveats import caveats
 from qlora.report.record import Record
 from qlora.run.schema import Environment
@@ -95,7 +94,7 @@ def model_card(record: Record) -> str:
     train, eval_counts = record.counts
     sample = record.samples[0] if record.samples else None
     # vLLM knows LoRA with one rank and alpha for all layers.
-    settings = (record.run_info and record.run_info.peft_config) or {}
+    settings = record.peft_config
     plain = _method(record) == "LoRA" and not settings.get("rank_pattern") and not settings.get("alpha_pattern")
     rank = next((rank for rank in VLLM_RANKS if rank >= config["lora_r"]), None) if plain else None
     values = {
@@ -122,7 +121,7 @@ def model_card(record: Record) -> str:
 
 def _card_data(record: Record, base: Base) -> ModelCardData:
     on_the_hub = [name.partition(":")[0] for name in names_of(record.config["train_file"]) if not is_local(name)]
-    quantized = ["qlora"] if record.config.get("quantization") != "none" else []
+    quantized = ["qlora"] if record.config["quantization"] != "none" else []
     tags = [_method(record).lower(), *quantized, *([f"base_model:adapter:{base.hub_id}"] if base.hub_id else [])]
     return ModelCardData(
         base_model=base.origin,
@@ -136,7 +135,7 @@ def _card_data(record: Record, base: Base) -> ModelCardData:
 
 def _method(record: Record) -> str:
     """The name of the method of PEFT."""
-    settings = (record.run_info and record.run_info.peft_config) or {}
+    settings = record.peft_config
     return "DoRA" if settings.get("use_dora") else str(settings.get("peft_type", "LORA")).replace("LORA", "LoRA")
 
 
@@ -155,9 +154,9 @@ def _settings(record: Record) -> list[tuple[str, str]]:
     faster = f"; that of B is {faster:g} times as high (LoRA+)" if isinstance(faster, int | float) and faster != 1.0 else ""
     scaled = " (rsLoRA)" if config.get("use_rslora") else ""
     method = _method(record)
-    settings = (record.run_info and record.run_info.peft_config) or {}
+    settings = record.peft_config
     ranks = f"{config['lora_r']}, {config['lora_alpha']}, {config['lora_dropout']:g}{scaled}"
-    form, dtype, _ = described(config.get("quantization", "nf4"), config.get("precision", "bf16"))
+    form, dtype, _ = record.base_form
     return [
         ("Method", f"{method} in fp32 on a base frozen in {form}; {'fp16' if dtype == 'float16' else 'bf16'} autocast"),
         *([] if settings.get("peft_type", "LORA") != "LORA" else [("Rank, alpha, dropout", ranks)]),
@@ -202,7 +201,7 @@ def _load(record: Record, prompt: str) -> dict[str, Any]:
     """Lines of Python: how the model is loaded, and how it is prompted as in training."""
     config = record.config
     remote = ", trust_remote_code=True" if config["trust_remote_code"] else ""
-    form, dtype, quantized = described(config.get("quantization", "nf4"), config.get("precision", "bf16"))
+    form, dtype, quantized = record.base_form
     if config["model"] in EMBEDDED:
         source = f'model_source("{config["model"]}")'
         imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

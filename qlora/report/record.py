@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from qlora.errors import CheckpointError, UserError
 from qlora.model.lora import ADAPTER_CONFIG, PeftSettings
+from qlora.model.precision import described
 from qlora.run import checkpoint
 from qlora.run.files import size_and_sha256, whole_rows
 from qlora.run.folder import EARLIER, FINISHED, METRICS, RUN, SAMPLES, is_going
@@ -39,6 +40,16 @@ class Record:
     evaluation_of_another: bool  # whether there is one that is not
     trained_parameters: int | None  # of the adapter, or of the newest checkpoint
     adapter_step: int | None = None  # whose adapter is in adapter/, once the run has ended; early stopping takes the best
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """What the file of --peft-config held; nothing without one."""
+        return (self.run_info and self.run_info.peft_config) or {}
+
+    @property
+    def base_form(self) -> tuple[str, str, str | None]:
+        """The base in words, the name of its dtype, and code that quantizes it again; see precision.described."""
+        return described(self.config["quantization"], self.config["precision"])
 
     @property
     def steps(self) -> list[dict[str, Any]]:

@@ -90,16 +90,14 @@ class AcceleratedDecoder:
             inputs["dropout_seeds"] = lora_linear.dropout_seeds(self.adapted)  # [adapted layers]
         run = self._run if self.graphs is None or not torch.is_grad_enabled() else self.graphs
         output = run(**inputs)
-        if self._unchecked and torch.is_grad_enabled():
-            self._unchecked = False
-            if not self._agrees(output.last_hidden_state, inputs):
-                del output  # with all that it keeps for backward
-                return self._run(**inputs)
+        if self._unchecked and torch.is_grad_enabled() and not self._agrees(output.last_hidden_state, inputs):
+            del output  # with all that it keeps for backward
+            return self._run(**inputs)
         return output
 
     @torch.no_grad()
     def _agrees(self, hidden: torch.Tensor, inputs: dict[str, Any]) -> bool:
-        """Compare the first output of compiled layers, hidden [B, T, D], with that of layers as written.
+        """Compare the first output of compiled layers that is finite, hidden [B, T, D], with that of layers as written.
 
         Both draw the same dropout, by seeds. If they differ by more than bf16 rounding, layers run as written from now on.
         """

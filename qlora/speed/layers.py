@@ -31,6 +31,7 @@ from qlora.errors import ConfigError, EnvironmentProblem
 from qlora.model.coverage import UNCOVERED_LIMIT, uncovered
 from qlora.model.families import attention_use, outermost_layers
 from qlora.model.lora import Target, runs_as_peft_wrote_it
+from qlora.model.precision import has_bf16
 from qlora.model.shards import shard_of
 from qlora.speed.graphs import graphs_unavailable_reason
 from qlora.speed.memory import ATTENTION_INPUTS, memory_terms
@@ -246,7 +247,7 @@ def compile_unavailable_reason(meta_model: Any, device: torch.device) -> str | N
         return "there is no CUDA GPU"
     if reason := model_unavailable_reason(meta_model):
         return reason
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if not has_bf16(device):
         return "it needs a GPU with bf16 (compute capability 8.0)"
     if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
         return "it needs a C compiler, and there is none"

@@ -14,15 +14,13 @@ from qlora.cli import train as command_line
 from qlora.config import TrainConfig
 from qlora.data.batch import collate
 from qlora.errors import ExitCode, UserError
-from qlora.model import attention
 from qlora.model.load import load_meta_model, load_nf4_model
 from qlora.model.lora import add_lora, checked_targets, with_init_adapter, with_peft_config
-from qlora.model.loss import read_head, token_loss_sum
 from qlora.report import record
 from qlora.report.model_card import model_card
 from qlora.speed import layers, lora_linear
 from qlora.speed.decode import adapts_by_row
-from tests.helpers import CPU, SHORT_DATA, decoder_of, gradients, prepared, relative_error, wake_adapters
+from tests.helpers import CPU, SHORT_DATA, loss_and_gradients, prepared, relative_error, wake_adapters
 
 DORA = {"peft_type": "LORA", "use_dora": True, "r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]}
 PATTERNS = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["qkv_proj", "down_proj", "o_proj"],
@@ -58,16 +56,6 @@ def awake(config, path):
     model = add_lora(load_nf4_model(config.model, config, "sdpa", CPU), config, targets, config.model).train()
     wake_adapters(model)
     return model, config, targets
-
-
-def loss_and_gradients(model, config, batch):
-    model.zero_grad()
-    head = read_head(model)
-    with attention.for_training(model, config), torch.autocast("cpu", torch.bfloat16):
-        hidden = decoder_of(model)(**attention.decoder_inputs(batch, model.config), use_cache=False).last_hidden_state
-        loss = token_loss_sum(hidden, batch, head) / batch.num_tokens
-        loss.backward()
-    return loss.item(), gradients(model)
 
 
 @pytest.mark.parametrize(("values", "fast"), [(PATTERNS, 3), (DORA, 0)], ids=["patterns", "DoRA"])

@@ -16,15 +16,14 @@ from qlora.commands import adapter as adapter_command
 from qlora.config import TrainConfig
 from qlora.data.batch import collate
 from qlora.errors import ExitCode, UserError
-from qlora.model import attention, load
+from qlora.model import load
 from qlora.model.load import load_meta_model, load_nf4_model, quantization_of
 from qlora.model.lora import add_lora, audit_targets
-from qlora.model.loss import read_head, token_loss_sum
 from qlora.report import record
 from qlora.report.model_card import model_card
 from qlora.speed import layers, lora_linear, nf4
 from qlora.speed.memory import memory_terms
-from tests.helpers import CPU, SHORT_DATA, adapted_model, decoder_of, gradients, prepared, relative_error, wake_adapters
+from tests.helpers import CPU, SHORT_DATA, adapted_model, loss_and_gradients, prepared, relative_error, wake_adapters
 
 OTHERS = ("fp4", "int8", "none")
 
@@ -37,16 +36,6 @@ def awake(config, quantization: str):
     model = add_lora(model, config, audit_targets(load_meta_model(config.model, config), config), config.model).train()
     wake_adapters(model)
     return model, dataclasses.replace(config, attn_implementation="sdpa")
-
-
-def loss_and_gradients(model, config, batch):
-    model.zero_grad()
-    head = read_head(model)
-    with attention.for_training(model, config), torch.autocast("cpu", torch.bfloat16):
-        hidden = decoder_of(model)(**attention.decoder_inputs(batch, model.config), use_cache=False).last_hidden_state
-        loss = token_loss_sum(hidden, batch, head) / batch.num_tokens
-        loss.backward()
-    return loss.item(), gradients(model)
 
 
 @pytest.mark.parametrize("quantization", OTHERS)
