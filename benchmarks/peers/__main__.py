@@ -15,9 +15,10 @@ import tyro
 from benchmarks.harness import Cell, Output, Part, ResultFile, Row
 from benchmarks.peers.contenders import CONTENDERS, IMPORTS, UNSLOTH, family, measure
 from benchmarks.peers.work import Work, prepare
+from benchmarks.shapes import SHAPES
 
 BASELINE = "trl"
-SHAPES = ("2x2048x2", "8x2048x1", "1x4096x2", "1x512x4", "mixed", "mixed_packed")
+WORKS = ("2x2048x2", "8x2048x1", "1x4096x2", "1x512x4", "mixed", "mixed_packed")
 ON_A_CPU = ("trl", "trl_no_checkpointing", "ours_none")
 
 
@@ -31,8 +32,8 @@ class Options:
     """Unset: all on a GPU (unsloth's with --unsloth-site); trl, trl_no_checkpointing and ours_none on a CPU."""
     shapes: tuple[str, ...] | None = None
     """Unset: 2x2048x2 8x2048x1 1x4096x2 1x512x4 mixed mixed_packed on a GPU, avro on a CPU."""
-    shape_of_model: Literal["phi3-mini", "demo", "tiny"] | None = None
-    """phi3-mini and tiny have random weights. Unset: phi3-mini on a GPU, demo on a CPU."""
+    shape_of_model: Literal["phi3-mini", "demo", "tiny", "llama-3.1-8b", "qwen3-8b", "gemma-3-12b"] | None = None
+    """All but demo have random weights. Unset: phi3-mini on a GPU, demo on a CPU."""
     dropout: float | None = None
     """Of LoRA. Unset: 0 on a GPU, which is what unsloth is made for; the demo's 0.1 on a CPU."""
     warm_up: int = 3
@@ -57,7 +58,7 @@ def resolved(options: Options, on_gpu: bool) -> Options:
     contenders = options.contenders or (every if on_gpu else ON_A_CPU)
     if unknown := set(contenders) - set(CONTENDERS):
         raise SystemExit(f"There is no contender {', '.join(sorted(unknown))}. There are {', '.join(CONTENDERS)}.")
-    shapes = options.shapes or (SHAPES if on_gpu else ("avro",))
+    shapes = options.shapes or (WORKS if on_gpu else ("avro",))
     if unknown := {shape for shape in shapes if not re.fullmatch(r"\d+x\d+x\d+|mixed|mixed_packed|avro", shape)}:
         shown = ", ".join(sorted(unknown))
         raise SystemExit(f"There is no shape {shown}. It is ROWSxLENGTHxACCUMULATION, mixed, mixed_packed or avro.")
@@ -154,7 +155,7 @@ def version(contender: str, row: Row, commit: str) -> str:
 def main(options: Options) -> None:
     """Measure every cell and write the file after each."""
     os.environ |= {"UNSLOTH_DISABLE_STATISTICS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    file = ResultFile("peers", options.output)
+    file = ResultFile(f"peers_{options.shape_of_model}" if options.shape_of_model in SHAPES else "peers", options.output)
     options = resolved(options, file.on_gpu)
     settings = {name: value for name, value in vars(options).items() if name not in ("output", "part", "unsloth_site")}
     fixed = {name: settings.pop(name) for name in ("shape_of_model", "seed")}

@@ -6,8 +6,8 @@ Model FLOP/s utilization divides what a step has to compute by what it took: for
 
 P weights of the quantized layers (forward, and backward to their inputs alone: they are frozen), p of the adapters (a gradient
 too), S D L of causal attention (2 forward, 5 backward; S is twice the mean number of tokens that a position sees, so the
-length of a full row, less with short samples or a window), V D of the frozen head. What is computed again for checkpoints does
-not count. For Phi-3-mini at 2,048 tokens F is 16.6 GFLOP.
+length of a full row, less with short samples or a window; D of all heads together), V D of the frozen head. What is computed
+again for checkpoints does not count. For Phi-3-mini at 2,048 tokens F is 16.6 GFLOP.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import write_random_model
+from benchmarks.shapes import SHAPES, write_shape
 
 RANK = 32
 SAMPLES = 64  # of mixed lengths
@@ -100,20 +101,28 @@ def bundled(folder: Path, warm_up: int, steps: int) -> Work:
 # -- what a token costs ----------------------------------------------------------------------------------------------
 
 
+def width_of_queries(shape: dict[str, Any]) -> int:
+    """Of all heads together."""
+    heads: int = shape["num_attention_heads"]
+    return heads * (shape.get("head_dim") or shape["hidden_size"] // heads)
+
+
 def quantized_parameters(shape: dict[str, Any]) -> int:
     """P: weights of the four linear layers of each block."""
     hidden, inner, heads = shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]
-    width = shape.get("head_dim") or hidden // heads
-    queries, keys = heads * width, (shape.get("num_key_value_heads") or heads) * width
+    queries = width_of_queries(shape)
+    keys = queries // heads * (shape.get("num_key_value_heads") or heads)
     # qkv_proj and o_proj, gate_up_proj and down_proj
     return shape["num_hidden_layers"] * hidden * (queries + 2 * keys + queries + 3 * inner)
 
 
 def flops_per_token(shape: dict[str, Any], lengths: Iterable[int], adapters: int) -> float:
     """F of the module's first lines, for samples of these lengths and so many parameters of adapters."""
-    lengths, window = list(lengths), shape.get("sliding_window")
-    pairs = sum(n * n - max(0, n - (window or n)) ** 2 for n in lengths)  # twice those that causal attention looks at
-    attention = 7 * pairs / sum(lengths) * shape["hidden_size"] * shape["num_hidden_layers"]
+    lengths, depth, window = list(lengths), shape["num_hidden_layers"], shape.get("sliding_window")
+    windows = [window if kind == "sliding_attention" else None for kind in shape.get("layer_types") or ()] or [window] * depth
+    # Twice the pairs of positions that causal attention looks at, in all layers.
+    pairs = sum(n * n - max(0, n - (each or n)) ** 2 for n in lengths for each in windows)
+    attention = 7 * pairs / sum(lengths) * width_of_queries(shape)
     head = 4 * shape["vocab_size"] * shape["hidden_size"]
     return 4 * quantized_parameters(shape) + 6 * adapters + attention + head
 
@@ -136,6 +145,10 @@ def write_models(shape: str, folder: Path, split: bool) -> None:
     """
     from qlora.model.demo import demo_model
 
+    if shape in SHAPES:  # whose projections are split
+        write_shape(shape, folder / "fused")
+        (folder / "split").symlink_to(folder / "fused")
+        return
     if shape == "demo":
         (folder / "fused").symlink_to(demo_model())
     else:

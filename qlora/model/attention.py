@@ -79,7 +79,7 @@ def unavailable_reasons(device: torch.device, meta_model: Any = None, packing: b
         packing: whether rows are to be packed.
     """
     return {
-        "flash_attention_2": _flash_unavailable_reason(device, meta_model),
+        "flash_attention_2": _flash_unavailable_reason(device, meta_model, packing),
         "varlen": _varlen_unavailable_reason(device, meta_model, packing),
         "sdpa": None if getattr(meta_model, "_supports_sdpa", True) else f"{type(meta_model).__name__} does not support it",
         "eager": None,
@@ -95,7 +95,7 @@ def _cuda_unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-def _flash_unavailable_reason(device: torch.device, meta_model: Any) -> str | None:
+def _flash_unavailable_reason(device: torch.device, meta_model: Any, packing: bool = False) -> str | None:
     # Asked of the package itself: transformers would fetch a replacement from the hub where `kernels` is installed.
     if unavailable_reason := _cuda_unavailable_reason(device):
         return unavailable_reason
@@ -105,7 +105,32 @@ def _flash_unavailable_reason(device: torch.device, meta_model: Any) -> str | No
         import flash_attn  # noqa: F401
     except ImportError as error:
         return f"package flash-attn does not fit this torch ({error})"
-    return None if getattr(meta_model, "_supports_flash_attn", True) else f"{type(meta_model).__name__} does not support it"
+    if meta_model is None:
+        return None
+    if not getattr(meta_model, "_supports_flash_attn", True):
+        return f"{type(meta_model).__name__} does not support it"
+    use = attention_use(meta_model)
+    if packing and not use.lengths:
+        return _no_lengths(meta_model)
+    if use.softcap and not _flash_has_softcap(device):
+        return f"this build of flash-attn cannot cap scores as {type(meta_model).__name__} does"
+    return None
+
+
+def _no_lengths(meta_model: Any) -> str:
+    return f"the layers of {type(meta_model).__name__} do not pass on the lengths of packed samples"
+
+
+def _flash_has_softcap(device: torch.device) -> bool:
+    """Whether flash-attn was built with soft-capping, which FLASHATTENTION_DISABLE_SOFTCAP leaves out."""
+    import flash_attn
+
+    query = torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16, device=device)  # [B, T, H, d]
+    try:
+        flash_attn.flash_attn_func(query, query, query, causal=True, softcap=1.0)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _varlen_unavailable_reason(device: torch.device, meta_model: Any, packing: bool = False) -> str | None:
@@ -129,7 +154,7 @@ def _varlen_unavailable_reason(device: torch.device, meta_model: Any, packing: b
     if use.softcap:
         return f"it cannot cap scores as {type(meta_model).__name__} does"
     if packing and not use.lengths:
-        return f"the layers of {type(meta_model).__name__} do not pass on the lengths of packed samples"
+        return _no_lengths(meta_model)
     return None
 
 
@@ -171,7 +196,7 @@ def for_training(model: Any, config: TrainConfig) -> Iterator[None]:
     try:
         if before[1] is not None and getattr(settings, "layer_types", None) is None:
             settings.sliding_window = training_window(settings, config.max_length) if use.window else None
-        if use.problem is None and (use.lengths or not config.packing or config.attn_implementation != "flash_attention_2"):
+        if use.problem is None:
             settings._attn_implementation = PREFIX + config.attn_implementation
         if config.packing:
             _check_packing(model)
@@ -291,6 +316,12 @@ def _eager(
     return (weights @ value).transpose(1, 2).contiguous(), None  # [B, T, H, d]
 
 
+def _kernel_dtype(value: torch.Tensor) -> torch.dtype:
+    """What a kernel attends in: autocast does not know these kernels, and a layer behind a LayerNorm may give fp32."""
+    device = value.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+
+
 def _flash_attention_2(
     module: Any,
     query: torch.Tensor,
@@ -308,7 +339,8 @@ def _flash_attention_2(
     """Package flash-attn (Dao, 2023, arXiv 2307.08691): no scores in memory; samples and window are the kernel's business."""
     import flash_attn
 
-    query, key, value = (tensor.transpose(1, 2).to(value.dtype) for tensor in (query, key, value))  # [B, T, H, d] each
+    dtype = _kernel_dtype(value)
+    query, key, value = (tensor.transpose(1, 2).to(dtype) for tensor in (query, key, value))  # [B, T, H, d] each
     window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
     options: dict[str, Any] = {
         "dropout_p": dropout,
@@ -348,7 +380,8 @@ def _varlen(
     if cu_seq_lens_q is None:  # one sample a row
         cu_seq_lens_q = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=query.device)  # [B + 1]
     longest = max_length_q or length
-    flat = (tensor.transpose(1, 2).flatten(0, 1).to(value.dtype) for tensor in (query, key, value))  # [B * T, H, d] each
+    dtype = _kernel_dtype(value)
+    flat = (tensor.transpose(1, 2).flatten(0, 1).to(dtype) for tensor in (query, key, value))  # [B * T, H, d] each
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     output = attend(*flat, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, window_size=window)
     return output.unflatten(0, (rows, length)), None  # [B, T, H, d]

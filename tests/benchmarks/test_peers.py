@@ -194,7 +194,7 @@ def test_missing_cells_bring_their_baseline_and_the_order_turns():
 def test_what_is_not_there_is_refused_and_unset_options_follow_the_machine():
     gpu, cpu = (benchmark.resolved(benchmark.Options(), on_gpu) for on_gpu in (True, False))
     assert gpu.contenders == tuple(name for name in benchmark.CONTENDERS if not name.startswith("unsloth"))
-    assert (gpu.shapes, gpu.shape_of_model, gpu.dropout) == (benchmark.SHAPES, "phi3-mini", 0.0)
+    assert (gpu.shapes, gpu.shape_of_model, gpu.dropout) == (benchmark.WORKS, "phi3-mini", 0.0)
     assert (cpu.contenders, cpu.shapes, cpu.shape_of_model, cpu.dropout) == (benchmark.ON_A_CPU, ("avro",), "demo", 0.1)
     with_unsloth = benchmark.resolved(benchmark.Options(unsloth_site=Path()), on_gpu=True)
     assert with_unsloth.contenders == benchmark.CONTENDERS
