@@ -105,7 +105,7 @@ def wake(model: Any) -> None:
 
 
 def reference(folder: Path, targets: list[str], samples: list[list[int]]) -> tuple[float, dict[str, Any]]:
-    """Mean loss per token and gradients by plain transformers and PEFT, one sample at a time."""
+    """Mean loss per token and gradients, on the CPU, by plain transformers and PEFT, one sample at a time."""
     import peft
     import torch
     import transformers
@@ -123,13 +123,13 @@ def reference(folder: Path, targets: list[str], samples: list[list[int]]) -> tup
     wake(model)
     tokens, total = sum(len(ids) - 1 for ids in samples), 0.0
     for ids in samples:
-        row = torch.tensor([ids])  # [1, T]
-        with torch.autocast("cpu", torch.bfloat16):
+        row = torch.tensor([ids], device=base.device)  # [1, T]
+        with torch.autocast(base.device.type, torch.bfloat16):
             loss = model(input_ids=row, attention_mask=torch.ones_like(row), labels=row, use_cache=False).loss  # []
         share = loss * (len(ids) - 1) / tokens  # []
         share.backward()
         total += share.item()
-    return total, {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return total, {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def compare(family: str, folder: Path, ways: tuple[str, ...] = STEPS) -> Row:

@@ -12,7 +12,19 @@ import re
 
 import cogapp
 
-from benchmarks import demo, end_to_end, families, inference, kill_resume, loading, plan, several_gpus, tokenizing, train_step
+from benchmarks import (
+    demo,
+    end_to_end,
+    families,
+    families_speed,
+    inference,
+    kill_resume,
+    loading,
+    plan,
+    several_gpus,
+    tokenizing,
+    train_step,
+)
 from benchmarks.attention import tables as attention
 from benchmarks.guide_claims import tables as guide_claims
 from benchmarks.harness import ROOT

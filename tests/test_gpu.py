@@ -636,28 +636,29 @@ AT_FULL_SPEED = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma
                  "Glm4", "Ministral", "Cohere2", "StableLm", "Starcoder2")  # fmt: skip
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(("policy", "packing"), [("none", False), ("none", True), ("full", False)])
 @pytest.mark.parametrize("family", AT_FULL_SPEED)
-def test_other_families_are_compiled_and_recorded(tiny, tmp_path, family, packing):
-    """Rows are longer than the windows of 16, so that layers with one differ from layers without."""
+def test_other_families_are_compiled_and_recorded(tiny, tmp_path, family, policy, packing):
+    """Against plain transformers and PEFT. Rows are longer than the windows of 16, so that layers with one differ."""
     families.write_model(family, tmp_path)
     draw = random.Random(0)
     rows = [[draw.randrange(3, 384) for _ in range(length)] for length in families.LENGTHS]
     examples = [TokenizedExample(ids, ids, line) for line, ids in enumerate(rows, 1)]
-    found = {}
-    for compile in ("none", "graphs"):
-        torch._dynamo.reset()
-        asked = TrainConfig(model=str(tmp_path), lora_r=4, lora_dropout=0.0, max_length=128, packing=packing, compile=compile)
-        config, trainee = build(dataclasses.replace(asked, gradient_checkpointing="none"))
-        families.wake(trainee.model)
-        batch = collate_packed([examples[:2], examples[2:]], 128) if packing else collate(examples, 128)
-        with attention.for_training(trainee.model.train(), config):
-            for _ in range(4):  # the first compiles, the second is recorded, the last two are replayed
-                loss, _ = train_step(trainee.decoder, trainee.optimizer, [batch], trainee.loss_sum, 0.0, None)
-        found[compile] = (loss.item(), gradients(trainee.model))
+    settings: dict = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "max_length": 128, "packing": packing}
+    torch._dynamo.reset()
+    config = TrainConfig(model=str(tmp_path), **settings, compile="graphs", gradient_checkpointing=policy)
+    config, trainee = build(config)
+    families.wake(trainee.model)
+    names = sorted({name.split(".")[-4] for name, _ in trainee.model.named_parameters() if "lora_A" in name})
+    loss, expected = families.reference(tmp_path, names, rows)
+    batch = collate_packed([examples[:2], examples[2:]], 128) if packing else collate(examples, 128)
+    with attention.for_training(trainee.model.train(), config):
+        for step in range(4):  # the first compiles, the second is recorded, the last two are replayed
+            ours, _ = train_step(trainee.decoder, trainee.optimizer, [batch], trainee.loss_sum, 0.0, None)
+            assert ours.item() == pytest.approx(loss, rel=2e-3)
+            found = {name: gradient.cpu() for name, gradient in gradients(trainee.model).items()}
+            assert relative_error(found, expected) < 0.1, step
     assert len(trainee.decoder.graphs.recordings) == 1
-    assert found["graphs"][0] == pytest.approx(found["none"][0], rel=2e-3)
-    assert relative_error(found["graphs"][1], found["none"][1]) < 0.1
 
 
 @pytest.mark.parametrize("compile", ["none", "graphs"])

@@ -38,15 +38,15 @@ def other_versions(record: Row, cells: list[Row]) -> str:
     return "".join(f" {contender}'s had {versions}." for contender, versions in found.items())
 
 
-def by_shape(pattern: str, card: str) -> str:
-    """A table for each shape, the fastest contender first, and the plot."""
+def by_shape(pattern: str, card: str | None = None) -> str:
+    """A table for each shape, the fastest contender first, and the plot of a card if there is one."""
     name, record = load(pattern)
     parts = []
     usual = record["cells"][0]["dropout"]
     for shape, dropout in dict.fromkeys((cell["shape"], cell["dropout"]) for cell in record["cells"]):
         named = f"`{shape}`" if dropout == usual else f"`{shape}`, dropout {dropout:g}"
         parts.append(f"{named}:\n\n{table_of(COLUMNS, newest(record, shape, dropout))}")
-    if card != "cpu":
+    if card is not None:
         parts.append(f"![Tokens per second over peak memory, one point per contender](results/peers_{card}.png)")
     runs = [record["runs"][number] for number in sorted({cell["run"] for cell in record["cells"]})]
     steps, warm_up = (counts([run[name] for run in runs]) for name in ("steps", "warm_up"))

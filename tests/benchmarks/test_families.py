@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 import transformers
 
-from benchmarks import families, tables
+from benchmarks import families, families_speed, shapes, tables
+from benchmarks.peers import work
 from qlora.model.families import mixed_rotation
 
 
@@ -45,3 +47,54 @@ def test_samples_on_both_sides_of_longrope_s_length_are_told(kind, lengths, warn
     settings = {**families.FAMILIES["Phi3, longrope"], "rope_parameters": rotation}
     line = mixed_rotation(transformers.Phi3Config(**settings), lengths)
     assert (line is not None) == warns and (not warns or "1 of 2 samples are longer than 256 tokens" in line)
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+         "num_hidden_layers": 2, "vocab_size": 384}  # fmt: skip
+
+
+def test_a_shape_is_written_in_nf4_and_trained_both_ways(tiny, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setitem(shapes.SHAPES, "gemma-3-12b", {**shapes.SHAPES["gemma-3-12b"], **SMALL})
+    families_speed.write_and_compile("gemma-3-12b", tmp_path / "model", 2, 32)
+    written = transformers.AutoConfig.from_pretrained(tmp_path / "model")
+    assert written.layer_types == ["sliding_attention", "full_attention"]
+    assert (
+        written.quantization_config["bnb_4bit_quant_type"] == "nf4" and written.quantization_config["bnb_4bit_use_double_quant"]
+    )
+    row = families_speed.both(tmp_path / "model", 32, 1)
+    plain, fast = row["as written"], row["compiled"]
+    assert plain["first_loss"] == fast["first_loss"] and plain["last_loss"] < plain["first_loss"]
+    assert row["ratio"] == pytest.approx(fast["tokens_per_s"] / plain["tokens_per_s"], rel=0.01)
+
+
+def test_shapes_have_the_parameters_of_their_models():
+    """In billions, as their authors give them; within 1 % where they are known to three digits."""
+    known = {"llama-3.1-8b": 8.03, "qwen3-8b": 8.19, "gemma-3-12b": 11.77, "mistral-7b": 7.25, "qwen2.5-7b": 7.62,
+             "gemma-7b": 8.54, "gemma-2-9b": 9.24, "phi-4-mini": 3.84, "smollm3-3b": 3.08, "granite-3.3-8b": 8.17,
+             "olmo-2-7b": 7.3, "glm-4-9b": 9.4, "command-r7b": 8.03, "stablelm-3b": 2.8, "starcoder2-7b": 7.17,
+             "ministral-8b": 8.02, "olmo-3-7b": 7.3}  # fmt: skip
+    assert known.keys() == shapes.SHAPES.keys()
+    for name, billions in known.items():
+        values = dict(shapes.SHAPES[name])
+        config = getattr(transformers, f"{values.pop('family')}Config")(**values, pad_token_id=3)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        assert model.num_parameters() / 1e9 == pytest.approx(billions, rel=0.011), name
+
+
+def test_windows_are_counted_where_a_layer_has_one():
+    shape = {**SMALL, "sliding_window": 4}
+    every = work.flops_per_token(shape, [8], 0)
+    mixed = work.flops_per_token({**shape, "layer_types": ["sliding_attention", "full_attention"]}, [8], 0)
+    none = work.flops_per_token({**shape, "sliding_window": None}, [8], 0)
+    # 7 operations for each pair of positions, 64 wide, of 2 layers: twice the pairs are 64 without a window, 48 with one of 4.
+    assert none - every == 7 * 16 / 8 * 64 * 2 and none - mixed == 7 * 16 / 8 * 64
+
+
+def test_speeds_are_in_the_table():
+    name, record = tables.load("families_speed_h200_*.json")
+    text = families_speed.speeds("families_speed_h200_*.json")
+    assert {cell["model"] for cell in record["cells"]} == set(shapes.SHAPES) and name in text
+    for cell in record["cells"]:
+        assert f"| {cell['model']} | " in text and f" {cell['ratio']:.2f} " in text

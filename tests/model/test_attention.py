@@ -120,13 +120,35 @@ def test_auto_takes_what_the_model_supports(phi3, gemma2, fake_gpu, monkeypatch)
     with pytest.raises(UserError, match="sdpa cannot run here: Gemma2ForCausalLM does not support it"):
         choose("sdpa", CPU, gemma2)
     fake_gpu((9, 0), installed=True)
-    assert choose("auto", GPU, gemma2).implementation == "flash_attention_2"
+    for built_with, chosen in ((True, "flash_attention_2"), (False, "eager")):
+        monkeypatch.setattr(attention, "_flash_has_softcap", lambda _, answer=built_with: answer)
+        assert choose("auto", GPU, gemma2).implementation == chosen
+    assert "this build of flash-attn cannot cap scores" in choose("auto", GPU, gemma2).reason
     fake_gpu((9, 0), installed=False)
     chosen = choose("auto", GPU, gemma2, packing=True)
     assert chosen.implementation == "eager" and "it cannot cap scores as Gemma2ForCausalLM does" in chosen.reason
     fake_gpu((9, 0), installed=True)
     monkeypatch.setattr(type(phi3), "_supports_flash_attn", False)
     assert choose("auto", GPU, phi3, packing=True).implementation == "varlen"
+
+
+def test_a_build_of_flash_attn_is_asked_for_soft_capping(monkeypatch):
+    def without(*_, softcap=0.0, **__):
+        raise RuntimeError("This flash attention build does not support softcap.")
+
+    for kernel, expected in ((without, False), (lambda *_, **__: None, True)):
+        monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=kernel))
+        assert attention._flash_has_softcap(CPU) == expected
+
+
+def test_packed_rows_go_to_masks_where_layers_do_not_pass_on_lengths(fake_gpu):
+    model = meta_model(transformers.StableLmConfig(**SIZES))
+    fake_gpu((9, 0), installed=True)
+    assert choose("auto", GPU, model).implementation == "sdpa"
+    chosen = choose("auto", GPU, model, packing=True)
+    assert chosen.implementation == "sdpa" and chosen.reason.count("do not pass on the lengths of packed samples") == 2
+    with pytest.raises(UserError, match="flash_attention_2 cannot run here: the layers of StableLmForCausalLM do not pass on"):
+        choose("flash_attention_2", GPU, model, packing=True)
 
 
 def test_a_backend_asked_for_by_name_runs_or_fails(phi3, fake_gpu):
@@ -718,6 +740,17 @@ def test_kernels_get_window_and_cap_of_each_layer(config, slow_kernels, family, 
         _, ours, found = results(model, batch, attend(model, backend, 8), autocast=False)
         assert ours == pytest.approx(loss, rel=1e-6) and relative_error(found, expected) < 1e-5
     assert len(slow_kernels) == 6
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash_attention_2"])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_kernels_attend_in_autocast_s_dtype(slow_kernels, name, autocast):
+    """Autocast keeps what a LayerNorm gives in fp32, and a layer without an adapter passes it on; kernels know 16 bits only."""
+    query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)  # [B, H, T, d]
+    attend = transformers.AttentionInterface()[attention.PREFIX + name]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output, _ = attend(torch.nn.Module(), query, key, key, None, scaling=0.5)  # [B, T, H, d]
+    assert output.dtype == (torch.bfloat16 if autocast else torch.float32)
 
 
 def test_flash_attn_is_told_to_be_deterministic(config, slow_kernels):
