@@ -97,7 +97,7 @@ class LoraOptions:
     target_modules: tuple[str, ...] | None = None
     """Names of the linear layers that get an adapter. Unset: all but the head. A name that matches nothing is an error."""
     peft_config: Path | None = None
-    """JSON file of a configuration of PEFT, which replaces the flags above: LoRA, DoRA, IA3, VeRA, OFT, ..."""
+    """JSON file of a configuration of PEFT, which replaces the flags above: LoRA, DoRA, IA3, prefix tuning, ..."""
     init_adapter: Path | None = None
     """Folder of a PEFT LoRA adapter to start from; its rank, alpha, scaling, dropout and targets replace the flags above."""
 

@@ -280,6 +280,11 @@ def run(options: MergeOptions) -> int:
             f"{adapter.folder} trains LoRA biases (lora_bias), which layers without a bias cannot store.",
             hint="Use it unmerged: python -m qlora generate, or PEFT.",
         )
+    if adapter.lora.is_prompt_learning or adapter.lora.is_adaption_prompt:
+        raise ConfigError(
+            f"{adapter.folder} trains virtual tokens ({adapter.lora.peft_type.value}), which no weight of the base can store.",
+            hint="Use it unmerged: python -m qlora generate, or PEFT.",
+        )
     routes = _routes(adapter, options)
     for place in [_folder(adapter, options, route) for route in routes] if options.into else []:
         _check_place(place, adapter, options.onnx)

@@ -14,9 +14,17 @@ from qlora.data.template import PromptTemplate, encode_prompt
 from qlora.errors import UserError, is_out_of_memory
 from qlora.model.load import prepare_inference
 from qlora.model.precision import autocast_dtype
+from qlora.model.prompts import base_of, has_prompt
 from qlora.model.shards import shard_of
 from qlora.model.third_party import peft
-from qlora.speed.decode import TokenGraph, adapters_by_row, adapts_by_row, decode, decode_unavailable_reason
+from qlora.speed.decode import (
+    PromptedTokens,
+    TokenGraph,
+    adapters_by_row,
+    adapts_by_row,
+    decode,
+    decode_unavailable_reason,
+)
 from qlora.speed.lora_linear import answering
 
 # What may go wrong with sample answers: libraries, the disk, the data.
@@ -128,13 +136,15 @@ def _answer(
             longest = max(len(prompt) for prompts in batches for prompt in prompts)
             graph = TokenGraph(model, rows, longest + settings.max_new_tokens)
             more["custom_generate"] = functools.partial(decode, graph=graph, show=streamer)
+        elif has_prompt(model):
+            more["custom_generate"] = functools.partial(decode, graph=PromptedTokens(model), show=streamer)
         for prompts in batches:
             full = prompts + prompts[-1:] * (rows - len(prompts)) if recorded else prompts
             longest = max(map(len, prompts))
             padded = [[template.stop_id] * (longest - len(ids)) + ids for ids in full]
             seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in full]
             input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
-            output = model.generate(  # [B, T + new]
+            output = (base_of(model) if has_prompt(model) else model).generate(  # [B, T + new]
                 input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **more
             )
             new = output[: len(prompts), longest:]  # [B, new]

@@ -10,6 +10,7 @@ from qlora import distributed
 from qlora.data.batch import Batch
 from qlora.model import attention
 from qlora.model.precision import autocast_dtype
+from qlora.model.prompts import decoder_of
 
 
 class EvalResult(NamedTuple):
@@ -31,7 +32,7 @@ def evaluate_loss(model: Any, batches: Iterable[Batch], loss_sum: Callable[[torc
     """
     training = model.training
     model.eval()
-    decoder, device = model.get_decoder(), model.device
+    decoder, device = decoder_of(model), model.device
     total = torch.zeros((), device=device)  # []
     num_tokens = 0
     for cpu_batch in batches:

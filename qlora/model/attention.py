@@ -19,6 +19,7 @@ from qlora.data.template import TokenizedExample
 from qlora.errors import ConfigError, EnvironmentProblem
 from qlora.model.families import attention_use
 from qlora.model.precision import autocast_dtype
+from qlora.model.prompts import has_prompt
 
 # -- the choice ------------------------------------------------------------------------------------------------------
 
@@ -186,11 +187,15 @@ def for_training(model: Any, config: TrainConfig) -> Iterator[None]:
 
     transformers makes masks for the functions it knows, and waits for the GPU at each forward to see whether rows are packed.
     For a name that it has no mask function for it does neither; `decoder_inputs` gives the masks that are needed. Models in
-    which these functions cannot replace transformers' (see attention_use) keep transformers' functions, masks and wait.
+    which these functions cannot replace transformers' (see attention_use), or that have virtual tokens, keep transformers'
+    functions, masks and wait.
 
     Raises:
         ConfigError: if rows are to be packed and the model lets a sample see its neighbor.
     """
+    if has_prompt(model):  # more keys than queries, or more rows than ids, which transformers' own functions know
+        yield
+        return
     settings, use = model.get_decoder().config, attention_use(model)
     before = settings._attn_implementation, getattr(settings, "sliding_window", None)
     try:

@@ -230,7 +230,8 @@ def fingerprint(model: Any) -> str:
     sums = [torch.zeros((), dtype=torch.int64, device=model.device)]  # [] each
     shards = {f"{name}.": module.shard for name, module in model.named_modules() if shard_of(module)}
     for name, tensor in tensors.items():
-        if "default" not in name.split("."):  # PEFT's name of the adapter
+        parts = name.split(".")
+        if "default" not in parts and not parts[-1].startswith("adaption_"):  # PEFT's name of the adapter; or LLaMA-Adapter's
             for shard in (shard for prefix, shard in shards.items() if name.startswith(prefix)):
                 shard.base.gather(shard.number)
             digest.update(name.encode())

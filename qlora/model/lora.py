@@ -17,11 +17,13 @@ from safetensors import SafetensorError, safe_open
 from qlora.config import TrainConfig
 from qlora.errors import CheckpointError, ConfigError
 from qlora.model.coverage import ROUTER, UNCOVERED_LIMIT, linear_classes, linear_layers, quantized_layers, uncovered
+from qlora.model.prompts import PROMPT_METHODS
 from qlora.model.third_party import peft
 from qlora.validation import STRICT, UNREADABLE, reason, validated
 
 ADAPTER_CONFIG = "adapter_config.json"
-METHODS = ("LORA", "IA3", "VERA", "OFT", "LOHA", "LOKR")  # of PEFT: those that act within linear layers
+LINEAR_METHODS = ("LORA", "IA3", "VERA", "OFT", "LOHA", "LOKR")  # of PEFT: those that act within linear layers
+METHODS = (*LINEAR_METHODS, "ADAPTION_PROMPT", *PROMPT_METHODS)
 ON_16_BITS = ("LOHA", "LOKR")  # those that PEFT has for layers without quantization only
 # Starts that leave the base as it is. The others (PiSSA, OLoRA, ...) change it, and the adapter fits what they left.
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -181,6 +183,9 @@ def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) 
     else:
         _check_adapter(config.init_adapter, model, targets, config.lora_r)
         adapted = peft.PeftModel.from_pretrained(model, str(config.init_adapter), is_trainable=True)
+    for parameter in adapted.parameters():  # PEFT makes those of LLaMA-Adapter in the dtype of the base
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     kept = adapted.peft_config["default"]
     kept.base_model_name_or_path, kept.revision = base, getattr(model.config, "_commit_hash", None)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
@@ -276,6 +281,8 @@ def peft_settings(config: TrainConfig) -> dict[str, Any] | None:
         if values.get("use_dora") and config.quantization == "int8":
             text = f"--peft-config {path}: bitsandbytes cannot dequantize the weights in 8 bits that DoRA needs."
             raise ConfigError(text, hint="Pass --quantization nf4, or another method.")
+        if kind in PROMPT_METHODS and (not isinstance(n := values.get("num_virtual_tokens"), int) or n < 1):
+            raise ConfigError(f"--peft-config {path} has num_virtual_tokens {n!r}. It must be a number of 1 or more.")
         if kind == "LORA":
             _check_settings(path, {"r": 8, "lora_alpha": 8} | values)
         odd = [name for name in NOT_TRAINED if values.get(name)] + ["bias"] * (values.get("bias", "none") != "none")
@@ -298,6 +305,11 @@ def with_peft_config(config: TrainConfig) -> TrainConfig:
         return config
     names = values.get("target_modules")
     config = dataclasses.replace(config, target_modules=tuple(sorted(names)) if isinstance(names, list) else None)
+    if values["peft_type"] in PROMPT_METHODS and config.packing:
+        raise ConfigError(
+            f"--packing cannot be used with {values['peft_type']}: of the samples in a row, one would see the virtual tokens.",
+            hint="Leave it out.",
+        )
     if values["peft_type"] != "LORA":
         if config.lora_plus_ratio != 1.0:
             raise ConfigError("--lora-plus-ratio is for LoRA.", hint="Leave it out.")
@@ -321,20 +333,24 @@ def _config_class(kind: str) -> Any:
 
 def _config_of(values: dict[str, Any], target_modules: Any) -> Any:
     """The peft.PeftConfig of a file's values, on these modules."""
-    own = {name: value for name, value in values.items() if name not in UNREAD}
-    return _config_class(values["peft_type"])(**{**own, "target_modules": target_modules, "task_type": "CAUSAL_LM"})
+    own = {name: value for name, value in values.items() if name not in UNREAD} | {"task_type": "CAUSAL_LM"}
+    if values["peft_type"] not in PROMPT_METHODS:
+        own["target_modules"] = target_modules
+    return _config_class(values["peft_type"])(**own)
 
 
 def _names_of(values: dict[str, Any], every: list[Target]) -> Any:
-    """The target_modules of a file; where it names none, those of all targets, but that IA3 knows its own by model."""
+    """The target_modules of a file; where it names none, those of all targets, or None where PEFT knows them by model."""
     names = values.get("target_modules")
-    if names == "all-linear" or (names is None and values["peft_type"] != "IA3"):
+    if names == "all-linear" or (names is None and values["peft_type"] not in ("IA3", "ADAPTION_PROMPT")):
         return [target.name for target in every]
     return names
 
 
 def _targets_of_file(meta_model: Any, config: TrainConfig) -> list[Target]:
     """The layers that PEFT adapts by the file of --peft-config, tried on a copy without weights, by the ends of their names.
+
+    Virtual tokens, before the input or in attention, are one target without linear layers.
 
     Raises:
         ConfigError: if a listed name matches nothing, if PEFT refuses the file, or if it adapts a layer that is not quantized.
@@ -347,6 +363,10 @@ def _targets_of_file(meta_model: Any, config: TrainConfig) -> list[Target]:
     except (re.error, ValueError, TypeError, NotImplementedError) as error:
         text = " ".join(str(error).split())[:300]
         raise ConfigError(f"--peft-config {config.peft_config}: PEFT refuses it for {kind}: {text}") from None
+    if values["peft_type"] not in LINEAR_METHODS:
+        method = adapted.active_peft_config
+        count = method.adapter_len if method.is_adaption_prompt else method.num_virtual_tokens
+        return [Target(f"{count} virtual tokens", (), (), sum(p.numel() for p in adapted.parameters() if p.requires_grad))]
     found: dict[str, dict[str, int]] = {}  # end of a name -> layer -> trained parameters
     for name, module in adapted.get_base_model().named_modules():
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from qlora.data.batch import Batch
 from qlora.errors import ConfigError
 from qlora.model.precision import autocast_dtype
+from qlora.model.prompts import base_of
 
 FP16_SCALE = 256.0  # of the gradient of logits in fp16: that of a token of probability 0.9999 would be rounded by an eighth
 CHUNK_TOKENS = 1024  # 1024 x 32064 fp32 logits are 131 MB
@@ -42,6 +43,7 @@ def read_head(model: Any) -> Head:
     Raises:
         ConfigError: if the model does something to its logits that `Head` does not know.
     """
+    model = base_of(model)  # virtual tokens would add positions
     config = model.config.get_text_config()
     layer = model.get_output_embeddings()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)  # Cohere; Granite

@@ -22,11 +22,13 @@ from safetensors import SafetensorError
 
 from qlora.errors import CheckpointError, ConfigError
 from qlora.model.optimizer import init_optimizer_state, loss_scaling
+from qlora.model.prompts import has_prompt
 from qlora.run.files import MANIFEST, Content, Pieces, require_space, size_of, verify, write_folder
 from qlora.run.schema import RunInfo, State, read_json
 from qlora.validation import UNREADABLE, reason
 
 ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safetensors", "state.json"
+TRAINED = "trained."  # before the names of parameters that PEFT's file does not hold
 PEFT = {"format": "pt"}  # what PEFT writes into the header
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -137,6 +139,8 @@ def snapshot(model: Any, optimizer: torch.optim.Optimizer, train_state: TrainSta
     tensors, plain = trainer_state(model, optimizer)
     state = {**train_state._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain}
     state["loss_scaling"] = loss_scaling(optimizer)
+    if has_prompt(model):  # PEFT's file holds what the trained tensors make, not all of the tensors themselves
+        tensors |= {TRAINED + name: parameter for name, parameter in _trained(model).items()}
     files: dict[str, Content] = {ADAPTER: serialized(_adapter(model), PEFT), TRAINER_STATE: serialized(tensors)}
     files |= {**dict(config_files(model)), STATE: json.dumps(info.model_dump() | state, indent=1).encode()}
     copied = None
@@ -268,7 +272,7 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Train
             f"{folder} was saved with {state.optimizer_class}, this loop has {type(optimizer).__name__}. Their states "
             "differ: start a new run, with --init-adapter.",
         )
-    tensors = _tensors(folder / TRAINER_STATE)
+    tensors = {name: each for name, each in _tensors(folder / TRAINER_STATE).items() if not name.startswith(TRAINED)}
     load_adapter(folder, model)
     optimizer.param_groups[0] |= state.loss_scaling
     _restore_optimizer(folder, optimizer, _trained(model), {**tensors, **state.optimizer})
@@ -285,10 +289,15 @@ def load_adapter(folder: Path, model: Any) -> None:
     Raises:
         CheckpointError: if a tensor is missing, surplus, or of another shape or dtype.
     """
-    adapter = _tensors(folder / ADAPTER)
-    by_memory = {parameter.data_ptr(): parameter for parameter in _trained(model).values()}
-    # By PEFT's own names. What is not trained, such as the projections of VeRA, is a function of the configuration.
-    saved_as = {name: by_memory.get(tensor.data_ptr(), tensor) for name, tensor in _adapter(model).items()}
+    if has_prompt(model):
+        kept = _tensors(folder / TRAINER_STATE).items()
+        adapter = {name.removeprefix(TRAINED): tensor for name, tensor in kept if name.startswith(TRAINED)}
+        saved_as: dict[str, torch.Tensor] = {**_trained(model)}
+    else:
+        adapter = _tensors(folder / ADAPTER)
+        by_memory = {parameter.data_ptr(): parameter for parameter in _trained(model).values()}
+        # By PEFT's own names. What is not trained, such as the projections of VeRA, is a function of the configuration.
+        saved_as = {name: by_memory.get(tensor.data_ptr(), tensor) for name, tensor in _adapter(model).items()}
     found = {name: _shape_and_dtype(tensor) for name, tensor in adapter.items()}
     wanted = {name: _shape_and_dtype(parameter) for name, parameter in saved_as.items()}
     if found != wanted:

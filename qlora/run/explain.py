@@ -158,8 +158,8 @@ def gradient_norms(model: Any) -> dict[str, torch.Tensor]:
     norms = torch.stack(torch._foreach_norm([gradient for _, gradient in with_gradient])).float().cpu()  # sync; [tensors]
     found: dict[str, list[torch.Tensor]] = {}
     for (name, _), norm in zip(with_gradient, norms, strict=True):
-        *_, layer, matrix = name.partition(".default")[0].split(".")
-        found.setdefault(f"{layer}.{matrix}", []).append(norm)
+        parts = name.replace(".default", "").removesuffix(".weight").split(".")
+        found.setdefault(".".join(parts[-2:]), []).append(norm)
     return {name: torch.stack(layers) for name, layers in found.items()}
 
 

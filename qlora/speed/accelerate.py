@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from qlora.config import TrainConfig
 from qlora.model.precision import autocast_dtype
+from qlora.model.prompts import PromptedDecoder, has_prompt
 from qlora.speed import lora_linear
 from qlora.speed.graphs import Graphs
 from qlora.speed.layers import training_layers
@@ -40,7 +42,7 @@ def accelerate(
     """
     cache = autocast_dtype(model) if config.cache_dequantized else None
     adapted = lora_linear.install(model, cache)
-    return AcceleratedDecoder(model.get_decoder(), adapted, config, say, backend)
+    return AcceleratedDecoder(model, adapted, config, say, backend)
 
 
 class AcceleratedDecoder:
@@ -54,7 +56,7 @@ class AcceleratedDecoder:
 
     def __init__(
         self,
-        decoder: Any,
+        model: Any,
         adapted: list[lora_linear.LoRALinear],
         config: TrainConfig,
         say: Callable[[str], None] = print,
@@ -63,7 +65,7 @@ class AcceleratedDecoder:
         """Compile nothing yet: the first call does.
 
         Args:
-            decoder: of the model.
+            model: with adapters.
             adapted: its adapted layers.
             config: resolved.
             say: for a warning.
@@ -71,7 +73,10 @@ class AcceleratedDecoder:
         """
         self._train_config, self._say = config, say
         self._unchecked = config.compile != "none"
-        self.decoder = decoder
+        self.decoder = decoder = model.get_decoder()
+        # Virtual tokens come in through PeftModel.forward; else the decoder's own forward is called, without hooks.
+        plain = functools.partial(type(decoder).forward, decoder)
+        self._forward: Callable[..., Any] = PromptedDecoder(model) if has_prompt(model) else plain
         self.config, self.dtype = decoder.config, autocast_dtype(decoder)
         self.adapted = adapted
         self.seeded = bool(adapted) and config.compile != "none" and config.lora_dropout > 0
@@ -85,7 +90,7 @@ class AcceleratedDecoder:
             inputs: as the decoder takes them; see attention.decoder_inputs.
         """
         if not self.decoder.training:
-            return self.decoder(**inputs)
+            return self._forward(**inputs)
         if self.seeded:  # drawn here, as a graph must find them among its inputs
             inputs["dropout_seeds"] = lora_linear.dropout_seeds(self.adapted)  # [adapted layers]
         run = self._run if self.graphs is None or not torch.is_grad_enabled() else self.graphs
@@ -102,7 +107,7 @@ class AcceleratedDecoder:
         Both draw the same dropout, by seeds. If they differ by more than bf16 rounding, layers run as written from now on.
         """
         plain = {name: value for name, value in inputs.items() if name != "dropout_seeds"}  # which the layers have
-        expected = type(self.decoder).forward(self.decoder, **plain).last_hidden_state.float()  # [B, T, D]
+        expected = self._forward(**plain).last_hidden_state.float()  # [B, T, D]
         difference = float((hidden.float() - expected).norm() / expected.norm())  # sync
         self._unchecked = not expected.isfinite().all()  # the next one will tell
         if difference <= TOLERANCE or self._unchecked:
@@ -119,7 +124,7 @@ class AcceleratedDecoder:
         if self.adapted:
             lora_linear.copy_adapters(self.adapted, dropout_seeds)
         with self._training_layers():
-            output = type(self.decoder).forward(self.decoder, **inputs)
+            output = self._forward(**inputs)
         if not torch.is_grad_enabled():
             lora_linear.drop_copies(self.adapted)  # else backward does
         return output

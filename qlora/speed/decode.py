@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
+from qlora.model.prompts import base_of, has_prompt
 from qlora.model.third_party import bitsandbytes, peft
 from qlora.speed.graphs import graphs_unavailable_reason
 
@@ -22,12 +23,9 @@ def decode_unavailable_reason(model: Any) -> str | None:
         return "no CUDA GPU"
     if any(isinstance(module, bitsandbytes.nn.Linear8bitLt) for module in model.modules()):
         return "layers in 8 bits wait for the device"
-    return graphs_unavailable_reason(_base(model))
-
-
-def _base(model: Any) -> Any:
-    """The causal LM itself, with or without adapters in it."""
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    if has_prompt(model) or getattr(getattr(model, "active_peft_config", None), "is_adaption_prompt", False):
+        return "virtual tokens are put before the prompt, or in attention"
+    return graphs_unavailable_reason(base_of(model))
 
 
 class TokenGraph:
@@ -42,10 +40,9 @@ class TokenGraph:
     """
 
     def __init__(self, model: Any, rows: int, length: int):
-        base = _base(model)
+        base = base_of(model)
         self._forward = base.forward
-        # The argument has another name from transformers 5.24 on.
-        self._cache_name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+        self._cache_name = _cache_name(base)
         layers = base.config.get_text_config(decoder=True).num_hidden_layers
         # A layer with a sliding window keeps all positions too: the mask leaves out what is too far away.
         self._cache = Cache(layers=[StaticLayer(length) for _ in range(layers)])
@@ -116,8 +113,51 @@ class TokenGraph:
         return self._scores
 
 
+def _cache_name(base: Any) -> str:
+    """The argument that has another name from transformers 5.24 on."""
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+
+class PromptedTokens:
+    """The forward of one token per row behind virtual tokens, as training has them: directly before a row's own tokens.
+
+    PEFT's `generate` leaves them behind the padding of short prompts, and with transformers 5.24 it leaves prefixes out.
+
+    Args:
+        model: with virtual tokens, in evaluation mode.
+    """
+
+    def __init__(self, model: Any):
+        self._model, self._base = model, base_of(model)
+        self._cache_name = _cache_name(self._base)
+
+    def prefill(self, ids: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """As TokenGraph.prefill."""
+        count = self._model.active_peft_config.num_virtual_tokens
+        self._seen = torch.cat([torch.ones_like(ids[:, :1]).expand(-1, count), seen], dim=1)  # [B, n + T]
+        positions = (self._seen.cumsum(1) - 1).clamp(min=0)  # [B, n + T]
+        prompt = self._model.get_prompt(len(ids))  # [B, n, D], or a cache of keys and values
+        if not isinstance(prompt, torch.Tensor):
+            self._cache = prompt
+            return self._scores_of(positions[:, count:], input_ids=ids)
+        self._cache = DynamicCache()
+        embeddings = self._base.get_input_embeddings()(ids)  # [B, T, D]
+        return self._scores_of(positions, inputs_embeds=torch.cat([prompt.to(embeddings.dtype), embeddings], dim=1))
+
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        """As TokenGraph.step."""
+        self._seen = torch.cat([self._seen, torch.ones_like(ids[:, None])], dim=1)  # [B, n + T + 1]
+        return self._scores_of(self._seen.sum(1, keepdim=True) - 1, input_ids=ids[:, None])
+
+    def _scores_of(self, positions: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        inputs |= {"attention_mask": self._seen, "position_ids": positions, self._cache_name: self._cache}
+        output = self._base.forward(use_cache=True, logits_to_keep=1, **inputs)
+        scores: torch.Tensor = output.logits[:, -1].float()  # [B, V]
+        return scores
+
+
 @torch.no_grad()
-def decode(model: Any, input_ids: torch.Tensor, graph: TokenGraph, show: Any, **prepared: Any) -> torch.Tensor:
+def decode(model: Any, input_ids: torch.Tensor, graph: TokenGraph | PromptedTokens, show: Any, **prepared: Any) -> torch.Tensor:
     """The decoding loop of transformers' `generate(custom_generate=...)`.
 
     Args:
@@ -154,7 +194,7 @@ def decode(model: Any, input_ids: torch.Tensor, graph: TokenGraph, show: Any, **
 def adapts_by_row(model: Any) -> bool:
     """Whether some rows of a batch can do without the adapter: it is LoRA, and not DoRA, which scales the base's output."""
     layers = [module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)]
-    return all(isinstance(layer, peft.tuners.lora.LoraLayer) and not layer.lora_variant for layer in layers)
+    return bool(layers) and all(isinstance(layer, peft.tuners.lora.LoraLayer) and not layer.lora_variant for layer in layers)
 
 
 @contextlib.contextmanager

@@ -199,8 +199,16 @@ def _ways_to_compile(
 
 def _policies(config: TrainConfig, meta_model: Any, job: Job | None) -> tuple[GradientCheckpointing, ...]:
     """Those that may be chosen, the fastest first."""
+    asked = config.gradient_checkpointing
+    if runs_as_peft_wrote_it(config) == "PREFIX_TUNING":
+        if asked in ("selective", "full"):
+            raise ConfigError(
+                f"--gradient-checkpointing {asked} cannot be used with PREFIX_TUNING: a layer that is computed again would "
+                "find its keys and values in the cache twice.",
+                hint="Leave it out.",
+            )
+        return ("none",)
     if any(isinstance(module, GradientCheckpointingLayer) for module in meta_model.modules()):
-        asked = config.gradient_checkpointing
         return ("none", "selective", "full") if asked == "auto" else (asked,)
     if config.shard_base and (job is None or job.ranks > 1):
         raise ConfigError(

@@ -120,7 +120,9 @@ def test_a_name_that_is_a_pattern_or_all_linear_is_peft_s_own(config, file):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"peft_type": "PROMPT_TUNING"}, "is of PEFT's kind PROMPT_TUNING. Supported are LORA, IA3, VERA, OFT, LOHA, LOKR"),
+        ({"peft_type": "POLY"}, "is of PEFT's kind POLY. Supported are LORA, IA3, VERA, OFT, LOHA, LOKR"),
+        ({"peft_type": "PROMPT_TUNING"}, "has num_virtual_tokens None. It must be a number of 1 or more"),
+        ({"peft_type": "P_TUNING", "num_virtual_tokens": 0}, "has num_virtual_tokens 0. It must be"),
         ({"peft_type": "LOHA"}, "PEFT has no LOHA for quantized layers. Pass --quantization none"),
         ({"peft_type": "IA3"}, "PEFT refuses it for Phi3ForCausalLM: Please specify `target_modules`"),
         ({"peft_type": "IA3", "r": 3}, "sets r, which PEFT's IA3 does not have"),

@@ -729,6 +729,9 @@ class Nested(torch.nn.Module):
         self.config = None
         self.layers = torch.nn.ModuleList([Outer(), Inner()])
 
+    def get_decoder(self):
+        return self
+
     def forward(self, hidden):
         for layer in self.layers:
             hidden = layer(hidden)
