@@ -22,13 +22,12 @@ from safetensors import SafetensorError
 
 from qlora.errors import CheckpointError, ConfigError
 from qlora.model.optimizer import init_optimizer_state, loss_scaling
-from qlora.model.prompts import has_prompt
 from qlora.run.files import MANIFEST, Content, Pieces, require_space, size_of, verify, write_folder
 from qlora.run.schema import RunInfo, State, read_json
 from qlora.validation import UNREADABLE, reason
 
 ADAPTER, TRAINER_STATE, STATE = "adapter_model.safetensors", "trainer_state.safetensors", "state.json"
-TRAINED = "trained."  # before the names of parameters that PEFT's file does not hold
+TRAINED = "trained."  # before the names of trained parameters that PEFT's file does not hold
 PEFT = {"format": "pt"}  # what PEFT writes into the header
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -139,9 +138,9 @@ def snapshot(model: Any, optimizer: torch.optim.Optimizer, train_state: TrainSta
     tensors, plain = trainer_state(model, optimizer)
     state = {**train_state._asdict(), "optimizer_class": type(optimizer).__name__, "optimizer": plain}
     state["loss_scaling"] = loss_scaling(optimizer)
-    if has_prompt(model):  # PEFT's file holds what the trained tensors make, not all of the tensors themselves
-        tensors |= {TRAINED + name: parameter for name, parameter in _trained(model).items()}
-    files: dict[str, Content] = {ADAPTER: serialized(_adapter(model), PEFT), TRAINER_STATE: serialized(tensors)}
+    adapter = _adapter(model)
+    tensors |= {TRAINED + name: parameter for name, parameter in _beside(adapter, model).items()}
+    files: dict[str, Content] = {ADAPTER: serialized(adapter, PEFT), TRAINER_STATE: serialized(tensors)}
     files |= {**dict(config_files(model)), STATE: json.dumps(info.model_dump() | state, indent=1).encode()}
     copied = None
     if torch.cuda.is_initialized():
@@ -289,23 +288,20 @@ def load_adapter(folder: Path, model: Any) -> None:
     Raises:
         CheckpointError: if a tensor is missing, surplus, or of another shape or dtype.
     """
-    if has_prompt(model):
-        kept = _tensors(folder / TRAINER_STATE).items()
-        adapter = {name.removeprefix(TRAINED): tensor for name, tensor in kept if name.startswith(TRAINED)}
-        saved_as: dict[str, torch.Tensor] = {**_trained(model)}
-    else:
-        adapter = _tensors(folder / ADAPTER)
-        by_memory = {parameter.data_ptr(): parameter for parameter in _trained(model).values()}
-        # By PEFT's own names. What is not trained, such as the projections of VeRA, is a function of the configuration.
-        saved_as = {name: by_memory.get(tensor.data_ptr(), tensor) for name, tensor in _adapter(model).items()}
-    found = {name: _shape_and_dtype(tensor) for name, tensor in adapter.items()}
+    adapter, saved = _adapter(model), _tensors(folder / ADAPTER)
+    by_memory = {parameter.data_ptr(): parameter for parameter in _trained(model).values()}
+    # By PEFT's own names. What is not trained, such as the projections of VeRA, is a function of the configuration.
+    saved_as = {name: by_memory.get(tensor.data_ptr(), tensor) for name, tensor in adapter.items()}
+    saved_as |= {TRAINED + name: parameter for name, parameter in _beside(adapter, model).items()}
+    saved |= {name: each for name, each in _tensors(folder / TRAINER_STATE).items() if name.startswith(TRAINED)}
+    found = {name: _shape_and_dtype(tensor) for name, tensor in saved.items()}
     wanted = {name: _shape_and_dtype(parameter) for name, parameter in saved_as.items()}
     if found != wanted:
         name = min(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         raise CheckpointError(f"{folder} does not fit the model: {name} is {found.get(name)} there, {wanted.get(name)} here.")
     with torch.no_grad():
         for name, parameter in saved_as.items():
-            parameter.copy_(adapter[name])
+            parameter.copy_(saved[name])
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -317,6 +313,12 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _trained(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _beside(adapter: dict[str, torch.Tensor], model: Any) -> dict[str, torch.nn.Parameter]:
+    """What is trained and not in PEFT's file: the network that makes virtual tokens, or what an edit of the loop trains."""
+    held = {tensor.data_ptr() for tensor in adapter.values()}
+    return {name: parameter for name, parameter in _trained(model).items() if parameter.data_ptr() not in held}
 
 
 def _restore_optimizer(
