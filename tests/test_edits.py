@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from benchmarks import methods
 from qlora.config import TrainConfig
 from qlora.data.batch import collate
 from qlora.model.demo import tiny_random_model
 from qlora.run.signals import Signals
-from tests.test_readme import applied, changed_loop, short_run
+from tests.test_readme import changed_loop, short_run
 
 ROOT = Path(__file__).parents[1]
-EDITS = dict(
-    re.findall(r"^\*\*([\w -]+)\*\* .*?```diff\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.MULTILINE | re.DOTALL)
-)
+EDITS = methods.edits()
 QUANTIZATION = {"Bottleneck adapters": "nf4", "Full fine-tuning": "none"}
 
 
@@ -38,7 +36,7 @@ def test_there_are_two():
 
 @pytest.mark.parametrize("name", QUANTIZATION)
 def test_each_applies_learns_resumes_bit_for_bit_and_saves(tiny, tmp_path, monkeypatch, name):
-    loop = changed_loop(applied(EDITS[name], (ROOT / "train_loop.py").read_text()), tmp_path, monkeypatch, "edited")
+    loop = changed_loop(methods.edited(EDITS[name], (ROOT / "train_loop.py").read_text()), tmp_path, monkeypatch, "edited")
     run, resumed = tmp_path / "run", tmp_path / "resumed"
     loop.main(settings(name, run, learning_rate=2e-3), Signals())
     loop.main(settings(name, resumed, learning_rate=2e-3, resume=run / "checkpoints" / "step-000004"), Signals())
@@ -64,7 +62,7 @@ def test_each_applies_learns_resumes_bit_for_bit_and_saves(tiny, tmp_path, monke
 
 def test_full_fine_tuning_begins_with_the_gradient_of_transformers(tiny, tmp_path, monkeypatch, samples):
     loop = changed_loop(
-        applied(EDITS["Full fine-tuning"], (ROOT / "train_loop.py").read_text()), tmp_path, monkeypatch, "edited"
+        methods.edited(EDITS["Full fine-tuning"], (ROOT / "train_loop.py").read_text()), tmp_path, monkeypatch, "edited"
     )
     loop.main(settings("Full fine-tuning", tmp_path / "run", learning_rate=1e-5), Signals())
     first = events(tmp_path / "run", "step")[0]
@@ -80,3 +78,34 @@ def test_full_fine_tuning_begins_with_the_gradient_of_transformers(tiny, tmp_pat
     norms = [parameter.grad.float().norm() for parameter in model.parameters() if parameter.requires_grad]
     assert first["loss"] == pytest.approx(loss.item(), rel=2e-3)
     assert first["grad_norm"] == pytest.approx(torch.stack(norms).norm().item(), rel=0.02)
+
+
+def test_a_method_is_trained_and_judged_in_processes_of_its_own(tiny):
+    options = methods.Options(model="tiny-random", max_steps=1)
+    row = methods.run("full fine-tuning, bf16", 1e-5, 0, options)
+    assert "failed" not in row, row["failed"]
+    assert row["trained_parameters"] > 200_000 and row["right"] == 0 and row["prompts"] == 8 and row["eval_loss"] > 1
+    wrong = methods.run("LoRA, paged_adamw_8bit", 4e-4, 0, options)
+    assert wrong.keys() == {"method", "learning_rate", "seed", "failed"} and "no CUDA GPU" in wrong["failed"]
+
+
+def test_the_table_has_the_rate_with_the_lowest_mean_eval_loss(monkeypatch):
+    def row(rate: float, seed: int, loss: float, right: int | None = 7) -> dict:
+        costs = {"trained_parameters": 1000, "step_s": 0.5, "total_s": 60.0, "peak_gb": 1.5}
+        return {"method": "LoRA", "learning_rate": rate, "seed": seed, "eval_loss": loss, "right": right, **costs}
+
+    cells = [row(2e-4, 0, 0.01), row(2e-4, 1, 0.05), row(4e-4, 0, 0.02), row(4e-4, 1, 0.03, 8), row(8e-4, 0, float("nan"))]
+    environment = {"device": "CPU", "packages": {"torch": "2"}, "commit": "abc", "device_memory_gb": None}
+    record = {"environment": environment, "runs": [], "cells": [*cells, {**row(1e-4, 0, 0.0), "failed": "why"}]}
+    monkeypatch.setattr(methods, "load", lambda pattern: ("methods.json", record))
+    monkeypatch.setattr(methods, "source", lambda *_: "")
+    (line,) = (line for line in methods.methods("methods_*.json").splitlines() if line.startswith("| LoRA "))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["LoRA", "1,000", "0.0004", "0.0250 (0.0200 to 0.0300)", "7.5 (7 to 8)", "0.500", "60", "1.50", "2"]
+    record["cells"][2]["right"] = None  # which no command can judge
+    assert "| - " in methods.methods("methods_*.json")
+
+
+def test_a_hunk_that_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match="these lines stand in the text 2 times"):
+        methods.edited("@@\n-a\n+b\n", "a\na\n")

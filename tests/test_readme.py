@@ -20,6 +20,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import report, tables
+from benchmarks.methods import edited
 from qlora.cli import train as command_line
 from qlora.config import DEMO_LEARNING_RATE, TrainConfig
 from qlora.data.batch import Batch, collate
@@ -77,17 +78,6 @@ def test_quoted_code_stands_in_the_loop():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
-
-
-def applied(diff: str, text: str) -> str:
-    """Replace each hunk's old lines, which must stand in `text` exactly once, by its new ones."""
-    for hunk in re.split(r"^@@\n", diff, flags=re.MULTILINE)[1:]:
-        lines = hunk.splitlines()
-        old = "".join(line[1:] + "\n" for line in lines if not line.startswith("+"))
-        new = "".join(line[1:] + "\n" for line in lines if not line.startswith("-"))
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
 
 
 def changed_loop(text: str, folder: Path, monkeypatch, name: str) -> Any:
@@ -151,7 +141,7 @@ def unchanged(tiny, tmp_path_factory) -> list[dict]:
 
 @pytest.mark.parametrize(("name", "diff"), DIFFS, ids=[name for name, _ in DIFFS])
 def test_each_edit_applies_runs_and_changes_what_it_says(tmp_path, monkeypatch, name, diff, samples, unchanged):
-    text = applied(diff, (ROOT / "train_loop.py").read_text())
+    text = edited(diff, (ROOT / "train_loop.py").read_text())
     after = [row for row in run_copy(text, tmp_path, monkeypatch, name) if row["event"] == "step"]
     before = [row for row in unchanged if row["event"] == "step"]
     assert len(after) == len(before) == 8
@@ -174,7 +164,7 @@ def test_each_edit_applies_runs_and_changes_what_it_says(tmp_path, monkeypatch, 
 
 def test_the_smoothed_loss_is_torchs_of_each_next_token(fixed, tmp_path, monkeypatch):
     model, batch, hidden = fixed
-    loop = changed_loop(applied(dict(DIFFS)["loss"], (ROOT / "train_loop.py").read_text()), tmp_path, monkeypatch, "loss")
+    loop = changed_loop(edited(dict(DIFFS)["loss"], (ROOT / "train_loop.py").read_text()), tmp_path, monkeypatch, "loss")
     found = loop.smoothed_loss_sum(hidden, batch, read_head(model))
     smoothed = [
         torch.nn.functional.cross_entropy(logits, torch.tensor(token), label_smoothing=0.1)
@@ -429,7 +419,7 @@ def steps_of(rows: list[dict], event: str = "eval") -> list[int]:
 def test_exercises_2_and_3_as_edits(tiny, tmp_path, monkeypatch):
     assert [name for name, _ in EXERCISE_EDITS] == ["evaluation", "accuracy"]
     original = (ROOT / "train_loop.py").read_text()
-    texts = {"original": original} | {name: applied(diff, original) for name, diff in EXERCISE_EDITS}
+    texts = {"original": original} | {name: edited(diff, original) for name, diff in EXERCISE_EDITS}
     rows = {name: run_copy(text, tmp_path, monkeypatch, name, save_steps=3) for name, text in texts.items()}
     losses = {name: [row["loss"] for row in found if row["event"] == "step"] for name, found in rows.items()}
     assert losses["evaluation"] == losses["accuracy"] == losses["original"]  # looking changes nothing
@@ -453,7 +443,7 @@ def ctrl_c():
 
 def test_ctrl_c_loses_nothing_where_checkpoints_are_evaluated(tiny, tmp_path, monkeypatch, ctrl_c):
     """In step 4, which is neither logged nor to be saved, and in the evaluation of step 3."""
-    text = applied(dict(EXERCISE_EDITS)["evaluation"], (ROOT / "train_loop.py").read_text())
+    text = edited(dict(EXERCISE_EDITS)["evaluation"], (ROOT / "train_loop.py").read_text())
     straight = run_copy(text, tmp_path, monkeypatch, "straight", save_steps=3)
     for name, call, saved in (("train_step", 4, "step-000004"), ("evaluate_loss", 2, "step-000003")):
         loop = changed_loop(text, tmp_path, monkeypatch, name)
@@ -482,7 +472,7 @@ def interrupting(function: Any, when: int) -> Any:
 
 def test_hits_are_counted_by_the_next_token(fixed, tmp_path, monkeypatch):
     model, batch, hidden = fixed
-    text = applied(dict(EXERCISE_EDITS)["accuracy"], (ROOT / "train_loop.py").read_text())
+    text = edited(dict(EXERCISE_EDITS)["accuracy"], (ROOT / "train_loop.py").read_text())
     loop, pairs = changed_loop(text, tmp_path, monkeypatch, "accuracy"), predictions(model, batch, hidden)
     guesses = [int(logits.argmax()) for logits, _ in pairs]
     rows, columns = batch.positions // batch.input_ids.shape[1], batch.positions % batch.input_ids.shape[1]  # [N], [N]
