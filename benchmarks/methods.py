@@ -4,9 +4,9 @@
     python -m benchmarks.methods --methods lora dora --seeds 0 --missing
     python -m benchmarks.methods --model tiny-random --max-steps 4 --seeds 0    # anywhere, a smoke test
 
-Each run is `python train_loop.py` in a new process on the bundled data. A method is tried at three learning rates. The table has
-the one with the lowest mean eval loss, so the eval data has chosen it; all runs are in the file. Bottleneck adapters and full
-fine-tuning are the edits of docs/models.md. An answer is right if it is exactly the schema that was asked for.
+Each run is `python train_loop.py` in a new process on the bundled data. A method is tried at three learning rates. The table
+has the one with the lowest mean eval loss, so the eval data has chosen it; all runs are in the file. Bottleneck adapters and
+full fine-tuning are the edits of docs/models.md. An answer is right if it is exactly the schema that was asked for.
 """
 
 import concurrent.futures

@@ -74,10 +74,20 @@ def checked_targets(meta_model: Any, config: TrainConfig, say: Callable[[str], N
             f"PEFT cannot adapt {', '.join(target.name for target in targets)} of {kind}: {refusal} Name other layers with "
             "--target-modules.",
         )
+    _say_if_untied(meta_model, config, say)
     if rest.parameters:
         warning = "Warning: " if rest.share > UNCOVERED_LIMIT else ""
         say(f"{warning}{kind}: {rest}. They stay in bf16, frozen.")
     return targets
+
+
+def _say_if_untied(meta_model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
+    ends = meta_model.get_input_embeddings(), meta_model.get_output_embeddings()
+    whole = (peft_settings(config) or {}).get("modules_to_save") or ()
+    named = {name for name, module in meta_model.named_modules() if module in ends}
+    if ends[0].weight is ends[1].weight and any(_matches(name, end) for name in named for end in whole):
+        kind = type(meta_model).__name__
+        say(f"{kind} ties its head to its embedding. What modules_to_save names of the two is trained as a weight of its own.")
 
 
 def _peft_refusal(meta_model: Any, config: TrainConfig, targets: list[Target]) -> str | None:
@@ -165,7 +175,9 @@ def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) 
         )
     if config.peft_config is not None:
         values = peft_settings(config) or {}
-        adapted: Any = peft.get_peft_model(model, _config_of(values, _names_of(values, targets)))
+        with warnings.catch_warnings():  # of tied weights; checked_targets has said what becomes of them
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
+            adapted: Any = peft.get_peft_model(model, _config_of(values, _names_of(values, targets)))
     elif config.init_adapter is None:
         linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
         others = [name for name in linear if name not in set(audited)]
@@ -254,8 +266,7 @@ def read_adapter_config(folder: Path) -> Any:
 
 # -- a file of --peft-config -------------------------------------------------------------------------------------------
 
-# What training cannot do: the loss reads a frozen head, and only adapters are saved.
-NOT_TRAINED = ("modules_to_save", "trainable_token_indices", "lora_bias", "ensure_weight_tying", "fan_in_fan_out")
+NOT_TRAINED = ("trainable_token_indices", "lora_bias", "ensure_weight_tying", "fan_in_fan_out")  # what training cannot do
 
 
 def peft_settings(config: TrainConfig) -> dict[str, Any] | None:
@@ -285,6 +296,8 @@ def peft_settings(config: TrainConfig) -> dict[str, Any] | None:
             raise ConfigError(f"--peft-config {path} has num_virtual_tokens {n!r}. It must be a number of 1 or more.")
         if kind == "LORA":
             _check_settings(path, {"r": 8, "lora_alpha": 8} | values)
+        if kind != "LORA" and values.get("modules_to_save"):
+            raise ConfigError(f"--peft-config {path} sets modules_to_save, which is supported with LORA only.")
         odd = [name for name in NOT_TRAINED if values.get(name)] + ["bias"] * (values.get("bias", "none") != "none")
         if odd:
             text = f"--peft-config {path} sets {', '.join(odd)}, which this loop cannot train."
@@ -323,7 +336,7 @@ def runs_as_peft_wrote_it(config: TrainConfig) -> str | None:
     """The name of a method that the fused operator cannot do; None if the adapter is plain LoRA."""
     values = peft_settings(config) or {"peft_type": "LORA"}
     if values["peft_type"] == "LORA":
-        return "DoRA" if values.get("use_dora") else None
+        return "DoRA" if values.get("use_dora") else "modules_to_save" if values.get("modules_to_save") else None
     return str(values["peft_type"])
 
 
@@ -368,14 +381,24 @@ def _targets_of_file(meta_model: Any, config: TrainConfig) -> list[Target]:
         count = method.adapter_len if method.is_adaption_prompt else method.num_virtual_tokens
         return [Target(f"{count} virtual tokens", (), (), sum(p.numel() for p in adapted.parameters() if p.requires_grad))]
     found: dict[str, dict[str, int]] = {}  # end of a name -> layer -> trained parameters
+    whole: dict[str, int] = {}  # name of modules_to_save -> trained parameters
     for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, peft.utils.ModulesToSaveWrapper):
+            if name in allowed and config.quantization != "none":
+                text = f"--peft-config {config.peft_config}: modules_to_save trains {name}, which is quantized."
+                raise ConfigError(text, hint="Leave it to the adapter, or pass --quantization none.")
+            end = name.rsplit(".", 1)[-1]
+            whole[end] = whole.get(end, 0) + sum(parameter.numel() for parameter in module.modules_to_save.parameters())
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
             if name not in allowed:
                 raise ConfigError(f"--peft-config {config.peft_config} adapts {name}, which cannot have an adapter here.")
             parameters: Any = module.parameters()  # type: ignore[attr-defined]  # of the torch.nn.Module that it is too
             trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
             found.setdefault(name.rsplit(".", 1)[-1], {})[name] = trained
-    return [
+    if missing := [name for name in values.get("modules_to_save") or () if name.rsplit(".", 1)[-1] not in whole]:
+        raise ConfigError(f"--peft-config {config.peft_config}: modules_to_save {missing[0]} matches no module of {kind}.")
+    trained_whole = [Target(f"{end} (whole)", (), (), parameters) for end, parameters in sorted(whole.items())]
+    return trained_whole + [
         Target(
             end,
             tuple(layers),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from qlora.data.batch import Batch
 from qlora.errors import ConfigError
@@ -19,7 +20,7 @@ CHUNK_TOKENS = 1024  # 1024 x 32064 fp32 logits are 131 MB
 
 
 class Head(NamedTuple):
-    """The output layer of a model, frozen: logits = softcap * tanh(scale * (W x + b) / softcap)."""
+    """The output layer of a model: logits = softcap * tanh(scale * (W x + b) / softcap)."""
 
     weight: torch.Tensor  # [V, D]
     bias: torch.Tensor | None  # [V]
@@ -38,7 +39,7 @@ def read_head(model: Any) -> Head:
     """The head of a transformers model, checked against the model's own logits on a few tokens.
 
     Args:
-        model: a causal LM, adapters or not; its head is frozen.
+        model: a causal LM, adapters or not; its head is frozen, or trained whole (modules_to_save).
 
     Raises:
         ConfigError: if the model does something to its logits that `Head` does not know.
@@ -72,18 +73,26 @@ def token_loss_sum(hidden: torch.Tensor, batch: Batch, head: Head, chunk_tokens:
     Args:
         hidden: [B, T, D] last hidden states, on one device with the batch.
         batch: labels and the positions that predict them.
-        head: the frozen output layer.
+        head: the output layer.
         chunk_tokens: rows of logits alive at a time.
 
     Returns:
-        fp32 scalar; differentiable with respect to `hidden` alone.
+        fp32 scalar; differentiable with respect to `hidden`, and to the head if it requires a gradient.
 
     Source: after the fused linear cross-entropy of Hsu et al., 2024 (arXiv 2410.10989), for a frozen head.
     """
     rows = hidden.flatten(0, 1)[batch.positions]  # [N, D]
     targets = batch.labels.flatten()[batch.positions + 1]  # [N]: the shift by one, here and nowhere else
+    if head.weight.requires_grad and torch.is_grad_enabled():  # trained whole: autograd makes its gradient too
+        chunks = zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+        return torch.stack([checkpoint(_plain_loss_sum, *chunk, head, use_reentrant=False) for chunk in chunks]).sum()  # []
     total: torch.Tensor = _ChunkedCrossEntropy.apply(rows, targets, head, chunk_tokens)  # type: ignore[no-untyped-call]
     return total  # []
+
+
+def _plain_loss_sum(rows: torch.Tensor, targets: torch.Tensor, head: Head) -> torch.Tensor:
+    """rows [C, D], targets [C] -> [] fp32, differentiable with respect to rows and the head."""
+    return F.cross_entropy(head.logits(rows).float(), targets, reduction="sum")
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:

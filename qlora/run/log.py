@@ -42,7 +42,7 @@ def targets_table(targets: list[Target], total_parameters: int) -> Table:
         table.add_column(header, justify="left" if header == "module" else "right")
     for target in targets:
         shapes = ", ".join(f"{rows} x {columns}" for rows, columns in target.shapes)
-        table.add_row(target.name, str(len(target.layers)), shapes, f"{target.adapter_parameters:,}")
+        table.add_row(target.name, str(len(target.layers) or ""), shapes, f"{target.adapter_parameters:,}")
     table.caption = (
         f"{trained:,} trained, {100 * trained / (total_parameters + trained):.2f} % of {total_parameters + trained:,}"
     )

@@ -151,7 +151,7 @@ def prepare(
         config=cast(RunConfig, config.plain()),
         data=train_set.sha256,
         eval_data=eval_set.sha256 if eval_set else None,
-        targets=sorted(f"{target.name} x {len(target.layers)}" for target in targets),
+        targets=sorted(f"{target.name} x {len(target.layers)}" if target.layers else target.name for target in targets),
         device=device.type,
         environment=Environment(**environment(device)),
         parameters=meta_model.num_parameters(),

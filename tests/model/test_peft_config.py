@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import json
+import warnings
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import families
 from qlora.cli import main as any_command
 from qlora.cli import train as command_line
 from qlora.config import TrainConfig
@@ -20,7 +22,7 @@ from qlora.report import record
 from qlora.report.model_card import model_card
 from qlora.speed import layers, lora_linear
 from qlora.speed.decode import adapts_by_row
-from tests.helpers import CPU, SHORT_DATA, loss_and_gradients, prepared, relative_error, wake_adapters
+from tests.helpers import CPU, SHORT_DATA, gradients, loss_and_gradients, prepared, relative_error, wake_adapters
 
 DORA = {"peft_type": "LORA", "use_dora": True, "r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]}
 PATTERNS = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["qkv_proj", "down_proj", "o_proj"],
@@ -127,7 +129,9 @@ def test_a_name_that_is_a_pattern_or_all_linear_is_peft_s_own(config, file):
         ({"peft_type": "IA3"}, "PEFT refuses it for Phi3ForCausalLM: Please specify `target_modules`"),
         ({"peft_type": "IA3", "r": 3}, "sets r, which PEFT's IA3 does not have"),
         ({"rank": 3}, "sets rank, which PEFT's LORA does not have"),
-        ({"modules_to_save": ["lm_head"]}, "sets modules_to_save, which this loop cannot train"),
+        ({"modules_to_save": ["down_proj"], "target_modules": ["o_proj"]}, "down_proj, which is quantized"),
+        ({"modules_to_save": ["lm_hat"]}, "modules_to_save lm_hat matches no module of Phi3ForCausalLM"),
+        ({"peft_type": "IA3", "modules_to_save": ["lm_head"]}, "modules_to_save, which is supported with LORA only"),
         ({"bias": "all"}, "sets bias, which this loop cannot train"),
         ({"init_lora_weights": "pissa"}, "was begun with init_lora_weights 'pissa', which changes the base"),
         ({"r": 0}, "cannot be read"),
@@ -179,3 +183,64 @@ def test_dora_is_never_compiled(config, model, file):
     config = dataclasses.replace(config, peft_config=file(**DORA))
     with pytest.raises(UserError, match="--compile layers cannot be used: DoRA layers run as PEFT wrote them"):
         layers.choose_layers(dataclasses.replace(config, compile="layers"), model, [], 100, CPU)
+
+
+WHOLE = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_modules_trained_whole_have_the_gradients_of_peft(config, samples, file, policy):
+    model, trained, targets = awake(config, file(**WHOLE))
+    batch = collate(samples[:1])  # one row, so that PEFT's mean over its tokens is ours
+    labels = batch.labels.clone()
+    labels[:, 0] = -100  # which nothing predicts
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(input_ids=batch.input_ids, labels=labels, use_cache=False).loss
+    expected.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    loss, found = loss_and_gradients(prepared(model, trained, policy), trained, batch)
+    whole = [name for name in wanted if "modules_to_save" in name]
+    assert len(whole) == 2 and all(found[name].dtype == torch.float32 and found[name].any() for name in whole)
+    assert loss == pytest.approx(expected.item(), rel=2e-3) and relative_error(found, wanted) < 0.03
+    names = {target.name: target.adapter_parameters for target in targets}
+    assert names["lm_head (whole)"] == names["embed_tokens (whole)"] == model.config.vocab_size * model.config.hidden_size
+    assert sum(names.values()) == sum(gradient.numel() for gradient in found.values())
+
+
+@pytest.mark.parametrize("family", ["Phi3", "Gemma"])  # Gemma ties its head to its embedding
+def test_a_run_with_modules_trained_whole_resumes_and_is_used(tiny, tmp_path, capsys, file, family):
+    families.write_model(family, tmp_path / "model")
+    names = {"target_modules": ["down_proj", "o_proj"], "modules_to_save": ["lm_head", "norm"]}
+    flags = [
+        "--model",
+        str(tmp_path / "model"),
+        "--peft-config",
+        str(file(**WHOLE | names)),
+        "--max-length",
+        "300",
+        *SHORT_DATA,
+    ]
+    flags += ["--max-steps", "4", "--save-steps", "2", "--save-total-limit", "9", "--learning-rate", "1e-2", "--explain"]
+    run, resumed = tmp_path / "run", tmp_path / "resumed"
+    assert command_line([*flags, "--output-dir", str(run)]) == 0
+    half = run / "checkpoints" / "step-000002"
+    assert command_line([*flags, "--output-dir", str(resumed), "--resume", str(half)]) == 0
+    folders = (run / "adapter", resumed / "adapter", half)
+    ours, theirs, before = (load_file(each / "adapter_model.safetensors") for each in folders)
+    whole = {"base_model.model.lm_head.weight", "base_model.model.model.norm.weight"}
+    assert whole < ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) and not torch.equal(tensor, before[key]) for key, tensor in ours.items())
+    with warnings.catch_warnings(action="ignore"):  # of tied weights
+        loaded = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32)
+    state = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    assert all(torch.equal(state[key], tensor) for key, tensor in ours.items())
+    data = ["--eval-file", SHORT_DATA[3], "--limit", "2", "--device", "cpu"]
+    report = tmp_path / "evaluation.json"
+    assert any_command(["evaluate", str(run), *data, "--max-new-tokens", "2", "--json", str(report)]) == 0
+    assert any_command(["generate", str(run), "--prompt", "say one", "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert any_command(["merge", str(run), *data, "--into", "recommended", "--output-dir", str(tmp_path / "merged")]) == 0
+    shown = capsys.readouterr().out
+    assert "lm_head (whole)" in shown and ("ties its head to its embedding" in shown) == (family == "Gemma")
+    losses = json.loads(report.read_text())["metrics"]["loss"]
+    assert losses["adapter"]["value"] < losses["base"]["value"]
