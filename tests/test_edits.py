@@ -57,7 +57,7 @@ def test_each_applies_learns_resumes_bit_for_bit_and_saves(tiny, tmp_path, monke
         weights = model.state_dict()
         for key in trained:
             short = key.removeprefix("base_model.model.").replace(".base_layer", "")
-            assert torch.equal(weights[short], states[0][f"trained.{key}"])
+            assert torch.equal(weights[short], states[0][f"trained.{key}"].to(torch.bfloat16))
 
 
 def test_full_fine_tuning_begins_with_the_gradient_of_transformers(tiny, tmp_path, monkeypatch, samples):
@@ -66,6 +66,7 @@ def test_full_fine_tuning_begins_with_the_gradient_of_transformers(tiny, tmp_pat
     )
     loop.main(settings("Full fine-tuning", tmp_path / "run", learning_rate=1e-5), Signals())
     first = events(tmp_path / "run", "step")[0]
+    state = load_file(tmp_path / "run" / "checkpoints" / "step-000008" / "trainer_state.safetensors")
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_random_model(), dtype=torch.bfloat16).train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("embed" not in name and "lm_head" not in name)
@@ -78,6 +79,13 @@ def test_full_fine_tuning_begins_with_the_gradient_of_transformers(tiny, tmp_pat
     norms = [parameter.grad.float().norm() for parameter in model.parameters() if parameter.requires_grad]
     assert first["loss"] == pytest.approx(loss.item(), rel=2e-3)
     assert first["grad_norm"] == pytest.approx(torch.stack(norms).norm().item(), rel=0.02)
+    before = {f"trained.base_model.model.{name}": parameter for name, parameter in model.named_parameters()}
+    moved = [
+        (each != before[key.replace(".base_layer", "")].float()).float().mean().item()
+        for key, each in state.items()
+        if key.startswith("trained.")
+    ]
+    assert len(moved) == 13 and min(moved) > 0.9  # at this rate, in fp32; in bf16 most updates would round away
 
 
 def test_a_method_is_trained_and_judged_in_processes_of_its_own(tiny):

@@ -103,8 +103,7 @@ def open_adapter(
         of_the_base = {"quantization": stored_quantization(source, config) or "nf4"}
     config = dataclasses.replace(config, **of_the_base)
     meta_model = load_meta_model(source, dataclasses.replace(config, max_length=1))
-    positions = getattr(meta_model.config.get_text_config(), "max_position_embeddings", None) or config.max_length
-    config = dataclasses.replace(config, max_length=min(config.max_length, positions))
+    config = dataclasses.replace(config, max_length=min(config.max_length, _positions(meta_model, lora) or config.max_length))
     _check_fit(folder, lora, source, copy.deepcopy(meta_model))
     attn = attention.choose_attention(config, place, meta_model)
     config = dataclasses.replace(config, attn_implementation=attn.implementation)
@@ -152,8 +151,14 @@ def put_on(base: Any, adapter: Adapter) -> Any:
 
 
 def positions_of(adapter: Adapter) -> int | None:
-    """How many positions the base was built for; None if it does not tell."""
-    return getattr(adapter.meta_model.config.get_text_config(), "max_position_embeddings", None)
+    """How many positions the base has for ids, beside those of virtual tokens; None if it does not tell."""
+    return _positions(adapter.meta_model, adapter.lora)
+
+
+def _positions(meta_model: Any, method: Any) -> int | None:
+    positions = getattr(meta_model.config.get_text_config(), "max_position_embeddings", None)
+    before = method.num_virtual_tokens if method.is_prompt_learning else 0
+    return None if positions is None else positions - before
 
 
 def prompt_ids(prompt: Prompt, adapter: Adapter, max_new_tokens: int) -> list[int]:
@@ -229,7 +234,7 @@ def _find(path: Path) -> tuple[Path, RunInfo | None]:
         whole = "It holds a whole model: merged already?" if (path / "config.json").exists() else "Is it another folder?"
         raise CheckpointError(
             f"{path} holds no adapter: there is no {ADAPTER_CONFIG} in it. {whole} A run folder, its adapter/, or one of its "
-            "checkpoints will do, or any LoRA adapter in PEFT's format.",
+            "checkpoints will do, or any adapter in PEFT's format.",
         )
     if (folder / MANIFEST).exists() and (problem := verify(folder)):
         raise CheckpointError(f"{folder} is damaged: {problem}.", hint="Take another checkpoint, or get it again.")
@@ -338,7 +343,7 @@ def _check_fit(folder: Path, lora: Any, source: str, meta_model: Any) -> None:
         here, there = (f"of shape {shapes[name]}" if name in shapes else "not" for shapes in (stored, wanted))
         raise ConfigError(
             f"{folder} does not fit {source}: {len(differing)} tensors differ. {name} is {here} in the file, and would be "
-            f"{there} there with rank {getattr(lora, 'r', None)}.",
+            f"{there} there{f' with rank {lora.r}' if hasattr(lora, 'r') else ''}.",
             hint="Either the base is another (--model names it), or adapter_config.json and the weights do not belong "
             "together.",
         )

@@ -139,16 +139,23 @@ def _answer(
         elif has_prompt(model):
             more["custom_generate"] = functools.partial(decode, graph=PromptedTokens(model), show=streamer)
         for prompts in batches:
-            full = prompts + prompts[-1:] * (rows - len(prompts)) if recorded else prompts
-            longest = max(map(len, prompts))
-            padded = [[template.stop_id] * (longest - len(ids)) + ids for ids in full]
-            seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in full]
-            input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
-            output = (base_of(model) if has_prompt(model) else model).generate(  # [B, T + new]
-                input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **more
-            )
-            new = output[: len(prompts), longest:]  # [B, new]
-            answers.append(template.tokenizer.batch_decode(new, skip_special_tokens=True))
+            # Behind virtual tokens there must be no padding, so there only rows of one length are a batch.
+            lengths = sorted(set(map(len, prompts))) if has_prompt(model) else [max(map(len, prompts))]
+            texts = [""] * len(prompts)
+            for longest in lengths:
+                together = [row for row, ids in enumerate(prompts) if len(ids) == longest or len(lengths) == 1]
+                full = [prompts[row] for row in together]
+                full += full[-1:] * (rows - len(full)) if recorded else []
+                padded = [[template.stop_id] * (longest - len(ids)) + ids for ids in full]
+                seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in full]
+                input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
+                output = (base_of(model) if has_prompt(model) else model).generate(  # [B, T + new]
+                    input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **more
+                )
+                new = output[: len(together), longest:]  # [B, new]
+                for row, text in zip(together, template.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                    texts[row] = text
+            answers.append(texts)
     model.train(training)
     return answers
 

@@ -18,6 +18,7 @@ from qlora.data.batch import Batch, collate, collate_packed
 from qlora.data.template import TokenizedExample
 from qlora.errors import ConfigError, EnvironmentProblem
 from qlora.model.families import attention_use
+from qlora.model.lora import virtual_tokens
 from qlora.model.precision import autocast_dtype
 from qlora.model.prompts import has_prompt
 
@@ -52,6 +53,8 @@ def choose_attention(config: TrainConfig, device: torch.device, meta_model: Any 
         EnvironmentProblem: if a backend was asked for by name and cannot run here.
     """
     against = unavailable_reasons(device, meta_model, config.packing)
+    if virtual_tokens(config) and against["varlen"] is None:
+        against["varlen"] = "virtual tokens require transformers' own attention functions"
     requested = config.attn_implementation
     if requested != "auto":
         if against[requested]:
@@ -129,7 +132,7 @@ def _flash_has_softcap(device: torch.device) -> bool:
     query = torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16, device=device)  # [B, T, H, d]
     try:
         flash_attn.flash_attn_func(query, query, query, causal=True, softcap=1.0)
-    except RuntimeError:
+    except (RuntimeError, TypeError):  # built without it; older than 2.6
         return False
     return True
 

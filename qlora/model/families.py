@@ -115,12 +115,13 @@ def _fixed_rotation(decoder: Any) -> Iterator[None]:
             module.rope_type = kind
 
 
-def mixed_rotation(config: Any, lengths: Sequence[int]) -> str | None:
+def mixed_rotation(config: Any, lengths: Sequence[int], before: int = 0) -> str | None:
     """What to know where samples of a longrope model lie on both sides of the length from which it rotates differently.
 
     Args:
         config: of the model.
         lengths: tokens of the samples.
+        before: virtual tokens before each.
 
     Returns:
         A line for the log, or None.
@@ -130,7 +131,7 @@ def mixed_rotation(config: Any, lengths: Sequence[int]) -> str | None:
     if rotation.get("rope_type") != "longrope":
         return None
     limit = rotation.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
-    longer = sum(length > limit for length in lengths) if limit else 0
+    longer = sum(before + length > limit for length in lengths) if limit else 0
     if not 0 < longer < len(lengths):
         return None
     return (

@@ -61,8 +61,14 @@ def checked_targets(meta_model: Any, config: TrainConfig, say: Callable[[str], N
             hint="Name the model in bf16.",
         )
     rest, kind = uncovered(meta_model), type(meta_model).__name__
+    positions = getattr(meta_model.config.get_text_config(), "max_position_embeddings", None)
+    before = virtual_tokens(config)
+    if positions is not None and config.max_length + before > positions:
+        text = f"--max-length {config.max_length} and {before} virtual tokens are more than the {positions} positions of"
+        raise ConfigError(f"{text} {kind}.", hint=f"Pass --max-length {positions - before}.")
     refusal = _peft_refusal(meta_model, config, targets)
-    if rest.share > UNCOVERED_LIMIT and config.target_modules is None and config.quantization != "none":
+    in_layers = config.target_modules is None and all(target.layers for target in targets)
+    if rest.share > UNCOVERED_LIMIT and in_layers and config.quantization != "none":
         attention = [target for target in targets if all("attn" in name or "attention" in name for name in target.layers)]
         names = " ".join(target.name for target in (attention if refusal else targets))
         raise ConfigError(
@@ -256,6 +262,8 @@ def read_adapter_config(folder: Path) -> Any:
             raise ConfigError(f"{folder} is an adapter of PEFT's kind {kind}. Supported are {', '.join(METHODS)}.")
         if kind == "LORA":
             _check_settings(folder, values)
+        elif values.get("task_type") != "CAUSAL_LM" and kind not in LINEAR_METHODS:
+            raise ConfigError(f"{folder} was trained for the task {values.get('task_type')}. Only CAUSAL_LM is known here.")
         elif values.get("modules_to_save"):
             raise ConfigError(f"{folder} sets modules_to_save, which is supported with LORA only.")
         with warnings.catch_warnings(action="ignore"):  # of starts, which are over
@@ -266,6 +274,7 @@ def read_adapter_config(folder: Path) -> Any:
 
 # -- a file of --peft-config -------------------------------------------------------------------------------------------
 
+OF_THE_MODEL = ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")  # which PEFT derives
 NOT_TRAINED = ("trainable_token_indices", "lora_bias", "ensure_weight_tying", "fan_in_fan_out")  # what training cannot do
 
 
@@ -292,8 +301,7 @@ def peft_settings(config: TrainConfig) -> dict[str, Any] | None:
         if values.get("use_dora") and config.quantization == "int8":
             text = f"--peft-config {path}: bitsandbytes cannot dequantize the weights in 8 bits that DoRA needs."
             raise ConfigError(text, hint="Pass --quantization nf4, or another method.")
-        if kind in PROMPT_METHODS and (not isinstance(n := values.get("num_virtual_tokens"), int) or n < 1):
-            raise ConfigError(f"--peft-config {path} has num_virtual_tokens {n!r}. It must be a number of 1 or more.")
+        _check_virtual_tokens(path, values)
         if kind == "LORA":
             _check_settings(path, {"r": 8, "lora_alpha": 8} | values)
         if kind != "LORA" and values.get("modules_to_save"):
@@ -305,6 +313,28 @@ def peft_settings(config: TrainConfig) -> dict[str, Any] | None:
     except (*UNREADABLE, CheckpointError) as error:
         raise ConfigError(f"--peft-config {path} cannot be read ({reason(error)}).") from None
     return values
+
+
+def _check_virtual_tokens(path: Path, values: dict[str, Any]) -> None:
+    kind = values["peft_type"]
+    counts = ("num_virtual_tokens",) if kind in PROMPT_METHODS else ("adapter_len", "adapter_layers")
+    for name in counts if kind not in LINEAR_METHODS else ():
+        if type(count := values.get(name)) is not int or count < 1:
+            raise ConfigError(f"--peft-config {path} has {name} {count!r}. It must be a number of 1 or more.")
+    if derived := [name for name in OF_THE_MODEL if values.get(name) is not None]:
+        raise ConfigError(f"--peft-config {path} sets {derived[0]}, which follows from the model.", hint="Leave it out.")
+    if (start := values.get("prompt_tuning_init", "RANDOM")) not in ("RANDOM", "TEXT", "SAMPLE_VOCAB"):
+        raise ConfigError(f"--peft-config {path} has prompt_tuning_init {start!r}. It must be RANDOM, TEXT or SAMPLE_VOCAB.")
+
+
+def virtual_tokens(config: TrainConfig) -> int:
+    """How many positions --peft-config puts before each row; 0 without, and for LLaMA-Adapter, whose tokens have none.
+
+    Raises:
+        ConfigError: as peft_settings.
+    """
+    values = peft_settings(config) or {"peft_type": "LORA"}
+    return int(values["num_virtual_tokens"]) if values["peft_type"] in PROMPT_METHODS else 0
 
 
 def with_peft_config(config: TrainConfig) -> TrainConfig:
@@ -320,7 +350,7 @@ def with_peft_config(config: TrainConfig) -> TrainConfig:
     config = dataclasses.replace(config, target_modules=tuple(sorted(names)) if isinstance(names, list) else None)
     if values["peft_type"] in PROMPT_METHODS and config.packing:
         raise ConfigError(
-            f"--packing cannot be used with {values['peft_type']}: of the samples in a row, one would see the virtual tokens.",
+            f"--packing cannot be used with {values['peft_type']}: only the first sample of a row would follow virtual tokens.",
             hint="Leave it out.",
         )
     if values["peft_type"] != "LORA":
@@ -373,7 +403,7 @@ def _targets_of_file(meta_model: Any, config: TrainConfig) -> list[Target]:
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             adapted = peft.get_peft_model(copy.deepcopy(meta_model), _config_of(values, _names_of(values, every)))
-    except (re.error, ValueError, TypeError, NotImplementedError) as error:
+    except (re.error, OSError, ValueError, TypeError, NotImplementedError) as error:
         text = " ".join(str(error).split())[:300]
         raise ConfigError(f"--peft-config {config.peft_config}: PEFT refuses it for {kind}: {text}") from None
     if values["peft_type"] not in LINEAR_METHODS:

@@ -60,11 +60,11 @@ class PromptedDecoder:
             last_hidden_state [B, T, D].
         """
         outputs = []
-        hook = self.model.get_decoder().register_forward_hook(lambda module, args, output: outputs.append(output))
+        handle = self.model.get_decoder().register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
             self.model(input_ids=input_ids, use_cache=use_cache, logits_to_keep=1)
         finally:
-            hook.remove()
+            handle.remove()
         # Virtual tokens have hidden states, except in prefix tuning.
         hidden = outputs[0].last_hidden_state[:, -input_ids.shape[1] :]  # [B, T, D]
         return BaseModelOutputWithPast(last_hidden_state=hidden)

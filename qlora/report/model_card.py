@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN
 from qlora.data.sources import is_local, names_of
+from qlora.model.prompts import PROMPT_METHODS
 from qlora.report.caveats import caveats
 from qlora.report.record import Record
 from qlora.run.schema import Environment
@@ -109,6 +110,9 @@ def model_card(record: Record) -> str:
         "evaluations": _results(record),
         "sample": {name: _fenced(sample[name]) for name in ("prompt", "base", "tuned", "reference")} if sample else None,
         "caveats": caveats(record),
+        "trained": _trained(record),
+        "answered_here": settings.get("peft_type") in PROMPT_METHODS,
+        "mergeable": settings.get("peft_type") not in (*PROMPT_METHODS, "ADAPTION_PROMPT"),
         "load": _load(record, redact(sample["prompt"]) if sample else "Hello"),
         "serve_base": _serve_base(record, base),
         "max_lora_rank": rank,
@@ -137,6 +141,16 @@ def _method(record: Record) -> str:
     """The name of the method of PEFT."""
     settings = record.peft_config
     return "DoRA" if settings.get("use_dora") else str(settings.get("peft_type", "LORA")).replace("LORA", "LoRA")
+
+
+def _trained(record: Record) -> str:
+    """What is trained, in the plural."""
+    settings = record.peft_config
+    tokens = dict.fromkeys(PROMPT_METHODS, "virtual tokens before the input")
+    tokens |= {"PREFIX_TUNING": "virtual keys and values in each layer", "ADAPTION_PROMPT": "virtual tokens in the last layers"}
+    whole = ", ".join(settings.get("modules_to_save") or ())
+    small = "small tensors beside its linear layers" + (f" and all weights of {whole}" if whole else "")
+    return tokens.get(str(settings.get("peft_type")), small)
 
 
 def _settings(record: Record) -> list[tuple[str, str]]:

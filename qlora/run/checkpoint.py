@@ -217,7 +217,11 @@ def adapter_files(model: Any, tokenizer: Any = None) -> Iterator[tuple[str, Cont
 def _adapter(model: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict  # here, as qlora.model.third_party must be the first to import it
 
-    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    training = model.training
+    model.eval()  # virtual tokens may come from a network with dropout
+    with torch.no_grad():
+        tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    model.train(training)
     return tensors
 
 
@@ -269,7 +273,7 @@ def restore(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> Train
     if state.optimizer_class != type(optimizer).__name__:
         raise ConfigError(
             f"{folder} was saved with {state.optimizer_class}, this loop has {type(optimizer).__name__}. Their states "
-            "differ: start a new run, with --init-adapter.",
+            "differ: start a new run.",
         )
     tensors = {name: each for name, each in _tensors(folder / TRAINER_STATE).items() if not name.startswith(TRAINED)}
     load_adapter(folder, model)

@@ -535,7 +535,7 @@ def _differences(before: RunInfo, now: RunInfo, config: TrainConfig, at_step: in
     refused = {name: pair for name, pair in changed.items() if name not in config.override or name in fixed}
     if refused:
         text = f"{config.output_dir} holds another run, at step {at_step}. It differs in\n{_table(refused)}"
-        advice = "Pass the old values to resume it, or choose another --output-dir (--init-adapter starts from its adapter)."
+        advice = "Pass the old values to resume it, or choose another --output-dir (--init-adapter starts from a LoRA adapter)."
         raise ConfigError(f"{text}\n{advice}")
     return changed
 

@@ -23,6 +23,7 @@ from qlora.eval.generate import Completion
 from qlora.eval.loss import EvalResult
 from qlora.model.lora import Target
 from qlora.model.precision import described
+from qlora.model.prompts import PROMPT_METHODS
 from qlora.run.files import cannot_write, whole_rows, write_file
 from qlora.run.schema import eval_rows
 from qlora.run.timing import PhaseClock
@@ -310,6 +311,12 @@ or on the base in {form}, as it was trained:
   from transformers import BitsAndBytesConfig
   config = {" ".join(code.split()).replace("( ", "(").replace(", )", ")")}
   model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", quantization_config=config, dtype="{dtype}")"""
+    load = f"""Load it on the base in 16 bits:
+  from peft import AutoPeftModelForCausalLM
+  model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", dtype="{dtype}"){as_trained}"""
+    if _kind_of(adapter) in PROMPT_METHODS:
+        load = f"""Answer with it (PEFT's own generate is wrong for prefixes, and for batches of prompts; its forward is right):
+  python -m qlora generate {shlex.quote(str(run_folder))}"""
     return f"""
 {memory}Adapter:      {adapter}
 Report:       {report}
@@ -317,6 +324,10 @@ Metrics:      {run_folder / "metrics.jsonl"}, samples.jsonl beside it
 TensorBoard:  tensorboard --logdir {shlex.quote(str(run_folder / "tensorboard"))}
 Time:         {clock.summary()}
 
-Load it on the base in 16 bits:
-  from peft import AutoPeftModelForCausalLM
-  model = AutoPeftModelForCausalLM.from_pretrained("{adapter}", dtype="{dtype}"){as_trained}"""
+{load}"""
+
+
+def _kind_of(adapter: Path) -> str:
+    """The method of PEFT that an adapter is of."""
+    path = adapter / "adapter_config.json"
+    return str(json.loads(path.read_text())["peft_type"]) if path.exists() else "LORA"

@@ -20,7 +20,7 @@ from qlora.model.attention import Attention, choose_attention
 from qlora.model.demo import model_source
 from qlora.model.families import mixed_rotation
 from qlora.model.load import load_meta_model, load_tokenizer
-from qlora.model.lora import Target, checked_targets, peft_settings, with_init_adapter, with_peft_config
+from qlora.model.lora import Target, checked_targets, peft_settings, virtual_tokens, with_init_adapter, with_peft_config
 from qlora.model.precision import compute_dtype
 from qlora.run import log
 from qlora.run.environment import environment
@@ -144,8 +144,8 @@ def prepare(
     train_set, eval_set = encode_files(config, columns, template, console)
     longest = row_length(train_set, longest_rows(train_set, config)[-1])
     job, total_steps = _job(config, train_set, ranks)
-    config, line = choose_layers(config, meta_model, targets, longest, device, job)
-    terms_gb = memory_terms(meta_model, targets, config, longest, ranks.size)
+    config, line = choose_layers(config, meta_model, targets, virtual_tokens(config) + longest, device, job)
+    terms_gb = memory_terms(meta_model, targets, config, virtual_tokens(config) + longest, ranks.size)
     info = RunInfo(
         format=FORMAT,
         config=cast(RunConfig, config.plain()),
@@ -168,8 +168,8 @@ def prepare(
         return None
     run.require_space(sum(target.adapter_parameters for target in targets), config.save_total_limit)
     uncached = compile_cache.use(config.compile_cache) if config.compile != "none" else None
-    for note in filter(None, [line, uncached, mixed_rotation(meta_model.config, train_set.lengths), *run.notes]):
-        say(note)
+    rotation = mixed_rotation(meta_model.config, train_set.lengths, virtual_tokens(config))
+    say("\n".join(filter(None, [line, uncached, rotation, *run.notes])))
     return Prepared(config, device, source, attention, targets, template, train_set, eval_set, longest, sum(terms_gb.values()))
 
 

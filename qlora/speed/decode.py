@@ -119,9 +119,10 @@ def _cache_name(base: Any) -> str:
 
 
 class PromptedTokens:
-    """The forward of one token per row behind virtual tokens, as training has them: directly before a row's own tokens.
+    """The forward of one token per row behind virtual tokens, for rows of one length.
 
-    PEFT's `generate` leaves them behind the padding of short prompts, and with transformers 5.24 it leaves prefixes out.
+    PEFT's `generate` leaves prefixes out with transformers 5.24, and puts the padding of short rows behind virtual tokens,
+    where windows and ALiBi count it as distance.
 
     Args:
         model: with virtual tokens, in evaluation mode.
@@ -132,26 +133,24 @@ class PromptedTokens:
         self._cache_name = _cache_name(self._base)
 
     def prefill(self, ids: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """As TokenGraph.prefill."""
-        count = self._model.active_peft_config.num_virtual_tokens
-        self._seen = torch.cat([torch.ones_like(ids[:, :1]).expand(-1, count), seen], dim=1)  # [B, n + T]
-        positions = (self._seen.cumsum(1) - 1).clamp(min=0)  # [B, n + T]
+        """As TokenGraph.prefill, but that no row has padding."""
+        if not seen.all():
+            raise ValueError("rows behind virtual tokens cannot be padded")
         prompt = self._model.get_prompt(len(ids))  # [B, n, D], or a cache of keys and values
         if not isinstance(prompt, torch.Tensor):
             self._cache = prompt
-            return self._scores_of(positions[:, count:], input_ids=ids)
+            return self.step(ids)
         self._cache = DynamicCache()
         embeddings = self._base.get_input_embeddings()(ids)  # [B, T, D]
-        return self._scores_of(positions, inputs_embeds=torch.cat([prompt.to(embeddings.dtype), embeddings], dim=1))
+        return self._scores_of(None, torch.cat([prompt.to(embeddings.dtype), embeddings], dim=1))
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
-        """As TokenGraph.step."""
-        self._seen = torch.cat([self._seen, torch.ones_like(ids[:, None])], dim=1)  # [B, n + T + 1]
-        return self._scores_of(self._seen.sum(1, keepdim=True) - 1, input_ids=ids[:, None])
+        """As TokenGraph.step; [B, T] are several tokens per row."""
+        return self._scores_of(ids if ids.dim() == 2 else ids[:, None], None)
 
-    def _scores_of(self, positions: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        inputs |= {"attention_mask": self._seen, "position_ids": positions, self._cache_name: self._cache}
-        output = self._base.forward(use_cache=True, logits_to_keep=1, **inputs)
+    def _scores_of(self, ids: torch.Tensor | None, embeddings: torch.Tensor | None) -> torch.Tensor:
+        cache = {self._cache_name: self._cache}
+        output = self._base.forward(input_ids=ids, inputs_embeds=embeddings, use_cache=True, logits_to_keep=1, **cache)
         scores: torch.Tensor = output.logits[:, -1].float()  # [B, V]
         return scores
 

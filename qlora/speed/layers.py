@@ -166,7 +166,7 @@ def _ways_to_compile(
     """Values of `compile` that may be chosen, the fastest first; and why there are no others, or nothing."""
     never = "layers in 8 bits run in bitsandbytes' own code" if config.quantization == "int8" else None
     if method := runs_as_peft_wrote_it(config):
-        never = f"{method} layers run as PEFT wrote them"
+        never = f"layers run as they are written with {method}"
     never = never or dropout_unavailable_reason(meta_model)
     if never and config.compile in ("layers", "graphs"):
         raise EnvironmentProblem(f"--compile {config.compile} cannot be used: {never}.", hint="Leave it out.")

@@ -15,7 +15,7 @@ from qlora.data.batch import longest_rows, rounded, training_batches
 from qlora.data.dataset import TokenizedDataset
 from qlora.errors import user_error_on_oom
 from qlora.model.coverage import quantized_layers, uncovered
-from qlora.model.lora import Target
+from qlora.model.lora import Target, runs_as_peft_wrote_it
 from qlora.model.loss import CHUNK_TOKENS
 
 ATTENTION_INPUTS = ("qkv_proj", "q_proj", "k_proj", "v_proj")  # layers whose output attention reads
@@ -136,7 +136,8 @@ def settings_to_try(config: TrainConfig, longest: int) -> list[Setting]:
     same: list[tuple[str, dict[str, Any]]] = []
     if config.cache_dequantized:
         same.append(("--no-cache-dequantized", {"cache_dequantized": False}))
-    if config.gradient_checkpointing != "full":
+    method = runs_as_peft_wrote_it(config)
+    if config.gradient_checkpointing != "full" and method != "PREFIX_TUNING":
         same.append(("--gradient-checkpointing full", {"gradient_checkpointing": "full"}))
     if config.attn_implementation == "eager":
         same.append(("--attn-implementation sdpa", {"attn_implementation": "sdpa"}))
@@ -158,6 +159,9 @@ def settings_to_try(config: TrainConfig, longest: int) -> list[Setting]:
     if longest > LEAST_LENGTH:
         shorter = max(longest // 2, LEAST_LENGTH)
         other.append((f"--max-length {shorter} (the longest row has {longest} tokens)", {"max_length": shorter}))
+    if config.peft_config is not None:
+        other.append(("fewer trained parameters in the file of --peft-config", {}))
+        return [*(Setting(*each, True) for each in same), *(Setting(*each, False) for each in other)]
     if config.lora_r > LEAST_RANK:
         smaller = max(config.lora_r // 2, LEAST_RANK)
         other.append((f"--lora-r {smaller}", {"lora_r": smaller}))

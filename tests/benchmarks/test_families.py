@@ -46,6 +46,7 @@ def test_samples_on_both_sides_of_longrope_s_length_are_told(kind, lengths, warn
     rotation = families.LONGROPE if kind == "longrope" else {"rope_type": "default", "rope_theta": 10000.0}
     settings = {**families.FAMILIES["Phi3, longrope"], "rope_parameters": rotation}
     line = mixed_rotation(transformers.Phi3Config(**settings), lengths)
+    assert mixed_rotation(transformers.Phi3Config(**settings), [length - 6 for length in lengths], before=6) == line
     assert (line is not None) == warns and (not warns or "1 of 2 samples are longer than 256 tokens" in line)
 
 

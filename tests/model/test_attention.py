@@ -136,7 +136,9 @@ def test_a_build_of_flash_attn_is_asked_for_soft_capping(monkeypatch):
     def without(*_, softcap=0.0, **__):
         raise RuntimeError("This flash attention build does not support softcap.")
 
-    for kernel, expected in ((without, False), (lambda *_, **__: None, True)):
+    def older(query, key, value, causal=False): ...
+
+    for kernel, expected in ((without, False), (older, False), (lambda *_, **__: None, True)):
         monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=kernel))
         assert attention._flash_has_softcap(CPU) == expected
 

@@ -181,7 +181,7 @@ def test_another_method_is_no_start_for_lora(tmp_path, config):
 
 def test_dora_is_never_compiled(config, model, file):
     config = dataclasses.replace(config, peft_config=file(**DORA))
-    with pytest.raises(UserError, match="--compile layers cannot be used: DoRA layers run as PEFT wrote them"):
+    with pytest.raises(UserError, match="--compile layers cannot be used: layers run as they are written with DoRA"):
         layers.choose_layers(dataclasses.replace(config, compile="layers"), model, [], 100, CPU)
 
 
