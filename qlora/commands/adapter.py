@@ -350,7 +350,7 @@ def _check_fit(folder: Path, lora: Any, source: str, meta_model: Any) -> None:
 
 
 def _check_ends(folder: Path, adapted: Any) -> None:
-    """Refuse low-rank or partial updates of the embedding and the head; whole ones (modules_to_save) are fine.
+    """Refuse low-rank updates of the embedding and the head; whole ones (modules_to_save) and rows are fine.
 
     A loss is had of the head's weight (loss.Head), and not of LoRA beside it. Where embedding and head are one tied weight,
     PEFT merges into both what was trained into one.
@@ -361,8 +361,3 @@ def _check_ends(folder: Path, adapted: Any) -> None:
         text = f"{folder} has LoRA on the {' and the '.join(found)} of its base. That is not supported: losses and merges could"
         advice = "Train them whole, with modules_to_save, or only the layers between them; PEFT itself can load it."
         raise ConfigError(f"{text} be wrong. {advice}")
-    if isinstance(head, peft.utils.other.TrainableTokensWrapper):
-        raise ConfigError(
-            f"{folder} trains single tokens (trainable_token_indices) of the head, or of an embedding tied to it. That is "
-            "not supported; PEFT itself can load it.",
-        )

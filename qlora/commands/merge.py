@@ -35,14 +35,13 @@ from qlora.errors import CheckpointError, ConfigError, NonFiniteError
 from qlora.eval.generate import stop_ids
 from qlora.model.loss import CHUNK_TOKENS, read_head
 from qlora.model.precision import autocast_dtype
-from qlora.report.model_card import VLLM_RANKS
+from qlora.report.model_card import NOT_FOR_VLLM, VLLM_RANKS
 from qlora.run import environment
 from qlora.run.files import cannot_write, require_space, require_writable, write_folder
 
 Route = Literal["bf16", "dequantized"]
 LABELS = {"bf16": "merged into the base in bf16", "dequantized": "merged into the base's quantized weights, turned to bf16"}
 ROUNDING = 1e-3  # nats of KL that weights rounded to bf16 may cost; 2e-4 on the demo model
-NOT_FOR_VLLM = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
 SUMMARY = "merge.json"  # in the saved folder: what it was made of, and what was measured
 LLAMA_CPP = "https://github.com/ggml-org/llama.cpp"
 # transformers tells of the dtype that it dequantizes to, which is the one that was asked for.

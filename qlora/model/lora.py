@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -275,7 +276,7 @@ def read_adapter_config(folder: Path) -> Any:
 # -- a file of --peft-config -------------------------------------------------------------------------------------------
 
 OF_THE_MODEL = ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")  # which PEFT derives
-NOT_TRAINED = ("trainable_token_indices", "lora_bias", "ensure_weight_tying", "fan_in_fan_out")  # what training cannot do
+NOT_TRAINED = ("lora_bias", "ensure_weight_tying", "fan_in_fan_out")  # what training cannot do
 
 
 def peft_settings(config: TrainConfig) -> dict[str, Any] | None:
@@ -304,8 +305,9 @@ def peft_settings(config: TrainConfig) -> dict[str, Any] | None:
         _check_virtual_tokens(path, values)
         if kind == "LORA":
             _check_settings(path, {"r": 8, "lora_alpha": 8} | values)
-        if kind != "LORA" and values.get("modules_to_save"):
-            raise ConfigError(f"--peft-config {path} sets modules_to_save, which is supported with LORA only.")
+        for name in ("modules_to_save", "trainable_token_indices"):
+            if kind != "LORA" and values.get(name):
+                raise ConfigError(f"--peft-config {path} sets {name}, which is supported with LORA only.")
         odd = [name for name in NOT_TRAINED if values.get(name)] + ["bias"] * (values.get("bias", "none") != "none")
         if odd:
             text = f"--peft-config {path} sets {', '.join(odd)}, which this loop cannot train."
@@ -366,7 +368,8 @@ def runs_as_peft_wrote_it(config: TrainConfig) -> str | None:
     """The name of a method that the fused operator cannot do; None if the adapter is plain LoRA."""
     values = peft_settings(config) or {"peft_type": "LORA"}
     if values["peft_type"] == "LORA":
-        return "DoRA" if values.get("use_dora") else "modules_to_save" if values.get("modules_to_save") else None
+        whole = [name for name in ("modules_to_save", "trainable_token_indices") if values.get(name)]
+        return "DoRA" if values.get("use_dora") else whole[0] if whole else None
     return str(values["peft_type"])
 
 
@@ -411,24 +414,32 @@ def _targets_of_file(meta_model: Any, config: TrainConfig) -> list[Target]:
         count = method.adapter_len if method.is_adaption_prompt else method.num_virtual_tokens
         return [Target(f"{count} virtual tokens", (), (), sum(p.numel() for p in adapted.parameters() if p.requires_grad))]
     found: dict[str, dict[str, int]] = {}  # end of a name -> layer -> trained parameters
-    whole: dict[str, int] = {}  # name of modules_to_save -> trained parameters
+    _check_token_indices(values, meta_model, f"--peft-config {config.peft_config}")
+    whole: dict[str, int] = {}  # end of the name of a module that is trained whole, or of which rows are -> trained parameters
+    saved: list[str] = []  # names of modules that are trained whole
     for name, module in adapted.get_base_model().named_modules():
         if isinstance(module, peft.utils.ModulesToSaveWrapper):
             if name in allowed and config.quantization != "none":
                 text = f"--peft-config {config.peft_config}: modules_to_save trains {name}, which is quantized."
                 raise ConfigError(text, hint="Leave it to the adapter, or pass --quantization none.")
+            saved.append(name)
             end = name.rsplit(".", 1)[-1]
             whole[end] = whole.get(end, 0) + sum(parameter.numel() for parameter in module.modules_to_save.parameters())
-        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+        if isinstance(module, peft.utils.other.TrainableTokensWrapper):
+            end = f"{name.rsplit('.', 1)[-1]} (rows)"
+            own = getattr(module.token_adapter, "tied_adapter", None) is None  # else its rows are those of the embedding
+            whole[end] = sum(p.numel() for p in module.parameters() if p.requires_grad) if own else 0
+        rows_alone = isinstance(module, peft.tuners.trainable_tokens.TrainableTokensLayer)  # inside the wrapper above
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) and not rows_alone:
             if name not in allowed:
                 raise ConfigError(f"--peft-config {config.peft_config} adapts {name}, which cannot have an adapter here.")
             parameters: Any = module.parameters()  # type: ignore[attr-defined]  # of the torch.nn.Module that it is too
             trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
             found.setdefault(name.rsplit(".", 1)[-1], {})[name] = trained
-    if missing := [name for name in values.get("modules_to_save") or () if name.rsplit(".", 1)[-1] not in whole]:
+    if missing := [end for end in values.get("modules_to_save") or () if not any(name.endswith(end) for name in saved)]:
         raise ConfigError(f"--peft-config {config.peft_config}: modules_to_save {missing[0]} matches no module of {kind}.")
-    trained_whole = [Target(f"{end} (whole)", (), (), parameters) for end, parameters in sorted(whole.items())]
-    return trained_whole + [
+    names = {end: end if end.endswith("(rows)") else f"{end} (whole)" for end in sorted(whole)}
+    return [Target(names[end], (), (), whole[end]) for end in names if whole[end]] + [
         Target(
             end,
             tuple(layers),
@@ -437,6 +448,15 @@ def _targets_of_file(meta_model: Any, config: TrainConfig) -> list[Target]:
         )
         for end, layers in sorted(found.items())
     ]
+
+
+def _check_token_indices(values: dict[str, Any], meta_model: Any, where: str) -> None:
+    """Refuse rows that the vocabulary does not have: on the meta device no index is out of range."""
+    indices = values.get("trainable_token_indices") or []
+    rows = meta_model.get_input_embeddings().weight.shape[0]
+    for index in itertools.chain(*indices.values()) if isinstance(indices, dict) else indices:
+        if type(index) is not int or not 0 <= index < rows:
+            raise ConfigError(f"{where} has {index!r} in trainable_token_indices. It must be a row of the embedding's {rows}.")
 
 
 def _check_settings(folder: Path, values: dict[str, Any]) -> None:

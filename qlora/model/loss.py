@@ -14,6 +14,7 @@ from qlora.data.batch import Batch
 from qlora.errors import ConfigError
 from qlora.model.precision import autocast_dtype
 from qlora.model.prompts import base_of
+from qlora.model.third_party import peft
 
 FP16_SCALE = 256.0  # of the gradient of logits in fp16: that of a token of probability 0.9999 would be rounded by an eighth
 CHUNK_TOKENS = 1024  # 1024 x 32064 fp32 logits are 131 MB
@@ -26,6 +27,7 @@ class Head(NamedTuple):
     bias: torch.Tensor | None  # [V]
     scale: float
     softcap: float | None
+    layer: Any = None  # which computes its weight anew, where PEFT trains single rows of it
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., V], in the dtype of the product."""
@@ -39,7 +41,7 @@ def read_head(model: Any) -> Head:
     """The head of a transformers model, checked against the model's own logits on a few tokens.
 
     Args:
-        model: a causal LM, adapters or not; its head is frozen, or trained whole (modules_to_save).
+        model: a causal LM, adapters or not; its head is frozen, or trained (modules_to_save, trainable_token_indices).
 
     Raises:
         ConfigError: if the model does something to its logits that `Head` does not know.
@@ -49,7 +51,8 @@ def read_head(model: Any) -> Head:
     layer = model.get_output_embeddings()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)  # Cohere; Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    head = Head(layer.weight, layer.bias, scale, softcap)
+    changing = layer if isinstance(layer, peft.utils.other.TrainableTokensWrapper) else None
+    head = Head(layer.weight, getattr(layer, "bias", None), scale, softcap, changing)
     probe = torch.arange(1, 9, device=layer.weight.device)[None] % config.vocab_size  # [1, 8]
     training = model.training
     model.eval()
@@ -81,9 +84,11 @@ def token_loss_sum(hidden: torch.Tensor, batch: Batch, head: Head, chunk_tokens:
 
     Source: after the fused linear cross-entropy of Hsu et al., 2024 (arXiv 2410.10989), for a frozen head.
     """
+    if head.layer is not None:
+        head = head._replace(weight=head.layer.weight)  # [V, D]
     rows = hidden.flatten(0, 1)[batch.positions]  # [N, D]
     targets = batch.labels.flatten()[batch.positions + 1]  # [N]: the shift by one, here and nowhere else
-    if head.weight.requires_grad and torch.is_grad_enabled():  # trained whole: autograd makes its gradient too
+    if head.weight.requires_grad and torch.is_grad_enabled():  # trained: autograd makes its gradient too
         chunks = zip(rows.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
         return torch.stack([checkpoint(_plain_loss_sum, *chunk, head, use_reentrant=False) for chunk in chunks]).sum()  # []
     total: torch.Tensor = _ChunkedCrossEntropy.apply(rows, targets, head, chunk_tokens)  # type: ignore[no-untyped-call]

@@ -19,6 +19,7 @@ from qlora.terminal import redact
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 SNAPSHOT = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$")  # a model in the hub's cache
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that --max-lora-rank takes; its own default is 16
+NOT_FOR_VLLM = ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
 ANSWER_LINES = 24
 DATA_NAMES = 5  # of a data source, at most
 LOSS_ON = {"response": "answers", "last": "the last answer of each conversation", "all": "prompts and answers"}
@@ -96,7 +97,7 @@ def model_card(record: Record) -> str:
     sample = record.samples[0] if record.samples else None
     # vLLM knows LoRA with one rank and alpha for all layers.
     settings = record.peft_config
-    plain = _method(record) == "LoRA" and not settings.get("rank_pattern") and not settings.get("alpha_pattern")
+    plain = _method(record) == "LoRA" and not any(settings.get(name) for name in NOT_FOR_VLLM)
     rank = next((rank for rank in VLLM_RANKS if rank >= config["lora_r"]), None) if plain else None
     values = {
         "base": base,
@@ -150,6 +151,7 @@ def _trained(record: Record) -> str:
     tokens |= {"PREFIX_TUNING": "virtual keys and values in each layer", "ADAPTION_PROMPT": "virtual tokens in the last layers"}
     whole = ", ".join(settings.get("modules_to_save") or ())
     small = "small tensors beside its linear layers" + (f" and all weights of {whole}" if whole else "")
+    small += " and some rows of its embedding" if settings.get("trainable_token_indices") else ""
     return tokens.get(str(settings.get("peft_type")), small)
 
 

@@ -25,6 +25,8 @@ def decode_unavailable_reason(model: Any) -> str | None:
         return "layers in 8 bits wait for the device"
     if has_prompt(model) or getattr(getattr(model, "active_peft_config", None), "is_adaption_prompt", False):
         return "virtual tokens are put before the prompt, or in attention"
+    if any(isinstance(module, peft.utils.other.TrainableTokensWrapper) for module in model.modules()):
+        return "rows of the embedding are put together anew for each token"
     return graphs_unavailable_reason(base_of(model))
 
 

@@ -308,7 +308,6 @@ def test_an_adapter_with_an_embedding_is_refused_for_the_true_reason(bare, rows,
         ({"target_modules": ["qkv_proj", "embed_tokens"]}, "LoRA on the embedding"),
         ({"target_modules": ".*(embed_tokens|lm_head)", "save_embedding_layers": "auto"}, "LoRA on the embedding and the head"),
         ({"save_embedding_layers": True}, "holds weights of the base itself"),
-        ({"trainable_token_indices": {"lm_head": [5]}}, "single tokens"),
     ],
 )
 def test_what_changes_the_ends_of_a_base_otherwise_than_whole_is_refused(tiny, tmp_path, tied, settings, words):
@@ -317,11 +316,11 @@ def test_what_changes_the_ends_of_a_base_otherwise_than_whole_is_refused(tiny, t
     assert words in text and str(folder) in text
 
 
-def test_tokens_of_an_embedding_that_is_the_head_are_refused(tiny, tmp_path):
-    settings = {"trainable_token_indices": [5, 6]}
-    folder = of_peft(tiny, tmp_path, True, **settings)
-    assert "tied to it" in refused(ExitCode.CONFIGURATION, folder, prompt_format="plain")
-    assert open_adapter(of_peft(tiny, tmp_path / "apart", **settings), prompt_format="plain")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("indices", [[5, 6], {"lm_head": [5]}])
+def test_an_adapter_with_rows_of_an_embedding_or_head_is_opened(tiny, tmp_path, tied, indices):
+    folder = of_peft(tiny, tmp_path, tied, trainable_token_indices=indices)
+    assert open_adapter(folder, prompt_format="plain").lora.trainable_token_indices == indices
 
 
 def test_the_gpu_that_is_not_there_is_missed_first(run, monkeypatch):

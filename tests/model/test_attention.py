@@ -746,13 +746,23 @@ def test_kernels_get_window_and_cap_of_each_layer(config, slow_kernels, family, 
 
 @pytest.mark.parametrize("name", ["varlen", "flash_attention_2"])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_kernels_attend_in_autocast_s_dtype(slow_kernels, name, autocast):
+def test_kernels_attend_in_autocast_s_dtype(monkeypatch, name, autocast):
     """Autocast keeps what a LayerNorm gives in fp32, and a layer without an adapter passes it on; kernels know 16 bits only."""
+    from torch.nn.attention import varlen
+
+    seen = []
+
+    def kernel(query, key, value, *_, **__):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return query
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=kernel))
     query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)  # [B, H, T, d]
     attend = transformers.AttentionInterface()[attention.PREFIX + name]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output, _ = attend(torch.nn.Module(), query, key, key, None, scaling=0.5)  # [B, T, H, d]
-    assert output.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert output.shape == (2, 6, 4, 8) and seen == [(torch.bfloat16 if autocast else torch.float32,) * 3]
 
 
 def test_flash_attn_is_told_to_be_deterministic(config, slow_kernels):

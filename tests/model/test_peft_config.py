@@ -132,6 +132,8 @@ def test_a_name_that_is_a_pattern_or_all_linear_is_peft_s_own(config, file):
         ({"modules_to_save": ["down_proj"], "target_modules": ["o_proj"]}, "down_proj, which is quantized"),
         ({"modules_to_save": ["lm_hat"]}, "modules_to_save lm_hat matches no module of Phi3ForCausalLM"),
         ({"peft_type": "IA3", "modules_to_save": ["lm_head"]}, "modules_to_save, which is supported with LORA only"),
+        ({"trainable_token_indices": [384]}, "has 384 in trainable_token_indices. It must be a row of the embedding's 384"),
+        ({"trainable_token_indices": {"embed_tokens": [-1]}}, "has -1 in trainable_token_indices"),
         ({"bias": "all"}, "sets bias, which this loop cannot train"),
         ({"init_lora_weights": "pissa"}, "was begun with init_lora_weights 'pissa', which changes the base"),
         ({"r": 0}, "cannot be read"),
@@ -188,10 +190,16 @@ def test_dora_is_never_compiled(config, model, file):
 WHOLE = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
 
 
+ROWS = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"],
+        "trainable_token_indices": {"embed_tokens": [100, 101, 102], "lm_head": [101]}}  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [WHOLE, ROWS], ids=["whole", "rows"])
 @pytest.mark.parametrize("policy", ["none", "full"])
-def test_modules_trained_whole_have_the_gradients_of_peft(config, samples, file, policy):
-    model, trained, targets = awake(config, file(**WHOLE))
+def test_embeddings_and_heads_have_the_gradients_of_peft(config, samples, file, policy, values):
+    model, trained, targets = awake(config, file(**values))
     batch = collate(samples[:1])  # one row, so that PEFT's mean over its tokens is ours
+    batch.input_ids[0, 3:6] = torch.tensor([100, 101, 102])
     labels = batch.labels.clone()
     labels[:, 0] = -100  # which nothing predicts
     with torch.autocast("cpu", torch.bfloat16):
@@ -200,47 +208,57 @@ def test_modules_trained_whole_have_the_gradients_of_peft(config, samples, file,
     wanted = gradients(model)
     model.zero_grad()
     loss, found = loss_and_gradients(prepared(model, trained, policy), trained, batch)
-    whole = [name for name in wanted if "modules_to_save" in name]
-    assert len(whole) == 2 and all(found[name].dtype == torch.float32 and found[name].any() for name in whole)
+    ends = [name for name in wanted if "embed_tokens" in name or "lm_head" in name]
+    assert len(ends) == 2 and all(found[name].dtype == torch.float32 and found[name].any() for name in ends)
     assert loss == pytest.approx(expected.item(), rel=2e-3) and relative_error(found, wanted) < 0.03
     names = {target.name: target.adapter_parameters for target in targets}
-    assert names["lm_head (whole)"] == names["embed_tokens (whole)"] == model.config.vocab_size * model.config.hidden_size
+    sizes = {name: found[name].numel() for name in ends}
+    kind = "whole" if values is WHOLE else "rows"
+    assert {names[f"embed_tokens ({kind})"], names[f"lm_head ({kind})"]} == set(sizes.values())
     assert sum(names.values()) == sum(gradient.numel() for gradient in found.values())
 
 
-@pytest.mark.parametrize("family", ["Phi3", "Gemma"])  # Gemma ties its head to its embedding
-def test_a_run_with_modules_trained_whole_resumes_and_is_used(tiny, tmp_path, capsys, file, family):
+DELTA = "token_adapter.trainable_tokens_delta"
+ENDS = {
+    "whole": ("Phi3", {"modules_to_save": ["lm_head", "model.norm"]}, {"lm_head.weight", "model.norm.weight"}),
+    "whole, tied": ("Gemma", {"modules_to_save": ["lm_head", "model.norm"]}, {"lm_head.weight", "model.norm.weight"}),
+    "rows": ("Phi3", ROWS, {f"lm_head.{DELTA}", f"model.embed_tokens.{DELTA}"}),
+    "rows, tied": ("Gemma", {"trainable_token_indices": [47, 111]}, {f"model.embed_tokens.{DELTA}"}),
+}  # name -> family, settings, what the adapter has beside LoRA
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_run_with_embeddings_or_heads_resumes_and_is_used(tiny, tmp_path, capsys, file, name):
+    family, changes, ends = ENDS[name]
     families.write_model(family, tmp_path / "model")
-    names = {"target_modules": ["down_proj", "o_proj"], "modules_to_save": ["lm_head", "norm"]}
-    flags = [
-        "--model",
-        str(tmp_path / "model"),
-        "--peft-config",
-        str(file(**WHOLE | names)),
-        "--max-length",
-        "300",
-        *SHORT_DATA,
-    ]
-    flags += ["--max-steps", "4", "--save-steps", "2", "--save-total-limit", "9", "--learning-rate", "1e-2", "--explain"]
+    values = {"r": 4, "lora_alpha": 8} | changes | {"target_modules": ["down_proj", "o_proj"]}
+    flags = ["--model", str(tmp_path / "model"), "--peft-config", str(file(**values)), *SHORT_DATA, "--explain"]
+    flags += ["--max-length", "300", "--max-steps", "4", "--save-steps", "2", "--save-total-limit", "9"]
+    flags += ["--learning-rate", "1e-2"]
     run, resumed = tmp_path / "run", tmp_path / "resumed"
     assert command_line([*flags, "--output-dir", str(run)]) == 0
     half = run / "checkpoints" / "step-000002"
     assert command_line([*flags, "--output-dir", str(resumed), "--resume", str(half)]) == 0
     folders = (run / "adapter", resumed / "adapter", half)
     ours, theirs, before = (load_file(each / "adapter_model.safetensors") for each in folders)
-    whole = {"base_model.model.lm_head.weight", "base_model.model.model.norm.weight"}
-    assert whole < ours.keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[key]) and not torch.equal(tensor, before[key]) for key, tensor in ours.items())
+    assert {key for key in ours if "lora_" not in key} == {f"base_model.model.{end}" for end in ends}
+    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    assert not any(torch.equal(tensor, before[key]) for key, tensor in ours.items())
     with warnings.catch_warnings(action="ignore"):  # of tied weights
         loaded = peft.AutoPeftModelForCausalLM.from_pretrained(run / "adapter", dtype=torch.float32)
     state = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
     assert all(torch.equal(state[key], tensor) for key, tensor in ours.items())
-    data = ["--eval-file", SHORT_DATA[3], "--limit", "2", "--device", "cpu"]
+    data = ["--eval-file", SHORT_DATA[3], "--device", "cpu"]
     report = tmp_path / "evaluation.json"
     assert any_command(["evaluate", str(run), *data, "--max-new-tokens", "2", "--json", str(report)]) == 0
     assert any_command(["generate", str(run), "--prompt", "say one", "--max-new-tokens", "2", "--device", "cpu"]) == 0
     assert any_command(["merge", str(run), *data, "--into", "recommended", "--output-dir", str(tmp_path / "merged")]) == 0
     shown = capsys.readouterr().out
-    assert "lm_head (whole)" in shown and ("ties its head to its embedding" in shown) == (family == "Gemma")
+    assert ("lm_head (whole)" if "whole" in name else "embed_tokens (rows)") in shown
+    assert ("ties its head to its embedding" in shown) == (name == "whole, tied")
     losses = json.loads(report.read_text())["metrics"]["loss"]
-    assert losses["adapter"]["value"] < losses["base"]["value"]
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    in_training = [row["eval_loss"] for row in rows if row["event"] == "eval"]
+    assert losses["base"]["value"] == pytest.approx(in_training[0], rel=1e-3)
+    assert losses["adapter"]["value"] == pytest.approx(in_training[-1], rel=1e-3) and in_training[-1] < in_training[0]
+    assert "vLLM takes no such adapter" in model_card(record.read(run))

@@ -179,9 +179,7 @@ def test_what_cannot_be_combined_is_refused(config, file):
 
 @pytest.mark.parametrize("family", ["Phi3", "Gemma3Text"])  # both have windows of 16 tokens
 @pytest.mark.parametrize("name", ["PROMPT_TUNING", "PREFIX_TUNING"])
-def test_answers_are_those_of_the_whole_row_computed_anew_for_each_token(
-    config, template, tmp_path, samples, file, name, family
-):
+def test_answers_are_those_of_whole_rows_computed_anew(config, template, tmp_path, samples, file, name, family):
     """Of prompts of different lengths, asked for in one batch; the padding would be longer than the windows."""
     families.write_model(family, tmp_path / "model")
     model, _, _ = prompted(dataclasses.replace(config, model=str(tmp_path / "model")), file(name))
