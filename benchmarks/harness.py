@@ -362,10 +362,11 @@ def build(config: TrainConfig) -> tuple[TrainConfig, "Trainee"]:
     """
     from qlora.model.attention import choose_attention
     from qlora.model.load import load_meta_model, load_nf4_model
-    from qlora.model.lora import add_lora, audit_targets
+    from qlora.model.lora import add_lora
     from qlora.model.loss import read_head, token_loss_sum
     from qlora.model.optimizer import build_optimizer
     from qlora.model.random_state import seed_generators
+    from qlora.model.targets import audit_targets
     from qlora.run.prepare import resolve, set_up_torch
     from qlora.speed.accelerate import accelerate
     from qlora.speed.layers import choose_layers

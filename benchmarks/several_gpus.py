@@ -303,7 +303,7 @@ def _phi3(gradient_checkpointing: str, shard_base: bool) -> tuple[Any, list[Any]
     """Phi-3-mini's shape, its LoRA targets, and a configuration."""
     from qlora.commands import plan
     from qlora.commands.options import PlanOptions
-    from qlora.model.lora import audit_targets
+    from qlora.model.targets import audit_targets
 
     options = PlanOptions()
     changes: dict[str, Any] = {"gradient_checkpointing": gradient_checkpointing, "shard_base": shard_base, "compile": "layers"}

@@ -21,8 +21,9 @@ from qlora.data.batch import Batch
 from qlora.data.template import IGNORED
 from qlora.model import attention
 from qlora.model.load import load_nf4_model
-from qlora.model.lora import add_lora, audit_targets, with_init_adapter
+from qlora.model.lora import add_lora, with_init_adapter
 from qlora.model.loss import Head, read_head, token_loss_sum
+from qlora.model.targets import audit_targets
 from qlora.run import checkpoint
 from qlora.run.environment import environment
 from qlora.run.schema import FORMAT, Environment, RunInfo

@@ -34,9 +34,10 @@ from qlora.errors import ExitCode
 from qlora.eval import generate
 from qlora.model import attention
 from qlora.model.load import fingerprint, load_meta_model, load_nf4_model
-from qlora.model.lora import add_lora, audit_targets
+from qlora.model.lora import add_lora
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
+from qlora.model.targets import audit_targets
 from qlora.run import checkpoint
 from qlora.run.files import verify, write_folder
 from qlora.speed import decode, layers, nf4

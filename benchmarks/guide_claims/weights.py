@@ -14,7 +14,7 @@ from benchmarks.guide_claims.models import adapted, base_model, built, phi3_mini
 from benchmarks.guide_claims.training import text_losses
 from qlora.config import TrainConfig
 from qlora.model.coverage import linear_layers
-from qlora.model.lora import audit_targets
+from qlora.model.targets import audit_targets
 from qlora.model.third_party import bitsandbytes, peft
 from qlora.speed.memory import memory_terms
 

@@ -22,9 +22,9 @@ from qlora.data.formats import ColumnOptions, Prompt
 from qlora.data.template import CannotRender, PromptTemplate, encode_prompt, load_template
 from qlora.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem, UserError, user_error_on_oom
 from qlora.model import attention
+from qlora.model.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from qlora.model.demo import model_source
 from qlora.model.load import fingerprint, load_base_model, load_meta_model, load_tokenizer, stored_quantization
-from qlora.model.lora import ADAPTER_CONFIG, read_adapter_config
 from qlora.model.supported import quantization_values
 from qlora.model.third_party import peft
 from qlora.run import checkpoint

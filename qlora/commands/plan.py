@@ -16,7 +16,7 @@ from qlora.errors import ConfigError
 from qlora.model.coverage import UNCOVERED_LIMIT, uncovered
 from qlora.model.demo import model_source
 from qlora.model.load import load_meta_model
-from qlora.model.lora import Target, audit_targets
+from qlora.model.targets import Target, audit_targets
 from qlora.run.files import require_writable, write_file
 from qlora.speed.graphs import graphs_unavailable_reason
 from qlora.speed.layers import MARGIN, model_unavailable_reason

@@ -18,7 +18,7 @@ from qlora.data.batch import Batch, collate, collate_packed
 from qlora.data.template import TokenizedExample
 from qlora.errors import ConfigError, EnvironmentProblem
 from qlora.model.families import attention_use
-from qlora.model.lora import virtual_tokens
+from qlora.model.peft_config import virtual_tokens
 from qlora.model.precision import autocast_dtype
 from qlora.model.prompts import has_prompt
 

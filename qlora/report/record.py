@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from qlora.errors import CheckpointError, UserError
-from qlora.model.lora import ADAPTER_CONFIG, PeftSettings
+from qlora.model.adapter_config import ADAPTER_CONFIG, PeftSettings
 from qlora.model.precision import described
 from qlora.run import checkpoint
 from qlora.run.files import size_and_sha256, whole_rows

@@ -21,9 +21,9 @@ from qlora.data.batch import Batch
 from qlora.data.dataset import TokenizedDataset
 from qlora.eval.generate import Completion
 from qlora.eval.loss import EvalResult
-from qlora.model.lora import Target
 from qlora.model.precision import described
 from qlora.model.prompts import PROMPT_METHODS
+from qlora.model.targets import Target
 from qlora.run.files import cannot_write, whole_rows, write_file
 from qlora.run.schema import eval_rows
 from qlora.run.timing import PhaseClock

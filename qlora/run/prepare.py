@@ -20,8 +20,10 @@ from qlora.model.attention import Attention, choose_attention
 from qlora.model.demo import model_source
 from qlora.model.families import mixed_rotation
 from qlora.model.load import load_meta_model, load_tokenizer
-from qlora.model.lora import Target, checked_targets, peft_settings, virtual_tokens, with_init_adapter, with_peft_config
+from qlora.model.lora import checked_targets, with_init_adapter
+from qlora.model.peft_config import peft_settings, virtual_tokens, with_peft_config
 from qlora.model.precision import compute_dtype
+from qlora.model.targets import Target
 from qlora.run import log
 from qlora.run.environment import environment
 from qlora.run.folder import RunFolder

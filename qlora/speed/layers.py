@@ -30,9 +30,10 @@ from qlora.config import Compile, GradientCheckpointing, TrainConfig
 from qlora.errors import ConfigError, EnvironmentProblem
 from qlora.model.coverage import UNCOVERED_LIMIT, uncovered
 from qlora.model.families import attention_use, outermost_layers
-from qlora.model.lora import Target, runs_as_peft_wrote_it
+from qlora.model.peft_config import runs_as_peft_wrote_it
 from qlora.model.precision import has_bf16
 from qlora.model.shards import shard_of
+from qlora.model.targets import Target
 from qlora.speed.graphs import graphs_unavailable_reason
 from qlora.speed.memory import ATTENTION_INPUTS, memory_terms
 

@@ -15,8 +15,9 @@ from qlora.data.batch import longest_rows, rounded, training_batches
 from qlora.data.dataset import TokenizedDataset
 from qlora.errors import user_error_on_oom
 from qlora.model.coverage import quantized_layers, uncovered
-from qlora.model.lora import Target, runs_as_peft_wrote_it
 from qlora.model.loss import CHUNK_TOKENS
+from qlora.model.peft_config import runs_as_peft_wrote_it
+from qlora.model.targets import Target
 
 ATTENTION_INPUTS = ("qkv_proj", "q_proj", "k_proj", "v_proj")  # layers whose output attention reads
 LEAST_LENGTH, LEAST_RANK = 128, 4  # below which a run would hardly be the one that was wanted

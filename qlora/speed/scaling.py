@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from qlora.config import TrainConfig
 from qlora.model.coverage import quantized_layers
-from qlora.model.lora import Target
+from qlora.model.targets import Target
 
 # Seconds per position and parameter, by gradient checkpointing: Phi-3-mini on an H100, compiled (benchmarks/results/peers_*).
 COMPUTE_S = {"none": 9.8e-15, "selective": 11.8e-15, "full": 13.2e-15}

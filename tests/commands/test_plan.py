@@ -11,7 +11,7 @@ from qlora.cli import main as command_line
 from qlora.commands import plan
 from qlora.commands.options import PlanOptions
 from qlora.errors import ExitCode, UserError
-from qlora.model.lora import audit_targets
+from qlora.model.targets import audit_targets
 from qlora.run.files import require_writable
 from qlora.speed import memory
 

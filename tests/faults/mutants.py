@@ -409,7 +409,7 @@ MUTANTS = [
     ),
     mutant(
         "partial-targets-accepted",
-        MODEL_LORA,
+        "qlora/model/targets.py",
         "model/test_load.py::test_the_seven_llama_names_are_refused_not_silently_cut_to_two",
         "        if not matched:\n",
         "        if not matched:\n            continue\n",

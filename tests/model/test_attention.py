@@ -17,8 +17,9 @@ from qlora.data.batch import Batch, collate, collate_packed, iter_batches, train
 from qlora.data.template import IGNORED, TokenizedExample
 from qlora.errors import ExitCode, UserError
 from qlora.model import attention
-from qlora.model.lora import add_lora, audit_targets
+from qlora.model.lora import add_lora
 from qlora.model.loss import read_head, token_loss_sum
+from qlora.model.targets import audit_targets
 from tests.helpers import CPU, SIZES, adapted_model, decoder_of, gradients, prepared, relative_error, to_fp32, wake_adapters
 from train_loop import train_step
 

@@ -16,8 +16,9 @@ from qlora.eval import generate
 from qlora.model.coverage import quantized_layers, uncovered
 from qlora.model.families import attention_use
 from qlora.model.load import load_meta_model, load_nf4_model
-from qlora.model.lora import add_lora, audit_targets, checked_targets
+from qlora.model.lora import add_lora, checked_targets
 from qlora.model.supported import check_model
+from qlora.model.targets import audit_targets
 from qlora.speed.memory import memory_terms
 from tests.helpers import CPU
 

@@ -30,8 +30,9 @@ from qlora.model.load import (
     prepare_inference,
     quantization_of,
 )
-from qlora.model.lora import add_lora, audit_targets, with_init_adapter
+from qlora.model.lora import add_lora, with_init_adapter
 from qlora.model.loss import read_head, token_loss_sum
+from qlora.model.targets import audit_targets
 from qlora.run import checkpoint
 from qlora.run.files import write_folder
 from qlora.speed import lora_linear

@@ -17,7 +17,8 @@ from qlora.config import TrainConfig
 from qlora.data.batch import collate
 from qlora.errors import ExitCode, UserError
 from qlora.model.load import load_meta_model, load_nf4_model
-from qlora.model.lora import add_lora, checked_targets, with_init_adapter, with_peft_config
+from qlora.model.lora import add_lora, checked_targets, with_init_adapter
+from qlora.model.peft_config import with_peft_config
 from qlora.report import record
 from qlora.report.model_card import model_card
 from qlora.speed import layers, lora_linear

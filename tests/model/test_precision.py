@@ -16,10 +16,11 @@ from qlora.data.batch import iter_batches
 from qlora.errors import ExitCode, NonFiniteError
 from qlora.model import attention, optimizer
 from qlora.model.load import load_nf4_model
-from qlora.model.lora import add_lora, audit_targets
+from qlora.model.lora import add_lora
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer, loss_scale, update_loss_scale
 from qlora.model.precision import compute_dtype
+from qlora.model.targets import audit_targets
 from qlora.run.folder import RunFolder
 from tests.helpers import CPU, SHORT_DATA, decoder_of, prepared, wake_adapters
 from train_loop import train_step

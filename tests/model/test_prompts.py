@@ -18,9 +18,11 @@ from qlora.errors import ExitCode, UserError
 from qlora.eval.generate import generate_all
 from qlora.eval.loss import evaluate_loss
 from qlora.model import attention
+from qlora.model.adapter_config import read_adapter_config
 from qlora.model.load import load_meta_model, load_nf4_model
-from qlora.model.lora import add_lora, checked_targets, read_adapter_config, with_peft_config
+from qlora.model.lora import add_lora, checked_targets
 from qlora.model.loss import read_head
+from qlora.model.peft_config import with_peft_config
 from qlora.model.prompts import decoder_of, has_prompt
 from qlora.report import record
 from qlora.report.model_card import model_card

@@ -18,7 +18,8 @@ from qlora.data.batch import collate
 from qlora.errors import ExitCode, UserError
 from qlora.model import load
 from qlora.model.load import load_meta_model, load_nf4_model, quantization_of
-from qlora.model.lora import add_lora, audit_targets
+from qlora.model.lora import add_lora
+from qlora.model.targets import audit_targets
 from qlora.report import record
 from qlora.report.model_card import model_card
 from qlora.speed import layers, lora_linear, nf4

@@ -20,8 +20,9 @@ from qlora.data.batch import eval_batches, training_steps
 from qlora.distributed import Ranks, shares
 from qlora.errors import ExitCode, UserError
 from qlora.model.load import load_base_model, load_meta_model, load_nf4_model
-from qlora.model.lora import add_lora, audit_targets
+from qlora.model.lora import add_lora
 from qlora.model.shards import shard_of
+from qlora.model.targets import audit_targets
 from qlora.run.explain import dtype_ledger
 from qlora.speed.layers import Job, choose_layers
 from tests.helpers import CPU

@@ -522,7 +522,8 @@ def test_the_adapter_names_its_base_and_commit_and_carries_no_blank_card(model, 
 
 def test_a_hub_model_is_named_by_id_and_commit(config, tmp_path):
     from qlora.model.load import load_nf4_model
-    from qlora.model.lora import add_lora, audit_targets
+    from qlora.model.lora import add_lora
+    from qlora.model.targets import audit_targets
     from tests.helpers import CPU
 
     base = load_nf4_model(config.model, config, "sdpa", CPU)

@@ -18,7 +18,7 @@ from qlora.config import TrainConfig
 from qlora.errors import ExitCode, UserError
 from qlora.eval.generate import Completion
 from qlora.eval.loss import EvalResult
-from qlora.model.lora import Target
+from qlora.model.targets import Target
 from qlora.run import environment, log, timing
 from qlora.run.timing import PhaseClock
 from tests.helpers import SHORT_DATA

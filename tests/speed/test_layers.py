@@ -28,8 +28,8 @@ from qlora.errors import ExitCode, UserError
 from qlora.eval.loss import evaluate_loss
 from qlora.model import attention
 from qlora.model.load import load_meta_model
-from qlora.model.lora import audit_targets
 from qlora.model.loss import read_head, token_loss_sum
+from qlora.model.targets import audit_targets
 from qlora.model.third_party import Linear4bit
 from qlora.speed import layers, lora_linear
 from qlora.speed.accelerate import AcceleratedDecoder, accelerate

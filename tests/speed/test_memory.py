@@ -15,9 +15,9 @@ from qlora.cli import train as command_line
 from qlora.config import TrainConfig, parse
 from qlora.data.batch import epoch_rows, row_length
 from qlora.errors import ExitCode
-from qlora.model.lora import audit_targets
 from qlora.model.loss import read_head, token_loss_sum
 from qlora.model.optimizer import build_optimizer
+from qlora.model.targets import audit_targets
 from qlora.speed import memory
 from tests.helpers import CPU, adapted_model, decoder_of, wake_adapters
 
