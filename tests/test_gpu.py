@@ -701,3 +701,34 @@ def test_a_run_in_fp16_learns_as_one_in_bf16(tiny, tmp_path, compile):
         rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         losses[precision] = [row["loss"] for row in rows if row["event"] == "step"]
     assert losses["fp16"][-1] < losses["fp16"][0] and losses["fp16"] == pytest.approx(losses["bf16"], rel=0.05)
+
+
+PEFT_FILES = {
+    "DoRA": {"use_dora": True, "r": 4, "lora_alpha": 8},
+    "IA3": {"peft_type": "IA3", "target_modules": ["qkv_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "prompt tuning": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5},
+    "P-tuning": {"peft_type": "P_TUNING", "num_virtual_tokens": 5, "encoder_hidden_size": 16},
+    "prefix tuning": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 5},
+    "whole": {"r": 4, "lora_alpha": 8, "modules_to_save": ["lm_head", "embed_tokens", "norm"]},
+    "rows": {"r": 4, "lora_alpha": 8, "trainable_token_indices": {"embed_tokens": [5, 6], "lm_head": [6]}},
+}
+
+
+@pytest.mark.parametrize("name", PEFT_FILES)
+def test_methods_of_peft_learn_on_the_gpu_as_on_the_cpu(tiny, tmp_path, monkeypatch, name):
+    (tmp_path / "peft.json").write_text(json.dumps(PEFT_FILES[name]))
+    flags = ["--model", "tiny-random", "--peft-config", str(tmp_path / "peft.json"), "--train-file", "tests/short_train.jsonl"]
+    flags += ["--eval-file", "tests/short_eval.jsonl", "--max-steps", "4", "--learning-rate", "1e-2", "--max-length", "300"]
+    losses = []
+    for device in ("cuda", "cpu"):
+        run = tmp_path / device
+        with monkeypatch.context() as patch:
+            if device == "cpu":
+                patch.setattr(torch.cuda, "is_available", lambda: False)
+            assert command_line([*flags, "--output-dir", str(run)]) == 0
+        rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        losses.append([row["eval_loss"] for row in rows if row["event"] == "eval"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    run = str(tmp_path / "cuda")
+    assert any_command(["evaluate", run, "--eval-file", "tests/short_eval.jsonl", "--max-new-tokens", "2"]) == 0
+    assert any_command(["generate", run, "--prompt", "say one", "--max-new-tokens", "2"]) == 0

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from qlora.commands.options import EvalDataOptions, GenerateOptions
 from qlora.config import EMBEDDED, PromptFormat, Quantization, TrainConfig
@@ -25,6 +26,8 @@ from qlora.model import attention
 from qlora.model.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from qlora.model.demo import model_source
 from qlora.model.load import fingerprint, load_base_model, load_meta_model, load_tokenizer, stored_quantization
+from qlora.model.lora import keep_whole_in_fp32
+from qlora.model.peft_config import check_rows_of_head
 from qlora.model.supported import quantization_values
 from qlora.model.third_party import peft
 from qlora.run import checkpoint
@@ -147,7 +150,11 @@ def load_adapted(adapter: Adapter, quantization: Quantization | None = None) -> 
 def put_on(base: Any, adapter: Adapter) -> Any:
     """A base as a PeftModel with the adapter on it; what PEFT warns of, open_adapter has compared or refused."""
     with warnings.catch_warnings(action="ignore"):
-        return peft.PeftModel.from_pretrained(base, str(adapter.folder))
+        model = peft.PeftModel.from_pretrained(base, str(adapter.folder))
+        if any(isinstance(module, peft.utils.other.AuxiliaryTrainingWrapper) for module in model.modules()):
+            keep_whole_in_fp32(model)  # PEFT has read them in the dtype of the base
+            peft.set_peft_model_state_dict(model, load_file(adapter.folder / checkpoint.ADAPTER))
+        return model
 
 
 def positions_of(adapter: Adapter) -> int | None:
@@ -361,3 +368,4 @@ def _check_ends(folder: Path, adapted: Any) -> None:
         text = f"{folder} has LoRA on the {' and the '.join(found)} of its base. That is not supported: losses and merges could"
         advice = "Train them whole, with modules_to_save, or only the layers between them; PEFT itself can load it."
         raise ConfigError(f"{text} be wrong. {advice}")
+    check_rows_of_head(adapted, str(folder))

@@ -1,6 +1,7 @@
 """Answers to prompts, and greedy completions of base and adapter side by side."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -138,6 +139,9 @@ def _answer(
             more["custom_generate"] = functools.partial(decode, graph=graph, show=streamer)
         elif has_prompt(model):
             more["custom_generate"] = functools.partial(decode, graph=PromptedTokens(model), show=streamer)
+            calls = sum(len(set(map(len, prompts))) for prompts in batches)
+            settings = copy.copy(settings)
+            settings.max_time = settings.max_time and settings.max_time / calls
         for prompts in batches:
             # Behind virtual tokens there must be no padding, so there only rows of one length are a batch.
             lengths = sorted(set(map(len, prompts))) if has_prompt(model) else [max(map(len, prompts))]
@@ -187,6 +191,7 @@ def sample_responses(model: Any, examples: list[Example], template: PromptTempla
                 (answers,) = _answer(model, [prompts + prompts], template, settings)
             tuned, base = answers[: len(prompts)], answers[len(prompts) :]
         else:
+            settings.max_time = settings.max_time and settings.max_time / 2
             (tuned,) = _answer(model, [prompts], template, settings)
             with model.disable_adapter():
                 (base,) = _answer(model, [prompts], template, settings)

@@ -122,6 +122,7 @@ def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) 
     for parameter in adapted.parameters():  # PEFT makes those of LLaMA-Adapter in the dtype of the base
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    keep_whole_in_fp32(adapted)
     kept = adapted.peft_config["default"]
     kept.base_model_name_or_path, kept.revision = base, getattr(model.config, "_commit_hash", None)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
@@ -129,6 +130,24 @@ def add_lora(model: Any, config: TrainConfig, targets: list[Target], base: str) 
     if trained != wanted:
         raise ValueError(f"it made adapters of {trained:,} parameters, and the audited layers get {wanted:,}.")
     return adapted
+
+
+def keep_whole_in_fp32(model: Any) -> None:
+    """Make fp32 masters of modules that are trained whole and of rows: in bf16 small updates of a norm's weights round to none.
+
+    An embedding still gives the dtype of the base, which the layers behind it expect.
+
+    Args:
+        model: with adapters.
+    """
+    for module in model.modules():
+        if isinstance(module, peft.utils.ModulesToSaveWrapper):
+            module.modules_to_save.float()
+            if isinstance(module.original_module, torch.nn.Embedding):
+                dtype = module.original_module.weight.dtype
+                module.register_forward_hook(lambda _, inputs, output, dtype=dtype: output.to(dtype))
+        elif isinstance(module, peft.utils.other.TrainableTokensWrapper):
+            module.token_adapter.trainable_tokens_delta.float()
 
 
 def with_init_adapter(config: TrainConfig) -> TrainConfig:

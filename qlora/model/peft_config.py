@@ -17,7 +17,7 @@ from qlora.errors import CheckpointError, ConfigError
 from qlora.model.adapter_config import LINEAR_METHODS, METHODS, UNREAD, check_settings
 from qlora.model.coverage import linear_layers
 from qlora.model.prompts import PROMPT_METHODS
-from qlora.model.targets import Target, audit_targets, matches
+from qlora.model.targets import Target, audit_targets
 from qlora.model.third_party import peft
 from qlora.validation import UNREADABLE, reason
 
@@ -170,16 +170,21 @@ def _beside_layers(
     """Modules that are trained whole (modules_to_save), or of which single rows are (trainable_token_indices)."""
     whole: dict[str, int] = {}  # end of a name, and how much of the module is trained -> trained parameters
     saved: list[str] = []  # names of modules_to_save
+    check_rows_of_head(adapted, f"--peft-config {config.peft_config}")
     for name, module in adapted.get_base_model().named_modules():
         end = name.rsplit(".", 1)[-1]
         if isinstance(module, peft.utils.ModulesToSaveWrapper):
-            if name in allowed and config.quantization != "none":
-                text = f"--peft-config {config.peft_config}: modules_to_save trains {name}, which is quantized."
+            inside = [layer for layer in allowed if layer == name or layer.startswith(f"{name}.")]
+            if inside and config.quantization != "none":
+                text = f"--peft-config {config.peft_config}: modules_to_save trains {inside[0]}, which is quantized."
                 raise ConfigError(text, hint="Leave it to the adapter, or pass --quantization none.")
             saved.append(name)
             trained = sum(parameter.numel() for parameter in module.modules_to_save.parameters())
             whole[f"{end} (whole)"] = whole.get(f"{end} (whole)", 0) + trained
         elif isinstance(module, peft.utils.other.TrainableTokensWrapper) and module.token_adapter.tied_adapter is None:
+            if module not in (adapted.get_input_embeddings(), adapted.get_output_embeddings()):
+                text = f"--peft-config {config.peft_config}: trainable_token_indices trains rows of {name}."
+                raise ConfigError(text, hint="Only rows of the embedding and the head can be trained.")
             whole[f"{end} (rows)"] = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     if missing := [end for end in values.get("modules_to_save") or () if not any(name.endswith(end) for name in saved)]:
         kind = type(adapted.get_base_model()).__name__
@@ -211,11 +216,32 @@ def _in_layers(adapted: Any, config: TrainConfig, allowed: dict[str, torch.nn.Li
 
 def _check_token_indices(values: dict[str, Any], meta_model: Any, where: str) -> None:
     """Refuse rows that the vocabulary does not have: on the meta device no index is out of range."""
-    indices = values.get("trainable_token_indices") or []
+    indices = values.get("trainable_token_indices")
     rows = meta_model.get_input_embeddings().weight.shape[0]
-    for index in itertools.chain(*indices.values()) if isinstance(indices, dict) else indices:
+    lists = list(indices.values()) if isinstance(indices, dict) else [] if indices is None else [indices]
+    if any(not each or len(set(each)) < len(each) for each in lists):
+        raise ConfigError(f"{where} has an empty list in trainable_token_indices, or one that names a row twice.")
+    for index in itertools.chain(*lists):
         if type(index) is not int or not 0 <= index < rows:
             raise ConfigError(f"{where} has {index!r} in trainable_token_indices. It must be a row of the embedding's {rows}.")
+
+
+def check_rows_of_head(adapted: Any, where: str) -> None:
+    """Refuse rows of a head that PEFT computes or merges otherwise than they were trained.
+
+    Raises:
+        ConfigError: if the head has a bias, which PEFT leaves out, or is one weight with an embedding whose rows are others.
+    """
+    head = adapted.get_output_embeddings()
+    if not isinstance(head, peft.utils.other.TrainableTokensWrapper):
+        return
+    if getattr(head.original_module, "bias", None) is not None:
+        raise ConfigError(f"{where} trains rows of a head with a bias, which PEFT leaves out.", hint="Train it whole.")
+    if adapted.config.get_text_config().tie_word_embeddings and head.token_adapter.tied_adapter is None:
+        raise ConfigError(
+            f"{where} trains rows of a head that is one weight with the embedding.",
+            hint="Give trainable_token_indices as a list: the rows are then those of both.",
+        )
 
 
 def say_if_untied(meta_model: Any, config: TrainConfig, say: Callable[[str], None]) -> None:
@@ -223,6 +249,6 @@ def say_if_untied(meta_model: Any, config: TrainConfig, say: Callable[[str], Non
     ends = meta_model.get_input_embeddings(), meta_model.get_output_embeddings()
     whole = (peft_settings(config) or {}).get("modules_to_save") or ()
     named = {name for name, module in meta_model.named_modules() if module in ends}
-    if ends[0].weight is ends[1].weight and any(matches(name, end) for name in named for end in whole):
+    if ends[0].weight is ends[1].weight and any(name.endswith(end) for name in named for end in whole):  # as PEFT matches them
         kind = type(meta_model).__name__
-        say(f"{kind} ties its head to its embedding. What modules_to_save names of the two is trained as a weight of its own.")
+        say(f"{kind} ties its head to its embedding. Whichever of the two modules_to_save names becomes a separate weight.")

@@ -150,9 +150,9 @@ def _trained(record: Record) -> str:
     tokens = dict.fromkeys(PROMPT_METHODS, "virtual tokens before the input")
     tokens |= {"PREFIX_TUNING": "virtual keys and values in each layer", "ADAPTION_PROMPT": "virtual tokens in the last layers"}
     whole = ", ".join(settings.get("modules_to_save") or ())
-    small = "small tensors beside its linear layers" + (f" and all weights of {whole}" if whole else "")
-    small += " and some rows of its embedding" if settings.get("trainable_token_indices") else ""
-    return tokens.get(str(settings.get("peft_type")), small)
+    small = ["small tensors beside its linear layers", *([f"all weights of {whole}"] if whole else [])]
+    small += ["rows of its embedding or head"] if settings.get("trainable_token_indices") else []
+    return tokens.get(str(settings.get("peft_type")), ", and ".join(small))
 
 
 def _settings(record: Record) -> list[tuple[str, str]]:

@@ -195,6 +195,8 @@ def decode(model: Any, input_ids: torch.Tensor, graph: TokenGraph | PromptedToke
 def adapts_by_row(model: Any) -> bool:
     """Whether some rows of a batch can do without the adapter: it is LoRA, and not DoRA, which scales the base's output."""
     layers = [module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)]
+    if any(isinstance(module, peft.utils.other.AuxiliaryTrainingWrapper) for module in model.modules()):
+        return False  # modules that are trained whole, or in single rows
     return bool(layers) and all(isinstance(layer, peft.tuners.lora.LoraLayer) and not layer.lora_variant for layer in layers)
 
 

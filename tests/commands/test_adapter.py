@@ -320,7 +320,10 @@ def test_what_changes_the_ends_of_a_base_otherwise_than_whole_is_refused(tiny, t
 @pytest.mark.parametrize("indices", [[5, 6], {"lm_head": [5]}])
 def test_an_adapter_with_rows_of_an_embedding_or_head_is_opened(tiny, tmp_path, tied, indices):
     folder = of_peft(tiny, tmp_path, tied, trainable_token_indices=indices)
-    assert open_adapter(folder, prompt_format="plain").lora.trainable_token_indices == indices
+    if tied and isinstance(indices, dict):
+        assert "one weight with the embedding" in refused(ExitCode.CONFIGURATION, folder, prompt_format="plain")
+    else:
+        assert open_adapter(folder, prompt_format="plain").lora.trainable_token_indices == indices
 
 
 def test_the_gpu_that_is_not_there_is_missed_first(run, monkeypatch):
@@ -358,12 +361,14 @@ def test_adapters_with_other_settings_of_peft_compute_what_they_do_there(tiny, t
     folder = of_peft(tiny, tmp_path, tied, **settings)
     ids = torch.tensor([[5, 6, 7, 8]])
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).eval()
-    with torch.no_grad():
+    whole = "modules_to_save" in settings  # in fp32 here, in the base's dtype there
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=whole):
         without = base(input_ids=ids).logits
         with warnings.catch_warnings(action="ignore"):
             theirs = peft.PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
         loaded = load_adapted(open_adapter(folder, prompt_format="chat"), "none")
-        assert torch.equal(loaded(input_ids=ids).logits, theirs) and not torch.equal(theirs, without)
+        difference = (loaded(input_ids=ids).logits - theirs).norm() / (theirs - without).norm()
+        assert difference < (0.05 if whole else 1e-9)
         with loaded.disable_adapter():
             assert torch.equal(loaded(input_ids=ids).logits, without)
         read_head(loaded)  # which refuses what it does not understand

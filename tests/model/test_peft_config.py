@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from benchmarks import families
 from qlora.cli import main as any_command
 from qlora.cli import train as command_line
+from qlora.commands.adapter import load_adapted, open_adapter
 from qlora.config import TrainConfig
 from qlora.data.batch import collate
+from qlora.data.template import encode_prompt
 from qlora.errors import ExitCode, UserError
+from qlora.eval.generate import generate_all, sample_responses
 from qlora.model.load import load_meta_model, load_nf4_model
 from qlora.model.lora import add_lora, checked_targets, with_init_adapter
 from qlora.model.peft_config import with_peft_config
@@ -263,3 +266,63 @@ def test_a_run_with_embeddings_or_heads_resumes_and_is_used(tiny, tmp_path, caps
     assert losses["base"]["value"] == pytest.approx(in_training[0], rel=1e-3)
     assert losses["adapter"]["value"] == pytest.approx(in_training[-1], rel=1e-3) and in_training[-1] < in_training[0]
     assert "vLLM takes no such adapter" in model_card(record.read(run))
+
+
+def test_the_base_s_sample_answers_are_those_of_the_base(config, template, examples, file):
+    """Also where the head and the embedding are trained, so that no row of a batch can do without them."""
+    model, _, _ = awake(config, file(**WHOLE))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.normal_()
+    assert not adapts_by_row(model)
+    samples = sample_responses(model.eval(), examples[:2], template)
+    prompts = [encode_prompt(example.prompt, template) for example in examples[:2]]
+    with model.disable_adapter(), torch.autocast("cpu", torch.bfloat16):
+        expected = generate_all(model, prompts, template, 8, batch_size=2)
+    assert [sample.base for sample in samples] == expected and all(sample.base != sample.tuned for sample in samples)
+
+
+@pytest.mark.parametrize("family", ["Phi3", "StableLm"])  # StableLM has LayerNorm, which a CPU does not compute in two dtypes
+def test_small_updates_of_whole_modules_are_not_rounded_away(tiny, tmp_path, capsys, file, family):
+    families.write_model(family, tmp_path / "model")
+    values = {"r": 2, "target_modules": ["down_proj"], "modules_to_save": ["embed_tokens", "norm", "layernorm"]}
+    flags = ["--model", str(tmp_path / "model"), "--peft-config", str(file(**values)), *SHORT_DATA, "--max-length", "300"]
+    run = tmp_path / "run"
+    assert command_line([*flags, "--max-steps", "4", "--learning-rate", "5e-4", "--output-dir", str(run)]) == 0
+    saved = load_file(run / "adapter" / "adapter_model.safetensors")
+    model = load_adapted(open_adapter(run, device="cpu"))
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    assert saved.keys() == state.keys() and all(torch.equal(state[key], tensor) for key, tensor in saved.items())
+    norm = saved["base_model.model.model.norm.weight"]
+    assert not torch.equal(norm, norm.to(torch.bfloat16).float())
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    in_training = [row["eval_loss"] for row in rows if row["event"] == "eval"][-1]
+    report = tmp_path / "evaluation.json"
+    data = ["--eval-file", SHORT_DATA[3], "--device", "cpu", "--max-new-tokens", "2", "--json", str(report)]
+    assert any_command(["evaluate", str(run), *data]) == 0
+    assert json.loads(report.read_text())["metrics"]["loss"]["adapter"]["value"] == pytest.approx(in_training, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "words"),
+    [
+        ("GPTJ", {"trainable_token_indices": {"wte": [5], "lm_head": [5]}}, "rows of a head with a bias"),
+        ("Gemma", {"trainable_token_indices": {"lm_head": [5]}}, "head that is one weight with the embedding"),
+        (
+            "Gemma",
+            {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [6]}},
+            "head that is one weight with the embedding",
+        ),
+        ("Llama", {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}, "mlp.gate_proj, which is quantized"),
+        ("Llama", {"trainable_token_indices": {"embed_tokens": []}}, "an empty list in trainable_token_indices"),
+        ("Llama", {"trainable_token_indices": [5, 5]}, "names a row twice"),
+        ("Llama", {"trainable_token_indices": {"o_proj": [5]}, "target_modules": ["q_proj"]}, "Only rows of the embedding"),
+    ],
+)
+def test_rows_and_modules_that_cannot_be_trained_are_refused(config, tiny, tmp_path, file, family, values, words):
+    families.write_model(family, tmp_path / "model")
+    asked = dataclasses.replace(config, model=str(tmp_path / "model"), peft_config=file(**{"r": 2} | values))
+    with pytest.raises(UserError) as refused:
+        checked_targets(load_meta_model(asked.model, asked), with_peft_config(asked), lambda _: None)
+    assert words in str(refused.value) and refused.value.exit_code == ExitCode.CONFIGURATION
