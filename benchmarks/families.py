@@ -105,7 +105,7 @@ def wake(model: Any) -> None:
 
 
 def reference(folder: Path, targets: list[str], samples: list[list[int]]) -> tuple[float, dict[str, Any]]:
-    """Mean loss per token and gradients, on the CPU, by plain transformers and PEFT, one sample at a time."""
+    """Mean loss per token, and gradients [on the CPU], by plain transformers and PEFT, one sample at a time."""
     import peft
     import torch
     import transformers

@@ -9,21 +9,19 @@ Four layers have the embeddings and the head of the whole model, which nothing s
 """
 
 import dataclasses
-import functools
-import itertools
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from benchmarks.harness import Cell, Clock, Output, ResultFile, Row, build, peak_gb
+from benchmarks.harness import Cell, Output, ResultFile, Row
 from benchmarks.shapes import SHAPES, write_shape
 from benchmarks.tables import load, source, table
-from qlora.config import TrainConfig
+from benchmarks.train_step import time_cell
+from qlora.config import Compile, TrainConfig
+from qlora.data.batch import batched
 
-WARM_UP = 3
 AT_ONCE = 6  # models that are written and compiled side by side
 
 
@@ -42,39 +40,13 @@ class Options:
     """Timed steps, after 3 to warm up."""
 
 
-def train(folder: Path, compile: str, length: int, count: int) -> Row:
-    """Train a model without checkpointing on full rows, and say how fast, with which attention, and in which memory."""
-    import torch
-
-    from qlora.data.batch import iter_batches
-    from qlora.data.template import TokenizedExample
-    from qlora.model import attention
-    from train_loop import train_step
-
-    torch._dynamo.reset()
-    settings: Row = {"model": str(folder), "compile": compile, "max_length": length, "gradient_checkpointing": "none"}
-    config, trainee = build(TrainConfig(**settings, lora_r=32, lora_alpha=64, lora_dropout=0.0))
-    clock, generator = Clock(), torch.Generator().manual_seed(0)
-    rows = torch.randint(4, trainee.model.config.vocab_size, (4, length), generator=generator).tolist()
-    samples = [TokenizedExample(ids, ids, line) for line, ids in enumerate(rows, start=1)]
-    micro_batches = list(iter_batches(samples, range(4), 2, clock.on_gpu, config.length_multiple))
-    step = functools.partial(train_step, trainee.decoder, trainee.optimizer, micro_batches, trainee.loss_sum, 5e-5, 1.0)
-    with attention.for_training(trainee.model.train(), config):
-        for _ in range(WARM_UP + count):
-            clock.begin()
-            loss, _ = step()
-            clock.end()
-            clock.losses.append(loss.item())  # waits
-    step_ms = statistics.median(clock.milliseconds()[-max(1, count) :])
-    return {
-        "compile": config.compile,
-        "attention": config.attn_implementation,
-        "step_ms": round(step_ms, 2),
-        "tokens_per_s": round(1000 * 4 * length / step_ms, 1),
-        "peak_gb": peak_gb(),
-        "first_loss": clock.losses[0],
-        "last_loss": clock.losses[-1],
-    }
+def train(folder: Path, compile: Compile, length: int, count: int) -> Row:
+    """Time steps of a model without checkpointing on full rows, two micro-batches of two."""
+    config = TrainConfig(
+        model=str(folder), compile=compile, max_length=length, gradient_checkpointing="none", lora_r=32, lora_alpha=64,
+        lora_dropout=0.0, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    return time_cell(config, count)
 
 
 def both(folder: Path, length: int, count: int) -> Row:
@@ -84,7 +56,9 @@ def both(folder: Path, length: int, count: int) -> Row:
     import torch
 
     rows: Row = {}
-    for name, compile in (("as written", "none"), ("compiled", "auto")):
+    ways: dict[str, Compile] = {"as written": "none", "compiled": "auto"}
+    for name, compile in ways.items():
+        torch._dynamo.reset()
         rows[name] = train(folder, compile, length, count)
         gc.collect()
         if torch.cuda.is_available():
@@ -95,12 +69,12 @@ def both(folder: Path, length: int, count: int) -> Row:
 
 
 def write_and_compile(name: str, folder: Path, layers: int, length: int) -> Row:
-    """Write the model, and train one step of it, which leaves its kernels in the cache."""
+    """Write the model, and train it for a few steps, which leaves its kernels in the cache."""
     changes: dict[str, Any] = {"num_hidden_layers": layers}
     if SHAPES[name]["family"] in ("Gemma2", "Gemma3Text", "Olmo3", "Cohere2"):  # a layer of each kind
         changes["layer_types"] = (["sliding_attention", "full_attention"] * layers)[:layers]
     write_shape(name, folder, **changes)
-    train(folder, "auto", length, 0)
+    train(folder, "auto", length, 1)
     return {}
 
 
@@ -108,7 +82,7 @@ def main(options: Options) -> None:
     """Measure the models, a few at a time, and write the file after each."""
     file = ResultFile("families_speed", options.output)
     file.begin_run({"layers": options.layers, "length": options.length}, steps=options.steps)
-    for names in itertools.batched(options.models, AT_ONCE):
+    for names in batched(options.models, AT_ONCE):
         with tempfile.TemporaryDirectory() as scratch:
             folders = {name: Path(scratch) / name for name in names}
             cells = {
@@ -131,7 +105,7 @@ def speeds(pattern: str) -> str:
     for cell in record["cells"]:
         family = SHAPES[cell["model"]]["family"]
         if "unavailable" in cell:
-            rows.append([cell["model"], family, cell["unavailable"], "", "", "", ""])
+            rows.append([cell["model"], family, cell["unavailable"], "", "", "", "", ""])
             continue
         plain, fast = cell["as written"], cell["compiled"]
         rows.append(

@@ -1,7 +1,7 @@
 """PEFT methods, bases and optimizers on the demo task: what each trains, what it costs, and how much it learns.
 
     python -m benchmarks.methods                                 # on a GPU a few minutes with --at-once 8; on 2 cores hours
-    python -m benchmarks.methods --methods lora dora --seeds 0 --missing
+    python -m benchmarks.methods --methods LoRA DoRA --seeds 0 --missing
     python -m benchmarks.methods --model tiny-random --max-steps 4 --seeds 0    # anywhere, a smoke test
 
 Each run is `python train_loop.py` in a new process on the bundled data. A method is tried at three learning rates. The table
@@ -85,13 +85,13 @@ class Options:
 
 
 def edited(diff: str, text: str) -> str:
-    """A text with each hunk's old lines, which must stand in it exactly once, replaced by its new ones."""
+    """A text with each hunk's old lines, which must occur in it exactly once, replaced by its new ones."""
     for hunk in re.split(r"^@@\n", diff, flags=re.MULTILINE)[1:]:
         lines = hunk.splitlines()
         old = "".join(line[1:] + "\n" for line in lines if not line.startswith("+"))
         new = "".join(line[1:] + "\n" for line in lines if not line.startswith("-"))
         if text.count(old) != 1:
-            raise ValueError(f"these lines stand in the text {text.count(old)} times:\n{old}")
+            raise ValueError(f"these lines occur {text.count(old)} times in the text:\n{old}")
         text = text.replace(old, new)
     return text
 

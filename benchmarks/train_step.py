@@ -86,6 +86,8 @@ def time_cell(config: TrainConfig, count: int) -> Row:
     milliseconds = milliseconds[WARM_UP_STEPS - 1 :]
     median = statistics.median(milliseconds)
     return {
+        "compile": config.compile,
+        "attention": config.attn_implementation,
         "first_step_s": round(first_ms / 1000, 2),
         "step_ms": round(median, 2),
         "step_ms_min_max": [round(min(milliseconds), 2), round(max(milliseconds), 2)],

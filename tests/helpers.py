@@ -20,9 +20,10 @@ from qlora.config import TrainConfig
 from qlora.data.batch import Batch
 from qlora.data.template import IGNORED
 from qlora.model import attention
-from qlora.model.load import load_nf4_model
-from qlora.model.lora import add_lora, with_init_adapter
+from qlora.model.load import load_meta_model, load_nf4_model
+from qlora.model.lora import add_lora, checked_targets, with_init_adapter
 from qlora.model.loss import Head, read_head, token_loss_sum
+from qlora.model.peft_config import with_peft_config
 from qlora.model.targets import audit_targets
 from qlora.run import checkpoint
 from qlora.run.environment import environment
@@ -261,3 +262,12 @@ def tensors(folder: Path) -> list[str]:
     """Digests of what a checkpoint holds in tensors: adapter and moments."""
     names = (checkpoint.ADAPTER, checkpoint.TRAINER_STATE)
     return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
+
+
+def with_method(config, path: Path):
+    """The tiny model with what a file of --peft-config trains, in training mode; its configuration, and targets."""
+    config = with_peft_config(dataclasses.replace(config, peft_config=path, attn_implementation="sdpa"))
+    torch.manual_seed(0)
+    targets = checked_targets(load_meta_model(config.model, config), config, lambda _: None)
+    model = add_lora(load_nf4_model(config.model, config, "sdpa", CPU), config, targets, config.model).train()
+    return model, config, targets

@@ -115,5 +115,5 @@ def test_the_table_has_the_rate_with_the_lowest_mean_eval_loss(monkeypatch):
 
 
 def test_a_hunk_that_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="these lines stand in the text 2 times"):
+    with pytest.raises(ValueError, match="these lines occur 2 times in the text"):
         methods.edited("@@\n-a\n+b\n", "a\na\n")

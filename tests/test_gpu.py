@@ -44,6 +44,7 @@ from qlora.speed import decode, layers, nf4
 from qlora.speed.accelerate import accelerate
 from tests.helpers import (
     RUN_INFO,
+    SHORT_DATA,
     adapted_model,
     adapter_gradients,
     decoder_of,
@@ -717,8 +718,8 @@ PEFT_FILES = {
 @pytest.mark.parametrize("name", PEFT_FILES)
 def test_methods_of_peft_learn_on_the_gpu_as_on_the_cpu(tiny, tmp_path, monkeypatch, name):
     (tmp_path / "peft.json").write_text(json.dumps(PEFT_FILES[name]))
-    flags = ["--model", "tiny-random", "--peft-config", str(tmp_path / "peft.json"), "--train-file", "tests/short_train.jsonl"]
-    flags += ["--eval-file", "tests/short_eval.jsonl", "--max-steps", "4", "--learning-rate", "1e-2", "--max-length", "300"]
+    flags = ["--model", "tiny-random", "--peft-config", str(tmp_path / "peft.json"), *SHORT_DATA]
+    flags += ["--max-steps", "4", "--learning-rate", "1e-2", "--max-length", "300"]
     losses = []
     for device in ("cuda", "cpu"):
         run = tmp_path / device
@@ -730,5 +731,5 @@ def test_methods_of_peft_learn_on_the_gpu_as_on_the_cpu(tiny, tmp_path, monkeypa
         losses.append([row["eval_loss"] for row in rows if row["event"] == "eval"])
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
     run = str(tmp_path / "cuda")
-    assert any_command(["evaluate", run, "--eval-file", "tests/short_eval.jsonl", "--max-new-tokens", "2"]) == 0
+    assert any_command(["evaluate", run, *SHORT_DATA[2:], "--max-new-tokens", "2"]) == 0
     assert any_command(["generate", run, "--prompt", "say one", "--max-new-tokens", "2"]) == 0

@@ -33,6 +33,7 @@ from qlora.data.batch import Batch, iter_batches
 from qlora.data.dataset import TokenizedDataset
 from qlora.errors import CheckpointError, ConfigError, NonFiniteError
 from qlora.eval.generate import stop_ids
+from qlora.model.adapter_config import LINEAR_METHODS
 from qlora.model.loss import CHUNK_TOKENS, read_head
 from qlora.model.precision import autocast_dtype
 from qlora.report.model_card import NOT_FOR_VLLM, VLLM_RANKS
@@ -279,7 +280,7 @@ def run(options: MergeOptions) -> int:
             f"{adapter.folder} trains LoRA biases (lora_bias), which layers without a bias cannot store.",
             hint="Use it unmerged: python -m qlora generate, or PEFT.",
         )
-    if adapter.lora.is_prompt_learning or adapter.lora.is_adaption_prompt:
+    if adapter.lora.peft_type not in LINEAR_METHODS:
         raise ConfigError(
             f"{adapter.folder} trains virtual tokens ({adapter.lora.peft_type.value}), which no weight of the base can store.",
             hint="Use it unmerged: python -m qlora generate, or PEFT.",

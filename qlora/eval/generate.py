@@ -130,30 +130,29 @@ def _answer(
     if getattr(model.config, "output_router_logits", False):
         more["output_router_logits"] = False
     rows = max(map(len, batches))
-    recorded = decode_unavailable_reason(model) is None
+    recorded, prompted = decode_unavailable_reason(model) is None, has_prompt(model)
+    # Behind virtual tokens there must be no padding, so there only rows of one length are answered together.
+    calls = [_rows_by_length(prompts) if prompted else [[*range(len(prompts))]] for prompts in batches]
     answers = []
     with _as_in_training(model), answering(model) if recorded else contextlib.nullcontext():
         if recorded:
             longest = max(len(prompt) for prompts in batches for prompt in prompts)
             graph = TokenGraph(model, rows, longest + settings.max_new_tokens)
             more["custom_generate"] = functools.partial(decode, graph=graph, show=streamer)
-        elif has_prompt(model):
+        elif prompted:
             more["custom_generate"] = functools.partial(decode, graph=PromptedTokens(model), show=streamer)
-            calls = sum(len(set(map(len, prompts))) for prompts in batches)
             settings = copy.copy(settings)
-            settings.max_time = settings.max_time and settings.max_time / calls
-        for prompts in batches:
-            # Behind virtual tokens there must be no padding, so there only rows of one length are a batch.
-            lengths = sorted(set(map(len, prompts))) if has_prompt(model) else [max(map(len, prompts))]
+            settings.max_time = settings.max_time and settings.max_time / sum(map(len, calls))
+        for prompts, groups in zip(batches, calls, strict=True):
             texts = [""] * len(prompts)
-            for longest in lengths:
-                together = [row for row, ids in enumerate(prompts) if len(ids) == longest or len(lengths) == 1]
+            for together in groups:
                 full = [prompts[row] for row in together]
                 full += full[-1:] * (rows - len(full)) if recorded else []
+                longest = max(map(len, full))
                 padded = [[template.stop_id] * (longest - len(ids)) + ids for ids in full]
                 seen = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in full]
                 input_ids, attention_mask = torch.tensor([padded, seen], device=model.device)  # [B, T] each
-                output = (base_of(model) if has_prompt(model) else model).generate(  # [B, T + new]
+                output = (base_of(model) if prompted else model).generate(  # [B, T + new]
                     input_ids=input_ids, attention_mask=attention_mask, generation_config=settings, **more
                 )
                 new = output[: len(together), longest:]  # [B, new]
@@ -162,6 +161,14 @@ def _answer(
             answers.append(texts)
     model.train(training)
     return answers
+
+
+def _rows_by_length(prompts: list[list[int]]) -> list[list[int]]:
+    """The rows of each length, the shortest first."""
+    groups: dict[int, list[int]] = {}
+    for row, ids in enumerate(prompts):
+        groups.setdefault(len(ids), []).append(row)
+    return [groups[length] for length in sorted(groups)]
 
 
 def _as_in_training(model: Any) -> contextlib.AbstractContextManager[Any]:

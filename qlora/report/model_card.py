@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from qlora.config import BUNDLED_EVAL, BUNDLED_TRAIN
 from qlora.data.sources import is_local, names_of
+from qlora.model.adapter_config import LINEAR_METHODS
 from qlora.model.prompts import PROMPT_METHODS
 from qlora.report.caveats import caveats
 from qlora.report.record import Record
@@ -113,7 +114,7 @@ def model_card(record: Record) -> str:
         "caveats": caveats(record),
         "trained": _trained(record),
         "answered_here": settings.get("peft_type") in PROMPT_METHODS,
-        "mergeable": settings.get("peft_type") not in (*PROMPT_METHODS, "ADAPTION_PROMPT"),
+        "mergeable": settings.get("peft_type", "LORA") in LINEAR_METHODS,
         "load": _load(record, redact(sample["prompt"]) if sample else "Hello"),
         "serve_base": _serve_base(record, base),
         "max_lora_rank": rank,

@@ -1260,8 +1260,8 @@ MUTANTS = [
         "padding-behind-virtual-tokens",
         EVAL_GENERATE,
         "model/test_prompts.py::test_answers_are_those_of_whole_rows_computed_anew[PROMPT_TUNING-Phi3]",
-        "lengths = sorted(set(map(len, prompts))) if has_prompt(model) else [max(map(len, prompts))]\n",
-        "lengths = [max(map(len, prompts))]\n",
+        "_rows_by_length(prompts) if prompted else [[*range(len(prompts))]]",
+        "[[*range(len(prompts))]]",
     ),
     mutant(
         "virtual-tokens-saved-with-dropout",

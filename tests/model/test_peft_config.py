@@ -19,14 +19,14 @@ from qlora.data.batch import collate
 from qlora.data.template import encode_prompt
 from qlora.errors import ExitCode, UserError
 from qlora.eval.generate import generate_all, sample_responses
-from qlora.model.load import load_meta_model, load_nf4_model
-from qlora.model.lora import add_lora, checked_targets, with_init_adapter
+from qlora.model.load import load_meta_model
+from qlora.model.lora import checked_targets, with_init_adapter
 from qlora.model.peft_config import with_peft_config
 from qlora.report import record
 from qlora.report.model_card import model_card
 from qlora.speed import layers, lora_linear
 from qlora.speed.decode import adapts_by_row
-from tests.helpers import CPU, SHORT_DATA, gradients, loss_and_gradients, prepared, relative_error, wake_adapters
+from tests.helpers import CPU, SHORT_DATA, gradients, loss_and_gradients, prepared, relative_error, wake_adapters, with_method
 
 DORA = {"peft_type": "LORA", "use_dora": True, "r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "down_proj"]}
 PATTERNS = {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": ["qkv_proj", "down_proj", "o_proj"],
@@ -55,11 +55,8 @@ def file(tmp_path):
 
 
 def awake(config, path):
-    """The tiny model with the adapter of a file, in training mode; and its configuration."""
-    config = with_peft_config(dataclasses.replace(config, peft_config=path, attn_implementation="sdpa"))
-    torch.manual_seed(0)
-    targets = checked_targets(load_meta_model(config.model, config), config, lambda _: None)
-    model = add_lora(load_nf4_model(config.model, config, "sdpa", CPU), config, targets, config.model).train()
+    """The tiny model with the adapter of a file and B other than 0, in training mode; its configuration, and targets."""
+    model, config, targets = with_method(config, path)
     wake_adapters(model)
     return model, config, targets
 

@@ -19,8 +19,8 @@ from qlora.eval.generate import generate_all
 from qlora.eval.loss import evaluate_loss
 from qlora.model import attention
 from qlora.model.adapter_config import read_adapter_config
-from qlora.model.load import load_meta_model, load_nf4_model
-from qlora.model.lora import add_lora, checked_targets
+from qlora.model.load import load_meta_model
+from qlora.model.lora import checked_targets
 from qlora.model.loss import read_head
 from qlora.model.peft_config import with_peft_config
 from qlora.model.prompts import decoder_of, has_prompt
@@ -31,7 +31,7 @@ from qlora.run.files import write_folder
 from qlora.speed.decode import PromptedTokens, adapts_by_row
 from qlora.speed.layers import choose_layers
 from qlora.speed.memory import settings_to_try
-from tests.helpers import CPU, SHORT_DATA, gradients, loss_and_gradients, prepared, relative_error
+from tests.helpers import CPU, SHORT_DATA, gradients, loss_and_gradients, prepared, relative_error, with_method
 
 METHODS = {
     "PROMPT_TUNING": {"num_virtual_tokens": 5},
@@ -53,21 +53,12 @@ def file(tmp_path):
     return write
 
 
-def prompted(config, path):
-    """The tiny model with virtual tokens, in training mode; and its configuration and targets."""
-    config = with_peft_config(dataclasses.replace(config, peft_config=path, attn_implementation="sdpa"))
-    torch.manual_seed(0)
-    targets = checked_targets(load_meta_model(config.model, config), config, lambda _: None)
-    model = add_lora(load_nf4_model(config.model, config, "sdpa", CPU), config, targets, config.model).train()
-    return model, config, targets
-
-
 @pytest.mark.parametrize("policy", ["none", "full"])
 @pytest.mark.parametrize("name", METHODS)
 def test_loss_and_gradients_are_those_of_peft(config, samples, file, name, policy):
     if policy == "full" and name.startswith("PREFIX"):
         pytest.skip("refused")
-    model, trained, targets = prompted(config, file(name))
+    model, trained, targets = with_method(config, file(name))
     batch = collate(samples[:1])  # one row, so that PEFT's mean over its tokens is ours
     with torch.autocast("cpu", torch.bfloat16):
         labels = batch.labels.clone()
@@ -87,7 +78,7 @@ def test_loss_and_gradients_are_those_of_peft(config, samples, file, name, polic
 
 @pytest.mark.parametrize("name", ["PROMPT_TUNING", "PREFIX_TUNING"])
 def test_virtual_tokens_change_the_output_and_disabling_them_gives_the_base(config, samples, file, name):
-    model, _, _ = prompted(config, file(name))
+    model, _, _ = with_method(config, file(name))
     batch = collate(samples[:2])
     assert has_prompt(model)
 
@@ -184,7 +175,7 @@ def test_what_cannot_be_combined_is_refused(config, file):
 def test_answers_are_those_of_whole_rows_computed_anew(config, template, tmp_path, samples, file, name, family):
     """Of prompts of different lengths, asked for in one batch; the padding would be longer than the windows."""
     families.write_model(family, tmp_path / "model")
-    model, _, _ = prompted(dataclasses.replace(config, model=str(tmp_path / "model")), file(name))
+    model, _, _ = with_method(dataclasses.replace(config, model=str(tmp_path / "model")), file(name))
     with torch.no_grad():
         for parameter in filter(lambda each: each.requires_grad, model.parameters()):
             parameter.mul_(8.0)
@@ -205,7 +196,7 @@ def test_answers_are_those_of_whole_rows_computed_anew(config, template, tmp_pat
 
 
 def test_padding_behind_virtual_tokens_is_an_error(config, file):
-    model, _, _ = prompted(config, file("PROMPT_TUNING"))
+    model, _, _ = with_method(config, file("PROMPT_TUNING"))
     with pytest.raises(ValueError, match="cannot be padded"):
         PromptedTokens(model).prefill(torch.tensor([[1, 2]]), torch.tensor([[0, 1]]))
 
@@ -214,7 +205,7 @@ def test_what_a_network_with_dropout_makes_is_saved_without_dropout(config, tmp_
     values = {"peft_type": "P_TUNING", "num_virtual_tokens": 5, "encoder_hidden_size": 16, "encoder_dropout": 0.5,
               "encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2}  # fmt: skip
     (tmp_path / "method.json").write_text(json.dumps(values))
-    model, _, _ = prompted(config, tmp_path / "method.json")
+    model, _, _ = with_method(config, tmp_path / "method.json")
     files = dict(adapter_files(model))
     assert model.training
     write_folder(tmp_path / "adapter", files)
@@ -232,7 +223,7 @@ def test_positions_of_virtual_tokens_count(config, file, tmp_path, capsys):
     ):
         checked_targets(meta_model, asked, lambda _: None)
     checked_targets(meta_model, dataclasses.replace(asked, max_length=positions - 5), lambda _: None)
-    model, _, _ = prompted(config, file("PROMPT_TUNING"))
+    model, _, _ = with_method(config, file("PROMPT_TUNING"))
     write_folder(tmp_path / "adapter", dict(adapter_files(model)))
     adapter = open_adapter(tmp_path / "adapter", model="tiny-random", prompt_format="plain", device="cpu")
     assert positions_of(adapter) == positions - 5
@@ -290,7 +281,7 @@ def test_experts_outside_nf4_are_said_and_not_refused_where_no_layer_is_adapted(
 
 
 def test_an_adapter_for_another_task_is_refused(config, file, tmp_path):
-    model, _, _ = prompted(config, file("PROMPT_TUNING"))
+    model, _, _ = with_method(config, file("PROMPT_TUNING"))
     write_folder(tmp_path / "adapter", dict(adapter_files(model)))
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": "SEQ_CLS"}))
